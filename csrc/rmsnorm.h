@@ -1,0 +1,126 @@
+// The contract between the kernels (librmsnorm.so) and their callers. Plain C++17: no torch, no Python.
+//
+//   y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)        for each row of `cols` elements
+//
+// The caller has checked its arguments: pointers are valid, rows > 0, cols > 0, eps >= 0 and finite.
+// A kernel writes the outputs named in its struct and nothing else, and never allocates.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define RMSNORM_HOST_DEVICE __host__ __device__
+#else
+#define RMSNORM_HOST_DEVICE
+#endif
+
+// The library is built with hidden visibility: what is inside this region is what it exports.
+#pragma GCC visibility push(default)
+
+namespace rmsnorm {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+// Where the rows of a tensor start, in elements: its leading dimensions, adjacent ones merged where
+// their strides allow. The elements of one row are dense. The last dimension varies fastest; a
+// tensor whose rows are evenly spaced has ndim 1, and then size[0] is not looked at.
+struct Rows {
+  static constexpr int kMaxDims = 4;
+  int32_t ndim;
+  int64_t size[kMaxDims];
+  int64_t stride[kMaxDims];
+
+  RMSNORM_HOST_DEVICE int64_t offset(int64_t row) const {
+    int64_t result = 0;
+    for (int d = ndim - 1; d > 0; --d) {
+      const int64_t next = row / size[d];
+      result += (row - next * size[d]) * stride[d];
+      row = next;
+    }
+    return result + row * stride[0];
+  }
+};
+
+// y may be x itself (same pointer, same rows): a row is read before it is written.
+struct RmsNormForward {
+  const void* x;       // [rows, cols], x_dtype, placed by x_rows
+  const void* weight;  // [cols], w_dtype; nullptr: no weight (and weight_offset is not looked at)
+  void* y;             // [rows, cols], y_dtype, placed by y_rows
+  void* rstd;          // [rows], 1 / sqrt(mean(x^2) + eps): double if x_dtype is kFloat64, else float; nullptr: not wanted
+  Rows x_rows;
+  Rows y_rows;
+  int64_t rows;
+  int64_t cols;
+  double eps;
+  double weight_offset;     // added to the weight in fp32 (in fp64 if any dtype here is kFloat64)
+  bool cast_before_weight;  // round x * rstd to x_dtype, then multiply by the weight and round to y_dtype
+  DType x_dtype;
+  DType w_dtype;
+  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype
+};
+
+// dx = rstd * (g - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,
+// with xhat = x * rstd and g = dy * (weight + weight_offset).
+// With cast_before_weight the xhat of dweight is the rounded one that the forward multiplied by.
+struct RmsNormBackward {
+  const void* dy;      // [rows, cols], dy_dtype, placed by dy_rows
+  const void* x;       // [rows, cols], x_dtype, placed by x_rows
+  const void* weight;  // [cols], w_dtype; nullptr: no weight
+  const void* rstd;    // [rows], as the forward returned it
+  void* dx;            // [rows, cols], x_dtype, dense; nullptr: not wanted
+  void* dweight;       // [cols], w_dtype; nullptr: not wanted
+  void* workspace;     // as many bytes as *_backward_workspace() says, 64-byte aligned; nullptr if that is 0
+  Rows dy_rows;
+  Rows x_rows;
+  int64_t rows;
+  int64_t cols;
+  double eps;  // for the rows whose rstd does not fit fp32, which are done again in fp64
+  double weight_offset;
+  bool cast_before_weight;
+  DType dy_dtype;
+  DType x_dtype;
+  DType w_dtype;
+};
+
+// CPU. These functions use one thread, the caller's: the caller splits the work and may run the
+// parts of one stage in any order, at once. The bits do not depend on how it was split.
+namespace cpu {
+
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end);
+
+// Backward in two stages over blocks of rows, numbered 0 .. blocks - 1. Stage two is needed where
+// dweight is wanted, after all of stage one; it finishes columns [col_begin, col_end).
+struct BackwardPlan {
+  int64_t block_rows;       // rows in a block (the last may have fewer): from rows and cols alone
+  int64_t blocks;
+  int64_t workspace_bytes;  // partial sums of dweight, [blocks, cols]
+};
+BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p);
+void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
+void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
+
+// Instruction sets, best last: "scalar", "avx2", "avx512". The best that the machine has is in use
+// unless the environment variable RMSNORM_CUDA_ISA or set_isa() names another.
+int isa_count();                   // how many this library was built with
+const char* isa_name(int i);
+bool isa_supported(int i);         // does this machine have it?
+const char* isa();                 // the one in use; throws std::runtime_error if RMSNORM_CUDA_ISA names none that is supported
+bool set_isa(const char* name);    // nullptr: the best again; false, and nothing changes, if not built or not supported
+const char* last_isa();            // the one whose kernel ran last on this thread, "" before the first
+
+}  // namespace cpu
+
+// CUDA. Kernels run on the current device, on the given cudaStream_t. The result is a cudaError_t:
+// 0, or the error of the launch. Nothing here synchronizes or allocates.
+namespace cuda {
+
+bool built();                     // were the CUDA kernels compiled into this library?
+const char* architectures();      // "9.0 12.0+PTX"; if not built, the reason
+const char* error_string(int error);
+int rms_norm_forward(const RmsNormForward& p, void* stream);
+int64_t rms_norm_backward_workspace(const RmsNormBackward& p);
+int rms_norm_backward(const RmsNormBackward& p, void* stream);
+
+}  // namespace cuda
+}  // namespace rmsnorm
+
+#pragma GCC visibility pop

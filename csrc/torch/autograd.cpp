@@ -1,0 +1,236 @@
+// Gradients of the ops, in C++ so that they cost little and work without Python. Each has three ways:
+//   1. under a functorch transform or with a forward-mode tangent: the formula in ATen ops, which
+//      torch differentiates and batches itself, in any nesting;
+//   2. nothing requires grad: straight to the kernel;
+//   3. else an autograd::Function over rms_norm_forward and rms_norm_backward. The backward op has a
+//      gradient of its own (the formula again), so that second derivatives are right.
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/sum.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <numeric>
+#include <tuple>
+
+#include "checks.h"
+
+namespace rmsnorm {
+namespace {
+
+using at::Tensor;
+using c10::DispatchKeySet;
+using c10::SymIntArrayRef;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Signature = Tensor(const Tensor&, SymIntArrayRef, const OptionalTensor&, std::optional<double>, double, bool);
+using OutSignature = Tensor&(const Tensor&, SymIntArrayRef, const OptionalTensor&, std::optional<double>, double, bool,
+                             Tensor&);
+using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, SymIntArrayRef, const OptionalTensor&,
+                                                    std::optional<double>, double, bool);
+using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, SymIntArrayRef, const OptionalTensor&,
+                                                     const Tensor&, std::optional<double>, std::array<bool, 2>, double,
+                                                     bool);
+
+template <class T>
+c10::TypedOperatorHandle<T> find(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<T>();
+}
+
+auto& rms_norm_op() {
+  static const auto op = find<Signature>("rmsnorm_cuda::rms_norm");
+  return op;
+}
+auto& rms_norm_out_op() {
+  static const auto op = find<OutSignature>("rmsnorm_cuda::rms_norm", "out");
+  return op;
+}
+auto& rms_norm_forward_op() {
+  static const auto op = find<ForwardSignature>("rmsnorm_cuda::rms_norm_forward");
+  return op;
+}
+auto& rms_norm_backward_op() {
+  static const auto op = find<BackwardSignature>("rmsnorm_cuda::rms_norm_backward");
+  return op;
+}
+
+// The formula. Everything is in the type that the kernels compute in; the range of that type is all
+// there is here (the kernels rescale rows whose squares leave it).
+struct Formula {
+  at::ScalarType compute;
+  std::vector<int64_t> normalized_dims;  // from the end: -1, -2, ...
+  std::vector<int64_t> lead_dims;
+  Tensor x, rstd, xhat, weight;  // xhat: what the weight multiplies; weight undefined if there is none
+
+  Formula(const Tensor& input, size_t normalized, const OptionalTensor& w, std::optional<double> eps,
+          double weight_offset, bool cast_before_weight)
+      : compute(input.scalar_type() == at::kDouble || (w && w->scalar_type() == at::kDouble) ? at::kDouble : at::kFloat),
+        normalized_dims(normalized),
+        lead_dims(input.dim() - normalized) {
+    for (size_t i = 0; i < normalized; ++i) normalized_dims[i] = -1 - static_cast<int64_t>(i);
+    std::iota(lead_dims.begin(), lead_dims.end(), 0);
+    x = input.to(compute);
+    rstd = at::rsqrt(at::mean(x * x, normalized_dims, /*keepdim=*/true) + eps_or_default(eps, input));
+    xhat = x * rstd;
+    if (cast_before_weight) xhat = xhat.to(input.scalar_type()).to(compute);
+    if (w) weight = w->to(compute) + weight_offset;
+  }
+
+  Tensor output(const Tensor& input, const OptionalTensor& w, bool cast_before_weight) const {
+    return (weight.defined() ? xhat * weight : xhat).to(output_type(input, w, cast_before_weight));
+  }
+
+  Tensor saved_rstd(const Tensor& input) const {
+    Tensor flat = rstd;
+    for (size_t i = 0; i < normalized_dims.size(); ++i) flat = flat.squeeze(-1);
+    return flat.to(rstd_type(input));
+  }
+
+  std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& w,
+                                      std::array<bool, 2> output_mask) const {
+    const Tensor dy = grad_output.to(compute);
+    Tensor dx, dweight;
+    if (output_mask[0]) {
+      const Tensor g = weight.defined() ? dy * weight : dy;
+      const Tensor unrounded = x * rstd;
+      dx = (rstd * (g - unrounded * at::mean(g * unrounded, normalized_dims, true))).to(input.scalar_type());
+    }
+    if (output_mask[1] && w) {
+      const Tensor product = dy * xhat;
+      dweight = (lead_dims.empty() ? product : at::sum(product, lead_dims)).to(w->scalar_type());
+    }
+    return {dx, dweight};
+  }
+};
+
+bool requires_grad(const Tensor& t) { return t.requires_grad(); }
+bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
+bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
+
+template <class... Tensors>
+bool records_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+}
+
+// functorch has no C++ interface to ask; it throws where an autograd::Function would be wrong.
+bool in_functorch_transform() {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (!functorch) return false;
+  try {
+    functorch->checkSupportsCppAutogradFunction();
+    return false;
+  } catch (const c10::Error&) {
+    return true;
+  }
+}
+
+template <class... Tensors>
+bool needs_formula(const Tensors&... tensors) {
+  return (has_tangent(tensors) || ...) || in_functorch_transform();
+}
+
+struct RmsNorm : torch::autograd::Function<RmsNorm> {
+  static constexpr bool is_traceable = true;  // nothing but tensors, numbers and ops: compiled autograd may trace it
+
+  // rstd goes out beside the differentiable result, by pointer, so that it has no gradient.
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
+                        SymIntArrayRef normalized_shape, std::optional<double> eps, double weight_offset,
+                        bool cast_before_weight, Tensor* rstd) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, row_rstd] =
+        rms_norm_forward_op().call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+    if (rstd) *rstd = row_rstd;
+    ctx->save_for_backward({input, weight.value_or(Tensor()), row_rstd});
+    ctx->saved_data["normalized"] = static_cast<int64_t>(normalized_shape.size());
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["weight_offset"] = weight_offset;
+    ctx->saved_data["cast_before_weight"] = cast_before_weight;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& input = saved[0];
+    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    const int64_t normalized = ctx->saved_data["normalized"].toInt();
+    const std::array<bool, 2> mask{ctx->needs_input_grad(0), weight && ctx->needs_input_grad(1)};
+    auto [dx, dweight] = rms_norm_backward_op().call(
+        grads[0], input, input.sym_sizes().slice(input.dim() - normalized), weight, saved[2],
+        ctx->saved_data["eps"].to<std::optional<double>>(), mask, ctx->saved_data["weight_offset"].toDouble(),
+        ctx->saved_data["cast_before_weight"].toBool());
+    return {dx, dweight, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor rms_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  if (needs_formula(input, weight)) {
+    return Formula(input, normalized_shape.size(), weight, eps, weight_offset, cast_before_weight)
+        .output(input, weight, cast_before_weight);
+  }
+  if (!records_grad(input, weight)) {
+    return rms_norm_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps,
+                                    weight_offset, cast_before_weight);
+  }
+  return RmsNorm::apply(input, weight, normalized_shape, eps, weight_offset, cast_before_weight, nullptr);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_forward(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
+                                            const OptionalTensor& weight, std::optional<double> eps,
+                                            double weight_offset, bool cast_before_weight) {
+  if (needs_formula(input, weight)) {
+    const Formula formula(input, normalized_shape.size(), weight, eps, weight_offset, cast_before_weight);
+    return {formula.output(input, weight, cast_before_weight), formula.saved_rstd(input).detach()};
+  }
+  if (!records_grad(input, weight)) {
+    return rms_norm_forward_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps,
+                                            weight_offset, cast_before_weight);
+  }
+  Tensor rstd;
+  const Tensor output =
+      RmsNorm::apply(input, weight, normalized_shape, eps, weight_offset, cast_before_weight, &rstd);
+  return {output, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
+                                             SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                             const Tensor& rstd, std::optional<double> eps,
+                                             std::array<bool, 2> output_mask, double weight_offset,
+                                             bool cast_before_weight) {
+  if (needs_formula(grad_output, input, weight) || records_grad(grad_output, input, weight)) {
+    return Formula(input, normalized_shape.size(), weight, eps, weight_offset, cast_before_weight)
+        .backward(grad_output, input, weight, output_mask);
+  }
+  return rms_norm_backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, input, normalized_shape,
+                                           weight, rstd, eps, output_mask, weight_offset, cast_before_weight);
+}
+
+Tensor& rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
+                     const OptionalTensor& weight, std::optional<double> eps, double weight_offset,
+                     bool cast_before_weight, Tensor& out) {
+  TORCH_CHECK(!records_grad(input, weight, out) && !has_tangent(input) && !has_tangent(weight),
+              "rms_norm: functions with out=... arguments don't support automatic differentiation, but one of the "
+              "arguments requires grad");
+  rms_norm_out_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps, weight_offset,
+                               cast_before_weight, out);
+  out.unsafeGetTensorImpl()->bump_version();  // so that autograd notices if it had saved the old values
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
+  m.impl("rms_norm", TORCH_FN(rms_norm));
+  m.impl("rms_norm.out", TORCH_FN(rms_norm_out));
+  m.impl("rms_norm_forward", TORCH_FN(rms_norm_forward));
+  m.impl("rms_norm_backward", TORCH_FN(rms_norm_backward));
+}
+
+}  // namespace rmsnorm

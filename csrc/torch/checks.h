@@ -1,0 +1,150 @@
+// Every check of the op layer: what came, what was expected, in torch's words and exception types.
+// check_*() run before anything is allocated or written.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "../rmsnorm.h"
+
+namespace rmsnorm {
+
+inline std::optional<DType> as_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kDouble: return DType::kFloat64;
+    default: return std::nullopt;
+  }
+}
+
+inline DType dtype(const at::Tensor& t) { return *as_dtype(t.scalar_type()); }
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(as_dtype(t.scalar_type()), op, ": \"", op, "\" not implemented for '", t.scalar_type(),
+                              "': expected ", name, " to be float32, float16, bfloat16 or float64");
+}
+
+inline void check_device(const char* op, const char* name, const at::Tensor& t, const at::Tensor& input) {
+  TORCH_CHECK(t.device() == input.device(), op, ": expected all tensors to be on the same device, but input is on ",
+              input.device(), " and ", name, " is on ", t.device());
+}
+
+inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK(t.sizes() == shape, op, ": expected ", name, " of shape ", shape, ", but got ", t.sizes());
+}
+
+// An [*lead, *normalized_shape] tensor as [rows, cols].
+struct Geometry {
+  at::IntArrayRef lead;  // shape before the normalized dimensions
+  int64_t rows;
+  int64_t cols;
+};
+
+inline Geometry check_input(const char* op, const at::Tensor& input, at::IntArrayRef normalized_shape,
+                            const std::optional<at::Tensor>& weight, std::optional<double> eps, double weight_offset) {
+  const int64_t normalized = static_cast<int64_t>(normalized_shape.size());
+  TORCH_CHECK(normalized > 0, op, ": expected normalized_shape to be at least 1-dimensional, i.e., containing at least "
+              "one element, but got normalized_shape=", normalized_shape);
+  check_dtype(op, "input", input);
+  TORCH_CHECK_VALUE(input.dim() >= normalized, op, ": input tensor must have at least ", normalized,
+                    " dimensions for normalized_shape=", normalized_shape, ", but got ", input.dim());
+  const int64_t lead = input.dim() - normalized;
+  TORCH_CHECK(input.sizes().slice(lead) == normalized_shape, op, ": given normalized_shape=", normalized_shape,
+              ", expected input with shape [*, ", c10::Join(", ", normalized_shape), "], but got input of size ",
+              input.sizes());
+  if (weight) {
+    check_dtype(op, "weight", *weight);
+    TORCH_CHECK(weight->sizes() == normalized_shape, op,
+                ": expected weight to be of same shape as normalized_shape, but got weight of shape ", weight->sizes(),
+                " and normalized_shape=", normalized_shape);
+    check_device(op, "weight", *weight, input);
+  }
+  TORCH_CHECK_VALUE(!eps || (*eps >= 0 && std::isfinite(*eps)), op, ": expected eps to be finite and not negative, but got ",
+                    *eps);
+  TORCH_CHECK_VALUE(std::isfinite(weight_offset), op, ": expected weight_offset to be finite, but got ", weight_offset);
+  return {input.sizes().slice(0, lead), c10::multiply_integers(input.sizes().slice(0, lead)),
+          c10::multiply_integers(normalized_shape)};
+}
+
+// eps=None is the machine epsilon of the type that is computed in, as in torch.nn.functional.rms_norm.
+inline double eps_or_default(std::optional<double> eps, const at::Tensor& input) {
+  if (eps) return *eps;
+  return input.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                            : std::numeric_limits<float>::epsilon();
+}
+
+inline at::ScalarType output_type(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                  bool cast_before_weight) {
+  return cast_before_weight && weight ? c10::promoteTypes(input.scalar_type(), weight->scalar_type())
+                                      : input.scalar_type();
+}
+
+inline at::ScalarType rstd_type(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Where the rows of `t` start: its first `lead` dimensions, merged. nullopt: the other dimensions
+// are not dense, or what is left after merging has too many dimensions; then a dense copy is needed.
+inline std::optional<Rows> rows_of(const at::Tensor& t, int64_t lead) {
+  int64_t dense = 1;
+  for (int64_t d = t.dim() - 1; d >= lead; --d) {
+    if (t.size(d) != 1 && t.stride(d) != dense) return std::nullopt;
+    dense *= t.size(d);
+  }
+  Rows rows{1, {1}, {dense}};
+  bool first = true;
+  for (int64_t d = 0; d < lead; ++d) {
+    if (t.size(d) == 1) continue;
+    const int last = rows.ndim - 1;
+    if (first) {
+      rows.size[0] = t.size(d);
+      rows.stride[0] = t.stride(d);
+      first = false;
+    } else if (rows.stride[last] == t.stride(d) * t.size(d)) {
+      rows.size[last] *= t.size(d);
+      rows.stride[last] = t.stride(d);
+    } else if (rows.ndim < Rows::kMaxDims) {
+      rows.size[rows.ndim] = t.size(d);
+      rows.stride[rows.ndim] = t.stride(d);
+      ++rows.ndim;
+    } else {
+      return std::nullopt;
+    }
+  }
+  return rows;
+}
+
+// An out= that is the input is fine, and so is one between the input's rows (two slices of one fused
+// projection); anything else that shares memory with it is refused, unless it is seen to be apart.
+inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out_rows, const at::Tensor& input,
+                          int64_t lead, int64_t cols) {
+  if (!out.is_alias_of(input)) return;
+  const auto bytes = [](const at::Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return (last + 1) * static_cast<int64_t>(t.element_size());
+  };
+  const auto begin = [](const at::Tensor& t) { return reinterpret_cast<int64_t>(t.const_data_ptr()); };
+  const int64_t gap = begin(out) - begin(input);
+  const bool same_layout = out.strides() == input.strides() && out.element_size() == input.element_size();
+  if (gap >= bytes(input) || -gap >= bytes(out) || (gap == 0 && same_layout)) return;
+  if (same_layout && rows_of(input, lead)) {
+    int64_t extent = cols;  // of what repeats every out_rows.stride[0] elements
+    for (int d = 1; d < out_rows.ndim; ++d) extent += (out_rows.size[d] - 1) * out_rows.stride[d];
+    const int64_t period = out_rows.stride[0] * static_cast<int64_t>(out.element_size());
+    extent *= static_cast<int64_t>(out.element_size());
+    const int64_t phase = period > 0 ? ((gap % period) + period) % period : 0;
+    if (phase >= extent && period - phase >= extent) return;
+  }
+  TORCH_CHECK(false, op, ": out partly overlaps input; expected out to be input itself or memory of its own");
+}
+
+inline Rows dense_rows(int64_t cols) { return Rows{1, {1}, {cols}}; }
+
+}  // namespace rmsnorm

@@ -1,0 +1,246 @@
+// The ops: all schemas, and one body per op for CPU and CUDA alike, always in this order:
+// check, allocate, return if empty, launch. No Python, and no CUDA header: see design notes in README.
+#include <ATen/DeviceGuard.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+
+namespace rmsnorm {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A thread is worth waking for this many bytes read and written: 2-3 us of work for a core, while
+// fork and join cost 1 us hot and far more once the pool has gone to sleep.
+constexpr int64_t kGrainBytes = 256 << 10;
+
+int64_t grain(int64_t bytes_per_item) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item)); }
+
+// First-touch faults of 4 KiB pages cost more than the norm itself once malloc maps an output afresh
+// on every call (from 32 MiB on, always). Advice only: without transparent huge pages nothing happens.
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kAdviseBytes = 16 << 20;
+
+void advise_huge_pages(const Tensor& t) {
+  const int64_t bytes = static_cast<int64_t>(t.nbytes());
+  if (bytes < kAdviseBytes || !t.is_cpu()) return;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+Tensor allocate(IntArrayRef shape, const Tensor& like, at::ScalarType type) {
+  Tensor t = at::empty(shape, like.options().dtype(type));
+  advise_huge_pages(t);
+  return t;
+}
+
+// The last word on layout: `t` itself if its rows can be walked as they lie, else a dense copy.
+struct Placed {
+  Tensor tensor;
+  Rows rows;
+};
+
+Placed place(const Tensor& t, int64_t lead) {
+  if (const auto rows = rows_of(t, lead)) return {t, *rows};
+  const Tensor dense = t.contiguous();
+  return {dense, *rows_of(dense, lead)};
+}
+
+// Runs `launch(stream)` on the device of `t`, on its current stream.
+template <class Launch>
+void run_cuda(const char* op, const Tensor& t, const Launch& launch) {
+  TORCH_CHECK(cuda::built(), op, ": input is on ", t.device(), ", but rmsnorm_cuda was built without CUDA (",
+              cuda::architectures(), ")");
+  const c10::DeviceGuard guard(t.device());
+  const int error = launch(c10::impl::VirtualGuardImpl(at::kCUDA).getStream(t.device()).native_handle());
+  TORCH_CHECK(error == 0, op, ": CUDA kernel launch failed: ", cuda::error_string(error));
+}
+
+// Forward into y, which is allocated or checked already; rstd may be undefined.
+void forward_into(const char* op, const Tensor& input, const Geometry& geometry, const OptionalTensor& weight,
+                  std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& y,
+                  const Rows& y_rows, const Tensor& rstd) {
+  const Placed x = place(input, static_cast<int64_t>(geometry.lead.size()));
+  const Tensor w = weight ? weight->contiguous() : Tensor();
+  RmsNormForward p{};
+  p.x = x.tensor.const_data_ptr();
+  p.weight = weight ? w.const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  p.rstd = rstd.defined() ? rstd.mutable_data_ptr() : nullptr;
+  p.x_rows = x.rows;
+  p.y_rows = y_rows;
+  p.rows = geometry.rows;
+  p.cols = geometry.cols;
+  p.eps = eps_or_default(eps, input);
+  p.weight_offset = weight_offset;
+  p.cast_before_weight = cast_before_weight;
+  p.x_dtype = dtype(input);
+  p.w_dtype = weight ? dtype(w) : p.x_dtype;
+  p.y_dtype = dtype(y);
+  if (input.is_cpu()) {
+    cpu::isa();  // throws here, outside the parallel region, if the environment asks for what is not there
+    const int64_t bytes = p.cols * static_cast<int64_t>(input.element_size() + y.element_size());
+    if (p.rows * bytes <= kGrainBytes) {
+      cpu::rms_norm_forward(p, 0, p.rows);
+    } else {
+      at::parallel_for(0, p.rows, grain(bytes), [&](int64_t begin, int64_t end) { cpu::rms_norm_forward(p, begin, end); });
+    }
+  } else {
+    run_cuda(op, input, [&](void* stream) { return cuda::rms_norm_forward(p, stream); });
+  }
+}
+
+Tensor rms_norm(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  const Geometry geometry = check_input("rms_norm", input, normalized_shape, weight, eps, weight_offset);
+  Tensor y = allocate(input.sizes(), input, output_type(input, weight, cast_before_weight));
+  if (y.numel() == 0) return y;
+  forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, y, dense_rows(geometry.cols),
+               Tensor());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, IntArrayRef normalized_shape,
+                                            const OptionalTensor& weight, std::optional<double> eps,
+                                            double weight_offset, bool cast_before_weight) {
+  const Geometry geometry = check_input("rms_norm_forward", input, normalized_shape, weight, eps, weight_offset);
+  Tensor y = allocate(input.sizes(), input, output_type(input, weight, cast_before_weight));
+  const auto rstd_options = input.options().dtype(rstd_type(input));
+  // The mean over no elements is 0 / 0.
+  if (y.numel() == 0) return {y, at::full(geometry.lead, std::numeric_limits<double>::quiet_NaN(), rstd_options)};
+  Tensor rstd = at::empty(geometry.lead, rstd_options);
+  forward_into("rms_norm_forward", input, geometry, weight, eps, weight_offset, cast_before_weight, y,
+               dense_rows(geometry.cols), rstd);
+  return {y, rstd};
+}
+
+Tensor& rms_norm_out(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                     std::optional<double> eps, double weight_offset, bool cast_before_weight, Tensor& out) {
+  const Geometry geometry = check_input("rms_norm", input, normalized_shape, weight, eps, weight_offset);
+  check_shape("rms_norm", "out", out, input.sizes());
+  check_device("rms_norm", "out", out, input);
+  const at::ScalarType type = output_type(input, weight, cast_before_weight);
+  TORCH_CHECK(out.scalar_type() == type, "rms_norm: expected out of dtype ", type, ", but got ", out.scalar_type());
+  if (out.numel() == 0) return out;
+  const int64_t lead = static_cast<int64_t>(geometry.lead.size());
+  const auto rows = rows_of(out, lead);
+  TORCH_CHECK(rows, "rms_norm: expected out with dense rows (the normalized dimensions contiguous), but got strides ",
+              out.strides());
+  at::assert_no_internal_overlap(out);
+  check_overlap("rms_norm", out, *rows, input, lead, geometry.cols);
+  if (weight) at::assert_no_overlap(out, *weight);
+  forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, out, *rows, Tensor());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                             IntArrayRef normalized_shape, const OptionalTensor& weight,
+                                             const Tensor& rstd, std::optional<double> eps,
+                                             std::array<bool, 2> output_mask, double weight_offset,
+                                             bool cast_before_weight) {
+  constexpr const char* op = "rms_norm_backward";
+  const Geometry geometry = check_input(op, input, normalized_shape, weight, eps, weight_offset);
+  check_dtype(op, "grad_output", grad_output);
+  check_shape(op, "grad_output", grad_output, input.sizes());
+  check_device(op, "grad_output", grad_output, input);
+  check_shape(op, "rstd", rstd, geometry.lead);
+  check_device(op, "rstd", rstd, input);
+  TORCH_CHECK(rstd.scalar_type() == rstd_type(input), op, ": expected rstd of dtype ", rstd_type(input), ", but got ",
+              rstd.scalar_type());
+  const bool want_dweight = output_mask[1] && weight.has_value();
+  Tensor dx = output_mask[0] ? allocate(input.sizes(), input, input.scalar_type()) : Tensor();
+  if (input.numel() == 0) return {dx, want_dweight ? at::zeros(normalized_shape, weight->options()) : Tensor()};
+  Tensor dweight = want_dweight ? at::empty(normalized_shape, weight->options()) : Tensor();
+  if (!dx.defined() && !want_dweight) return {dx, dweight};
+
+  const int64_t lead = static_cast<int64_t>(geometry.lead.size());
+  const Placed dy = place(grad_output, lead);
+  const Placed x = place(input, lead);
+  const Tensor w = weight ? weight->contiguous() : Tensor();
+  const Tensor dense_rstd = rstd.contiguous();
+  RmsNormBackward p{};
+  p.dy = dy.tensor.const_data_ptr();
+  p.x = x.tensor.const_data_ptr();
+  p.weight = weight ? w.const_data_ptr() : nullptr;
+  p.rstd = dense_rstd.const_data_ptr();
+  p.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
+  p.dweight = want_dweight ? dweight.mutable_data_ptr() : nullptr;
+  p.dy_rows = dy.rows;
+  p.x_rows = x.rows;
+  p.rows = geometry.rows;
+  p.cols = geometry.cols;
+  p.eps = eps_or_default(eps, input);
+  p.weight_offset = weight_offset;
+  p.cast_before_weight = cast_before_weight;
+  p.dy_dtype = dtype(grad_output);
+  p.x_dtype = dtype(input);
+  p.w_dtype = weight ? dtype(w) : p.x_dtype;
+  const auto allocate_workspace = [&](int64_t bytes) {
+    Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+    p.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
+    return workspace;
+  };
+  if (input.is_cpu()) {
+    cpu::isa();
+    const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p);
+    const Tensor workspace = allocate_workspace(plan.workspace_bytes);
+    const int64_t row_bytes = p.cols * static_cast<int64_t>(2 * input.element_size() + grad_output.element_size());
+    at::parallel_for(0, plan.blocks, grain(std::min(plan.block_rows, p.rows) * row_bytes),
+                     [&](int64_t begin, int64_t end) { cpu::rms_norm_backward(p, begin, end); });
+    if (want_dweight) {
+      at::parallel_for(0, p.cols, grain(plan.workspace_bytes / p.cols),
+                       [&](int64_t begin, int64_t end) { cpu::rms_norm_backward_dweight(p, begin, end); });
+    }
+  } else {
+    run_cuda(op, input, [&](void* stream) {
+      const Tensor workspace = allocate_workspace(cuda::rms_norm_backward_workspace(p));
+      return cuda::rms_norm_backward(p, stream);
+    });
+  }
+  return {dx, dweight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rmsnorm_cuda, m) {
+  m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
+        "float weight_offset=0.0, bool cast_before_weight=False) -> Tensor");
+  m.def("rms_norm.out(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
+        "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out) -> Tensor(a!)");
+  m.def("rms_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
+        "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor rstd)");
+  m.def("rms_norm_backward(Tensor grad_output, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor rstd, "
+        "float? eps, bool[2] output_mask, *, float weight_offset=0.0, bool cast_before_weight=False) "
+        "-> (Tensor grad_input, Tensor grad_weight)");
+}
+
+namespace {
+
+void register_kernels(torch::Library& m) {
+  m.impl("rms_norm", rms_norm);
+  m.impl("rms_norm.out", rms_norm_out);
+  m.impl("rms_norm_forward", rms_norm_forward);
+  m.impl("rms_norm_backward", rms_norm_backward);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rmsnorm_cuda, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(rmsnorm_cuda, CUDA, m) { register_kernels(m); }
+
+}  // namespace rmsnorm

@@ -1,0 +1,29 @@
+"""RMSNorm for PyTorch: handwritten CUDA and AVX kernels behind one differentiable, compile-friendly op.
+
+    rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out=None)
+    RMSNorm(normalized_shape, eps=None, elementwise_affine=True, ...)      the module, a torch.nn.RMSNorm
+    replace_rms_norm(model)                                                 swaps a model's norms for ours
+
+`python -m rmsnorm_cuda` shows what is built and checks it.
+"""
+
+import torch  # noqa: F401  (its libraries are loaded before ours)
+
+from .functional import rms_norm
+from .modules import RMSNorm
+
+__version__ = "0.1.0"
+__all__ = ["RMSNorm", "replace_rms_norm", "rms_norm"]
+
+
+def __getattr__(name):
+    # Model integrations are imported when they are first used: `import rmsnorm_cuda` stays quick.
+    if name == "replace_rms_norm":
+        from .integrations.transformers import replace_rms_norm
+
+        return replace_rms_norm
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), "replace_rms_norm"])

@@ -1,0 +1,114 @@
+"""python -m rmsnorm_cuda: what is built and loaded, and a self-check against fp64. Paste it into a bug report.
+
+The exit status is 1 if a check fails.
+"""
+
+import itertools
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import rmsnorm_cuda
+from rmsnorm_cuda import _C
+from rmsnorm_cuda.reference import rms_norm_backward_reference, rms_norm_reference, round_once, ulp_distance
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPE = (7, 1031)  # odd: full vectors and a tail
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe():
+    isas = _C.isas()
+    yield "rmsnorm_cuda", f"{rmsnorm_cuda.__version__}  {Path(rmsnorm_cuda.__file__).parent}"
+    yield "torch", f"{torch.__version__} (built for {_C.torch_version})"
+    yield "Python", f"{platform.python_version()}  {platform.platform()}"
+    yield "compiler", _C.compiler
+    yield "CPU", f"{processor()}, {torch.get_num_threads()} threads"
+    yield "instruction set", f"{_C.isa()} in use; here: {', '.join(name for name in isas if isas[name])}; built: {', '.join(isas)}"
+    yield "CUDA kernels", ("" if _C.cuda_built() else "none: ") + _C.cuda_architectures()
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            yield f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
+    else:
+        yield "CUDA device", "none that torch sees"
+
+
+def checks(device, generator):
+    """Yields (what, ulps, limit) for each op, dtype pair and option."""
+
+    def randn(*shape, dtype):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    cols = SHAPE[-1:]
+    options = ({}, {"weight_offset": 1.0}, {"cast_before_weight": True})
+    for dtype, weight_dtype, kwargs in itertools.product(DTYPES, (*DTYPES, None), options):
+        x = randn(*SHAPE, dtype=dtype)
+        weight = None if weight_dtype is None else randn(*cols, dtype=weight_dtype)
+        if weight is None and kwargs:
+            continue
+        want = rms_norm_reference(x, cols, weight, 1e-6, **kwargs)
+        there = x.to(device), cols, None if weight is None else weight.to(device), 1e-6
+        limit = 2 if "cast_before_weight" in kwargs else 1  # it rounds twice
+        name = " ".join([str(dtype)[6:], "x", str(weight_dtype).removeprefix("torch."), *kwargs])
+        ops = torch.ops.rmsnorm_cuda
+        y, rstd = ops.rms_norm_forward(*there, **kwargs)
+        out = torch.empty_like(want).to(device)
+        for op, got in (
+            ("rms_norm", rmsnorm_cuda.rms_norm(*there, **kwargs)),
+            ("rms_norm.out", rmsnorm_cuda.rms_norm(*there, **kwargs, out=out)),
+            ("rms_norm_forward", y),
+        ):
+            yield f"{op} {name}", ulp_distance(got.cpu(), want).max().item(), limit
+
+        # A gradient is a difference of terms; it is judged in ulps of the largest of its row or column sum.
+        dy = randn(*SHAPE, dtype=dtype)
+        mask = [True, weight is not None]
+        grads = ops.rms_norm_backward(dy.to(device), *there[:3], rstd, 1e-6, mask, **kwargs)
+        wants = rms_norm_backward_reference(dy, x, cols, weight, 1e-6, **kwargs)
+        for op, got, want in zip(("dx", "dweight"), grads, wants):
+            if want is not None:
+                error = (got.cpu().double() - want).abs() - (round_once(want, got.dtype).double() - want).abs()
+                ulps = (error.amax() / want.abs().amax() / torch.finfo(got.dtype).eps).item()
+                yield f"rms_norm_backward {op} {name}", ulps, 4
+
+
+def self_check():
+    generator = torch.Generator().manual_seed(0)
+    runs = [("cpu", isa) for isa, supported in _C.isas().items() if supported]
+    if _C.cuda_built() and torch.cuda.is_available():
+        runs.append(("cuda", None))
+    failures = 0
+    for device, isa in runs:
+        if isa:
+            _C.set_isa(isa)
+        worst, count = 0.0, 0
+        for what, ulps, limit in checks(device, generator):
+            count += 1
+            worst = max(worst, ulps)
+            if not ulps <= limit or (isa and _C.last_isa() != isa):
+                failures += 1
+                print(f"FAILED  {device} {isa or ''} {what}: {ulps:.3g} ulp, limit {limit}")
+        print(f"self-check {device} {isa or ''}: {count} comparisons with fp64, worst {worst:.2f} ulp")
+    _C.set_isa(None)
+    return failures
+
+
+def main():
+    for key, value in describe():
+        print(f"{key:<16}{value}")
+    failures = self_check()
+    print("FAILED" if failures else "OK")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The public functions, and the fakes (shape functions) of the ops below them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import _C  # also registers torch.ops.rmsnorm_cuda
+
+_ops = torch.ops.rmsnorm_cuda
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Root mean square layer normalization over the last dimensions.
+
+    .. math:: y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot (\mathrm{weight} + \mathrm{weight\_offset})
+
+    By default exactly :func:`torch.nn.functional.rms_norm`: computed in fp32 (fp64 if an argument is fp64), rounded
+    once, to the dtype of ``input``, whatever the dtype of ``weight``. Zhang & Sennrich, "Root Mean Square Layer
+    Normalization", NeurIPS 2019.
+
+    Args:
+        input: ``[*, *normalized_shape]``, fp32, fp16, bf16 or fp64, on the CPU or a CUDA device. Leading dimensions may
+            have any strides (slices, transposed heads, expanded); only if the normalized dimensions are not dense is a
+            copy made.
+        normalized_shape: the sizes of the last dimensions, over which the mean is taken; an int is a shape of one.
+        weight: ``normalized_shape``, any of those dtypes, same device. None: no scale.
+        eps: added to the mean of squares, finite and not negative. None: the machine epsilon of the type that is
+            computed in, ``1.1920928955078125e-07`` or, for fp64 input, ``2.220446049250313e-16``.
+        weight_offset: added to the weight in fp32. 1.0 for the Gemma family, whose weights are stored minus one.
+        cast_before_weight: round ``x / rms`` to the dtype of ``input`` and then multiply: the order of the Llama,
+            Mistral and Qwen families. The result has the promoted dtype of ``input`` and ``weight``, as theirs has.
+        out: written to and returned instead of a new tensor: same shape, the result's dtype, dense rows. May be
+            ``input`` itself. Refused where a gradient would be recorded.
+
+    Returns:
+        ``[*, *normalized_shape]``, contiguous, differentiable with respect to ``input`` and ``weight``.
+
+    Raises:
+        TypeError: an argument is of the wrong Python type.
+        ValueError: eps is negative or not finite; ``input`` has too few dimensions.
+        NotImplementedError: a dtype that is not one of the four.
+        RuntimeError: shapes or devices do not match; ``out`` does not fit, overlaps ``input`` partly, or is given
+            where a gradient is recorded. Nothing is written when an error is raised.
+    """
+    if is_compiling():
+        if isinstance(normalized_shape, int):
+            normalized_shape = (normalized_shape,)
+        y = _ops.rms_norm(
+            input, normalized_shape, weight, eps, weight_offset=weight_offset, cast_before_weight=cast_before_weight
+        )
+        return y if out is None else out.copy_(y)
+    return _C.rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out)
+
+
+# Fakes: what the ops return, as shapes. Eager checks hold there too (see csrc/torch/checks.h); here it
+# is enough that a wrong program does not trace.
+
+
+def _check(input, normalized_shape, weight):
+    lead = input.dim() - len(normalized_shape)
+    torch._check(len(normalized_shape) > 0 and lead >= 0, lambda: "rms_norm: input has too few dimensions")
+    for have, want in zip(input.shape[lead:], normalized_shape, strict=True):
+        torch._check(
+            have == want,
+            lambda: f"rms_norm: given normalized_shape={list(normalized_shape)}, expected input with that shape at the "
+            f"end, but got input of size {list(input.shape)}",
+        )
+    if weight is not None:
+        torch._check(
+            weight.dim() == len(normalized_shape),
+            lambda: "rms_norm: expected weight to be of same shape as normalized_shape",
+        )
+        for have, want in zip(weight.shape, normalized_shape, strict=True):
+            torch._check(have == want, lambda: "rms_norm: expected weight to be of same shape as normalized_shape")
+        torch._check(weight.device == input.device, lambda: "rms_norm: input and weight are on different devices")
+    return lead
+
+
+def _output_dtype(input, weight, cast_before_weight):
+    return torch.promote_types(input.dtype, weight.dtype) if cast_before_weight and weight is not None else input.dtype
+
+
+@torch.library.register_fake("rmsnorm_cuda::rms_norm")
+def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
+    _check(input, normalized_shape, weight)
+    return input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight))
+
+
+@torch.library.register_fake("rmsnorm_cuda::rms_norm.out")
+def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out):
+    _check(input, normalized_shape, weight)
+    return out
+
+
+@torch.library.register_fake("rmsnorm_cuda::rms_norm_forward")
+def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
+    lead = _check(input, normalized_shape, weight)
+    rstd_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (
+        input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight)),
+        input.new_empty(input.shape[:lead], dtype=rstd_dtype),
+    )
+
+
+@torch.library.register_fake("rmsnorm_cuda::rms_norm_backward")
+def _(grad_output, input, normalized_shape, weight, rstd, eps, output_mask, *, weight_offset=0.0, cast_before_weight=False):
+    _check(input, normalized_shape, weight)
+    grad_input = input.new_empty(input.shape) if output_mask[0] else None
+    grad_weight = weight.new_empty(weight.shape) if output_mask[1] and weight is not None else None
+    return grad_input, grad_weight

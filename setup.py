@@ -1,0 +1,258 @@
+"""Builds rmsnorm_cuda: three shared libraries, each ignorant of the one above.
+
+    rmsnorm_cuda/lib/librmsnorm.so        kernels            csrc/cpu csrc/cuda      neither torch nor Python
+    rmsnorm_cuda/lib/librmsnorm_torch.so  torch ops          csrc/torch              no Python
+    rmsnorm_cuda/_C.*.so                  Python binding     csrc/python
+
+ninja does the work, incrementally and in parallel. Environment:
+
+    RMSNORM_CUDA_BUILD     1: compile the CUDA kernels, also against a CPU-only torch; 0: leave them out;
+                           unset: compile them if torch is a CUDA build and nvcc is there
+    TORCH_CUDA_ARCH_LIST   e.g. "9.0" or "8.0;9.0+PTX"; default: every architecture below that nvcc knows
+    RMSNORM_CUDA_CUDART    static (default) or shared: how the CUDA runtime is linked
+    CUDA_HOME, NVCC, CXX   where the compilers are
+    MAX_JOBS               how many of them run at once
+
+`python setup.py build_ext --inplace` rebuilds what changed; `--kernels-only` stops at librmsnorm.so.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+
+NINJA_RULES = """\
+rule cxx
+  command = $cxx -MD -MF $out.d $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = CXX $out
+# ptxas' report (registers, spills) is kept beside the object.
+rule nvcc
+  command = $nvcc -MD -MF $out.d $flags -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)
+  depfile = $out.d
+  deps = gcc
+  description = NVCC $out
+rule link
+  command = $linker -shared -o $out $in $flags
+  description = LINK $out
+"""
+
+
+def fail(sentence):
+    sys.exit(f"rmsnorm_cuda: {sentence}")
+
+
+def find_compiler():
+    cxx = os.environ.get("CXX", "g++")
+    if not shutil.which(shlex.split(cxx)[0]):
+        fail(f"the C++ compiler {cxx!r} was not found; install g++ 11 or newer, or name one in CXX.")
+    return cxx
+
+
+def find_ninja():
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        pass
+    return shutil.which("ninja") or fail("ninja was not found; `pip install ninja`.")
+
+
+def find_nvcc():
+    """Path of nvcc, or None. It may be a wrapper script: nothing is concluded from where it lies."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [os.environ.get("NVCC"), home and str(Path(home) / "bin" / "nvcc"), "nvcc"]
+    return next((path for path in map(shutil.which, filter(None, candidates)) if path), None)
+
+
+def find_torch():
+    try:
+        import torch
+    except ImportError as error:
+        fail(
+            f"torch cannot be imported in this build environment ({error}); "
+            "install torch, ninja and setuptools first, then build with `pip install --no-build-isolation`."
+        )
+    return torch
+
+
+def cuda_absent_reason(torch, nvcc):
+    """Why CUDA is left out, as the end of a sentence; None: it is compiled."""
+    wish = os.environ.get("RMSNORM_CUDA_BUILD", "")
+    if wish not in ("", "0", "1"):
+        fail(f"RMSNORM_CUDA_BUILD={wish!r} is not understood; expected 1, 0 or unset.")
+    if wish == "0":
+        return "RMSNORM_CUDA_BUILD=0 was set when it was built"
+    if wish == "1":
+        return None if nvcc else fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
+    if torch and not torch.version.cuda:
+        return f"it was built with torch {torch.__version__}, a CPU-only build; RMSNORM_CUDA_BUILD=1 overrides"
+    return None if nvcc else "nvcc was not found when it was built"
+
+
+def architectures(nvcc):
+    """[(number, is_ptx)] from TORCH_CUDA_ARCH_LIST, or the default ones that this nvcc knows."""
+    known = set(re.findall(r"compute_(\w+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout))
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    result = []
+    for item in re.split(r"[;,\s]+", (listed or DEFAULT_ARCHITECTURES).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+        if not match:
+            fail(f"TORCH_CUDA_ARCH_LIST: {item!r} is not understood; expected items such as 9.0 or 8.6+PTX.")
+        number = match[1] + match[2]
+        if number.rstrip("af") in known:
+            result.append((number, item, bool(match[3])))
+        elif listed:
+            fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {' '.join(sorted(known, key=int))}.")
+    return result or fail(f"{nvcc} knows none of the architectures {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST.")
+
+
+def sources(pattern):
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+class NinjaFile:
+    """The text of a build.ninja."""
+
+    def __init__(self, build_dir):
+        self.build_dir = build_dir
+        self.lines = [NINJA_RULES]
+
+    @staticmethod
+    def escape(path):
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    def rule(self, rule, output, inputs, implicit=(), **variables):
+        text = f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}"
+        if implicit:
+            text += " | " + " ".join(map(self.escape, implicit))
+        for name, value in variables.items():
+            value = value if isinstance(value, str) else " ".join(map(shlex.quote, value))
+            text += f"\n  {name} = {value.replace('$', '$$')}"
+        self.lines.append(text + "\n")
+        return output
+
+    def compile(self, rule, sources, **variables):
+        """Objects of the sources, which are relative to ROOT."""
+        return [self.rule(rule, self.build_dir / f"{s}.o", [ROOT / s], **variables) for s in sources]
+
+
+class BuildExt(build_ext):
+    user_options = build_ext.user_options + [("kernels-only", None, "build librmsnorm.so alone; needs no torch")]
+    boolean_options = build_ext.boolean_options + ["kernels-only"]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.kernels_only = False
+
+    def finalize_options(self):
+        # One build folder for wheels, editable installs (whose own is thrown away) and direct calls.
+        build_temp = self.build_temp or ROOT / "build" / f"temp-{sys.implementation.cache_tag}"
+        super().finalize_options()
+        self.build_temp = str(build_temp)
+
+    def run(self):
+        self.build_extensions()
+
+    def package_dir(self):
+        return ROOT / "rmsnorm_cuda" if self.inplace else Path(self.build_lib).resolve() / "rmsnorm_cuda"
+
+    def outputs(self):
+        package = self.package_dir()
+        binding = package / Path(self.get_ext_filename("rmsnorm_cuda._C")).name
+        return package / "lib" / "librmsnorm.so", package / "lib" / "librmsnorm_torch.so", binding
+
+    def get_outputs(self):
+        return [str(path) for path in self.outputs()]
+
+    def get_output_mapping(self):
+        return {}
+
+    def build_extensions(self):
+        kernels, ops, binding = self.outputs()
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        (kernels.parent).mkdir(parents=True, exist_ok=True)
+        file = NinjaFile(build_dir)
+        torch = None if self.kernels_only else find_torch()
+        self.cxx = find_compiler()
+        self.add_kernels(file, kernels, torch)
+        if torch:
+            self.add_torch_layers(file, kernels, ops, binding, torch)
+        (build_dir / "build.ninja").write_text("\n".join(file.lines))
+        command = [find_ninja(), "-C", str(build_dir)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if subprocess.run(command).returncode:
+            fail("the build failed; the compiler's message is above.")
+
+    def add_kernels(self, file, output, torch):
+        common = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # -ffp-contract=off: an FMA only where the source says so, or the bits would depend on the compiler.
+        cxx_flags = ["-std=c++17", *common, "-ffp-contract=off", "-fno-math-errno"]
+        objects = file.compile("cxx", sources("csrc/cpu/*.cpp"), cxx=self.cxx, flags=cxx_flags)
+        nvcc = find_nvcc()
+        absent = cuda_absent_reason(torch, nvcc)
+        if absent:
+            print(f"rmsnorm_cuda: without CUDA kernels: {absent}")
+            define = f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"'
+            objects += file.compile("cxx", ["csrc/cuda/absent.cpp"], cxx=self.cxx, flags=[*cxx_flags, define])
+            linker, link_flags = self.cxx, []
+        else:
+            chosen = architectures(nvcc)
+            print(f"rmsnorm_cuda: CUDA kernels for {' '.join(item for _, item, _ in chosen)}, by {nvcc}")
+            flags = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "-Xfatbin", "-compress-all", "-ccbin", self.cxx]
+            flags += ["-Xcompiler", ",".join(common[1:])]
+            flags += [f'-DRMSNORM_CUDA_ARCHS="{" ".join(item for _, item, _ in chosen)}"']
+            for number, _, is_ptx in chosen:
+                flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+                if is_ptx:
+                    flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+            objects += file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=nvcc, flags=flags)
+            cudart = os.environ.get("RMSNORM_CUDA_CUDART", "static")
+            if cudart not in ("static", "shared"):
+                fail(f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared.")
+            # nvcc links, since only it knows where its runtime lies; what is static stays hidden from torch's copy.
+            linker = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(self.cxx)}"
+            link_flags = ["-cudart", cudart, "-Xlinker", "--exclude-libs,ALL"]
+        wl = "-Xlinker {}" if not absent else "-Wl,{}"
+        for option in ("-soname,librmsnorm.so", "--no-undefined"):
+            link_flags += wl.format(option).split(" ", 1)
+        file.rule("link", output, objects, linker=linker, flags=link_flags)
+
+    def add_torch_layers(self, file, kernels, ops, binding, torch):
+        import sysconfig
+
+        torch_dir = Path(torch.__file__).parent
+        flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", "-isystem", str(torch_dir / "include")]
+        library_dirs = [f"-L{kernels.parent}", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-Wl,--no-undefined"]
+
+        objects = file.compile("cxx", sources("csrc/torch/*.cpp"), cxx=self.cxx, flags=flags)
+        # $ORIGIN/../../torch/lib is where torch lies beside an installed package; in Python it is loaded already.
+        link = [*library_dirs, "-lrmsnorm", "-ltorch_cpu", "-lc10", "-Wl,-soname,librmsnorm_torch.so"]
+        link += ["-Wl,-rpath,$ORIGIN:$ORIGIN/../../torch/lib"]
+        file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=link)
+
+        # pybind11 is the one that torch was built with: its type casters are torch's.
+        python = ["-isystem", sysconfig.get_paths()["include"], f'-DRMSNORM_TORCH_VERSION="{torch.__version__}"']
+        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], cxx=self.cxx, flags=[*flags, *python])
+        # A Python module leaves Python's own symbols to the interpreter.
+        link = [flag for flag in library_dirs if flag != "-Wl,--no-undefined"]
+        link += ["-lrmsnorm_torch", "-lrmsnorm", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+        link += ["-Wl,-rpath,$ORIGIN/lib:$ORIGIN/../torch/lib"]
+        file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=link)
+
+
+setup(ext_modules=[Extension("rmsnorm_cuda._C", sources=[])], cmdclass={"build_ext": BuildExt})
