@@ -246,7 +246,8 @@ class BuildExt(build_ext):
         file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=link)
 
         # pybind11 is the one that torch was built with: its type casters are torch's.
-        python = ["-isystem", sysconfig.get_paths()["include"], f'-DRMSNORM_TORCH_VERSION="{torch.__version__}"']
+        # The argument parser's header takes fmt's functions inline, as torch itself was compiled.
+        python = ["-DFMT_HEADER_ONLY=1", "-isystem", sysconfig.get_paths()["include"], f'-DRMSNORM_TORCH_VERSION="{torch.__version__}"']
         objects = file.compile("cxx", ["csrc/python/bindings.cpp"], cxx=self.cxx, flags=[*flags, *python])
         # A Python module leaves Python's own symbols to the interpreter.
         link = [flag for flag in library_dirs if flag != "-Wl,--no-undefined"]

@@ -85,7 +85,11 @@ def _check(input, normalized_shape, weight):
         )
         for have, want in zip(weight.shape, normalized_shape, strict=True):
             torch._check(have == want, lambda: "rms_norm: expected weight to be of same shape as normalized_shape")
-        torch._check(weight.device == input.device, lambda: "rms_norm: input and weight are on different devices")
+        torch._check(
+            weight.device == input.device,
+            lambda: f"rms_norm: expected all tensors to be on the same device, but input is on "
+            f"{input.device} and weight is on {weight.device}",
+        )
     return lead
 
 

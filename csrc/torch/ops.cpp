@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <sys/mman.h>
+#include <torch/headeronly/version.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -217,11 +218,18 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
 
 }  // namespace
 
+// Lets Inductor write into a buffer that it planned; functionalization needs it too. torch has it from 2.13 on.
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+const std::vector<at::Tag> kOutTags{at::Tag::out};
+#else
+const std::vector<at::Tag> kOutTags{};
+#endif
+
 TORCH_LIBRARY(rmsnorm_cuda, m) {
   m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> Tensor");
   m.def("rms_norm.out(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
-        "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out) -> Tensor(a!)");
+        "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out) -> Tensor(a!)", kOutTags);
   m.def("rms_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor rstd)");
   m.def("rms_norm_backward(Tensor grad_output, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor rstd, "

@@ -1,0 +1,69 @@
+"""torch.nn.RMSNorm on this package's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import rms_norm
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """A drop-in for `torch.nn.RMSNorm`: same constructor, same parameters, same state_dict.
+
+    Args beyond those of `torch.nn.RMSNorm`:
+        weight_offset: added to the weight in fp32; 1.0 is the Gemma family.
+        cast_before_weight: round to the input's dtype before the weight is multiplied in, and return the
+            promotion of both dtypes: the Llama, Mistral and Qwen families of transformers.
+
+    A fresh weight is 1 - weight_offset, so that a new module scales by one: ones by default, zeros for the
+    Gemma family.
+    """
+
+    weight_offset: float = 0.0
+    cast_before_weight: bool = False
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
+        self.weight_offset = weight_offset
+        self.cast_before_weight = cast_before_weight
+        if weight_offset != 0.0:  # the base class filled the weight before it could know of the offset
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.elementwise_affine:
+            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # self.weight would go through nn.Module.__getattr__. The parameter is not in _parameters where someone
+        # replaced it by a tensor or a property: parametrizations, DataParallel replicas, FSDP1 views.
+        try:
+            weight = self._parameters["weight"]
+        except KeyError:
+            weight = self.weight
+        return rms_norm(
+            x,
+            self.normalized_shape,
+            weight,
+            self.eps,
+            weight_offset=self.weight_offset,
+            cast_before_weight=self.cast_before_weight,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.weight_offset != 0.0:
+            text += f", weight_offset={self.weight_offset}"
+        if self.cast_before_weight:
+            text += ", cast_before_weight=True"
+        return text

@@ -1,0 +1,141 @@
+"""What the operators compute, in plain ATen ops: the yardstick of the tests and of the self-check.
+
+Nothing here is fast, differentiable or dependent on the extension. fp64 inputs whose squares leave the range of
+fp64 (|x| beyond 1e154, or below 1e-162 with eps = 0) are outside what this formula can judge.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_INT_OF = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+_INT64_MAX = torch.iinfo(torch.int64).max
+
+
+@torch.no_grad()
+def rms_norm_reference(
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset), computed in `dtype` and rounded once.
+
+    The result has the dtype of `input`. With `cast_before_weight` there are two roundings by definition:
+    x / sqrt(...) is rounded to the dtype of `input`, multiplied by the weight, and that product is rounded
+    to the promotion of both dtypes.
+    """
+    dims = _trailing_dims(input, normalized_shape)
+    x = input.to(dtype)
+    xhat = x * _rstd(x, dims, default_eps(input) if eps is None else eps)
+    if cast_before_weight:
+        xhat = round_once(xhat, input.dtype)
+    if weight is None:
+        return round_once(xhat, input.dtype)
+    gain = _gain(input, weight, weight_offset).to(dtype)
+    return round_once(xhat.to(dtype) * gain, _output_dtype(input, weight, cast_before_weight))
+
+
+@torch.no_grad()
+def rms_norm_backward_reference(
+    grad: Tensor,
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, dweight) in fp64, not rounded: round_once() gives what an exact kernel would store.
+
+    The rounding of `cast_before_weight` counts as the identity for dx; dweight sees the rounded value, which
+    is what the forward multiplied by.
+    """
+    dims = _trailing_dims(input, normalized_shape)
+    x, dy = input.double(), grad.double()
+    rstd = _rstd(x, dims, default_eps(input) if eps is None else eps)
+    xhat = x * rstd
+    g = dy if weight is None else dy * _gain(input, weight, weight_offset).double()
+    dx = rstd * (g - xhat * (g * xhat).mean(dims, keepdim=True))
+    if weight is None:
+        return dx, None
+    seen = round_once(xhat, input.dtype).double() if cast_before_weight else xhat
+    return dx, (dy * seen).reshape(math.prod(input.shape[: input.dim() - len(dims)]), *weight.shape).sum(0)
+
+
+def default_eps(input: Tensor) -> float:
+    """The meaning of eps=None: the machine epsilon of the type that torch would compute in."""
+    return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+
+
+@torch.no_grad()
+def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value.to(dtype)` with one rounding, to nearest even.
+
+    ATen converts fp64 to a 16-bit type by way of fp32, and the two roundings together go wrong near ties.
+    Here the way through fp32 rounds to odd, which loses nothing that the second rounding needs.
+    """
+    if value.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return value.to(dtype)
+    near = value.float()
+    bits = near.view(torch.int32)
+    bits = torch.where(near.double().abs() > value.abs(), bits - 1, bits)  # now truncated toward zero
+    bits = torch.where((near.double() != value) & ~value.isnan(), bits | 1, bits)
+    return bits.view(torch.float32).to(dtype)
+
+
+@torch.no_grad()
+def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable values of the common dtype lie between a and b, plus one; 0 where they are equal.
+
+    +0 and -0 are equal, and so are two NaNs whatever their bits. Infinity is the neighbour of the largest
+    finite value. NaN against a number, and what does not fit int64, is the largest int64.
+    """
+    if a.dtype != b.dtype or a.dtype not in _INT_OF:
+        raise TypeError(f"ulp_distance: expected two tensors of the same floating dtype, got {a.dtype} and {b.dtype}")
+    i, j = torch.broadcast_tensors(_ordinal(a), _ordinal(b))
+    distance = i - j
+    overflowed = ((i < 0) != (j < 0)) & ((distance < 0) != (i < 0))
+    distance = torch.where(overflowed, _INT64_MAX, distance.abs())
+    distance = torch.where(a.isnan() != b.isnan(), _INT64_MAX, distance)
+    return torch.where(a.isnan() & b.isnan(), 0, distance)
+
+
+def _ordinal(x: Tensor) -> Tensor:
+    """The index of each value in the order of all values of its dtype; +0 and -0 are both 0."""
+    bits = x.contiguous().view(_INT_OF[x.dtype]).long()
+    magnitude = bits & torch.iinfo(_INT_OF[x.dtype]).max
+    return torch.where(bits < 0, -magnitude, magnitude)
+
+
+def _trailing_dims(input: Tensor, normalized_shape) -> list[int]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(f"expected an input of shape [*, {', '.join(map(str, shape))}], got {list(input.shape)}")
+    return list(range(-len(shape), 0))
+
+
+def _rstd(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    return 1.0 / torch.sqrt((x * x).mean(dims, keepdim=True) + eps)
+
+
+def _gain(input: Tensor, weight: Tensor, weight_offset: float) -> Tensor:
+    """weight + weight_offset: in fp32, or in fp64 where any operand is fp64, as the operators add it."""
+    return weight.to(torch.float64 if torch.float64 in (input.dtype, weight.dtype) else torch.float32) + weight_offset
+
+
+def _output_dtype(input: Tensor, weight: Tensor, cast_before_weight: bool) -> torch.dtype:
+    return torch.promote_types(input.dtype, weight.dtype) if cast_before_weight else input.dtype
