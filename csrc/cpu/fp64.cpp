@@ -1,0 +1,188 @@
+// The rows that fp32 cannot do: fp64 tensors, and rows so large, tiny or broken (Inf, NaN) that
+// their sum of squares leaves the range of the fast path. Exactness counts here, speed does not.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace rmsnorm::cpu {
+namespace {
+
+float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+double half_to_double(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 0x3ff;
+  const double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
+                           : exponent     ? std::ldexp(fraction | 0x400, exponent - 25)
+                                          : std::ldexp(fraction, -24);
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+
+// Double to float, cut, with the last bit set if anything was lost ("round to odd"): rounding this
+// to 16 bits gives what rounding the double itself would give.
+float to_float_odd(double value) {
+  const float nearest = float(value);
+  if (double(nearest) == value || value != value) return nearest;
+  uint32_t bits = float_to_bits(nearest);
+  if (std::fabs(double(nearest)) > std::fabs(value)) --bits;
+  return bits_to_float(bits | 1);
+}
+
+uint16_t to_bfloat16(double value) {
+  const uint32_t bits = float_to_bits(to_float_odd(value));
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t to_half(double value) {
+  const uint32_t bits = float_to_bits(to_float_odd(value));
+  const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (value != value) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 and above
+  if (rest < 0x38800000) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(value) * 0x1p24)));
+  return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+
+double load(const void* base, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32: return static_cast<const float*>(base)[i];
+    case DType::kFloat16: return half_to_double(static_cast<const uint16_t*>(base)[i]);
+    case DType::kBFloat16: return bits_to_float(uint32_t(static_cast<const uint16_t*>(base)[i]) << 16);
+    case DType::kFloat64: return static_cast<const double*>(base)[i];
+  }
+  return 0;
+}
+
+void store(void* base, DType dtype, int64_t i, double value) {
+  switch (dtype) {
+    case DType::kFloat32: static_cast<float*>(base)[i] = float(value); return;
+    case DType::kFloat16: static_cast<uint16_t*>(base)[i] = to_half(value); return;
+    case DType::kBFloat16: static_cast<uint16_t*>(base)[i] = to_bfloat16(value); return;
+    case DType::kFloat64: static_cast<double*>(base)[i] = value; return;
+  }
+}
+
+double round_to(DType dtype, double value) {
+  double rounded;
+  store(&rounded, dtype, 0, value);
+  return load(&rounded, dtype, 0);
+}
+
+// One row of x, normalized: x * scale is near 1 where x * x would leave the range of double, and
+// rstd = scale * unit. The factors are applied one after the other: their product may overflow.
+struct Row {
+  const void* x;
+  DType dtype;
+  int64_t offset;
+  double scale = 1, unit = 0;
+
+  double operator[](int64_t i) const { return load(x, dtype, offset + i) * scale; }
+  double xhat(int64_t i) const { return (*this)[i] * unit; }
+};
+
+// The scale does not follow x below sqrt(eps), which is what bounds rstd there: eps * scale^2 stays finite.
+template <class P>
+Row normalize(const P& p, int64_t row) {
+  Row x = {p.x, p.x_dtype, p.x_rows.offset(row)};
+  double largest = std::sqrt(p.eps);
+  for (int64_t i = 0; i < p.cols; ++i) largest = std::fmax(largest, std::fabs(x[i]));
+  if (std::isfinite(largest) && largest > 0 && (largest > 0x1p400 || largest < 0x1p-400)) {
+    // Two steps, or the scale of the largest denormals, 2^1074, would itself overflow.
+    x.scale = std::ldexp(1.0, -std::max(std::ilogb(largest), -1000));
+  }
+  double lanes[8] = {};
+  for (int64_t i = 0; i < p.cols; ++i) lanes[i % 8] += x[i] * x[i];
+  for (int half = 4; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  x.unit = 1 / std::sqrt(lanes[0] / double(p.cols) + p.eps * x.scale * x.scale);
+  return x;
+}
+
+// weight + weight_offset, as the fast path forms it: in fp32 unless a tensor is fp64.
+template <class P>
+double weight_at(const P& p, int64_t i) {
+  if (!p.weight) return 1;
+  const double w = load(p.weight, p.w_dtype, i);
+  return wide(p) ? w + p.weight_offset : float(w) + float(p.weight_offset);
+}
+
+template <class T>
+void backward_row(const RmsNormBackward& p, int64_t row, T* partial) {
+  const Row x = normalize(p, row);
+  const int64_t dy_offset = p.dy_rows.offset(row);
+  const auto dy = [&](int64_t i) { return load(p.dy, p.dy_dtype, dy_offset + i); };
+  if (partial) {
+    for (int64_t i = 0; i < p.cols; ++i) {
+      const double xhat = p.cast_before_weight ? round_to(p.x_dtype, x.xhat(i)) : x.xhat(i);
+      partial[i] = T(partial[i] + dy(i) * xhat);
+    }
+  }
+  if (!p.dx) return;
+  double sum = 0;
+  for (int64_t i = 0; i < p.cols; ++i) sum += weight_at(p, i) * dy(i) * x.xhat(i);
+  const double c = sum / double(p.cols);
+  for (int64_t i = 0; i < p.cols; ++i) {
+    const double gradient = (weight_at(p, i) * dy(i) - x.xhat(i) * c) * x.unit * x.scale;
+    store(p.dx, p.x_dtype, row * p.cols + i, gradient);
+  }
+}
+
+// Stage two of the backward for one dtype of partial sums.
+template <class T>
+void sum_partials(const RmsNormBackward& p, int64_t blocks, int64_t col_begin, int64_t col_end) {
+  constexpr int64_t kTile = 256;  // columns: 2 KB of sums, and whole cache lines of the partials
+  for (int64_t begin = col_begin; begin < col_end; begin += kTile) {
+    const int64_t count = std::min(kTile, col_end - begin);
+    double sums[kTile] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const T* partial = static_cast<const T*>(p.workspace) + block * p.cols + begin;
+      for (int64_t i = 0; i < count; ++i) sums[i] += partial[i];
+    }
+    for (int64_t i = 0; i < count; ++i) store(p.dweight, p.w_dtype, begin + i, sums[i]);
+  }
+}
+
+}  // namespace
+
+bool wide(const RmsNormForward& p) {
+  return p.x_dtype == DType::kFloat64 || p.y_dtype == DType::kFloat64 || (p.weight && p.w_dtype == DType::kFloat64);
+}
+
+bool wide(const RmsNormBackward& p) {
+  const bool weighted = p.weight || p.dweight;
+  return p.x_dtype == DType::kFloat64 || p.dy_dtype == DType::kFloat64 || (weighted && p.w_dtype == DType::kFloat64);
+}
+
+void forward_row_fp64(const RmsNormForward& p, int64_t row) {
+  const Row x = normalize(p, row);
+  const int64_t y_offset = p.y_rows.offset(row);
+  for (int64_t i = 0; i < p.cols; ++i) {
+    const double xhat = p.cast_before_weight ? round_to(p.x_dtype, x.xhat(i)) : x.xhat(i);
+    store(p.y, p.y_dtype, y_offset + i, xhat * weight_at(p, i));
+  }
+  if (p.rstd) store(p.rstd, p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, row, x.unit * x.scale);
+}
+
+void backward_row_fp64(const RmsNormBackward& p, int64_t row, void* partial) {
+  if (wide(p)) return backward_row(p, row, static_cast<double*>(partial));
+  backward_row(p, row, static_cast<float*>(partial));
+}
+
+void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
+  const int64_t blocks = rms_norm_backward_plan(p).blocks;
+  if (wide(p)) return sum_partials<double>(p, blocks, col_begin, col_end);
+  sum_partials<float>(p, blocks, col_begin, col_end);
+}
+
+}  // namespace rmsnorm::cpu

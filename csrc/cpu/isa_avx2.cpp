@@ -1,0 +1,112 @@
+// AVX2 + FMA + F16C (Haswell 2013, Zen 2017 and later).
+//
+// The ISA trap: inline functions compiled with -mavx2 become weak symbols, of which the linker keeps
+// one for the whole library, and an older CPU crashes in it. Hence a target region, which the
+// headers stay out of, instead of a compiler flag, and internal linkage for all that is inside.
+#include "kernels.h"
+
+#if RMSNORM_X86
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define INLINE inline __attribute__((always_inline))
+
+namespace rmsnorm::cpu {
+namespace {
+
+using V = __m256;
+constexpr int kLanes = 8;
+constexpr int kUnroll = 8;
+constexpr char kIsaName[] = "avx2";
+
+INLINE V zero() { return _mm256_setzero_ps(); }
+INLINE V set1(float a) { return _mm256_set1_ps(a); }
+INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
+INLINE V fmsub(V a, V b, V c) { return _mm256_fmsub_ps(a, b, c); }
+
+INLINE __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE V load(const float* p, int n) { return n == kLanes ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, first(n)); }
+INLINE void store(float* p, V v, int n) {
+  if (n == kLanes) return _mm256_storeu_ps(p, v);
+  _mm256_maskstore_ps(p, first(n), v);
+}
+
+// 8 values of 16 bits; AVX2 has no masked access to them.
+template <class T>
+INLINE __m128i load_bits(const T* p, int n) {
+  if (n == kLanes) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  alignas(16) T part[kLanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(part));
+}
+template <class T>
+INLINE void store_bits(T* p, __m128i bits, int n) {
+  if (n == kLanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+  alignas(16) T part[kLanes];
+  _mm_store_si128(reinterpret_cast<__m128i*>(part), bits);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+
+INLINE V widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
+INLINE V widen(__m128i bits, BFloat16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+INLINE __m128i narrow(V v, Half) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Half a unit, less one bit for an even result, then cut; a NaN keeps its upper half and is made quiet.
+INLINE __m128i narrow(V v, BFloat16) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, nan, is_nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+}
+
+template <class T>
+INLINE V load(const T* p, int n) {
+  return widen(load_bits(p, n), T());
+}
+template <class T>
+INLINE void store(T* p, V v, int n) {
+  store_bits(p, narrow(v, T()), n);
+}
+template <class T>
+INLINE V round_to(V v) {
+  return widen(narrow(v, T()), T());
+}
+template <>
+INLINE V round_to<float>(V v) {
+  return v;
+}
+
+struct Doubles {
+  __m256d low, high;
+};
+INLINE void accumulate(Doubles& d, const V* v) {
+  d.low = _mm256_add_pd(d.low, _mm256_cvtps_pd(_mm256_castps256_ps128(*v)));
+  d.high = _mm256_add_pd(d.high, _mm256_cvtps_pd(_mm256_extractf128_ps(*v, 1)));
+}
+INLINE double total(const Doubles& d) {
+  const __m256d four = _mm256_add_pd(d.low, d.high);
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+#include "kernels.inl"
+
+}  // namespace
+
+const Kernels kAvx2 = {kIsaName, forward, backward};
+
+}  // namespace rmsnorm::cpu
+
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,100 @@
+// AVX-512 F, BW, DQ, VL (Skylake-X 2017, Zen 4 2022 and later). See isa_avx2.cpp for the target region.
+// The BF16 and FP16 extensions are not used: their conversions flush denormals, or double-round.
+#include "kernels.h"
+
+#if RMSNORM_X86
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define INLINE inline __attribute__((always_inline))
+
+namespace rmsnorm::cpu {
+namespace {
+
+using V = __m512;
+constexpr int kLanes = 16;
+constexpr int kUnroll = 4;
+constexpr char kIsaName[] = "avx512";
+
+INLINE V zero() { return _mm512_setzero_ps(); }
+INLINE V set1(float a) { return _mm512_set1_ps(a); }
+INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
+INLINE V fmsub(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
+
+INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+INLINE V load(const float* p, int n) { return n == kLanes ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first(n), p); }
+INLINE void store(float* p, V v, int n) {
+  if (n == kLanes) return _mm512_storeu_ps(p, v);
+  _mm512_mask_storeu_ps(p, first(n), v);
+}
+
+// 16 values of 16 bits.
+INLINE __m256i load_bits(const void* p, int n) {
+  return n == kLanes ? _mm256_loadu_si256(static_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(first(n), p);
+}
+INLINE void store_bits(void* p, __m256i bits, int n) {
+  if (n == kLanes) return _mm256_storeu_si256(static_cast<__m256i*>(p), bits);
+  _mm256_mask_storeu_epi16(p, first(n), bits);
+}
+
+INLINE V widen(__m256i bits, Half) { return _mm512_cvtph_ps(bits); }
+INLINE V widen(__m256i bits, BFloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+INLINE __m256i narrow(V v, Half) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Half a unit, less one bit for an even result, then cut; a NaN keeps its upper half and is made quiet.
+INLINE __m256i narrow(V v, BFloat16) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+}
+
+template <class T>
+INLINE V load(const T* p, int n) {
+  return widen(load_bits(p, n), T());
+}
+template <class T>
+INLINE void store(T* p, V v, int n) {
+  store_bits(p, narrow(v, T()), n);
+}
+template <class T>
+INLINE V round_to(V v) {
+  return widen(narrow(v, T()), T());
+}
+template <>
+INLINE V round_to<float>(V v) {
+  return v;
+}
+
+struct Doubles {
+  __m512d v;
+};
+INLINE __m256 upper(V v) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)); }
+INLINE void accumulate(Doubles& d, const V* v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(*v), upper(*v));
+  d.v = _mm512_add_pd(d.v, _mm512_cvtps_pd(eight));
+}
+INLINE double total(const Doubles& d) {
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(d.v), _mm512_extractf64x4_pd(d.v, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+#include "kernels.inl"
+
+}  // namespace
+
+const Kernels kAvx512 = {kIsaName, forward, backward};
+
+}  // namespace rmsnorm::cpu
+
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,116 @@
+// Any machine. Four lanes of the compiler's vector extension, which it maps to SSE2, NEON or plain
+// code; no instruction beyond the baseline.
+#include "kernels.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace rmsnorm::cpu {
+namespace {
+
+typedef float V __attribute__((vector_size(16)));
+typedef uint32_t U __attribute__((vector_size(16)));
+typedef uint16_t U16 __attribute__((vector_size(8)));
+typedef double D __attribute__((vector_size(32)));
+constexpr int kLanes = 4;
+constexpr int kUnroll = 4;  // 16 accumulators do not fit 16 registers, and the code is large already
+constexpr char kIsaName[] = "scalar";
+
+INLINE V set1(float a) { return V{a, a, a, a}; }
+INLINE V zero() { return set1(0); }
+INLINE V add(V a, V b) { return a + b; }
+INLINE V sub(V a, V b) { return a - b; }
+INLINE V mul(V a, V b) { return a * b; }
+INLINE V mul_add(V a, V b, V c) { return a * b + c; }
+
+// A product of two floats is exact in double.
+INLINE D to_double(V a) { return __builtin_convertvector(a, D); }
+INLINE V to_float(D a) { return __builtin_convertvector(a, V); }
+INLINE V fma(V a, V b, V c) { return to_float(to_double(a) * to_double(b) + to_double(c)); }
+INLINE V fmsub(V a, V b, V c) { return to_float(to_double(a) * to_double(b) - to_double(c)); }
+
+INLINE V as_float(U a) { return reinterpret_cast<V>(a); }
+INLINE U as_bits(V a) { return reinterpret_cast<U>(a); }
+INLINE U select(U mask, U a, U b) { return (mask & a) | (~mask & b); }
+
+// n of the 4 elements from p on, as bytes: no alignment and no aliasing rule to keep.
+template <class Vec, class T>
+INLINE Vec load_bytes(const T* p, int n) {
+  Vec v = {};
+  if (n == kLanes) {
+    __builtin_memcpy(&v, p, sizeof v);
+  } else {
+    __builtin_memcpy(&v, p, n * sizeof(T));
+  }
+  return v;
+}
+template <class Vec, class T>
+INLINE void store_bytes(T* p, Vec v, int n) {
+  if (n == kLanes) {
+    __builtin_memcpy(p, &v, sizeof v);
+  } else {
+    __builtin_memcpy(p, &v, n * sizeof(T));
+  }
+}
+
+INLINE V widen(U bits, BFloat16) { return as_float(bits << 16); }
+INLINE V widen(U bits, Half) {
+  const U sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
+  const U tiny = as_bits(as_float(rest | 0x38800000) - set1(0x1p-14f));  // no exponent: rest units of 2^-24, exact
+  const U special = rest | 0x7f800000;                                   // Inf and NaN
+  const U normal = rest + (112 << 23);                                   // another exponent bias
+  return as_float(sign | select(U(rest < (1 << 23)), tiny, select(U(rest >= (31 << 23)), special, normal)));
+}
+
+// Half a unit, less one bit for an even result, then cut; a NaN keeps its upper half and is made quiet.
+INLINE U narrow(V v, BFloat16) {
+  const U bits = as_bits(v);
+  const U rounded = bits + ((bits >> 16) & 1) + 0x7fff;
+  return select(U(v != v), bits | 0x400000, rounded) >> 16;
+}
+INLINE U narrow(V v, Half) {
+  const U sign = as_bits(v) & 0x80000000, rest = as_bits(v) ^ sign;
+  const U tiny = as_bits(as_float(rest) + set1(0.5f)) - 0x3f000000;  // 0.5 has units of 2^-24: the addition rounds
+  const U normal = (rest + ((rest >> 13) & 1) + 0xfff - (112 << 23)) >> 13;
+  const U finite = select(U(rest < 0x38800000), tiny, normal);
+  const U special = select(U(rest > 0x7f800000), 0x7e00 | (rest >> 13 & 0x3ff), U{} + 0x7c00);
+  return (sign >> 16) | select(U(rest >= 0x47800000), special, finite);  // 2^16 and above, Inf, NaN
+}
+
+INLINE V load(const float* p, int n) { return load_bytes<V>(p, n); }
+INLINE void store(float* p, V v, int n) { store_bytes(p, v, n); }
+template <class T>
+INLINE V load(const T* p, int n) {
+  return widen(__builtin_convertvector(load_bytes<U16>(p, n), U), T());
+}
+template <class T>
+INLINE void store(T* p, V v, int n) {
+  store_bytes(p, __builtin_convertvector(narrow(v, T()), U16), n);
+}
+template <class T>
+INLINE V round_to(V v) {
+  return widen(narrow(v, T()), T());
+}
+template <>
+INLINE V round_to<float>(V v) {
+  return v;
+}
+
+struct Doubles {
+  D low, high;
+};
+INLINE void accumulate(Doubles& d, const V* v) {
+  d.low += to_double(v[0]);
+  d.high += to_double(v[1]);
+}
+INLINE double total(const Doubles& d) {
+  const D four = d.low + d.high;
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+#include "kernels.inl"
+
+}  // namespace
+
+const Kernels kScalar = {kIsaName, forward, backward};
+
+}  // namespace rmsnorm::cpu

@@ -1,0 +1,51 @@
+// What the files of csrc/cpu/ share. Nothing here is seen outside of librmsnorm.so.
+#pragma once
+#include <cstdint>
+
+#include "../rmsnorm.h"
+
+// The x86 instruction sets are opened by GCC's target pragma, which clang does not have: there and
+// on every other machine the scalar kernels are the only ones.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RMSNORM_X86 1
+#else
+#define RMSNORM_X86 0
+#endif
+
+namespace rmsnorm::cpu {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// One instruction set: everything but fp64, which has only the functions of fp64.cpp.
+struct Kernels {
+  const char* name;
+  void (*forward)(const RmsNormForward& p, int64_t row_begin, int64_t row_end);
+  void (*backward)(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
+};
+extern const Kernels kScalar;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+
+// Each entry point of a Kernels calls it with its own name: a test sees which code ran.
+void set_last_isa(const char* name);
+
+// The fast path of a row holds while mean(x^2) + eps is in this range. Then rstd is in
+// [2^-30, 2^30], and neither the sum in fp32 nor a product with rstd over- or underflows.
+constexpr double kMinMeanSquare = 0x1p-60;
+constexpr double kMaxMeanSquare = 0x1p60;
+constexpr float kMinRstd = 0x1p-30f;
+constexpr float kMaxRstd = 0x1p30f;
+
+// fp64.cpp: one row in double with dtypes read at run time, for fp64 tensors and for the rows out
+// of that range. partial is the block's row of the workspace; double if `wide`, else float.
+bool wide(const RmsNormForward& p);
+bool wide(const RmsNormBackward& p);
+void forward_row_fp64(const RmsNormForward& p, int64_t row);
+void backward_row_fp64(const RmsNormBackward& p, int64_t row, void* partial);
+
+}  // namespace rmsnorm::cpu
