@@ -148,10 +148,11 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
         rms_norm_forward_op().call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
     if (rstd) *rstd = row_rstd;
     ctx->save_for_backward({input, weight.value_or(Tensor()), row_rstd});
-    ctx->saved_data["normalized"] = static_cast<int64_t>(normalized_shape.size());
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["weight_offset"] = weight_offset;
-    ctx->saved_data["cast_before_weight"] = cast_before_weight;
+    // An entry of saved_data costs an allocation or two: only what differs from the usual is kept.
+    if (normalized_shape.size() != 1) ctx->saved_data["normalized"] = static_cast<int64_t>(normalized_shape.size());
+    if (eps) ctx->saved_data["eps"] = *eps;
+    if (weight_offset != 0) ctx->saved_data["weight_offset"] = weight_offset;
+    if (cast_before_weight) ctx->saved_data["cast_before_weight"] = true;
     return output;
   }
 
@@ -159,12 +160,17 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& input = saved[0];
     const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-    const int64_t normalized = ctx->saved_data["normalized"].toInt();
+    const auto kept = [ctx](const char* key) -> std::optional<c10::IValue> {
+      const auto found = ctx->saved_data.find(key);
+      return found == ctx->saved_data.end() ? std::nullopt : std::optional<c10::IValue>(found->second);
+    };
+    const auto normalized = kept("normalized"), eps = kept("eps"), weight_offset = kept("weight_offset");
+    const int64_t lead = input.dim() - (normalized ? normalized->toInt() : 1);
     const std::array<bool, 2> mask{ctx->needs_input_grad(0), weight && ctx->needs_input_grad(1)};
     auto [dx, dweight] = rms_norm_backward_op().call(
-        grads[0], input, input.sym_sizes().slice(input.dim() - normalized), weight, saved[2],
-        ctx->saved_data["eps"].to<std::optional<double>>(), mask, ctx->saved_data["weight_offset"].toDouble(),
-        ctx->saved_data["cast_before_weight"].toBool());
+        grads[0], input, input.sym_sizes().slice(lead), weight, saved[2],
+        eps ? std::optional<double>(eps->toDouble()) : std::nullopt, mask,
+        weight_offset ? weight_offset->toDouble() : 0.0, kept("cast_before_weight").has_value());
     return {dx, dweight, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };

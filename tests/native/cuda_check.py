@@ -1,0 +1,610 @@
+"""The CUDA kernels against the formula in fp64, through the C entry of cuda_entry.cu. Needs numpy and nothing else.
+
+    python tests/native/cuda_check.py --build LIB     # compile it (PTX only: for cusim), or --build LIB --arch 9.0 for a GPU
+    python tests/native/cuda_check.py --lib LIB [--quick] [--seed N]
+
+Memory comes from the libcudart.so.13 that the loader finds: that of a GPU, or a simulator by LD_LIBRARY_PATH.
+"""
+import argparse
+import ctypes
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+F32, F16, BF16, F64 = range(4)
+NAMES = ["f32", "f16", "bf16", "f64"]
+RAW = [np.uint32, np.uint16, np.uint16, np.uint64]
+BITS = [24, 11, 8, 53]  # significand
+MIN_EXP = [-126, -14, -126, -1022]
+GUARD = 256
+GUARD_BYTE = 0xA5
+
+
+def build(lib, arch):
+    sources = [os.path.join(HERE, "..", "..", "csrc", "cuda", f) for f in ("forward.cu", "backward.cu", "slow.cu", "common.cu")]
+    number = (arch or "9.0").replace(".", "")
+    code = f"sm_{number}" if arch else f"compute_{number}"
+    subprocess.run(
+        ["nvcc", "-t", "2", "-cudart", "shared", "-shared", "-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
+        + [f'-DRMSNORM_CUDA_ARCHS="{arch or number}"', "-gencode", f"arch=compute_{number},code={code}", "-o", lib]
+        + sources + [os.path.join(HERE, "cuda_entry.cu")],
+        check=True,
+    )
+
+
+# Numbers
+
+
+def encode(v, dtype):
+    """fp64 (or long double) -> raw integers, rounded once."""
+    with np.errstate(all="ignore"):
+        if dtype == F64:
+            return v.astype(np.float64).view(np.uint64)
+        if dtype == F32:
+            return v.astype(np.float32).view(np.uint32)
+        if dtype == F16:
+            return v.astype(np.float16).view(np.uint16)
+        v = np.asarray(v, np.float64)
+        f = v.astype(np.float32)
+        u = f.view(np.uint32).copy()
+        u[np.abs(f.astype(np.float64)) > np.abs(v)] -= 1  # towards zero, then odd where inexact
+        u[(u.view(np.float32) != v) & ~np.isnan(v)] |= 1
+        r = ((u.astype(np.uint64) + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(v), np.uint16(0x7FC0), r)
+
+
+def decode(raw, dtype):
+    if dtype == F64:
+        return raw.view(np.float64)
+    if dtype == F32:
+        return raw.view(np.float32).astype(np.float64)
+    if dtype == F16:
+        return raw.view(np.float16).astype(np.float64)
+    return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def ulps(a, b, dtype):
+    """Distance in representable numbers; 0 between NaNs and between zeros."""
+    sign = 1 << (RAW[dtype]().nbytes * 8 - 1)
+    nan_a, nan_b = np.isnan(decode(a, dtype)), np.isnan(decode(b, dtype))
+
+    def ordered(raw):
+        magnitude = (raw & RAW[dtype](sign - 1)).astype(np.int64)
+        return np.where(raw >= sign, -magnitude, magnitude)
+
+    d = np.abs((ordered(a) - ordered(b)).astype(np.float64))
+    return np.where(nan_a | nan_b, np.where(nan_a & nan_b, 0, np.inf), d)
+
+
+def ulp_size(v, dtype):
+    with np.errstate(all="ignore"):
+        e = np.floor(np.log2(np.maximum(np.abs(v), 2.0 ** max(MIN_EXP[dtype], -1000))))
+        return 2.0 ** (np.maximum(e, MIN_EXP[dtype]) - BITS[dtype] + 1)
+
+
+def promoted(x, w):
+    return x if x == w else F64 if F64 in (x, w) else F32
+
+
+# The library and its memory
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("ndim", ctypes.c_int32), ("size", ctypes.c_int64 * 4), ("stride", ctypes.c_int64 * 4)]
+
+
+P, I64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = [("x", P), ("weight", P), ("y", P), ("rstd", P), ("x_rows", Rows), ("y_rows", Rows), ("rows", I64),
+                ("cols", I64), ("eps", ctypes.c_double), ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool),
+                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("y_dtype", ctypes.c_int32)]
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = [("dy", P), ("x", P), ("weight", P), ("rstd", P), ("dx", P), ("dweight", P), ("workspace", P),
+                ("dy_rows", Rows), ("x_rows", Rows), ("rows", I64), ("cols", I64), ("eps", ctypes.c_double),
+                ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool), ("dy_dtype", ctypes.c_int32),
+                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32)]
+
+
+class Gpu:
+    def __init__(self, lib):
+        self.rt = ctypes.CDLL("libcudart.so.13", mode=ctypes.RTLD_GLOBAL)
+        self.rt.cudaMalloc.argtypes = [ctypes.POINTER(P), ctypes.c_size_t]
+        self.rt.cudaFree.argtypes = [P]
+        self.rt.cudaMemcpy.argtypes = [P, P, ctypes.c_size_t, ctypes.c_int]
+        self.k = ctypes.CDLL(os.path.abspath(lib))
+        self.k.workspace.restype = I64
+        self.k.error_string.restype = self.k.architectures.restype = ctypes.c_char_p
+        self.k.plan.argtypes = [ctypes.c_int, I64, I64] + [ctypes.c_int] * 4 + [ctypes.POINTER(I64)]
+        for which, params in enumerate((ForwardParams, BackwardParams)):
+            assert self.k.sizes(which) == ctypes.sizeof(params), "the structs here and in rmsnorm.h differ"
+        self.simulated = hasattr(self.rt, "cusim_set_option")
+
+    def check(self, error):
+        if error:
+            raise RuntimeError(f"CUDA error {error}: {self.k.error_string(error).decode()}")
+
+    def option(self, key, value):
+        if self.simulated:
+            self.rt.cusim_set_option(key.encode(), value.encode())
+
+    def plan(self, backward, cols, dy, x, w, rows=1, sms=132):
+        out = (I64 * 5)()
+        self.k.plan(int(backward), rows, cols, dy, x, w, sms, out)
+        return tuple(out)
+
+
+class Buffer:
+    """`raw` on the device, `shift` bytes off a 256-byte boundary, between guard zones."""
+
+    def __init__(self, gpu, raw, shift=0):
+        self.gpu, self.like = gpu, raw
+        self.start, self.bytes = GUARD + shift, raw.nbytes
+        self.base = P()
+        host = np.full(self.bytes + 2 * GUARD + shift, GUARD_BYTE, np.uint8)
+        host[self.start : self.start + self.bytes] = np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+        gpu.check(gpu.rt.cudaMalloc(ctypes.byref(self.base), host.nbytes))
+        gpu.check(gpu.rt.cudaMemcpy(self.base, host.ctypes.data, host.nbytes, 1))
+
+    @property
+    def address(self):
+        return self.base.value + self.start
+
+    def read(self):
+        """What is there now; frees it. The guard zones must be as they were."""
+        host = np.empty(self.bytes + self.start + GUARD, np.uint8)
+        self.gpu.check(self.gpu.rt.cudaMemcpy(host.ctypes.data, self.base, host.nbytes, 2))
+        self.gpu.check(self.gpu.rt.cudaFree(self.base))
+        inside = host[self.start : self.start + self.bytes]
+        outside = np.concatenate([host[: self.start], host[self.start + self.bytes :]])
+        assert (outside == GUARD_BYTE).all(), "written outside of the buffer"
+        return inside.copy().view(self.like.dtype).reshape(self.like.shape)
+
+
+class Layout:
+    """Where rows start, in elements: a Rows, the offsets of all rows, and the elements that they reach over."""
+
+    def __init__(self, sizes, strides, cols):
+        self.rows = Rows(len(sizes), (I64 * 4)(*sizes), (I64 * 4)(*strides))
+        grid = np.zeros((), np.int64)
+        for n, s in zip(sizes, strides):
+            grid = grid[..., None] + np.arange(n, dtype=np.int64) * s
+        self.offsets = grid.reshape(-1)
+        self.index = self.offsets[:, None] + np.arange(cols)
+        self.elements = int(self.index.max()) + 1
+
+    def place(self, values, fill):
+        flat = np.full(self.elements, fill, values.dtype)
+        flat[self.index] = values
+        return flat
+
+
+def dense(rows, cols):
+    return Layout([rows], [cols], cols)
+
+
+def nan_of(dtype):
+    return RAW[dtype](np.iinfo(RAW[dtype]).max)
+
+
+# The two ops: run on the device, checked against the formula
+
+
+class Case:
+    """Names the case in what an assertion says."""
+
+    passed = 0
+
+    def __init__(self, **values):
+        self.values = values
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            print("FAILED:", ", ".join(f"{k}={v}" for k, v in self.values.items()), file=sys.stderr)
+        else:
+            Case.passed += 1
+
+
+def random_values(rng, shape, dtype, scale=1.0):
+    return encode(rng.standard_normal(shape) * scale, dtype)
+
+
+def run_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, x_layout=None, y_layout=None, shift=(0, 0, 0),
+                in_place=False, want_rstd=True):
+    rows, cols = x.shape
+    yt = promoted(xt, wt if w is not None else xt) if cast else xt
+    x_layout = x_layout or dense(rows, cols)
+    y_layout = x_layout if in_place else y_layout or dense(rows, cols)
+    xb = Buffer(gpu, x_layout.place(x, nan_of(xt)), shift[0])
+    wb = Buffer(gpu, w, shift[1]) if w is not None else None
+    yb = xb if in_place else Buffer(gpu, np.full(y_layout.elements, nan_of(yt), RAW[yt]), shift[2])
+    rt = F64 if xt == F64 else F32
+    rb = Buffer(gpu, np.full(rows, nan_of(rt), RAW[rt])) if want_rstd else None
+    p = ForwardParams(xb.address, wb and wb.address, yb.address, rb and rb.address, x_layout.rows, y_layout.rows, rows, cols,
+                      eps, offset, cast, xt, wt if w is not None else xt, yt)
+    gpu.check(gpu.k.forward(ctypes.byref(p)))
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    flat = yb.read()
+    if wb:
+        wb.read()
+    if not in_place:
+        assert (xb.read() == x_layout.place(x, nan_of(xt))).all(), "x was written"
+    y = flat[y_layout.index]
+    flat[y_layout.index] = nan_of(yt)
+    assert (flat == nan_of(yt)).all(), "written between the rows"
+    return y, rb.read() if rb else None, yt
+
+
+def wide(raw, dtype):
+    v = decode(raw, dtype)
+    return v.astype(np.longdouble) if dtype == F64 else v
+
+
+def gain(w, wt, xt, cols, offset, exact):
+    if w is None:
+        return np.ones(cols)
+    if exact:
+        return wide(w, wt) + np.longdouble(offset)
+    return (decode(w, wt).astype(np.float32) + np.float32(offset)).astype(np.float64)
+
+
+def reference_forward(x, xt, w, wt, eps, offset, cast, nudge=0.0):
+    """nudge: relative change of x * rstd before it is rounded by cast."""
+    exact = F64 in (xt, wt)
+    with np.errstate(all="ignore"):
+        v = wide(x, xt)
+        if exact:
+            v = v.astype(np.longdouble)
+        r = 1 / np.sqrt((v * v).mean(axis=1, keepdims=True) + eps)
+        n = v * r
+        if cast:
+            n = wide(encode(n * (1 + nudge), xt), xt)
+        y = n * gain(w, wt, xt, x.shape[1], offset, exact)
+    return y, r[:, 0]
+
+
+def check_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, tolerance=None, **how):
+    y, rstd, yt = run_forward(gpu, x, xt, w, wt, eps=eps, offset=offset, cast=cast, **how)
+    want, r = reference_forward(x, xt, w, wt if w is not None else xt, eps, offset, cast)
+    off = ulps(y, encode(want, yt), yt)
+    if cast and xt not in (F32, F64):  # x * rstd that is nearly between two numbers may become either
+        for nudge in (2.0**-22, -(2.0**-22)):
+            other, _ = reference_forward(x, xt, w, wt if w is not None else xt, eps, offset, cast, nudge)
+            off = np.minimum(off, ulps(y, encode(other, yt), yt))
+    if cast and xt == F32:  # one ulp of x * rstd is more than two of y where it is subnormal and y is not
+        n, _ = reference_forward(x, xt, None, xt, eps, 0.0, False)
+        g = np.abs(gain(w, wt, xt, x.shape[1], offset, F64 in (xt, wt)))
+        with np.errstate(all="ignore"):
+            close = np.abs(decode(y, yt) - want) <= ulp_size(n, xt) * g + ulp_size(want, yt)
+        off = np.where(close, 0, off)
+    worst = off.max()
+    limit = tolerance or (4 if yt == F64 or xt == F64 else 2 if cast else 1)
+    assert worst <= limit, f"y is {worst} ulp off"
+    if rstd is not None:
+        rt = F64 if xt == F64 else F32
+        off = ulps(rstd, encode(r, rt), rt).max()
+        assert off <= (4 if rt == F64 else 1), f"rstd is {off} ulp off"
+    return y, rstd
+
+
+def run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, *, eps=1e-6, offset=0.0, cast=False, dy_layout=None, x_layout=None,
+                 shift=(0, 0, 0, 0), want=(True, True)):
+    rows, cols = x.shape
+    dy_layout, x_layout = dy_layout or dense(rows, cols), x_layout or dense(rows, cols)
+    wt = wt if w is not None else xt
+    dyb = Buffer(gpu, dy_layout.place(dy, nan_of(dyt)), shift[0])
+    xb = Buffer(gpu, x_layout.place(x, nan_of(xt)), shift[1])
+    wb = Buffer(gpu, w, shift[2]) if w is not None else None
+    rb = Buffer(gpu, rstd)
+    dxb = Buffer(gpu, np.full((rows, cols), nan_of(xt), RAW[xt]), shift[3]) if want[0] else None
+    dwb = Buffer(gpu, np.full(cols, nan_of(wt), RAW[wt])) if want[1] else None
+    p = BackwardParams(dyb.address, xb.address, wb and wb.address, rb.address, dxb and dxb.address, dwb and dwb.address, None,
+                       dy_layout.rows, x_layout.rows, rows, cols, eps, offset, cast, dyt, xt, wt)
+    size = gpu.k.workspace(ctypes.byref(p))
+    wsb = Buffer(gpu, np.full(size, 0xFF, np.uint8)) if size else None
+    p.workspace = wsb and wsb.address
+    gpu.check(gpu.k.backward(ctypes.byref(p)))
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    for b in (dyb, xb, wb, rb, wsb):
+        if b:
+            b.read()
+    return dxb.read() if dxb else None, dwb.read() if dwb else None
+
+
+def check_backward(gpu, dy, dyt, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, **how):
+    _, r = reference_forward(x, xt, None, xt, eps, 0.0, False)
+    rstd = encode(r, F64 if xt == F64 else F32)
+    dx, dw = run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, eps=eps, offset=offset, cast=cast, **how)
+    wt = wt if w is not None else xt
+    exact = F64 in (dyt, xt, wt)
+    unit = 2.0**-50 if exact else 2.0**-24
+    with np.errstate(all="ignore"):
+        vx, vdy = wide(x, xt), wide(dy, dyt)
+        g = vdy * gain(w, wt, xt, x.shape[1], offset, exact)
+        xhat = vx * r[:, None]
+        c = (g * xhat).mean(axis=1, keepdims=True)
+        want_dx = r[:, None] * (g - xhat * c)
+        size = np.abs(r)[:, None] * (np.abs(g) + np.abs(xhat) * np.abs(g * xhat).mean(axis=1, keepdims=True))
+        if dx is not None:
+            compare("dx", dx, xt, want_dx, 12 * unit * size)
+        if dw is not None:
+            seen = wide(encode(xhat, xt), xt) if cast else xhat
+            terms = np.abs(vdy * seen)
+            # A chain of additions per thread; and a rounded xhat that lay between two numbers may be the other one.
+            slack = (10 + np.sqrt(len(x))) * unit * terms.sum(axis=0) + (2.0 ** (1 - BITS[xt]) * terms.max(axis=0) if cast else 0)
+            compare("dweight", dw, wt, (vdy * seen).sum(axis=0), slack)
+    return dx, dw
+
+
+def compare(name, raw, dtype, want, slack):
+    got = wide(raw, dtype)
+    same = (got == want) | (np.isnan(got) & np.isnan(want)) | (raw == encode(want, dtype))
+    off = np.abs(got - want) / (0.505 * ulp_size(want.astype(np.float64), dtype) + slack)
+    worst = np.where(same, 0, off)
+    assert (worst <= 1).all(), f"{name} is off by {np.nanmax(worst):.3g} of its tolerance, {np.isnan(worst).sum()} NaN"
+
+
+# What is checked
+
+
+def boundaries(gpu, backward, x, w, dy=None, limit=20000):
+    """Row lengths around each change of the plan, and a few more."""
+    dy = x if dy is None else dy
+    step = {F32: 4, F64: 1}.get(x, 8)
+    lengths = {1, 2, 3, step - 1, step, step + 1, 96, 100, 2 * step + 1, limit} - {0}
+    last = gpu.plan(backward, 1, dy, x, w)[:4]
+    for cols in range(2, limit + 1):
+        if (cols - 1) % step:
+            continue  # plans change where one more vector begins
+        plan = gpu.plan(backward, cols, dy, x, w)[:4]
+        if plan != last:
+            lengths |= {cols - 1, cols}
+        last = plan
+    return sorted(lengths)
+
+
+def sample(rng, items, count):
+    return items if len(items) <= count else [items[i] for i in sorted(rng.choice(len(items), count, replace=False))]
+
+
+def forward_mixes(gpu, rng, quick):
+    for xt in (F32, F16, BF16):
+        for wt in (None, F32, F16, BF16):
+            lengths = boundaries(gpu, False, xt, xt if wt is None else wt)
+            for offset, cast in ((0.0, False), (1.0, False), (0.0, True), (1.0, True)):
+                for cols in sample(rng, lengths, 6 if quick else 16):
+                    rows = int(rng.integers(1, 8))
+                    with Case(op="forward", x=NAMES[xt], w=wt, offset=offset, cast=cast, rows=rows, cols=cols):
+                        w = None if wt is None else random_values(rng, cols, wt)
+                        x = random_values(rng, (rows, cols), xt, 10.0 ** rng.integers(-3, 3))
+                        check_forward(gpu, x, xt, w, wt, offset=offset, cast=cast, want_rstd=bool(rng.integers(2)))
+    for xt, wt in ((F64, F64), (F64, F32), (F32, F64), (BF16, F64), (F64, None)):
+        for cols, cast in ((1, False), (33, True), (700, False), (5000, True)):
+            with Case(op="forward", x=NAMES[xt], w=wt, cast=cast, cols=cols):
+                w = None if wt is None else random_values(rng, cols, wt)
+                check_forward(gpu, random_values(rng, (5, cols), xt), xt, w, wt, cast=cast, offset=0.5 * (wt is not None))
+
+
+def forward_every_length(gpu, rng, quick):
+    """Every kernel boundary of the three x dtypes, with the weight's dtype drawn."""
+    for xt in (F32, F16, BF16):
+        for cols in sample(rng, boundaries(gpu, False, xt, xt), 30 if quick else 1000):
+            with Case(op="forward", x=NAMES[xt], cols=cols):
+                x = random_values(rng, (2, cols), xt)
+                check_forward(gpu, x, xt, random_values(rng, cols, xt), xt)
+
+
+def layouts(rows, cols, pad):
+    """Rows of 1 to 4 dimensions; `pad` elements between rows."""
+    c = cols + pad
+    yield Layout([rows], [c], cols)
+    a, b = 2, rows // 2
+    yield Layout([a, b], [c, a * c], cols)  # transposed
+    yield Layout([2, b // 2, 2], [2 * b * c, 2 * c, c], cols)
+    yield Layout([2, 2, b // 4, 2], [c, 2 * c, 8 * c, 4 * c], cols)
+
+
+def invariance(gpu, rng, quick):
+    """Strides, alignment, the batch and writing in place change no bit."""
+    for xt, wt, cast in ((BF16, BF16, False), (F32, F32, False), (F16, F32, True), (F32, BF16, False)):
+        size = RAW[xt]().nbytes
+        for cols in (8, 72, 128, 500, 1000, 1536, 4096, 9000) if quick else (8, 40, 72, 128, 256, 500, 512, 1000, 1536, 4096,
+                                                                          5120, 9000, 17000, 40000):
+            rows = 16 if cols < 2000 else 8
+            x, w = random_values(rng, (rows, cols), xt), random_values(rng, cols, wt)
+            with Case(op="invariance", x=NAMES[xt], w=NAMES[wt], cast=cast, cols=cols):
+                y, rstd = check_forward(gpu, x, xt, w, wt, cast=cast)
+
+                def same(**how):
+                    y2, rstd2, _ = run_forward(gpu, x, xt, w, wt, cast=cast, **how)
+                    assert (y2 == y).all() and (rstd2 == rstd).all(), f"other bits with {how}"
+
+                for layout in layouts(rows, cols, 64):
+                    same(x_layout=layout)
+                    same(y_layout=layout)
+                same(x_layout=Layout([rows], [cols + 3], cols))
+                same(y_layout=Layout([rows], [cols + 5], cols))
+                for shift in ((size, 0, 0), (0, RAW[wt]().nbytes, 0), (0, 0, 4), (8, 8, 8)):
+                    same(shift=shift)
+                if not cast or promoted(xt, wt) == xt:
+                    same(in_place=True)
+                    same(in_place=True, x_layout=Layout([rows], [cols + 1], cols))
+                for row in (0, rows - 1):
+                    y1, r1, _ = run_forward(gpu, x[row : row + 1], xt, w, wt, cast=cast)
+                    assert (y1[0] == y[row]).all() and r1[0] == rstd[row], "one row alone has other bits"
+
+
+def extremes(gpu, rng, quick):
+    """Rows whose squares overflow or vanish, subnormal ones, NaN and Inf; next to rows that are none of it."""
+    for xt in (F32, BF16, F16, F64):
+        top = {F32: 3e38, BF16: 3e38, F16: 65504.0, F64: 1e300}[xt]
+        low = {F32: 1e-44, BF16: 9.2e-41, F16: 6e-8, F64: 1e-320}[xt]
+        for cols in (5, 64, 200, 300, 1000, 2048, 5000) if quick else (1, 5, 64, 200, 300, 512, 1000, 2048, 5000, 9000, 40000):
+            for wt, eps, cast in ((xt, 1e-6, False), (None, 0.0, False), (F32, 1e-300, True)):
+                rows = []
+                for scale in (1.0, top / 100, top ** 0.5, low * 50, low, low ** 0.5, 0.0):
+                    row = rng.standard_normal(cols) * scale
+                    rows.append(np.clip(row, -top, top))
+                for special in (np.inf, -np.inf, np.nan):
+                    row = rng.standard_normal(cols)
+                    row[rng.integers(cols)] = special
+                    rows.append(row)
+                mixed = rng.standard_normal(cols) * top ** rng.uniform(-1, 0.9, cols)
+                rows.append(mixed)
+                rows.append(np.full(cols, 1 / 3))
+                order = rng.permutation(len(rows))
+                x = encode(np.array(rows)[order], xt)
+                w = None if wt is None else random_values(rng, cols, wt)
+                with Case(op="extremes", x=NAMES[xt], w=wt, eps=eps, cast=cast, cols=cols):
+                    y, _ = check_forward(gpu, x, xt, w, wt, eps=eps, cast=cast)
+                    if not cast or xt in (F32, F64):
+                        y2, _, yt = run_forward(gpu, x, xt, w, wt, eps=eps, cast=cast, in_place=True)
+                        nan = np.isnan(decode(y, yt))
+                        assert ((y2 == y) | nan).all() and (np.isnan(decode(y2, yt)) == nan).all(), "other bits in place"
+                # dy small enough for products with the greatest rstd
+                dy = random_values(rng, x.shape, xt)
+                with Case(op="extremes backward", x=NAMES[xt], w=wt, eps=eps, cols=cols):
+                    finite = [i for i in range(len(x)) if np.isfinite(decode(x[i], xt)).all() and np.any(decode(x[i], xt))]
+                    keep = [i for i in finite if xt == F16 or np.abs(decode(x[i], xt)).max() > 1e-30]
+                    check_backward(gpu, dy[keep], xt, x[keep], xt, w, wt, eps=eps)
+                    dx, _ = run_backward(gpu, dy, xt, x, xt, w, wt, encode(reference_forward(x, xt, None, xt, eps, 0, False)[1],
+                                         F64 if xt == F64 else F32), eps=eps)
+                    for i in range(len(x)):  # a row with NaN or Inf is all NaN, and spoils no other
+                        values = decode(x[i], xt)
+                        if not np.isfinite(values).all():
+                            assert np.isnan(decode(dx[i], xt)).all(), "dx of a row with NaN or Inf"
+                        elif i in keep:
+                            assert not np.isnan(decode(dx[i], xt)).any(), "NaN spread to another row"
+
+
+def backward_mixes(gpu, rng, quick):
+    kinds = (F32, F16, BF16)
+    for xt in kinds:
+        for dyt in kinds:
+            for wt in (None,) + kinds:
+                lengths = boundaries(gpu, True, xt, xt if wt is None else wt, dyt)
+                for offset, cast in ((0.0, False), (1.0, True)):
+                    for cols in sample(rng, lengths, 4 if quick else 12):
+                        rows = int(rng.integers(1, 12))
+                        with Case(op="backward", dy=NAMES[dyt], x=NAMES[xt], w=wt, offset=offset, cast=cast, rows=rows, cols=cols):
+                            w = None if wt is None else random_values(rng, cols, wt)
+                            x, dy = random_values(rng, (rows, cols), xt), random_values(rng, (rows, cols), dyt)
+                            check_backward(gpu, dy, dyt, x, xt, w, wt, offset=offset, cast=cast)
+    for dyt, xt, wt in ((F64, F64, F64), (F64, F32, F32), (F32, F64, F64), (F32, F32, F64), (F64, F64, None)):
+        for rows, cols in ((1, 1), (9, 33), (70, 130), (3, 3000)):
+            with Case(op="backward", dy=NAMES[dyt], x=NAMES[xt], w=wt, rows=rows, cols=cols):
+                w = None if wt is None else random_values(rng, cols, wt)
+                check_backward(gpu, random_values(rng, (rows, cols), dyt), dyt, random_values(rng, (rows, cols), xt), xt, w, wt)
+
+
+def backward_every_length(gpu, rng, quick):
+    for xt in (F32, BF16):
+        for cols in sample(rng, boundaries(gpu, True, xt, xt), 20 if quick else 1000):
+            with Case(op="backward", x=NAMES[xt], cols=cols):
+                x, dy = random_values(rng, (5, cols), xt), random_values(rng, (5, cols), xt)
+                check_backward(gpu, dy, xt, x, xt, random_values(rng, cols, xt), xt)
+
+
+def backward_forms(gpu, rng, quick):
+    """Masks, strides, expanded dy, alignment, and the same bits on every run."""
+    for xt, dyt, wt, cast in ((BF16, BF16, BF16, False), (F32, F32, F32, False), (F16, F32, F32, True), (F32, BF16, F16, False)):
+        size = RAW[xt]().nbytes
+        for cols in (8, 72, 128, 500, 1536, 9000) if quick else (8, 40, 72, 128, 256, 500, 512, 1000, 1536, 4096, 5120, 9000, 17000):
+            rows = 48 if cols < 200 else 16
+            x, w = random_values(rng, (rows, cols), xt), random_values(rng, cols, wt)
+            dy = random_values(rng, (rows, cols), dyt)
+            with Case(op="backward forms", dy=NAMES[dyt], x=NAMES[xt], w=NAMES[wt], cast=cast, cols=cols):
+                dx, dw = check_backward(gpu, dy, dyt, x, xt, w, wt, cast=cast)
+                rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
+
+                def same(**how):
+                    dx2, dw2 = run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, cast=cast, **how)
+                    assert dx2 is None or (dx2 == dx).all(), f"other dx with {how}"
+                    assert dw2 is None or (dw2 == dw).all(), f"other dweight with {how}"
+
+                gpu.option("order", "random:7")
+                same()
+                gpu.option("order", "reverse")
+                same()
+                gpu.option("order", "seq")
+                same(want=(True, False))
+                same(want=(False, True))
+                for layout in layouts(rows, cols, 64):
+                    same(x_layout=layout)
+                    same(dy_layout=layout)
+                same(x_layout=Layout([rows], [cols + 3], cols), dy_layout=Layout([rows], [cols + 1], cols))
+                for shift in ((RAW[dyt]().nbytes, 0, 0, 0), (0, size, 0, 0), (0, 0, RAW[wt]().nbytes, 0), (0, 0, 0, size), (8, 8, 8, 8)):
+                    same(shift=shift)
+                row = rows // 2
+                dx1, _ = run_backward(gpu, dy[row : row + 1], dyt, x[row : row + 1], xt, w, wt, rstd[row : row + 1], cast=cast)
+                assert (dx1[0] == dx[row]).all(), "dx of one row alone has other bits"
+                dy = np.broadcast_to(dy[0], dy.shape)
+                check_backward(gpu, dy, dyt, x, xt, w, wt, cast=cast, dy_layout=Layout([rows], [0], cols))
+    with Case(op="dweight of a rounded xhat"):
+        x, one = random_values(rng, (1, 512), BF16), encode(np.ones((1, 512)), F32)
+        _, dw = check_backward(gpu, one, F32, x, BF16, encode(np.ones(512), F32), F32, cast=True)
+        assert (dw & 0xFFFF == 0).all(), "dweight did not use the rounded xhat"
+
+
+def many_rows(gpu, rng, quick):
+    """More rows than the grid holds."""
+    for xt, rows, cols in ((BF16, 65537, 8), (F32, 65537, 1), (F16, 20011, 24), (BF16, 3001, 128), (F32, 1301, 576)):
+        if quick:
+            rows //= 4
+        with Case(op="many rows", x=NAMES[xt], rows=rows, cols=cols):
+            x, w = random_values(rng, (rows, cols), xt), random_values(rng, cols, xt)
+            y, _ = check_forward(gpu, x, xt, w, xt)
+            if cols == 8:
+                y1, _, _ = run_forward(gpu, x[rows // 2 : rows // 2 + 1], xt, w, xt)
+                assert (y1[0] == y[rows // 2]).all(), "one row alone has other bits"
+            check_backward(gpu, random_values(rng, (rows, cols), xt), xt, x, xt, w, xt)
+    with Case(op="long rows"):
+        cols = 200_003 if quick else 1_000_003
+        x, w = random_values(rng, (2, cols), BF16), random_values(rng, cols, F32)
+        check_forward(gpu, x, BF16, w, F32)
+        check_forward(gpu, np.full((1, cols), encode(np.array([1 / 3]), F32)[0]), F32, None, None)
+        check_backward(gpu, random_values(rng, x.shape, BF16), BF16, x, BF16, w, F32)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lib")
+    parser.add_argument("--build", metavar="LIB")
+    parser.add_argument("--arch", help="with --build: machine code for this architecture instead of PTX for 9.0")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="run the parts whose name contains this")
+    args = parser.parse_args()
+    if args.build:
+        build(args.build, args.arch)
+    if not args.lib:
+        return 0 if args.build else parser.error("--lib or --build")
+    gpu = Gpu(args.lib)
+    started, failed = time.time(), 0
+    for part in (forward_mixes, forward_every_length, invariance, extremes, backward_mixes, backward_every_length, backward_forms,
+                 many_rows):
+        if args.only and args.only not in part.__name__:
+            continue
+        before, t = Case.passed, time.time()
+        try:
+            part(gpu, np.random.default_rng(args.seed), args.quick)
+        except (AssertionError, RuntimeError) as e:
+            failed += 1
+            print(f"{part.__name__}: {e}", file=sys.stderr)
+        print(f"{part.__name__}: {Case.passed - before} passed in {time.time() - t:.1f} s", flush=True)
+    print(f"cuda_check: {Case.passed} passed, {failed} failed in {time.time() - started:.0f} s")
+    return 1 if failed or not Case.passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

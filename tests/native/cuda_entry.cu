@@ -1,0 +1,28 @@
+// A C entry to the CUDA launchers and to their plans, for cuda_check.py.
+#include "../../csrc/cuda/plan.h"
+#include "../../csrc/rmsnorm.h"
+
+using namespace rmsnorm;
+
+#define ENTRY extern "C" __attribute__((visibility("default")))
+
+ENTRY int sizes(int which) { return which == 0 ? sizeof(RmsNormForward) : sizeof(RmsNormBackward); }
+
+ENTRY int forward(const RmsNormForward* p) { return cuda::rms_norm_forward(*p, nullptr); }
+
+ENTRY int64_t workspace(const RmsNormBackward* p) { return cuda::rms_norm_backward_workspace(*p); }
+
+ENTRY int backward(const RmsNormBackward* p) { return cuda::rms_norm_backward(*p, nullptr); }
+
+ENTRY const char* error_string(int error) { return cuda::error_string(error); }
+
+ENTRY const char* architectures() { return cuda::built() ? cuda::architectures() : ""; }
+
+// in_registers, vectors, lanes, threads, blocks
+ENTRY void plan(int is_backward, int64_t rows, int64_t cols, int dy, int x, int w, int sms, int64_t* out) {
+  const auto type = [](int t) { return static_cast<DType>(t); };
+  const cuda::Plan p = is_backward ? cuda::plan_backward(rows, cols, type(dy), type(x), type(w), sms)
+                                   : cuda::plan_forward(rows, cols, type(x), type(w), sms);
+  const int64_t values[] = {p.in_registers, p.vectors, p.lanes, p.threads, p.blocks};
+  for (int i = 0; i < 5; ++i) out[i] = values[i];
+}
