@@ -1,0 +1,364 @@
+// dx and dweight of y = x * rstd * (weight + weight_offset): one reduction per row, and one over the rows.
+#include "any.cuh"
+#include "launch.h"
+#include "reduce.cuh"
+
+namespace rmsnorm::cuda {
+namespace {
+
+// What the second pass over a long row needs of it.
+struct RowStats {
+  float rstd, pre, mean;  // as Scale: x is multiplied by pre, then by rstd; mean is that of g * xhat
+};
+
+struct BackwardArgs {
+  View dy, x, weight;
+  const float* rstd;
+  void* dx;
+  float* partial;  // sums for dweight, [blocks, cols]; nullptr: not wanted
+  RowStats* stats;
+  Rows dy_rows, x_rows;
+  int64_t rows, cols;
+  double eps;
+  float weight_offset, inv_cols;
+  int lanes;
+  bool dx_aligned, cast_before_weight;
+};
+
+// DY and W are the types that dy and the weight are held in (held_dtype in plan.h).
+template <typename X, typename DY, typename W>
+struct Backward {
+  static constexpr int kElems = 16 / sizeof(X);
+  static constexpr int kPairs = kElems / 2;
+  using XChunk = Chunk<X, kElems>;
+  using DYChunk = Chunk<DY, kElems>;
+  using WChunk = Chunk<W, kElems>;
+
+  // rstd as it is, but for the rows that did not fit its range: those are looked at again, in double.
+  static __device__ RowStats row_scale(const BackwardArgs& a, int64_t row, int64_t x_offset) {
+    constexpr float kMin = 0x1p-30f, kMax = 0x1p30f;
+    const float rstd = a.rstd[row];
+    if (!(rstd < kMin || rstd > kMax)) return {rstd, 1.0f, 0.0f};
+    const Scale s = rescued_scale(static_cast<const X*>(a.x.data) + x_offset, a.cols, a.eps, a.lanes);
+    return {s.hi, s.pre, 0.0f};
+  }
+
+  static __device__ float2 normalized(float2 x, const RowStats& s) {
+    return {x.x * s.pre * s.rstd, x.y * s.pre * s.rstd};
+  }
+
+  static __device__ float2 times_weight(const BackwardArgs& a, float2 dy, float2 w) {
+    return {dy.x * (w.x + a.weight_offset), dy.y * (w.y + a.weight_offset)};
+  }
+
+  // The sum of g * xhat.
+  template <int kChunks>
+  static __device__ float dot(const BackwardArgs& a, const XChunk (&x)[kChunks], const DYChunk (&dy)[kChunks],
+                              const WChunk (&w)[kChunks], const RowStats& s) {
+    return tree_sum<kChunks * kPairs>([&](int i) {
+      const int k = i / kPairs, j = i % kPairs;
+      const float2 g = times_weight(a, dy[k].get(j), w[k].get(j)), xhat = normalized(x[k].get(j), s);
+      return __fmaf_rn(g.y, xhat.y, __fmul_rn(g.x, xhat.x));
+    });
+  }
+
+  // Stores dx at `index` and adds to the sums for dweight.
+  static __device__ void finish(const BackwardArgs& a, int64_t index, int count, XChunk& x, DYChunk& dy, WChunk& w,
+                                const RowStats& s, float2 (&dweight)[kPairs]) {
+    x.stay_packed();
+    dy.stay_packed();
+    w.stay_packed();
+    XChunk dx;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 d = dy.get(i), g = times_weight(a, d, w.get(i));
+      float2 xhat = normalized(x.get(i), s);
+      dx.set(i, {(g.x - xhat.x * s.mean) * s.rstd * s.pre, (g.y - xhat.y * s.mean) * s.rstd * s.pre});
+      if (a.cast_before_weight) xhat = round_to<X>(xhat);
+      dweight[i] = {__fmaf_rn(d.x, xhat.x, dweight[i].x), __fmaf_rn(d.y, xhat.y, dweight[i].y)};
+    }
+    if (a.dx != nullptr) store_chunk(static_cast<X*>(a.dx) + index, dx, count, a.dx_aligned);
+  }
+
+  static __device__ void store_partial(float* p, int count, const float2 (&dweight)[kPairs], bool aligned) {
+    Chunk<float, kElems> c;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) c.set(i, dweight[i]);
+    store_chunk(p, c, count, aligned);
+  }
+};
+
+template <typename X, int kVectors>
+constexpr int kThreads = kVectors < kBackwardVectors ? kBackwardThreads
+                         : sizeof(X) == 2            ? kMaxThreadsWide
+                                                     : kMaxThreads;
+
+// Rows held in registers: x and dy are read once. Each thread keeps the sums for dweight of its columns over all
+// rows that its block works on.
+template <typename X, typename DY, typename W, int kVectors>
+__global__ __launch_bounds__(kThreads<X, kVectors>, 1) void backward_rows(const __grid_constant__ BackwardArgs a) {
+  using B = Backward<X, DY, W>;
+  constexpr int kElems = B::kElems;
+  constexpr int kRows = kBackwardVectors / kVectors;
+  __shared__ Scratch scratch;
+  __shared__ alignas(8) float slot_sums[kBackwardThreads * kVectors * kElems];
+  const int lanes = a.lanes, cols = static_cast<int>(a.cols);
+  const int slots = blockDim.x / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const auto column = [=](int k) { return (k * lanes + recomputed(lane)) * kElems; };
+
+  typename B::WChunk w[kVectors];
+  float2 dweight[kVectors][B::kPairs] = {};
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int col = column(k);
+    w[k] = load_weight<W, kElems>(a.weight, col, cols - col);
+  }
+  const int64_t stride = int64_t{gridDim.x} * slots;
+  int parity = 0;
+  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, parity ^= 1) {
+    typename B::XChunk x[kRows][kVectors] = {};
+    typename B::DYChunk dy[kRows][kVectors] = {};
+    RowStats stats[kRows] = {};
+    Sum sum[kRows];
+    const int live = live_rows<kRows>(first, stride, a.rows);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + r * stride + slot;
+      if (row >= a.rows) continue;
+      const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int col = column(k);
+        x[r][k] = load_chunk<X, kElems>(a.x, x_offset + col, cols - col);
+        dy[r][k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, cols - col);
+      }
+      stats[r] = B::row_scale(a, row, x_offset);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= live) break;
+      sum[r] = {B::dot(a, x[r], dy[r], w, stats[r])};
+    }
+    row_sum(sum, live, lanes, scratch, parity);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + r * stride + slot;
+      if (row >= a.rows) continue;
+      stats[r].mean = sum[r].hi * a.inv_cols;
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int col = column(k);
+        B::finish(a, row * a.cols + col, cols - col, x[r][k], dy[r][k], w[k], stats[r], dweight[k]);
+      }
+    }
+  }
+  if (a.partial == nullptr) return;
+  float* const partial = a.partial + blockIdx.x * a.cols;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int col = column(k);
+    if (slots == 1) {
+      B::store_partial(partial + col, cols - col, dweight[k], cols % 4 == 0);
+    } else {
+      float2* const sums = reinterpret_cast<float2*>(slot_sums + slot * lanes * kVectors * kElems + col);
+#pragma unroll
+      for (int i = 0; i < B::kPairs; ++i) sums[i] = dweight[k][i];
+    }
+  }
+  if (slots == 1) return;
+  __syncthreads();
+  for (int col = threadIdx.x; col < cols; col += blockDim.x) {
+    float total = 0;
+    for (int i = 0; i < slots; ++i) total += slot_sums[i * lanes * kVectors * kElems + col];
+    partial[col] = total;
+  }
+}
+
+// Rows of any length, in two passes that read x and dy each. The first finds the RowStats.
+template <typename X, typename DY, typename W>
+__global__ __launch_bounds__(kLongThreads, 1) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
+  using B = Backward<X, DY, W>;
+  constexpr int kElems = B::kElems;
+  __shared__ Scratch scratch;
+  const int lane = threadIdx.x;
+  const int64_t tile = int64_t{kLongThreads} * kBackwardVectors * kElems;
+  int parity = 0;
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, parity ^= 1) {
+    const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
+    RowStats stats = B::row_scale(a, row, x_offset);
+    Sum sum[1];
+    for (int64_t begin = 0; begin < a.cols; begin += tile) {
+      typename B::XChunk x[kBackwardVectors];
+      typename B::DYChunk dy[kBackwardVectors];
+      typename B::WChunk w[kBackwardVectors];
+#pragma unroll
+      for (int k = 0; k < kBackwardVectors; ++k) {
+        const int64_t col = begin + (k * kLongThreads + lane) * kElems;
+        const int count = static_cast<int>(min(a.cols - col, int64_t{kElems}));
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
+        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
+        w[k] = load_weight<W, kElems>(a.weight, col, count);
+      }
+      sum[0] = sum[0] + Sum{B::dot(a, x, dy, w, stats)};
+    }
+    row_sum(sum, 1, kLongThreads, scratch, parity);
+    stats.mean = sum[0].hi * a.inv_cols;
+    if (lane == 0) a.stats[row] = stats;
+  }
+}
+
+// The second: a block owns a strip of columns and a range of rows, kStripRows at a time.
+template <typename X, typename DY, typename W>
+__global__ __launch_bounds__(kStripThreads, 1) void backward_long_strips(const __grid_constant__ BackwardArgs a) {
+  using B = Backward<X, DY, W>;
+  constexpr int kElems = B::kElems;
+  const int64_t col = (int64_t{blockIdx.x} * kStripThreads + threadIdx.x) * kElems;
+  const int count = static_cast<int>(min(a.cols - col, int64_t{kElems}));
+  if (count <= 0) return;
+  const int64_t groups = (a.rows + kStripRows - 1) / kStripRows;
+  const int64_t block_rows = (groups + gridDim.y - 1) / gridDim.y * kStripRows;
+  const int64_t begin = blockIdx.y * block_rows, end = min(a.rows, begin + block_rows);
+
+  typename B::WChunk w = load_weight<W, kElems>(a.weight, col, count);
+  float2 dweight[B::kPairs] = {};
+  for (int64_t first = begin; first < end; first += kStripRows) {
+    typename B::XChunk x[kStripRows];
+    typename B::DYChunk dy[kStripRows];
+#pragma unroll
+    for (int r = 0; r < kStripRows; ++r) {
+      if (first + r >= end) continue;
+      x[r] = load_chunk<X, kElems>(a.x, row_offset(a.x_rows, first + r) + col, count);
+      dy[r] = load_chunk<DY, kElems>(a.dy, row_offset(a.dy_rows, first + r) + col, count);
+    }
+#pragma unroll
+    for (int r = 0; r < kStripRows; ++r) {
+      if (first + r >= end) continue;
+      B::finish(a, (first + r) * a.cols + col, count, x[r], dy[r], w, a.stats[first + r], dweight);
+    }
+  }
+  if (a.partial != nullptr) {
+    B::store_partial(a.partial + blockIdx.y * a.cols + col, count, dweight, a.cols % 4 == 0);
+  }
+}
+
+struct DWeightArgs {
+  const float* partial;
+  void* dweight;
+  DType dtype;
+  int64_t blocks, cols;
+};
+
+// The sum of the partial sums, each column's in one fixed order, in double.
+__global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWeightArgs a) {
+  __shared__ double sums[32][33];
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
+  const int64_t col = int64_t{blockIdx.x} * 32 + lane;
+  double sum = 0;
+  if (col < a.cols) {
+#pragma unroll 4
+    for (int64_t i = group; i < a.blocks; i += 32) sum += a.partial[i * a.cols + col];
+  }
+  sums[group][lane] = sum;
+  __syncthreads();
+  if (group > 0 || col >= a.cols) return;
+  for (int i = 1; i < 32; ++i) sum += sums[i][lane];
+  store_any(a.dweight, a.dtype, col, sum);
+}
+
+template <typename X, typename DY, typename W>
+int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(plan.blocks);
+  if (plan.in_registers) {
+    void (*kernel)(BackwardArgs) = plan.vectors == 1 ? backward_rows<X, DY, W, 1> : backward_rows<X, DY, W, 2>;
+    return launch(kernel, blocks, plan.threads, a, stream);
+  }
+  const int error = launch(backward_long_stats<X, DY, W>, blocks, kLongThreads, a, stream);
+  if (error != 0) return error;
+  const dim3 grid(static_cast<unsigned>(strips.strips), static_cast<unsigned>(strips.blocks));
+  return launch(backward_long_strips<X, DY, W>, grid, kStripThreads, a, stream);
+}
+
+template <typename X>
+int launch_rows(const BackwardArgs& a, bool same_dy, bool same_w, const Plan& plan, const StripPlan& strips,
+                cudaStream_t stream) {
+  if (same_dy && same_w) return launch_rows<X, X, X>(a, plan, strips, stream);
+  if (same_dy) return launch_rows<X, X, float>(a, plan, strips, stream);
+  if (same_w) return launch_rows<X, float, X>(a, plan, strips, stream);
+  return launch_rows<X, float, float>(a, plan, strips, stream);
+}
+
+// How a call is laid out, in the workspace too: the statistics of long rows, then the partial sums.
+struct Layout {
+  DType w_dtype;
+  bool in_double;
+  Plan plan;
+  StripPlan strips;
+  int64_t partial_rows, stats_bytes;
+
+  Layout(const RmsNormBackward& p, int sms) {
+    w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
+    const DType wide = DType::kFloat64;
+    in_double = p.dy_dtype == wide || p.x_dtype == wide || w_dtype == wide;
+    if (in_double) return;
+    plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, w_dtype, sms);
+    strips = plan_strips(p.rows, p.cols, p.x_dtype, sms);
+    partial_rows = plan.in_registers ? plan.blocks : strips.blocks;
+    stats_bytes = plan.in_registers ? 0 : ceil_div(p.rows * sizeof(RowStats), 64) * 64;
+  }
+};
+
+}  // namespace
+
+int64_t rms_norm_backward_workspace(const RmsNormBackward& p) {
+  const Layout layout(p, multiprocessors());
+  if (layout.in_double) return backward_in_double_workspace(p);
+  return layout.stats_bytes + (p.dweight != nullptr ? layout.partial_rows * p.cols * int64_t{sizeof(float)} : 0);
+}
+
+int rms_norm_backward(const RmsNormBackward& p, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const int sms = multiprocessors();
+  if (sms == 0) return cudaErrorNoDevice;
+  const Layout layout(p, sms);
+  if (layout.in_double) return backward_in_double(p, s);
+
+  const int elems = vector_elems(p.x_dtype);
+  const Rows dense{1, {}, {p.cols}};
+  BackwardArgs a{};
+  a.dy = {p.dy, p.dy_dtype, rows_aligned(p.dy, p.dy_rows, p.rows, p.dy_dtype, elems)};
+  a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
+  a.weight = {p.weight, layout.w_dtype, row_aligned(p.weight, layout.w_dtype, elems)};
+  a.rstd = static_cast<const float*>(p.rstd);
+  a.dx = p.dx;
+  a.stats = static_cast<RowStats*>(p.workspace);
+  a.partial = p.dweight != nullptr ? reinterpret_cast<float*>(static_cast<char*>(p.workspace) + layout.stats_bytes)
+                                   : nullptr;
+  a.dy_rows = p.dy_rows;
+  a.x_rows = p.x_rows;
+  a.rows = p.rows;
+  a.cols = p.cols;
+  a.eps = p.eps;
+  a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
+  a.inv_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
+  a.lanes = layout.plan.lanes;
+  a.dx_aligned = rows_aligned(p.dx, dense, p.rows, p.x_dtype, elems);
+  a.cast_before_weight = p.cast_before_weight;
+  const bool same_dy = held_dtype(p.x_dtype, p.dy_dtype) == p.x_dtype;
+  const bool same_w = held_dtype(p.x_dtype, layout.w_dtype) == p.x_dtype;
+  int error = 0;
+  switch (p.x_dtype) {
+    case DType::kFloat32:
+      error = launch_rows<float, float, float>(a, layout.plan, layout.strips, s);
+      break;
+    case DType::kFloat16:
+      error = launch_rows<__half>(a, same_dy, same_w, layout.plan, layout.strips, s);
+      break;
+    default:
+      error = launch_rows<__nv_bfloat16>(a, same_dy, same_w, layout.plan, layout.strips, s);
+  }
+  if (error != 0 || p.dweight == nullptr) return error;
+  const DWeightArgs d{a.partial, p.dweight, p.w_dtype, layout.partial_rows, p.cols};
+  return launch(dweight_sum, static_cast<unsigned>(ceil_div(p.cols, 32)), 1024, d, s);
+}
+
+}  // namespace rmsnorm::cuda

@@ -1,0 +1,242 @@
+// y = x * rstd * (weight + weight_offset), one reduction per row.
+#include "launch.h"
+#include "reduce.cuh"
+
+namespace rmsnorm::cuda {
+namespace {
+
+struct ForwardArgs {
+  View x, weight;
+  void* y;
+  void* rstd;
+  Rows x_rows, y_rows;
+  int64_t rows, cols;
+  double eps;
+  Mean mean;
+  float weight_offset;
+  int lanes;
+  bool y_aligned;
+};
+
+// W is the type the weight is held in (held_dtype in plan.h), and that of y after cast_before_weight.
+template <typename X, typename W, bool kCast>
+struct Forward {
+  using Y = std::conditional_t<kCast, W, X>;
+  static constexpr int kElems = 16 / sizeof(X);
+  using XChunk = Chunk<X, kElems>;
+  using WChunk = Chunk<W, kElems>;
+
+  // Squares of 16-bit numbers are exact in fp32 (or nearly), and 16-bit results forgive the rest within a thread.
+  template <int kChunks>
+  static __device__ Sum sum_of_squares(const XChunk (&x)[kChunks]) {
+    const auto pair = [&](int i) { return x[i / (kElems / 2)].get(i % (kElems / 2)); };
+    constexpr int kPairs = kChunks * kElems / 2;
+    if constexpr (sizeof(X) == 4) {
+      return tree_sum<kPairs>([&](int i) { return Sum::of_square(pair(i).x) + Sum::of_square(pair(i).y); });
+    } else {
+      const auto square = [&](int i) { return __fmaf_rn(pair(i).y, pair(i).y, __fmul_rn(pair(i).x, pair(i).x)); };
+      return {tree_sum<kPairs>(square)};
+    }
+  }
+
+  static __device__ float2 apply(float2 x, float2 g, const Scale& s) {
+    const float2 v = {x.x * s.pre, x.y * s.pre};
+    if constexpr (kCast) {
+      float2 n = {v.x * s.hi, v.y * s.hi};
+      if constexpr (sizeof(X) == 4) n = {__fmaf_rn(v.x, s.hi, v.x * s.lo), __fmaf_rn(v.y, s.hi, v.y * s.lo)};
+      n = round_to<X>(n);
+      return {n.x * g.x, n.y * g.y};
+    } else {
+      return {scaled(v.x, g.x, s), scaled(v.y, g.y, s)};
+    }
+  }
+
+  // The weight is multiplied by rstd first: then x may be subnormal. fp32 results carry the rounding error of that
+  // product along (three roundings would be 2 to 3 ulp); in 16 bits it does not show.
+  static __device__ float scaled(float x, float g, const Scale& s) {
+    const float product = __fmul_rn(g, s.hi);
+    if constexpr (sizeof(X) == 2) return x * product;
+    const float rest = __fmaf_rn(g, s.lo, __fmaf_rn(g, s.hi, -product));
+    return __fmaf_rn(x, product, isfinite(product) ? x * rest : 0.0f);
+  }
+
+  static __device__ void store(const ForwardArgs& a, int64_t index, int count, XChunk& x, WChunk& w, const Scale& s) {
+    Chunk<Y, kElems> y;
+    x.stay_packed();
+    w.stay_packed();
+#pragma unroll
+    for (int i = 0; i < kElems / 2; ++i) {
+      const float2 g = w.get(i);
+      y.set(i, apply(x.get(i), {g.x + a.weight_offset, g.y + a.weight_offset}, s));
+    }
+    store_chunk(static_cast<Y*>(a.y) + index, y, count, a.y_aligned);
+  }
+
+  // Once x is summed up and before y, which may be x, is written.
+  static __device__ Scale scale(const ForwardArgs& a, const Sum& sum, int64_t row, int64_t offset, int lane) {
+    Scale s;
+    if (!fast_scale(sum, a.mean, s)) {
+      s = rescued_scale(static_cast<const X*>(a.x.data) + offset, a.cols, a.eps, a.lanes);
+      if (a.lanes > 32) __syncthreads();  // its warps read all of the row; the row is the block's only one
+    }
+    if (a.rstd != nullptr && lane == 0) static_cast<float*>(a.rstd)[row] = s.hi * s.pre;
+    return s;
+  }
+};
+
+template <typename X, typename W, int kVectors>
+constexpr int kThreads = kVectors < kForwardVectors ? kForwardThreads
+                         : sizeof(W) > sizeof(X)    ? kMaxThreadsWide
+                                                    : kMaxThreads;
+
+// Rows held in registers, kVectors chunks per thread.
+template <typename X, typename W, bool kCast, int kVectors>
+__global__ __launch_bounds__(kThreads<X, W, kVectors>, 1) void forward_rows(const __grid_constant__ ForwardArgs a) {
+  using F = Forward<X, W, kCast>;
+  constexpr int kElems = F::kElems;
+  constexpr int kRows = kForwardVectors / kVectors;
+  __shared__ Scratch scratch;
+  const int lanes = a.lanes, cols = static_cast<int>(a.cols);
+  const int slots = blockDim.x / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const auto column = [=](int k) { return (k * lanes + recomputed(lane)) * kElems; };
+
+  typename F::WChunk w[kVectors];
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int col = column(k);
+    w[k] = load_weight<W, kElems>(a.weight, col, cols - col);
+  }
+  const int64_t stride = int64_t{gridDim.x} * slots;
+  int parity = 0;
+  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, parity ^= 1) {
+    typename F::XChunk x[kRows][kVectors] = {};
+    Sum sum[kRows];
+    const int live = live_rows<kRows>(first, stride, a.rows);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + r * stride + slot;
+      if (row >= a.rows) continue;
+      const int64_t offset = row_offset(a.x_rows, row);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int col = column(k);
+        x[r][k] = load_chunk<X, kElems>(a.x, offset + col, cols - col);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= live) break;
+      sum[r] = F::sum_of_squares(x[r]);
+    }
+    row_sum(sum, live, lanes, scratch, parity);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + r * stride + slot;
+      if (row >= a.rows) continue;
+      const Scale s = F::scale(a, sum[r], row, row_offset(a.x_rows, row), lane);
+      const int64_t offset = row_offset(a.y_rows, row);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int col = column(k);
+        F::store(a, offset + col, cols - col, x[r][k], w[k], s);
+      }
+    }
+  }
+}
+
+// Rows of any length, read twice, a tile of kForwardVectors chunks per thread at a time. The second time goes
+// backward: what was read last is the likeliest still to be in the cache.
+template <typename X, typename W, bool kCast>
+__global__ __launch_bounds__(kLongThreads, 1) void forward_long_rows(const __grid_constant__ ForwardArgs a) {
+  using F = Forward<X, W, kCast>;
+  constexpr int kElems = F::kElems;
+  __shared__ Scratch scratch;
+  const int lane = threadIdx.x;
+  const int64_t tile = int64_t{kLongThreads} * kForwardVectors * kElems;
+  const auto column = [=](int64_t begin, int k) { return begin + (k * kLongThreads + lane) * kElems; };
+  const auto count = [&](int64_t col) { return static_cast<int>(min(a.cols - col, int64_t{kElems})); };
+
+  int parity = 0;
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, parity ^= 1) {
+    const int64_t x_offset = row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
+    typename F::XChunk x[kForwardVectors];
+    const auto load = [&](int64_t begin) {
+#pragma unroll
+      for (int k = 0; k < kForwardVectors; ++k) {
+        const int64_t col = column(begin, k);
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count(col));
+      }
+    };
+    Sum sum[1];
+    for (int64_t begin = 0; begin < a.cols; begin += tile) {
+      load(begin);
+      sum[0] = sum[0] + F::sum_of_squares(x);
+    }
+    row_sum(sum, 1, kLongThreads, scratch, parity);
+    const Scale s = F::scale(a, sum[0], row, x_offset, lane);
+    for (int64_t begin = (a.cols - 1) / tile * tile; begin >= 0; begin -= tile) {
+      load(begin);
+#pragma unroll
+      for (int k = 0; k < kForwardVectors; ++k) {
+        const int64_t col = column(begin, k);
+        typename F::WChunk w = load_weight<W, kElems>(a.weight, col, count(col));
+        F::store(a, y_offset + col, count(col), x[k], w, s);
+      }
+    }
+  }
+}
+
+template <typename X, typename W, bool kCast>
+int launch_forward(const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
+  void (*kernel)(ForwardArgs) = !plan.in_registers   ? forward_long_rows<X, W, kCast>
+                                : plan.vectors == 1 ? forward_rows<X, W, kCast, 1>
+                                : plan.vectors == 2 ? forward_rows<X, W, kCast, 2>
+                                                    : forward_rows<X, W, kCast, 4>;
+  return launch(kernel, static_cast<unsigned>(plan.blocks), plan.threads, a, stream);
+}
+
+template <typename X, typename W>
+int launch_forward(const RmsNormForward& p, const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
+  return p.cast_before_weight ? launch_forward<X, W, true>(a, plan, stream)
+                              : launch_forward<X, W, false>(a, plan, stream);
+}
+
+}  // namespace
+
+int rms_norm_forward(const RmsNormForward& p, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const DType w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
+  const int wide = size_of(DType::kFloat64);
+  if (size_of(p.x_dtype) == wide || size_of(w_dtype) == wide) return forward_in_double(p, s);
+  const int sms = multiprocessors();
+  if (sms == 0) return cudaErrorNoDevice;
+
+  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, w_dtype, sms);
+  const int elems = vector_elems(p.x_dtype);
+  ForwardArgs a{};
+  a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
+  a.weight = {p.weight, w_dtype, row_aligned(p.weight, w_dtype, elems)};
+  a.y = p.y;
+  a.y_aligned = rows_aligned(p.y, p.y_rows, p.rows, p.y_dtype, elems);
+  a.rstd = p.rstd;
+  a.x_rows = p.x_rows;
+  a.y_rows = p.y_rows;
+  a.rows = p.rows;
+  a.cols = p.cols;
+  a.eps = p.eps;
+  a.mean = mean_of(p.cols, p.eps);
+  a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
+  a.lanes = plan.lanes;
+  const bool same = held_dtype(p.x_dtype, w_dtype) == p.x_dtype;
+  switch (p.x_dtype) {
+    case DType::kFloat32:
+      return launch_forward<float, float>(p, a, plan, s);
+    case DType::kFloat16:
+      return same ? launch_forward<__half, __half>(p, a, plan, s) : launch_forward<__half, float>(p, a, plan, s);
+    default:
+      return same ? launch_forward<__nv_bfloat16, __nv_bfloat16>(p, a, plan, s)
+                  : launch_forward<__nv_bfloat16, float>(p, a, plan, s);
+  }
+}
+
+}  // namespace rmsnorm::cuda

@@ -1,0 +1,183 @@
+// Sums over a row, and 1 / RMS from them.
+#pragma once
+#include <cfloat>
+#include <cstdint>
+
+#include "vec.cuh"
+
+namespace rmsnorm::cuda {
+
+// A sum with what its additions rounded off beside it (two-sum). Plain fp32 sums are too coarse for fp32 results:
+// the last levels of any tree are a few additions each of whose errors reaches y, and together they reach an ulp.
+struct Sum {
+  float hi = 0, lo = 0;
+
+  static __device__ Sum of_square(float v) {
+    const float square = __fmul_rn(v, v);
+    return {square, __fmaf_rn(v, v, -square)};
+  }
+};
+
+__device__ inline Sum operator+(Sum a, Sum b) {
+  const float hi = a.hi + b.hi;
+  const float part = hi - a.hi;
+  return {hi, a.lo + b.lo + ((a.hi - (hi - part)) + (b.hi - part))};
+}
+
+// leaf(0) + .. + leaf(kLeaves - 1) as a balanced tree, of floats or Sums.
+template <int kLeaves, typename F>
+__device__ auto tree_sum(const F& leaf, int first = 0) {
+  if constexpr (kLeaves == 1) {
+    return leaf(first);
+  } else {
+    return tree_sum<kLeaves / 2>(leaf, first) + tree_sum<kLeaves / 2>(leaf, first + kLeaves / 2);
+  }
+}
+
+// One partial sum per warp of a block; alternate halves, so that one barrier per row is enough.
+struct Scratch {
+  float2 warp_sum[2][32];
+};
+
+// How many of the kRows rows first, first + stride, ... there are: for the whole block, where first is.
+template <int kRows>
+__device__ int live_rows(int64_t first, int64_t stride, int64_t rows) {
+  int live = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) live += first + r * stride < rows;
+  return live;
+}
+
+// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block take part.
+template <int kRows>
+__device__ void row_sum(Sum (&v)[kRows], int live, int lanes, Scratch& scratch, int parity) {
+  const auto other = [](const Sum& s, int distance) {
+    return Sum{__shfl_xor_sync(~0u, s.hi, distance), __shfl_xor_sync(~0u, s.lo, distance)};
+  };
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= live) break;
+#pragma unroll
+    for (int o = 16; o > 0; o /= 2) {
+      const Sum sum = v[r] + other(v[r], o);
+      if (o < lanes) v[r] = sum;
+    }
+  }
+  // Rows that are taken several at a time are no longer than a warp (plan.h).
+  if constexpr (kRows == 1) {
+    if (lanes <= 32) return;
+    const int warps = lanes / 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) scratch.warp_sum[parity][warp] = {v[0].hi, v[0].lo};
+    __syncthreads();
+    v[0] = {0.0f, 0.0f};
+    if (lane < warps) {
+      v[0].hi = scratch.warp_sum[parity][warp / warps * warps + lane].x;
+      v[0].lo = scratch.warp_sum[parity][warp / warps * warps + lane].y;
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o /= 2) v[0] = v[0] + other(v[0], o);
+  }
+}
+
+// 1 / sqrt(mean(x^2) + eps) = pre * (hi + lo). pre is a power of two, and 1 but for rows that are rescued.
+struct Scale {
+  float hi, lo, pre;
+};
+
+// 1 / cols and eps, each as the sum of two floats.
+struct Mean {
+  float inv_hi, inv_lo, eps_hi, eps_lo;
+};
+
+inline Mean mean_of(int64_t cols, double eps) {
+  const double inv = 1.0 / static_cast<double>(cols);
+  // A huge eps becomes infinite here and leads to the rescue, where it is a double.
+  const float inv_hi = static_cast<float>(inv), eps_hi = static_cast<float>(eps);
+  return {inv_hi, static_cast<float>(inv - inv_hi), eps_hi, static_cast<float>(eps - eps_hi)};
+}
+
+// Mean squares in this range neither overflow nor lose bits in fp32 on any way through the kernels, and their
+// reciprocal roots are within [2^-30, 2^30]. Other rows are rescued.
+constexpr float kMinMeanSquare = 0x1p-60f, kMaxMeanSquare = 0x1p60f;
+
+// From the sum of squares, to about 2^-44: the error of the result is that of the sum. All in fp32, because
+// fp64 runs at 1/64 of its rate on most GPUs and this is done once for as few as 64 elements.
+// Returns false for a row out of range. (NaN is in: it comes out as NaN.)
+__device__ inline bool fast_scale(const Sum& sum, const Mean& m, Scale& out) {
+  const float mean = __fmul_rn(sum.hi, m.inv_hi);
+  const float rough = mean + m.eps_hi;
+  if (rough < kMinMeanSquare || rough > kMaxMeanSquare) return false;
+  const float part = rough - mean;
+  const float rest = (mean - (rough - part)) + (m.eps_hi - part) + m.eps_lo;
+  const float v_lo = __fmaf_rn(sum.hi, m.inv_lo, __fmaf_rn(sum.hi, m.inv_hi, -mean)) + sum.lo * m.inv_hi + rest;
+  // One Newton step on the hardware's estimate: e = 1 - v * r^2, with r^2 as the sum of two floats.
+  const float r = rsqrtf(rough);
+  const float sq = __fmul_rn(r, r);
+  const float sq_lo = __fmaf_rn(r, r, -sq);
+  const float e = __fmaf_rn(-rough, sq, 1.0f) - __fmaf_rn(rough, sq_lo, __fmul_rn(v_lo, sq));
+  const float step = __fmul_rn(0.5f, __fmul_rn(r, e));
+  out.hi = r + step;
+  out.lo = step - (out.hi - r);
+  out.pre = 1.0f;
+  return true;
+}
+
+__device__ inline double pow2(int e) { return __hiloint2double((e + 1023) << 20, 0); }
+
+// 1 / sqrt(mean(x^2) + eps) = r * 2^exponent, in double, for x of any magnitude: x is scaled so that the greatest
+// of |x| and sqrt(eps) is near 1, and eps with it.
+struct WideScale {
+  double r;
+  int exponent;
+};
+
+// load(i): element i of the row, as double. The `group` lanes of a warp that call this share the work, and each
+// gets the result. Far off the hot path: it reads the row twice.
+template <typename Load>
+__device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int group) {
+  const int lane = threadIdx.x % group;
+  const uint32_t mask = (group == 32 ? ~0u : (1u << group) - 1) << (threadIdx.x % 32 - lane);
+  double top = sqrt(eps);
+#pragma unroll 1
+  for (int64_t i = lane; i < cols; i += group) top = fmax(top, fabs(load(i)));
+#pragma unroll 1
+  for (int o = group / 2; o > 0; o /= 2) top = fmax(top, __shfl_xor_sync(mask, top, o));
+  // 1000: so that both powers are normal numbers. An all-zero row and one with Inf stay as they are.
+  WideScale s;
+  const int exponent = (__double2hiint(top) >> 20) - 1023;
+  s.exponent = top > 0 && exponent < 1024 ? max(-1000, min(1000, -exponent)) : 0;
+  const double pre = pow2(s.exponent);
+  double sum = 0, rest = 0;  // what the additions round off (Kahan), for x in double
+#pragma unroll 1
+  for (int64_t i = lane; i < cols; i += group) {
+    const double x = load(i) * pre;
+    const double term = fma(x, x, rest), next = sum + term;
+    rest = isfinite(next) ? term - (next - sum) : 0;
+    sum = next;
+  }
+#pragma unroll 1
+  for (int o = group / 2; o > 0; o /= 2) sum += __shfl_xor_sync(mask, sum, o);
+  s.r = 1.0 / sqrt(sum / cols + eps * pre * pre);
+  return s;
+}
+
+// The scale of a row out of the range of fast_scale. Each warp (or smaller group) of the row finds it by itself,
+// from memory. For fp32 and narrower x, whose exponents fit pre and hi.
+template <typename T>
+__device__ Scale rescued_scale(const T* x, int64_t cols, double eps, int lanes) {
+  const WideScale s =
+      wide_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; }, cols, eps, min(lanes, 32));
+  // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is still normal), or
+  // the small elements of such a row would become subnormal on the way.
+  const int pre = s.exponent > 0 ? min(126, s.exponent) : max(-126, min(0, s.exponent + 96));
+  const double r = s.r * pow2(s.exponent - pre);
+  Scale out;
+  out.pre = __uint_as_float((pre + 127) << 23);
+  // Beyond fp32, but not infinite: only zeros and a tiny eps come to that, and have to stay zeros.
+  out.hi = static_cast<float>(isfinite(r) ? fmin(r, double{FLT_MAX}) : r);
+  out.lo = r <= FLT_MAX ? static_cast<float>(r - out.hi) : 0.0f;
+  return out;
+}
+
+}  // namespace rmsnorm::cuda

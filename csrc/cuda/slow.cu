@@ -1,0 +1,104 @@
+// Everything in double, for any dtypes: taken where one of them is double. One warp per row, element by element:
+// speed is no concern here.
+#include "any.cuh"
+#include "launch.h"
+#include "reduce.cuh"
+
+namespace rmsnorm::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxBlocks = 1 << 16;
+
+int64_t blocks_for(int64_t items, int64_t per_block) {
+  const int64_t blocks = ceil_div(items, per_block);
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+template <typename P>
+__device__ double weight_at(const P& p, int64_t col) {
+  return p.weight != nullptr ? load_any(p.weight, p.w_dtype, col) + p.weight_offset : 1.0;
+}
+
+struct Normalized {
+  double r, pre;  // 1 / sqrt(mean(x^2) + eps) = r * pre
+  __device__ double operator()(double x) const { return x * pre * r; }
+};
+
+template <typename P>
+__device__ Normalized normalize(const P& p, int64_t x_offset) {
+  const WideScale s =
+      wide_scale([&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols, p.eps, kWarp);
+  const int pre = s.exponent > 0 ? s.exponent : min(0, s.exponent + 900);  // as in rescued_scale
+  return {s.r * pow2(s.exponent - pre), pow2(pre)};
+}
+
+__global__ void forward_double(const __grid_constant__ RmsNormForward p) {
+  const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
+  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
+    const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
+    const Normalized normalized = normalize(p, x_offset);
+    if (p.rstd != nullptr && lane == 0) {
+      store_any(p.rstd, p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, row,
+                normalized.r * normalized.pre);
+    }
+    __syncwarp();  // all of x is read before y, which may be x, is written
+    for (int64_t col = lane; col < p.cols; col += kWarp) {
+      double n = normalized(load_any(p.x, p.x_dtype, x_offset + col));
+      if (p.cast_before_weight) n = round_any(p.x_dtype, n);
+      store_any(p.y, p.y_dtype, y_offset + col, n * weight_at(p, col));
+    }
+  }
+}
+
+// dx, and what the sums over columns need of each row: the workspace, if there is one.
+__global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
+  const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
+  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
+    const int64_t x_offset = row_offset(p.x_rows, row), dy_offset = row_offset(p.dy_rows, row);
+    const Normalized normalized = normalize(p, x_offset);
+    if (p.workspace != nullptr && lane == 0) static_cast<Normalized*>(p.workspace)[row] = normalized;
+    if (p.dx == nullptr) continue;
+    const auto xhat = [&](int64_t col) { return normalized(load_any(p.x, p.x_dtype, x_offset + col)); };
+    const auto g = [&](int64_t col) { return load_any(p.dy, p.dy_dtype, dy_offset + col) * weight_at(p, col); };
+    double sum = 0;
+    for (int64_t col = lane; col < p.cols; col += kWarp) sum += g(col) * xhat(col);
+    for (int o = kWarp / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    const double mean = sum / p.cols;
+    for (int64_t col = lane; col < p.cols; col += kWarp) {
+      store_any(p.dx, p.x_dtype, row * p.cols + col, normalized(g(col) - xhat(col) * mean));
+    }
+  }
+}
+
+__global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
+  for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < p.cols; col += gridDim.x * kThreads) {
+    double sum = 0;
+    for (int64_t row = 0; row < p.rows; ++row) {
+      double xhat = static_cast<const Normalized*>(p.workspace)[row](
+          load_any(p.x, p.x_dtype, row_offset(p.x_rows, row) + col));
+      if (p.cast_before_weight) xhat = round_any(p.x_dtype, xhat);
+      sum += load_any(p.dy, p.dy_dtype, row_offset(p.dy_rows, row) + col) * xhat;
+    }
+    store_any(p.dweight, p.w_dtype, col, sum);
+  }
+}
+
+}  // namespace
+
+int forward_in_double(const RmsNormForward& p, cudaStream_t stream) {
+  return launch(forward_double, static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp)), kThreads, p, stream);
+}
+
+int64_t backward_in_double_workspace(const RmsNormBackward& p) {
+  return p.dweight != nullptr ? p.rows * static_cast<int64_t>(sizeof(Normalized)) : 0;
+}
+
+int backward_in_double(const RmsNormBackward& p, cudaStream_t stream) {
+  const auto row_blocks = static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp));
+  const int error = launch(backward_double, row_blocks, kThreads, p, stream);
+  if (error != 0 || p.dweight == nullptr) return error;
+  return launch(dweight_double, static_cast<unsigned>(blocks_for(p.cols, kThreads)), kThreads, p, stream);
+}
+
+}  // namespace rmsnorm::cuda

@@ -1,0 +1,190 @@
+// Elements in registers: a chunk is the consecutive elements of a row that one thread handles at a time, as
+// many as 16 bytes of x hold, kept packed as they come from memory. How it is accessed (16 bytes at a time or
+// element by element) depends on the alignment; which thread gets which elements never does.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../rmsnorm.h"
+
+namespace rmsnorm::cuda {
+
+template <typename T>
+__device__ float2 unpack(const uint32_t* w) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {__uint_as_float(w[0]), __uint_as_float(w[1])};
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(reinterpret_cast<const __half2&>(*w));
+  } else {
+    return {__uint_as_float(*w << 16), __uint_as_float(*w & 0xffff0000u)};
+  }
+}
+
+template <typename T>
+__device__ void pack(uint32_t* w, float2 v) {
+  if constexpr (std::is_same_v<T, float>) {
+    w[0] = __float_as_uint(v.x);
+    w[1] = __float_as_uint(v.y);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    reinterpret_cast<__half2&>(*w) = __float22half2_rn(v);
+  } else {
+    reinterpret_cast<__nv_bfloat162&>(*w) = __float22bfloat162_rn(v);
+  }
+}
+
+// v rounded to T and back.
+template <typename T>
+__device__ float2 round_to(float2 v) {
+  uint32_t w[2];
+  pack<T>(w, v);
+  return unpack<T>(w);
+}
+
+// v again, but nothing computed from it is shared with other places or moved out of a loop: a few integer
+// instructions per row cost less than the registers that would hold their results.
+__device__ inline int recomputed(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+template <typename T, int kElems>
+struct Chunk {
+  static constexpr int kBytes = kElems * sizeof(T);
+  uint32_t word[kBytes / 4];
+
+  // Elements 2i and 2i + 1.
+  __device__ float2 get(int i) const { return unpack<T>(word + i * sizeof(T) / 2); }
+  __device__ void set(int i, float2 v) { pack<T>(word + i * sizeof(T) / 2, v); }
+
+  // Keeps the compiler from unpacking ahead, which would hold twice the registers over a reduction or a loop.
+  __device__ void stay_packed() {
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (uint32_t& w : word) asm volatile("" : "+r"(w));
+    }
+  }
+};
+
+// `count` elements are there (none if negative); the others read as zero. aligned: p is at an address that
+// the widest access can take.
+template <typename T, int kElems>
+__device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
+  using C = Chunk<T, kElems>;
+  C c = {};
+  if (aligned && count >= kElems) {
+    if constexpr (C::kBytes == 8) {
+      reinterpret_cast<uint2&>(c) = *reinterpret_cast<const uint2*>(p);
+    } else {
+#pragma unroll
+      for (int i = 0; i < C::kBytes / 16; ++i) {
+        const uint4 v = reinterpret_cast<const uint4*>(p)[i];
+        c.word[4 * i] = v.x, c.word[4 * i + 1] = v.y, c.word[4 * i + 2] = v.z, c.word[4 * i + 3] = v.w;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElems; ++i) {
+      if (i >= count) continue;
+      if constexpr (sizeof(T) == 4) {
+        c.word[i] = reinterpret_cast<const uint32_t*>(p)[i];
+      } else {
+        c.word[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(p)[i]} << 16 * (i % 2);
+      }
+    }
+  }
+  return c;
+}
+
+// To global memory. __stwb is the plain store; written as an assignment, nvcc split it into words in most kernels.
+template <typename T, int kElems>
+__device__ void store_chunk(T* p, const Chunk<T, kElems>& c, int count, bool aligned) {
+  if (aligned && count >= kElems) {
+    if constexpr (Chunk<T, kElems>::kBytes == 8) {
+      __stwb(reinterpret_cast<uint2*>(p), make_uint2(c.word[0], c.word[1]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < Chunk<T, kElems>::kBytes / 16; ++i) {
+        __stwb(reinterpret_cast<uint4*>(p) + i,
+               make_uint4(c.word[4 * i], c.word[4 * i + 1], c.word[4 * i + 2], c.word[4 * i + 3]));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElems; ++i) {
+      if (i >= count) continue;
+      if constexpr (sizeof(T) == 4) {
+        reinterpret_cast<uint32_t*>(p)[i] = c.word[i];
+      } else {
+        reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(c.word[i / 2] >> 16 * (i % 2));
+      }
+    }
+  }
+}
+
+// Rows::offset() on the device. A 64-bit division there is a subroutine that takes some twenty registers from
+// the kernel around it. So 32 bits where they do, and one bit at a time for the rare row beyond 2^32.
+__device__ inline int64_t row_offset(const Rows& rows, int64_t row) {
+  int64_t result = 0;
+#pragma unroll 1
+  for (int d = rows.ndim - 1; d > 0; --d) {
+    const uint64_t size = rows.size[d];
+    uint64_t next, rest = row;
+    if ((rest | size) >> 32 == 0) {
+      next = static_cast<uint32_t>(rest) / static_cast<uint32_t>(size);
+      rest -= next * size;
+    } else {
+      next = 0;
+#pragma unroll 1
+      for (int shift = __clzll(size) - 1; shift >= 0; --shift) {
+        next <<= 1;
+        if (rest >> shift >= size) rest -= size << shift, next |= 1;
+      }
+    }
+    result += static_cast<int64_t>(rest) * rows.stride[d];
+    row = static_cast<int64_t>(next);
+  }
+  return result + row * rows.stride[0];
+}
+
+// A tensor argument as a kernel sees it.
+struct View {
+  const void* data;
+  DType dtype;
+  bool aligned;  // every chunk is
+};
+
+// Elements [index, index + count) of v, held as T: those of another dtype as fp32 (held_dtype in plan.h).
+template <typename T, int kElems>
+__device__ Chunk<T, kElems> load_chunk(const View& v, int64_t index, int count) {
+  if constexpr (std::is_same_v<T, float>) {
+    const auto widened = [](const auto& narrow) {
+      Chunk<float, kElems> c;
+#pragma unroll
+      for (int i = 0; i < kElems / 2; ++i) c.set(i, narrow.get(i));
+      return c;
+    };
+    if (v.dtype == DType::kFloat16) {
+      return widened(load_chunk<__half, kElems>(static_cast<const __half*>(v.data) + index, count, v.aligned));
+    }
+    if (v.dtype == DType::kBFloat16) {
+      return widened(
+          load_chunk<__nv_bfloat16, kElems>(static_cast<const __nv_bfloat16*>(v.data) + index, count, v.aligned));
+    }
+  }
+  return load_chunk<T, kElems>(static_cast<const T*>(v.data) + index, count, v.aligned);
+}
+
+// The same of a weight, which may be absent: ones.
+template <typename T, int kElems>
+__device__ Chunk<T, kElems> load_weight(const View& v, int64_t index, int count) {
+  if (v.data != nullptr) return load_chunk<T, kElems>(v, index, count);
+  Chunk<T, kElems> ones;
+#pragma unroll
+  for (int i = 0; i < kElems / 2; ++i) ones.set(i, {1.0f, 1.0f});
+  return ones;
+}
+
+}  // namespace rmsnorm::cuda
