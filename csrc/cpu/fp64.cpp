@@ -64,18 +64,23 @@ double load(const void* base, DType dtype, int64_t i) {
   return 0;
 }
 
-void store(void* base, DType dtype, int64_t i, double value) {
+// base[i] = value(i) for begin <= i < end, rounded once.
+template <class F>
+void store(void* base, DType dtype, int64_t begin, int64_t end, F value) {
+  const auto each = [&](auto* out, auto round) {
+    for (int64_t i = begin; i < end; ++i) out[i] = round(value(i));
+  };
   switch (dtype) {
-    case DType::kFloat32: static_cast<float*>(base)[i] = float(value); return;
-    case DType::kFloat16: static_cast<uint16_t*>(base)[i] = to_half(value); return;
-    case DType::kBFloat16: static_cast<uint16_t*>(base)[i] = to_bfloat16(value); return;
-    case DType::kFloat64: static_cast<double*>(base)[i] = value; return;
+    case DType::kFloat32: return each(static_cast<float*>(base), [](double v) { return float(v); });
+    case DType::kFloat16: return each(static_cast<uint16_t*>(base), to_half);
+    case DType::kBFloat16: return each(static_cast<uint16_t*>(base), to_bfloat16);
+    case DType::kFloat64: return each(static_cast<double*>(base), [](double v) { return v; });
   }
 }
 
 double round_to(DType dtype, double value) {
   double rounded;
-  store(&rounded, dtype, 0, value);
+  store(&rounded, dtype, 0, 1, [=](int64_t) { return value; });
   return load(&rounded, dtype, 0);
 }
 
@@ -132,10 +137,10 @@ void backward_row(const RmsNormBackward& p, int64_t row, T* partial) {
   double sum = 0;
   for (int64_t i = 0; i < p.cols; ++i) sum += weight_at(p, i) * dy(i) * x.xhat(i);
   const double c = sum / double(p.cols);
-  for (int64_t i = 0; i < p.cols; ++i) {
-    const double gradient = (weight_at(p, i) * dy(i) - x.xhat(i) * c) * x.unit * x.scale;
-    store(p.dx, p.x_dtype, row * p.cols + i, gradient);
-  }
+  store(p.dx, p.x_dtype, row * p.cols, (row + 1) * p.cols, [&](int64_t at) {
+    const int64_t i = at - row * p.cols;
+    return (weight_at(p, i) * dy(i) - x.xhat(i) * c) * x.unit * x.scale;
+  });
 }
 
 // Stage two of the backward for one dtype of partial sums.
@@ -149,7 +154,7 @@ void sum_partials(const RmsNormBackward& p, int64_t blocks, int64_t col_begin, i
       const T* partial = static_cast<const T*>(p.workspace) + block * p.cols + begin;
       for (int64_t i = 0; i < count; ++i) sums[i] += partial[i];
     }
-    for (int64_t i = 0; i < count; ++i) store(p.dweight, p.w_dtype, begin + i, sums[i]);
+    store(p.dweight, p.w_dtype, begin, begin + count, [&](int64_t i) { return sums[i - begin]; });
   }
 }
 
@@ -166,12 +171,14 @@ bool wide(const RmsNormBackward& p) {
 
 void forward_row_fp64(const RmsNormForward& p, int64_t row) {
   const Row x = normalize(p, row);
-  const int64_t y_offset = p.y_rows.offset(row);
-  for (int64_t i = 0; i < p.cols; ++i) {
-    const double xhat = p.cast_before_weight ? round_to(p.x_dtype, x.xhat(i)) : x.xhat(i);
-    store(p.y, p.y_dtype, y_offset + i, xhat * weight_at(p, i));
-  }
-  if (p.rstd) store(p.rstd, p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, row, x.unit * x.scale);
+  const int64_t begin = p.y_rows.offset(row);
+  store(p.y, p.y_dtype, begin, begin + p.cols, [&](int64_t at) {
+    const double xhat = x.xhat(at - begin);
+    return (p.cast_before_weight ? round_to(p.x_dtype, xhat) : xhat) * weight_at(p, at - begin);
+  });
+  if (!p.rstd) return;
+  const DType rstd_dtype = p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  store(p.rstd, rstd_dtype, row, row + 1, [&](int64_t) { return x.unit * x.scale; });
 }
 
 void backward_row_fp64(const RmsNormBackward& p, int64_t row, void* partial) {

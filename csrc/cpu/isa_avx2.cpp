@@ -17,7 +17,6 @@ namespace {
 
 using V = __m256;
 constexpr int kLanes = 8;
-constexpr int kUnroll = 8;
 constexpr char kIsaName[] = "avx2";
 
 INLINE V zero() { return _mm256_setzero_ps(); }
@@ -90,9 +89,9 @@ INLINE V round_to<float>(V v) {
 struct Doubles {
   __m256d low, high;
 };
-INLINE void accumulate(Doubles& d, const V* v) {
-  d.low = _mm256_add_pd(d.low, _mm256_cvtps_pd(_mm256_castps256_ps128(*v)));
-  d.high = _mm256_add_pd(d.high, _mm256_cvtps_pd(_mm256_extractf128_ps(*v, 1)));
+INLINE void accumulate(Doubles& d, V v) {
+  d.low = _mm256_add_pd(d.low, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+  d.high = _mm256_add_pd(d.high, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
 }
 INLINE double total(const Doubles& d) {
   const __m256d four = _mm256_add_pd(d.low, d.high);

@@ -5,6 +5,10 @@
 #if RMSNORM_X86
 #include <immintrin.h>
 
+// GCC 12 finds its own _mm512_undefined() uninitialized, wherever it is inlined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define INLINE inline __attribute__((always_inline))
@@ -14,7 +18,6 @@ namespace {
 
 using V = __m512;
 constexpr int kLanes = 16;
-constexpr int kUnroll = 4;
 constexpr char kIsaName[] = "avx512";
 
 INLINE V zero() { return _mm512_setzero_ps(); }
@@ -78,8 +81,8 @@ struct Doubles {
   __m512d v;
 };
 INLINE __m256 upper(V v) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)); }
-INLINE void accumulate(Doubles& d, const V* v) {
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(*v), upper(*v));
+INLINE void accumulate(Doubles& d, V v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper(v));
   d.v = _mm512_add_pd(d.v, _mm512_cvtps_pd(eight));
 }
 INLINE double total(const Doubles& d) {

@@ -2,6 +2,7 @@
 // code; no instruction beyond the baseline.
 #include "kernels.h"
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
 #define INLINE inline __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
@@ -12,7 +13,6 @@ typedef uint32_t U __attribute__((vector_size(16)));
 typedef uint16_t U16 __attribute__((vector_size(8)));
 typedef double D __attribute__((vector_size(32)));
 constexpr int kLanes = 4;
-constexpr int kUnroll = 4;  // 16 accumulators do not fit 16 registers, and the code is large already
 constexpr char kIsaName[] = "scalar";
 
 INLINE V set1(float a) { return V{a, a, a, a}; }
@@ -98,9 +98,9 @@ INLINE V round_to<float>(V v) {
 struct Doubles {
   D low, high;
 };
-INLINE void accumulate(Doubles& d, const V* v) {
-  d.low += to_double(v[0]);
-  d.high += to_double(v[1]);
+INLINE void accumulate(Doubles& d, V low, V high) {
+  d.low += to_double(low);
+  d.high += to_double(high);
 }
 INLINE double total(const Doubles& d) {
   const D four = d.low + d.high;

@@ -1,13 +1,12 @@
 // The row kernels, written once over the verbs of an instruction set. An isa_*.cpp includes this
 // file inside its target region and an anonymous namespace, after it has defined
 //   V, kLanes, kIsaName              a vector of fp32 lanes
-//   kUnroll                          how many of the 64 / kLanes vectors of a block to unroll
 //   zero  set1  add  sub  mul        as they say
 //   mul_add(a, b, c)                 a * b + c, fused where the machine has it
 //   fma(a, b, c)  fmsub(a, b, c)     a * b + c, a * b - c with an exact product on every machine
 //   load(p, n)  store(p, v, n)       the first n lanes of float, Half, BFloat16; a store rounds once, to nearest even
 //   round_to<T>(v)                   the values that store(T*) and load(const T*) would give back
-//   Doubles, accumulate(d, v), total(d)   8 double lanes, plus 8 float lanes from v[], summed pairwise
+//   Doubles, accumulate(d, v...), total(d)   8 double lanes, plus the last 8 fp32 lanes of a sum; their sum by halving
 // No std:: calls and no #ifdef in here: see "The ISA trap" in csrc/cpu/isa_avx2.cpp.
 
 // A row is summed in 64 virtual lanes on every machine: element i goes to lane i % 64, lanes are
@@ -24,12 +23,52 @@ struct Factors {
   V a, b;
 };
 
-INLINE void fold(V* lanes, Doubles& sum) {
-#pragma GCC unroll 8
-  for (int half = kVectors / 2; half * kLanes >= 8; half /= 2)
-#pragma GCC unroll 8
-    for (int j = 0; j < half; ++j) lanes[j] = add(lanes[j], lanes[j + half]);
-  accumulate(sum, lanes);
+// kCount vectors of lanes. Halves of halves and not an array, which GCC 12 would keep in memory.
+template <int kCount>
+struct Lanes {
+  static constexpr int kHalf = kCount / 2;
+  Lanes<kHalf> low, high;
+
+  static INLINE Lanes zeros() { return {Lanes<kHalf>::zeros(), Lanes<kHalf>::zeros()}; }
+  INLINE Lanes operator+(const Lanes& other) const { return {low + other.low, high + other.high}; }
+  template <class F>
+  INLINE void add_products(int64_t i, F factors) {
+    low.add_products(i, factors);
+    high.add_products(i + kHalf * kLanes, factors);
+  }
+  template <class F>
+  INLINE void add_products(int64_t i, int64_t end, F factors) {
+    low.add_products(i, end, factors);
+    if (i + kHalf * kLanes < end) high.add_products(i + kHalf * kLanes, end, factors);
+  }
+};
+template <>
+struct Lanes<1> {
+  V v;
+
+  static INLINE Lanes zeros() { return {zero()}; }
+  INLINE Lanes operator+(const Lanes& other) const { return {add(v, other.v)}; }
+  template <class F>
+  INLINE void add_products(int64_t i, F factors) {
+    const Factors f = factors(i, kLanes);
+    v = mul_add(f.a, f.b, v);
+  }
+  template <class F>
+  INLINE void add_products(int64_t i, int64_t end, F factors) {
+    const Factors f = factors(i, i + kLanes <= end ? kLanes : int(end - i));
+    v = mul_add(f.a, f.b, v);
+  }
+};
+
+template <int kCount>
+INLINE void fold(const Lanes<kCount>& lanes, Doubles& sum) {
+  if constexpr (kCount == 1) {
+    accumulate(sum, lanes.v);
+  } else if constexpr (kCount * kLanes == 8) {
+    accumulate(sum, lanes.low.v, lanes.high.v);
+  } else {
+    fold(lanes.low + lanes.high, sum);
+  }
 }
 
 // Adds a * b over [begin, end) to sum, with {a, b} = factors(i, n) for the n elements from i on.
@@ -39,25 +78,13 @@ INLINE void add_products(Doubles& sum, int64_t begin, int64_t end, F factors) {
   int64_t i = begin;
   while (i + kBlock <= end) {
     const int64_t stop = i + kFold <= end ? i + kFold : end;
-    V lanes[kVectors];
-#pragma GCC unroll kUnroll
-    for (int j = 0; j < kVectors; ++j) lanes[j] = zero();
-    for (; i + kBlock <= stop; i += kBlock) {
-#pragma GCC unroll kUnroll
-      for (int j = 0; j < kVectors; ++j) {
-        const Factors f = factors(i + j * kLanes, kLanes);
-        lanes[j] = mul_add(f.a, f.b, lanes[j]);
-      }
-    }
+    auto lanes = Lanes<kVectors>::zeros();
+    for (; i + kBlock <= stop; i += kBlock) lanes.add_products(i, factors);
     fold(lanes, sum);
   }
   if (i < end) {
-    V lanes[kVectors];
-    for (int j = 0; j < kVectors; ++j) lanes[j] = zero();
-    for (int j = 0; i < end; ++j, i += kLanes) {
-      const Factors f = i + kLanes <= end ? factors(i, kLanes) : factors(i, int(end - i));
-      lanes[j] = mul(f.a, f.b);
-    }
+    auto lanes = Lanes<kVectors>::zeros();
+    lanes.add_products(i, end, factors);
     fold(lanes, sum);
   }
 }

@@ -244,10 +244,12 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
         if (e > worst) worst = e, worst_row = row, worst_col = col;
       }
     }
-    check(worst <= (f.cast ? 2 : 1), "%s: %s %s %ldx%ld: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", what, isa.c_str(),
+    // Plain double arithmetic in fp64: five roundings, and those of the sum, which grow with sqrt(cols / 8).
+    const int64_t fp64_bound = f.rstd_type() == DType::kFloat64 ? 8 : 0;
+    check(worst <= std::max<int64_t>(f.cast ? 2 : 1, fp64_bound), "%s: %s %s %ldx%ld: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", what, isa.c_str(),
           f.name().c_str(), rows, cols, worst, worst_row, worst_col, x.get(worst_row, worst_col),
           y.get(worst_row, worst_col), x.get(worst_row, worst_col) * rstd[worst_row] * f.weight(w, worst_col));
-    check(worst_rstd <= 1, "%s: %s %s %ldx%ld: rstd %ld ulp", what, isa.c_str(), f.name().c_str(), rows, cols, worst_rstd);
+    check(worst_rstd <= std::max<int64_t>(1, fp64_bound), "%s: %s %s %ldx%ld: rstd %ld ulp", what, isa.c_str(), f.name().c_str(), rows, cols, worst_rstd);
     check(y.guards_intact() && r.guards_intact(), "%s: %s %s %ldx%ld: wrote outside", what, isa.c_str(),
           f.name().c_str(), rows, cols);
     check(f.wide() || isa == cpu::last_isa(), "%s: %s ran %s", what, isa.c_str(), cpu::last_isa());

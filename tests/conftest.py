@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from rmsnorm_cuda import _C
+
+ISAS = [isa for isa, supported in _C.isas().items() if supported]  # test_isa.py says which are missing
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[*ISAS, pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """"cpu", once for each instruction set of this machine, and "cuda"."""
+    if request.param != "cuda":
+        _C.set_isa(request.param)
+        yield "cpu"
+        _C.set_isa(None)
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not _C.cuda_built():
+        pytest.skip(f"no CUDA kernels: {_C.cuda_architectures()}")
+    yield "cuda"
+
+
+@pytest.fixture
+def painted(request):
+    """Fresh CPU tensors hold NaN: what a kernel forgets to write is seen. (On CUDA torch would need a fill kernel.)"""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("device") == "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,125 @@
+// The AVX-512 intrinsics of csrc/cpu/isa_avx512.cpp as AVX2 code, from Intel's description of each,
+// for machines without AVX-512. Use: cpu_avx512_emulated.sh
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define EMU static inline __attribute__((always_inline, unused))
+
+namespace emulated {
+
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+
+template <class To, class From>
+EMU To half(From v, int i) {
+  To result;
+  std::memcpy(&result, reinterpret_cast<const char*>(&v) + i * sizeof(To), sizeof(To));
+  return result;
+}
+template <class To, class From>
+EMU To join(From low, From high) {
+  To result;
+  std::memcpy(&result, &low, sizeof low);
+  std::memcpy(reinterpret_cast<char*>(&result) + sizeof low, &high, sizeof high);
+  return result;
+}
+
+EMU __m512 set1(float a) { return join<__m512>(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
+EMU __m512i set1(int a) { return join<__m512i>(_mm256_set1_epi32(a), _mm256_set1_epi32(a)); }
+EMU __m512 fmadd(__m512 a, __m512 b, __m512 c) {
+  return join<__m512>(_mm256_fmadd_ps(half<__m256>(a, 0), half<__m256>(b, 0), half<__m256>(c, 0)),
+                      _mm256_fmadd_ps(half<__m256>(a, 1), half<__m256>(b, 1), half<__m256>(c, 1)));
+}
+EMU __m512 load(const void* p) {
+  __m512 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+EMU void store(void* p, __m512 v) { std::memcpy(p, &v, sizeof v); }
+template <class V, class T>
+EMU V masked_load(unsigned mask, const void* p) {
+  T lane[sizeof(V) / sizeof(T)] = {};
+  for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i)
+    if (mask >> i & 1) lane[i] = static_cast<const T*>(p)[i];
+  V v;
+  std::memcpy(&v, lane, sizeof v);
+  return v;
+}
+template <class T, class V>
+EMU void masked_store(void* p, unsigned mask, V v) {
+  T lane[sizeof(V) / sizeof(T)];
+  std::memcpy(lane, &v, sizeof v);
+  for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i)
+    if (mask >> i & 1) static_cast<T*>(p)[i] = lane[i];
+}
+EMU __m512 from_half(__m256i v) { return join<__m512>(_mm256_cvtph_ps(half<__m128i>(v, 0)), _mm256_cvtph_ps(half<__m128i>(v, 1))); }
+EMU __m256i to_half(__m512 v) {
+  return join<__m256i>(_mm256_cvtps_ph(half<__m256>(v, 0), 0), _mm256_cvtps_ph(half<__m256>(v, 1), 0));
+}
+EMU __m512i widen16(__m256i v) {
+  return join<__m512i>(_mm256_cvtepu16_epi32(half<__m128i>(v, 0)), _mm256_cvtepu16_epi32(half<__m128i>(v, 1)));
+}
+EMU __m256i cut16(__m512i v) {
+  uint32_t from[16];
+  uint16_t to[16];
+  std::memcpy(from, &v, sizeof from);
+  for (int i = 0; i < 16; ++i) to[i] = uint16_t(from[i]);
+  __m256i result;
+  std::memcpy(&result, to, sizeof to);
+  return result;
+}
+EMU unsigned unordered(__m512 a, __m512 b) {
+  float x[16], y[16];
+  store(x, a);
+  store(y, b);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= unsigned(x[i] != x[i] || y[i] != y[i]) << i;
+  return mask;
+}
+EMU __m512i masked_or(__m512i otherwise, unsigned mask, __m512i a, __m512i b) {
+  masked_store<uint32_t>(&otherwise, mask, __m512i(a | b));
+  return otherwise;
+}
+EMU __m512d to_doubles(__m256 v) { return join<__m512d>(_mm256_cvtps_pd(half<__m128>(v, 0)), _mm256_cvtps_pd(half<__m128>(v, 1))); }
+
+}  // namespace emulated
+
+#define _mm512_setzero_ps() emulated::set1(0.0f)
+#define _mm512_set1_ps(a) emulated::set1(float(a))
+#define _mm512_set1_epi32(a) emulated::set1(int(a))
+#define _mm512_add_ps(a, b) ((a) + (b))
+#define _mm512_sub_ps(a, b) ((a) - (b))
+#define _mm512_mul_ps(a, b) ((a) * (b))
+#define _mm512_fmadd_ps(a, b, c) emulated::fmadd(a, b, c)
+#define _mm512_fmsub_ps(a, b, c) emulated::fmadd(a, b, -(c))
+#define _mm512_loadu_ps(p) emulated::load(p)
+#define _mm512_storeu_ps(p, v) emulated::store(p, v)
+#define _mm512_maskz_loadu_ps(m, p) emulated::masked_load<__m512, float>(m, p)
+#define _mm512_mask_storeu_ps(p, m, v) emulated::masked_store<float>(p, m, v)
+#define _mm256_maskz_loadu_epi16(m, p) emulated::masked_load<__m256i, uint16_t>(m, p)
+#define _mm256_mask_storeu_epi16(p, m, v) emulated::masked_store<uint16_t>(p, m, v)
+#define _mm512_cvtph_ps(v) emulated::from_half(v)
+#define _mm512_cvtps_ph(v, rounding) emulated::to_half(v)
+#define _mm512_castps_si512(v) reinterpret_cast<__m512i>(v)
+#define _mm512_castsi512_ps(v) reinterpret_cast<__m512>(v)
+#define _mm512_castps_pd(v) reinterpret_cast<__m512d>(v)
+#define _mm512_cvtepu16_epi32(v) emulated::widen16(v)
+#define _mm512_cvtepi32_epi16(v) emulated::cut16(v)
+#define _mm512_slli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) << (n))
+#define _mm512_srli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) >> (n))
+#define _mm512_add_epi32(a, b) \
+  reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(a) + reinterpret_cast<emulated::U32x16>(b))
+#define _mm512_and_si512(a, b) ((a) & (b))
+#define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
+#define _mm512_mask_or_epi32(o, m, a, b) emulated::masked_or(o, m, a, b)
+#define _mm512_castps512_ps256(v) emulated::half<__m256>(v, 0)
+#define _mm512_castpd512_pd256(v) emulated::half<__m256d>(v, 0)
+#define _mm512_extractf64x4_pd(v, i) emulated::half<__m256d>(v, i)
+#define _mm512_add_pd(a, b) ((a) + (b))
+#define _mm512_cvtps_pd(v) emulated::to_doubles(v)
+
+#pragma GCC pop_options

@@ -1,0 +1,47 @@
+"""The kernels without torch: the CPU ones run natively, the CUDA ones are compiled wherever nvcc is."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rmsnorm_cuda
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = Path(rmsnorm_cuda.__file__).parent / "lib"
+sys.path.insert(0, str(ROOT / "tests" / "native"))
+
+
+def run(command, **kwargs):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
+def test_cpu_kernels_from_cpp(tmp_path):
+    """Guard zones, NaN paint, every ISA, every boundary length: see the head of cpu_check.cpp."""
+    program = tmp_path / "cpu_check"
+    # No torch and no Python on the command line: the library stands alone.
+    link = [f"-L{LIBRARY}", "-lrmsnorm", f"-Wl,-rpath,{LIBRARY}"]
+    run(["g++", "-std=c++17", "-O1", ROOT / "tests/native/cpu_check.cpp", *link, "-o", program])
+    last = run([program]).splitlines()[-1]
+    assert last.endswith(" 0 failed") and int(last.split()[0]) > 1000, last
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+def test_cuda_kernels_compile_without_spills():
+    """One architecture, by the package's own build; it is kept under build/, so a second run is quick."""
+    from ptxas_check import parse_ptxas
+
+    build = ROOT / "build" / "cuda-9.0"
+    environment = os.environ | {"RMSNORM_CUDA_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    command = ["build_ext", "--kernels-only", "--build-temp", build, "--build-lib", build / "lib"]
+    run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment)
+    kernels = parse_ptxas("\n".join(path.read_text() for path in build.rglob("*.ptxas")))
+    assert len(kernels) > 40
+    for kernel in kernels:
+        assert kernel.spill_bytes == kernel.stack_bytes == 0, kernel
