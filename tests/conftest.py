@@ -5,6 +5,10 @@ from rmsnorm_cuda import _C
 
 ISAS = [isa for isa, supported in _C.isas().items() if supported]  # test_isa.py says which are missing
 
+# The tests' tensors are small, and beside another busy process a pool of threads waits for its slowest member: 20 times
+# slower. test_invariance.py sets the number of threads itself.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seed():

@@ -21,13 +21,9 @@ constexpr int kCount = sizeof kTable / sizeof kTable[0];
 
 int supported_count() {
 #if RMSNORM_X86
-  const auto has = [](auto feature) { return feature != 0; };
-  if (!has(__builtin_cpu_supports("avx2")) || !has(__builtin_cpu_supports("fma")) ||
-      !has(__builtin_cpu_supports("f16c"))) {
-    return 1;
-  }
-  if (!has(__builtin_cpu_supports("avx512f")) || !has(__builtin_cpu_supports("avx512bw")) ||
-      !has(__builtin_cpu_supports("avx512dq")) || !has(__builtin_cpu_supports("avx512vl"))) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 1;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return 2;
   }
 #endif

@@ -103,7 +103,7 @@ Row normalize(const P& p, int64_t row) {
   double largest = std::sqrt(p.eps);
   for (int64_t i = 0; i < p.cols; ++i) largest = std::fmax(largest, std::fabs(x[i]));
   if (std::isfinite(largest) && largest > 0 && (largest > 0x1p400 || largest < 0x1p-400)) {
-    // Two steps, or the scale of the largest denormals, 2^1074, would itself overflow.
+    // For denormals 2^1000 is near enough; 2^1074 would overflow.
     x.scale = std::ldexp(1.0, -std::max(std::ilogb(largest), -1000));
   }
   double lanes[8] = {};

@@ -56,7 +56,9 @@ EMU void masked_store(void* p, unsigned mask, V v) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i)
     if (mask >> i & 1) static_cast<T*>(p)[i] = lane[i];
 }
-EMU __m512 from_half(__m256i v) { return join<__m512>(_mm256_cvtph_ps(half<__m128i>(v, 0)), _mm256_cvtph_ps(half<__m128i>(v, 1))); }
+EMU __m512 from_half(__m256i v) {
+  return join<__m512>(_mm256_cvtph_ps(half<__m128i>(v, 0)), _mm256_cvtph_ps(half<__m128i>(v, 1)));
+}
 EMU __m256i to_half(__m512 v) {
   return join<__m256i>(_mm256_cvtps_ph(half<__m256>(v, 0), 0), _mm256_cvtps_ph(half<__m256>(v, 1), 0));
 }
@@ -84,7 +86,9 @@ EMU __m512i masked_or(__m512i otherwise, unsigned mask, __m512i a, __m512i b) {
   masked_store<uint32_t>(&otherwise, mask, __m512i(a | b));
   return otherwise;
 }
-EMU __m512d to_doubles(__m256 v) { return join<__m512d>(_mm256_cvtps_pd(half<__m128>(v, 0)), _mm256_cvtps_pd(half<__m128>(v, 1))); }
+EMU __m512d to_doubles(__m256 v) {
+  return join<__m512d>(_mm256_cvtps_pd(half<__m128>(v, 0)), _mm256_cvtps_pd(half<__m128>(v, 1)));
+}
 
 }  // namespace emulated
 

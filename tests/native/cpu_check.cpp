@@ -1,6 +1,6 @@
 // The CPU kernels against the formula in long double, without torch:
-//   g++ -std=c++17 -O2 tests/native/cpu_check.cpp csrc/cpu/*.cpp -o cpu_check && ./cpu_check
-// (the kernels want -O3 -ffp-contract=off). Also with -fsanitize=address,undefined. Every instruction
+//   g++ -std=c++17 -O2 -ffp-contract=off tests/native/cpu_check.cpp csrc/cpu/*.cpp -o cpu_check && ./cpu_check
+// or with the objects of the build in place of csrc/cpu/*.cpp. Also with -fsanitize=address,undefined. Every instruction
 // set that the machine has is run. Silent but for failures and the last line.
 #include <algorithm>
 #include <cmath>
@@ -115,7 +115,9 @@ struct Tensor {
     bytes.assign(origin + (last + m) * size + guard, 0xff);
   }
   void* data() { return bytes.data() + origin; }
-  unsigned char* at(int64_t row, int64_t col) { return bytes.data() + origin + (place.offset(row) + col) * format(dtype).bytes; }
+  unsigned char* at(int64_t row, int64_t col) {
+    return bytes.data() + origin + (place.offset(row) + col) * format(dtype).bytes;
+  }
   uint64_t bits(int64_t row, int64_t col) {
     uint64_t v = 0;
     std::memcpy(&v, at(row, col), format(dtype).bytes);
@@ -236,6 +238,9 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
     Tensor& y = results.emplace_back(f.y_type(), rows, cols, y_layout, kGuard);
     Tensor r(f.rstd_type(), 1, rows, Layout::kDense, kGuard);
     cpu::rms_norm_forward(params(f, x, w, y, r.data()), 0, rows);
+    const std::string run = std::string(what) + ": " + isa + " " + f.name() + " " + std::to_string(rows) + "x" +
+                            std::to_string(cols);
+    const char* name = run.c_str();
     int64_t worst = 0, worst_row = 0, worst_col = 0, worst_rstd = 0;
     for (int64_t row = 0; row < rows; ++row) {
       worst_rstd = std::max(worst_rstd, ulps(r.dtype, encode(r.dtype, rstd[row]), r.bits(0, row)));
@@ -246,17 +251,15 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
     }
     // Plain double arithmetic in fp64: five roundings, and those of the sum, which grow with sqrt(cols / 8).
     const int64_t fp64_bound = f.rstd_type() == DType::kFloat64 ? 8 : 0;
-    check(worst <= std::max<int64_t>(f.cast ? 2 : 1, fp64_bound), "%s: %s %s %ldx%ld: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", what, isa.c_str(),
-          f.name().c_str(), rows, cols, worst, worst_row, worst_col, x.get(worst_row, worst_col),
-          y.get(worst_row, worst_col), x.get(worst_row, worst_col) * rstd[worst_row] * f.weight(w, worst_col));
-    check(worst_rstd <= std::max<int64_t>(1, fp64_bound), "%s: %s %s %ldx%ld: rstd %ld ulp", what, isa.c_str(), f.name().c_str(), rows, cols, worst_rstd);
-    check(y.guards_intact() && r.guards_intact(), "%s: %s %s %ldx%ld: wrote outside", what, isa.c_str(),
-          f.name().c_str(), rows, cols);
-    check(f.wide() || isa == cpu::last_isa(), "%s: %s ran %s", what, isa.c_str(), cpu::last_isa());
+    check(worst <= std::max<int64_t>(f.cast ? 2 : 1, fp64_bound), "%s: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", name,
+          worst, worst_row, worst_col, x.get(worst_row, worst_col), y.get(worst_row, worst_col),
+          x.get(worst_row, worst_col) * rstd[worst_row] * f.weight(w, worst_col));
+    check(worst_rstd <= std::max<int64_t>(1, fp64_bound), "%s: rstd %ld ulp", name, worst_rstd);
+    check(y.guards_intact() && r.guards_intact(), "%s: wrote outside", name);
+    check(f.wide() || isa == cpu::last_isa(), "%s: ran %s", name, cpu::last_isa());
     // Products of 16-bit values are exact in fp32, with or without FMA.
     if (results.size() == 1 || (results.size() == 2 && f.x_type == DType::kFloat32)) continue;
-    check(y.same_bits(results[results.size() - 2]), "%s: %s %s %ldx%ld: not the bits of the ISA below", what, isa.c_str(),
-          f.name().c_str(), rows, cols);
+    check(y.same_bits(results[results.size() - 2]), "%s: not the bits of the ISA below", name);
   }
 }
 
@@ -394,13 +397,14 @@ void check_forward_invariance(const std::string& isa) {
       fill_normal(w);
       cpu::rms_norm_forward(params(f, x, w, y, nullptr), 0, rows);
       for (const Layout layout : kLayouts) {
-        Tensor x2(f.x_type, rows, cols, layout), y2(f.y_type(), rows, cols, layout, kGuard), w2(f.w_type, 1, cols, layout);
+        Tensor x2(f.x_type, rows, cols, layout), w2(f.w_type, 1, cols, layout);
+        Tensor y2(f.y_type(), rows, cols, layout, kGuard);
         fill(x2, [&](int64_t row, int64_t col) { return x.get(row, col); });
         fill(w2, [&](int64_t, int64_t col) { return w.get(0, col); });
         for (const auto& [begin, end] : {std::pair<int, int>{6, 7}, {0, 1}, {1, 6}})
           cpu::rms_norm_forward(params(f, x2, w2, y2, nullptr), begin, end);
-        check(y.same_bits(y2) && y2.guards_intact(), "%s %s %ld: bits depend on the layout %d or the split", isa.c_str(),
-              f.name().c_str(), cols, int(layout));
+        check(y.same_bits(y2) && y2.guards_intact(), "%s %s %ld: bits depend on the layout %d or the split",
+              isa.c_str(), f.name().c_str(), cols, int(layout));
         if (f.y_type() != f.x_type) continue;
         cpu::rms_norm_forward(params(f, x2, w2, x2, nullptr), 0, rows);
         check(y.same_bits(x2), "%s %s %ld: in place", isa.c_str(), f.name().c_str(), cols);

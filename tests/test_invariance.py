@@ -1,0 +1,173 @@
+"""The same row has the same bits: on every run, in any batch, at any address, with any number of threads."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import DTYPES, OPTIONS, name, ops, random, random_weight, same_bits
+
+from rmsnorm_cuda import _C, rms_norm
+from rmsnorm_cuda.reference import ulp_distance
+
+# Two and a half MB and more in and out, at 256 KB a thread: enough for eight threads. Many short rows, few long ones.
+LARGE = [(5000, 129), (40, 20000), (1000, 640)]
+
+
+def gradients(dy, x, weight, **options):
+    cols = x.shape[-1]
+    y, rstd = ops.rms_norm_forward(x, (cols,), weight, 1e-6, **options)
+    return (y, rstd, *ops.rms_norm_backward(dy, x, (cols,), weight, rstd, 1e-6, (True, True), **options))
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
+def test_threads(threads, dtype, shape):
+    dy, x, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype), random_weight(shape[1], torch.float32)
+    threads(1)
+    want = gradients(dy, x, weight)
+    for count in (2, 3, 8):
+        threads(count)
+        for a, b in zip(gradients(dy, x, weight), want, strict=True):
+            assert same_bits(a, b)
+
+
+def test_large_tensors_are_split(threads):
+    """What test_threads compares is not the same thread twice. The profiler sees where a kernel's memory was touched: no;
+    the kernel leaves its name on each thread that ran it."""
+    x = random(4096, 1024)
+    threads(2)
+    with ThreadPoolExecutor(1) as pool:  # a fresh thread, whose OpenMP team is its own
+        pool.submit(rms_norm, x, 1024).result()
+        one = pool.submit(torch.get_num_threads).result()
+    assert one >= 1
+
+
+def test_runs(device):
+    for shape in [(300, 65), (9, 4097)] if device == "cpu" else [(20, 65)]:
+        args = random(*shape, device=device), random(*shape, device=device), random_weight(shape[1], torch.bfloat16, device)
+        want = gradients(*args)
+        for _ in range(5 if device == "cpu" else 1):
+            for a, b in zip(gradients(*args), want, strict=True):
+                assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_a_row_alone_and_in_any_batch(device, dtype):
+    """At 0 to 16 elements from an aligned address (all that a vector of 16-bit elements can be off), any stride, any row."""
+    for cols in (5, 64, 129, 1000) if device == "cpu" else (64, 129):
+        row, weight = random(cols, dtype=dtype), random_weight(cols, dtype)
+        wd = weight.to(device)
+        want = rms_norm(row.to(device), cols, wd)
+        for offset in range(17) if device == "cpu" else (0, 1, 3):
+            for rows, gap, at in ((1, 0, 0), (3, 1, 2), (9, 16, 4)):
+                batch = random(offset + rows * (cols + gap), dtype=dtype)
+                view = batch.as_strided((rows, cols), (cols + gap, 1), offset)
+                view[at] = row
+                batch = batch.to(device).as_strided((rows, cols), (cols + gap, 1), offset)
+                assert same_bits(rms_norm(batch, cols, wd)[at], want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
+def test_dx_of_a_row_alone_and_in_any_batch(device, dtype):
+    cols = 129
+    dy, x, weight = random(50, cols, dtype=dtype, device=device), random(50, cols, dtype=dtype, device=device), random_weight(cols, dtype, device)
+    want = gradients(dy, x, weight)[2]
+    for rows in (slice(0, 1), slice(49, 50), slice(7, 30), slice(3, None, 5)):
+        assert same_bits(gradients(dy[rows], x[rows], weight)[2], want[rows])
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_misaligned_weight_and_out(device, offset):
+    x, weight = random(4, 129, dtype=torch.bfloat16, device=device), random(140, dtype=torch.bfloat16, device=device)
+    moved = weight[offset : offset + 129]
+    want = rms_norm(x, 129, moved.clone() if device == "cpu" else moved.cpu().to(device))
+    assert same_bits(rms_norm(x, 129, moved), want)
+    buffer = torch.zeros(4, 140, dtype=torch.bfloat16).to(device)[:, offset : offset + 129]
+    assert same_bits(rms_norm(x, 129, moved, out=buffer), want)
+
+
+def test_callers_in_threads():
+    """Eight threads call at once, forward and backward: the same bits as one after another."""
+    x, weight, dy = random(64, 333), random_weight(333, torch.float32), random(64, 333)
+
+    def run(_):
+        leaf = x.clone().requires_grad_()
+        y = rms_norm(leaf, 333, weight)
+        return y.detach(), *torch.autograd.grad(y, [leaf], dy)
+
+    want = run(0)
+    with ThreadPoolExecutor(8) as pool:
+        for result in pool.map(run, range(64)):
+            assert all(map(same_bits, result, want))
+
+
+# ---------------------------------------------------------------- instruction sets
+
+
+@pytest.fixture
+def restore_isa():
+    yield
+    _C.set_isa(None)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_forced_isa_is_the_one_that_runs(restore_isa, isa):
+    if not _C.isas().get(isa):
+        with pytest.raises(ValueError, match=f"instruction set '{isa}'"):
+            _C.set_isa(isa)
+        pytest.skip(f"this machine or build has no {isa}")
+    _C.set_isa(isa)
+    assert _C.isa() == isa
+    gradients(random(3, 20), random(3, 20), random_weight(20, torch.float32))
+    assert _C.last_isa() == isa  # of the backward; the forward:
+    rms_norm(random(3, 20), 20)
+    assert _C.last_isa() == isa
+
+
+def test_best_isa_is_the_default(restore_isa):
+    best = [isa for isa, supported in _C.isas().items() if supported][-1]
+    _C.set_isa("scalar")
+    _C.set_isa(None)
+    assert _C.isa() == best
+    with pytest.raises(ValueError, match="'mmx': expected one of scalar"):
+        _C.set_isa("mmx")
+    assert _C.isa() == best
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "mmx", ""])
+def test_isa_from_the_environment(isa):
+    code = "import torch, rmsnorm_cuda; rmsnorm_cuda.rms_norm(torch.ones(2, 8), 8); print(rmsnorm_cuda._C.last_isa())"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"RMSNORM_CUDA_ISA": isa}, capture_output=True, text=True)
+    supported = [isa for isa, has in _C.isas().items() if has]
+    if isa in supported or isa == "":
+        assert run.stdout.split() == [isa or supported[-1]], run.stderr
+    else:
+        assert run.returncode and f"RuntimeError: RMSNORM_CUDA_ISA is '{isa}', but this machine and build have only: " in run.stderr
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
+def test_isas_agree(restore_isa, dtype, options):
+    """AVX2 and AVX-512 share one reduction tree: equal bits. Scalar shares it too but rounds each product of the sum: of
+    16-bit values that is exact, so equal bits again; of fp32 values 1 ulp. The backward's products are never exact."""
+    results = {}
+    for isa in [isa for isa, supported in _C.isas().items() if supported]:
+        _C.set_isa(isa)
+        torch.manual_seed(1)
+        results[isa] = []
+        for cols in (7, 64, 129, 1000, 4097):
+            dy, x, weight = random(5, cols, dtype=dtype), random(5, cols, dtype=dtype), random_weight(cols, torch.float32)
+            results[isa].append(gradients(dy, x, weight, **options))
+    scalar = results.pop("scalar")
+    for other in results.values():
+        for got, want in zip(other, next(iter(results.values())), strict=True):
+            assert all(map(same_bits, got, want))
+        for got, want in zip(other, scalar, strict=True):
+            if dtype == torch.float32:
+                if not options.get("cast_before_weight"):
+                    assert ulp_distance(got[0], want[0]).max() <= 1
+            else:
+                assert same_bits(got[0], want[0])

@@ -1,0 +1,162 @@
+"""Strided, sliced, expanded, empty and huge tensors: the bits of the dense copy, and no copy made where none is needed."""
+
+import math
+
+import pytest
+import torch
+from cases import DTYPES, assert_forward, name, ops, random, random_weight, same_bits
+from torch.autograd.profiler import profile
+
+from rmsnorm_cuda import rms_norm
+
+# name: (shape of a dense tensor, the view of it, how many dimensions are normalized, must a copy be made?)
+LAYOUTS = {
+    "dense": ((3, 5, 16), lambda t: t, 1, False),
+    "1-D": ((33,), lambda t: t, 1, False),
+    "q heads of a fused qkv": ((2, 5, 128), lambda t: t[..., :64].unflatten(-1, (4, 16)), 1, False),
+    "k heads of a fused qkv": ((2, 5, 128), lambda t: t[..., 64:96].unflatten(-1, (2, 16)), 1, False),
+    "x[..., :d]": ((6, 40), lambda t: t[..., :33], 1, False),
+    "x[..., 3:], misaligned": ((6, 40), lambda t: t[..., 3:], 1, False),
+    "(B, H, S, D) of (B, S, H, D)": ((2, 7, 3, 16), lambda t: t.transpose(1, 2), 1, False),
+    "(S, B, D) of (B, S, D)": ((4, 7, 33), lambda t: t.transpose(0, 1), 1, False),
+    "every other row": ((9, 16), lambda t: t[::2], 1, False),
+    "expanded batch": ((1, 5, 16), lambda t: t.expand(4, 5, 16), 1, False),
+    "expanded rows": ((4, 1, 16), lambda t: t.expand(4, 5, 16), 1, False),
+    "one column": ((7, 3), lambda t: t[:, 1:2], 1, False),
+    "size-1 dimensions of any stride": ((3, 16), lambda t: t.as_strided((1, 3, 1, 16), (7, 16, 5, 1)), 1, False),
+    "four unmergeable dimensions": ((4, 4, 4, 4, 8), lambda t: t[::2, ::2, ::2, ::2], 1, False),
+    "five unmergeable dimensions": ((4, 4, 4, 4, 4, 8), lambda t: t[::2, ::2, ::2, ::2, ::2], 1, True),
+    "five dimensions that merge to two": ((2, 3, 2, 2, 3, 8), lambda t: t[:, :, :, :, :2], 1, False),
+    "last dimension strided": ((4, 32), lambda t: t[:, ::2], 1, True),
+    "last dimension transposed": ((16, 4), lambda t: t.t(), 1, True),
+    "last dimension expanded": ((4, 1), lambda t: t.expand(4, 16), 1, True),
+    "two normalized dimensions": ((3, 4, 5, 6), lambda t: t, 2, False),
+    "two of them, sliced outside": ((3, 4, 5, 6), lambda t: t[:, ::2], 2, False),
+    "two of them, sliced inside": ((3, 4, 5, 8), lambda t: t[..., :6], 2, True),
+    "all dimensions normalized": ((3, 5, 7), lambda t: t, 3, False),
+}
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+@pytest.mark.usefixtures("painted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
+def test_forward(device, layout, dtype):
+    shape, view, normalized, _ = layout
+    base = random(*shape, dtype=dtype)
+    x, dense = view(base.to(device)), view(base).contiguous()
+    normalized_shape = dense.shape[-normalized:]
+    weight = random_weight(normalized_shape, dtype)
+    y = rms_norm(x, normalized_shape, weight.to(device))
+    assert y.is_contiguous()
+    assert_forward(y, dense, normalized_shape, weight, None, {})
+    assert same_bits(y, rms_norm(dense.to(device), normalized_shape, weight.to(device)))
+
+
+@pytest.mark.usefixtures("painted")
+@pytest.mark.parametrize("strided", ["input", "gradient", "both"])
+def test_backward(device, layout, strided):
+    shape, view, normalized, _ = layout
+    x, dy = random(*shape), random(*shape)
+    dense_x, dense_dy = view(x).contiguous().to(device), view(dy).contiguous().to(device)
+    normalized_shape = dense_x.shape[-normalized:]
+    weight = random_weight(normalized_shape, torch.float32, device)
+    _, rstd = ops.rms_norm_forward(dense_x, normalized_shape, weight)
+
+    def gradients(dy, x):
+        return ops.rms_norm_backward(dy, x, normalized_shape, weight, rstd, None, (True, True))
+
+    x = dense_x if strided == "gradient" else view(x.to(device))
+    dy = dense_dy if strided == "input" else view(dy.to(device))
+    assert all(map(same_bits, gradients(dy, x), gradients(dense_dy, dense_x)))
+
+
+def test_copies(layout):
+    """A copy is made only where it must be. Seen by the profiler: the kernels' own work has no ATen op."""
+    shape, view, normalized, copied = layout
+    x = view(random(*shape))
+    with profile() as seen:
+        rms_norm(x, x.shape[-normalized:])
+    assert copied == any("copy_" in event.name for event in seen.function_events)
+
+
+def test_out_of_any_layout(device, layout):
+    shape, view, normalized, copied = layout
+    base = torch.full(shape, math.nan)
+    if 0 in view(base).stride() or "size-1" in str(layout):
+        pytest.skip("an expanded tensor is no output: test_errors.py")
+    x, out = random(*view(base).shape, device=device), view(base.to(device))
+    normalized_shape = x.shape[-normalized:]
+    if copied and "unmergeable" not in str(layout):
+        with pytest.raises(RuntimeError, match="expected out with dense rows"):
+            rms_norm(x, normalized_shape, out=out)
+        return
+    assert same_bits(rms_norm(x, normalized_shape, out=out), rms_norm(x, normalized_shape))
+
+
+@pytest.mark.parametrize("strided", [lambda t: t[::2], lambda t: t[:1].expand(32), lambda t: t[1:33]], ids=["every other", "expanded", "moved"])
+def test_weight_layouts(device, strided):
+    base, x, dy = random(64), random(5, 32, device=device), random(5, 32, device=device)
+    weight, dense = strided(base.to(device)), strided(base).contiguous().to(device)
+    assert same_bits(rms_norm(x, 32, weight), rms_norm(x, 32, dense))
+    _, rstd = ops.rms_norm_forward(x, (32,), dense)
+    got, want = (ops.rms_norm_backward(dy, x, (32,), w, rstd, None, (True, True)) for w in (weight, dense))
+    assert all(map(same_bits, got, want))
+    assert got[1].is_contiguous()
+
+
+@pytest.mark.parametrize("shape, normalized_shape", [((0, 8), (8,)), ((2, 0, 8), (8,)), ((3, 0), (0,)), ((0, 0), (0,)), ((0,), (0,)), ((2, 0, 3), (0, 3))])
+def test_empty(shape, normalized_shape):
+    x = torch.empty(shape, requires_grad=True)
+    weight = torch.ones(normalized_shape, requires_grad=True)
+    y = rms_norm(x, normalized_shape, weight)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    assert rms_norm(x.detach(), normalized_shape, out=torch.empty(shape)).shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(weight.grad, torch.zeros(normalized_shape))
+    _, rstd = ops.rms_norm_forward(x.detach(), normalized_shape)
+    assert rstd.shape == shape[: len(shape) - len(normalized_shape)] and rstd.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
+def test_rows_farther_apart_than_32_bits(dtype):
+    """Offsets beyond 2^31 elements, for input, output and gradient. The memory between the rows is never touched."""
+    cols, far = 129, 2**31 + 5
+    try:
+        buffers = [torch.empty(2 * far + cols, dtype=dtype).as_strided((3, cols), (far, 1)) for _ in range(3)]
+    except RuntimeError:
+        pytest.skip("the system grants no such reservation of memory")
+    x, dy, out = buffers
+    x.copy_(random(3, cols, dtype=dtype))
+    dy.copy_(random(3, cols, dtype=dtype))
+    dense_x, dense_dy, weight = x.contiguous(), dy.contiguous(), random_weight(cols, dtype)
+    want, rstd = ops.rms_norm_forward(dense_x, (cols,), weight)
+    assert same_bits(rms_norm(x, cols, weight), want)
+    assert same_bits(rms_norm(x, cols, weight, out=out), want)
+    got = ops.rms_norm_backward(dy, x, (cols,), weight, rstd, None, (True, True))
+    assert all(map(same_bits, got, ops.rms_norm_backward(dense_dy, dense_x, (cols,), weight, rstd, None, (True, True))))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_31_elements():
+    """A dense tensor of so many, 4 GiB and as much of output: the last rows are the ones that a 32-bit count would miss."""
+    rows, cols = 2**21 + 3, 1024
+    try:
+        x = torch.empty(rows, cols, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("4 GiB of memory are not to be had")
+    if torch.cuda.is_available() or _free_memory() < 10 * 2**30:
+        pytest.skip("less than 10 GiB of memory are free")
+    x[:5], x[5:-5], x[-5:] = random(5, cols), 1.0, random(5, cols)
+    y = rms_norm(x, cols)
+    for part in (slice(0, 8), slice(-8, None)):
+        assert same_bits(y[part], rms_norm(x[part].clone(), cols))
+    assert y[5:-5].eq(1).all()
+
+
+def _free_memory():
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
