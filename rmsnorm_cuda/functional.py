@@ -58,10 +58,12 @@ def rms_norm(
     if is_compiling():
         if isinstance(normalized_shape, int):
             normalized_shape = (normalized_shape,)
-        y = _ops.rms_norm(
-            input, normalized_shape, weight, eps, weight_offset=weight_offset, cast_before_weight=cast_before_weight
-        )
-        return y if out is None else out.copy_(y)
+        arguments = input, normalized_shape, weight, eps
+        options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+        if out is None:
+            return _ops.rms_norm(*arguments, **options)
+        _ops.rms_norm.out(*arguments, **options, out=out)
+        return out
     return _C.rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out)
 
 
@@ -106,7 +108,18 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
 @torch.library.register_fake("rmsnorm_cuda::rms_norm.out")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out):
     _check(input, normalized_shape, weight)
-    return out
+    dtype = _output_dtype(input, weight, cast_before_weight)
+    torch._check(out.dtype == dtype, lambda: f"rms_norm: expected out of dtype {dtype}, but got {out.dtype}")
+    for have, want in zip(out.shape, input.shape, strict=True):
+        torch._check(
+            have == want,
+            lambda: f"rms_norm: expected out of shape {list(input.shape)}, but got {list(out.shape)}",
+        )
+    torch._check(
+        out.device == input.device,
+        lambda: "rms_norm: expected all tensors to be on the same device, but input is on "
+        f"{input.device} and out is on {out.device}",
+    )
 
 
 @torch.library.register_fake("rmsnorm_cuda::rms_norm_forward")

@@ -34,15 +34,22 @@ def test_threads(threads, dtype, shape):
             assert same_bits(a, b)
 
 
-def test_large_tensors_are_split(threads):
-    """What test_threads compares is not the same thread twice. The profiler sees where a kernel's memory was touched: no;
-    the kernel leaves its name on each thread that ran it."""
-    x = random(4096, 1024)
-    threads(2)
-    with ThreadPoolExecutor(1) as pool:  # a fresh thread, whose OpenMP team is its own
-        pool.submit(rms_norm, x, 1024).result()
-        one = pool.submit(torch.get_num_threads).result()
-    assert one >= 1
+def test_large_tensors_are_split_and_small_ones_are_not():
+    """Else test_threads would compare a thread with itself. OpenMP starts its threads at the first region that has several."""
+    code = """if True:
+        import os, torch, rmsnorm_cuda
+        threads = lambda: len(os.listdir("/proc/self/task"))
+        torch.set_num_threads(4)
+        before = threads()
+        rmsnorm_cuda.rms_norm(torch.ones(8, 4096), 4096)
+        small = threads()
+        x = torch.empty(512, 4096)
+        assert threads() == before, "torch.empty started threads"
+        rmsnorm_cuda.rms_norm(x, 4096)
+        print(small - before, threads() - before)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["0", "3"], run.stdout + run.stderr
 
 
 def test_runs(device):
@@ -73,7 +80,8 @@ def test_a_row_alone_and_in_any_batch(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_dx_of_a_row_alone_and_in_any_batch(device, dtype):
     cols = 129
-    dy, x, weight = random(50, cols, dtype=dtype, device=device), random(50, cols, dtype=dtype, device=device), random_weight(cols, dtype, device)
+    dy, x = random(50, cols, dtype=dtype, device=device), random(50, cols, dtype=dtype, device=device)
+    weight = random_weight(cols, dtype, device)
     want = gradients(dy, x, weight)[2]
     for rows in (slice(0, 1), slice(49, 50), slice(7, 30), slice(3, None, 5)):
         assert same_bits(gradients(dy[rows], x[rows], weight)[2], want[rows])

@@ -141,20 +141,20 @@ def test_rows_farther_apart_than_32_bits(dtype):
 
 
 @pytest.mark.slow
-def test_more_than_2_to_31_elements():
+def test_more_than_2_to_31_elements(threads):
     """A dense tensor of so many, 4 GiB and as much of output: the last rows are the ones that a 32-bit count would miss."""
     rows, cols = 2**21 + 3, 1024
     try:
         x = torch.empty(rows, cols, dtype=torch.bfloat16)
     except RuntimeError:
         pytest.skip("4 GiB of memory are not to be had")
-    if torch.cuda.is_available() or _free_memory() < 10 * 2**30:
+    if _free_memory() < 10 * 2**30:
         pytest.skip("less than 10 GiB of memory are free")
-    x[:5], x[5:-5], x[-5:] = random(5, cols), 1.0, random(5, cols)
+    threads(2)
+    x[:5], x[-5:] = random(5, cols), random(5, cols)  # between them it stays as the system gave it
     y = rms_norm(x, cols)
-    for part in (slice(0, 8), slice(-8, None)):
+    for part in (slice(0, 8), slice(2**20, 2**20 + 8), slice(-8, None)):
         assert same_bits(y[part], rms_norm(x[part].clone(), cols))
-    assert y[5:-5].eq(1).all()
 
 
 def _free_memory():

@@ -33,8 +33,8 @@ PyObject* rms_norm(PyObject* /*module*/, PyObject* args, PyObject* kwargs) {
       /*traceable=*/false);
   static const auto op = find<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, std::optional<double>,
                                      double, bool)>("rmsnorm_cuda::rms_norm");
-  static const auto out_op = find<Tensor&(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
-                                          std::optional<double>, double, bool, Tensor&)>("rmsnorm_cuda::rms_norm", "out");
+  static const auto out_op = find<void(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
+                                       std::optional<double>, double, bool, const Tensor&)>("rmsnorm_cuda::rms_norm", "out");
   torch::ParsedArgs<7> parsed;
   torch::PythonArgs r = parser.parse(args, kwargs, parsed);
   if (r.has_torch_function()) {
@@ -55,12 +55,14 @@ PyObject* rms_norm(PyObject* /*module*/, PyObject* args, PyObject* kwargs) {
   const std::optional<double> eps = r.toDoubleOptional(3);
   const double weight_offset = r.toDouble(4);
   const bool cast_before_weight = r.toBool(5);
-  OptionalTensor out = r.optionalTensor(6);
-  Tensor result;
+  Tensor result = r.optionalTensor(6).value_or(Tensor());
   {
     const py::gil_scoped_release no_gil;
-    result = out ? out_op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, *out)
-                 : op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+    if (result.defined()) {
+      out_op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, result);
+    } else {
+      result = op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+    }
   }
   return THPVariable_Wrap(std::move(result));
   END_HANDLE_TH_ERRORS

@@ -30,8 +30,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using Signature = Tensor(const Tensor&, SymIntArrayRef, const OptionalTensor&, std::optional<double>, double, bool);
-using OutSignature = Tensor&(const Tensor&, SymIntArrayRef, const OptionalTensor&, std::optional<double>, double, bool,
-                             Tensor&);
+using OutSignature = void(const Tensor&, SymIntArrayRef, const OptionalTensor&, std::optional<double>, double, bool,
+                          const Tensor&);
 using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, SymIntArrayRef, const OptionalTensor&,
                                                     std::optional<double>, double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, SymIntArrayRef, const OptionalTensor&,
@@ -218,16 +218,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward(DispatchKeySet keys, const Tensor& 
                                            weight, rstd, eps, output_mask, weight_offset, cast_before_weight);
 }
 
-Tensor& rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
-                     const OptionalTensor& weight, std::optional<double> eps, double weight_offset,
-                     bool cast_before_weight, Tensor& out) {
+void rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
+                  const OptionalTensor& weight, std::optional<double> eps, double weight_offset,
+                  bool cast_before_weight, const Tensor& out) {
   TORCH_CHECK(!records_grad(input, weight, out) && !has_tangent(input) && !has_tangent(weight),
               "rms_norm: functions with out=... arguments don't support automatic differentiation, but one of the "
               "arguments requires grad");
   rms_norm_out_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps, weight_offset,
                                cast_before_weight, out);
   out.unsafeGetTensorImpl()->bump_version();  // so that autograd notices if it had saved the old values
-  return out;
 }
 
 }  // namespace

@@ -120,10 +120,26 @@ inline std::optional<Rows> rows_of(const at::Tensor& t, int64_t lead) {
   return rows;
 }
 
+// Might two rows share elements? Each dimension has to step over all that those with smaller strides span. Asked of
+// outputs, whose rows are written at the same time.
+inline bool rows_overlap(const Rows& rows, int64_t cols) {
+  for (int d = 0; d < rows.ndim; ++d) {
+    int64_t extent = cols;
+    for (int e = 0; e < rows.ndim; ++e) {
+      const bool smaller = rows.stride[e] < rows.stride[d] || (rows.stride[e] == rows.stride[d] && e < d);
+      if (smaller) extent += (rows.size[e] - 1) * rows.stride[e];
+    }
+    if (rows.size[d] > 1 && rows.stride[d] < extent) return true;
+  }
+  return false;
+}
+
 // An out= that is the input is fine, and so is one between the input's rows (two slices of one fused
 // projection); anything else that shares memory with it is refused, unless it is seen to be apart.
 inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out_rows, const at::Tensor& input,
                           int64_t lead, int64_t cols) {
+  TORCH_CHECK(!rows_overlap(out_rows, cols), op, ": expected out with rows that do not overlap, but got strides ",
+              out.strides(), " for shape ", out.sizes());
   if (!out.is_alias_of(input)) return;
   const auto bytes = [](const at::Tensor& t) {
     int64_t last = 0;

@@ -8,7 +8,6 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <sys/mman.h>
-#include <torch/headeronly/version.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -130,14 +129,14 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, IntArrayRef nor
   return {y, rstd};
 }
 
-Tensor& rms_norm_out(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
-                     std::optional<double> eps, double weight_offset, bool cast_before_weight, Tensor& out) {
+void rms_norm_out(const Tensor& input, IntArrayRef normalized_shape, const OptionalTensor& weight,
+                  std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& out) {
   const Geometry geometry = check_input("rms_norm", input, normalized_shape, weight, eps, weight_offset);
   check_shape("rms_norm", "out", out, input.sizes());
   check_device("rms_norm", "out", out, input);
   const at::ScalarType type = output_type(input, weight, cast_before_weight);
   TORCH_CHECK(out.scalar_type() == type, "rms_norm: expected out of dtype ", type, ", but got ", out.scalar_type());
-  if (out.numel() == 0) return out;
+  if (out.numel() == 0) return;
   const int64_t lead = static_cast<int64_t>(geometry.lead.size());
   const auto rows = rows_of(out, lead);
   TORCH_CHECK(rows, "rms_norm: expected out with dense rows (the normalized dimensions contiguous), but got strides ",
@@ -146,7 +145,6 @@ Tensor& rms_norm_out(const Tensor& input, IntArrayRef normalized_shape, const Op
   check_overlap("rms_norm", out, *rows, input, lead, geometry.cols);
   if (weight) at::assert_no_overlap(out, *weight);
   forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, out, *rows, Tensor());
-  return out;
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input,
@@ -218,18 +216,13 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
 
 }  // namespace
 
-// Lets Inductor write into a buffer that it planned; functionalization needs it too. torch has it from 2.13 on.
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-const std::vector<at::Tag> kOutTags{at::Tag::out};
-#else
-const std::vector<at::Tag> kOutTags{};
-#endif
-
+// .out returns nothing, so that functionalization takes it as it is: an op that returns its argument needs the tag
+// at::Tag::out for that, and then Inductor (2.13) rewrites rms_norm to .out with its arguments out of order.
 TORCH_LIBRARY(rmsnorm_cuda, m) {
   m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> Tensor");
   m.def("rms_norm.out(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
-        "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out) -> Tensor(a!)", kOutTags);
+        "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out) -> ()");
   m.def("rms_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor rstd)");
   m.def("rms_norm_backward(Tensor grad_output, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor rstd, "

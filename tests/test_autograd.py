@@ -1,0 +1,205 @@
+"""Derivatives of every kind, of any order, in any nesting, against the formula in ATen ops."""
+
+import pytest
+import torch
+from cases import GEMMA, LLAMA, formula, name, ops, random, random_weight, same_bits
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from rmsnorm_cuda import rms_norm
+
+SHAPE = (2, 3)  # the normalized one; in fp64 cast_before_weight rounds nothing, and has a derivative
+VARIANTS = {
+    "weight": ({}, True),
+    "no weight": ({}, False),
+    "offset": (GEMMA, True),
+    "cast": (LLAMA, True),
+    "no weight, cast": (LLAMA, False),
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def case(request):
+    """(ours, formula, fp64 arguments): functions of x, or of x and weight."""
+    options, weighted = request.param
+    x = random(4, *SHAPE, dtype=torch.float64)
+    args = (x, random_weight(SHAPE, torch.float64)) if weighted else (x,)
+
+    def close_over(function):
+        return lambda x, weight=None: function(x, SHAPE, weight, 1e-3, **options)
+
+    return close_over(rms_norm), close_over(formula), args
+
+
+def leaves(args):
+    return tuple(t.clone().requires_grad_() for t in args)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck(case):
+    ours, _, args = case
+    assert gradcheck(ours, leaves(args), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+
+
+def test_gradgradcheck(case):
+    ours, _, args = case
+    assert gradgradcheck(ours, leaves(args), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_double_backward(case):
+    ours, want, args = case
+    dy, ddx = random(4, *SHAPE, dtype=torch.float64).requires_grad_(), random(4, *SHAPE, dtype=torch.float64)
+
+    def second(function):
+        inputs = leaves(args)
+        (dx,) = torch.autograd.grad(function(*inputs), inputs[:1], dy, create_graph=True)
+        return torch.autograd.grad(dx, (*inputs, dy), ddx)
+
+    close(second(ours), second(want))
+
+
+def test_third_derivative():
+    def third(function):
+        x = torch.tensor([[0.3, -1.2, 0.7]], dtype=torch.float64, requires_grad=True)
+        value = function(x, (3,), None, 1e-3)[0, 0]
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            value = grad[0, 0]
+        return value.detach()
+
+    close(third(rms_norm), third(formula))
+
+
+def test_functorch(case):
+    """grad, vjp, jvp, hessian, vmap, vmap of grad, jacrev, jacfwd and compositions."""
+    ours, want, args = case
+    probe, tangents = random(4, *SHAPE, dtype=torch.float64), tuple(torch.randn_like(t) for t in args)
+    argnums = tuple(range(len(args)))
+    func = torch.func
+
+    def loss(f):
+        return lambda *args: (f(*args) * probe[: len(args[0])]).sum()
+
+    def per_row(f):
+        return lambda x, *weight: (f(x.unsqueeze(0), *weight) * probe[0]).sum()
+
+    in_dims = (0,) + (None,) * (len(args) - 1)
+    transforms = {
+        "grad": lambda f: func.grad(loss(f), argnums)(*args),
+        "vjp": lambda f: func.vjp(f, *args)[1](probe),
+        "jvp": lambda f: func.jvp(f, args, tangents),
+        "hessian": lambda f: func.hessian(loss(f), argnums)(*args),
+        "jacrev": lambda f: func.jacrev(f, argnums)(*args),
+        "jacfwd": lambda f: func.jacfwd(f, argnums)(*args),
+        "vmap": lambda f: func.vmap(f, in_dims)(args[0], *args[1:]),
+        "vmap of grad": lambda f: func.vmap(func.grad(per_row(f), argnums), in_dims)(*args),
+        "grad of vmap": lambda f: func.grad(lambda *a: func.vmap(per_row(f), in_dims)(*a).sum(), argnums)(*args),
+        "jvp of grad": lambda f: func.jvp(lambda *a: func.grad(loss(f), argnums)(*a), args, tangents),
+    }
+    for kind, transform in transforms.items():
+        torch.testing.assert_close(transform(ours), transform(want), rtol=1e-11, atol=1e-12, msg=lambda m, kind=kind: f"{kind}: {m}")
+
+
+def test_vmap_over_weights():
+    """An ensemble: a weight per member, with one input and with an input per member."""
+    x, weights = random(3, 5, 6, dtype=torch.float64), random_weight((3, 6), torch.float64)
+    for in_dims, inputs in (((0, 0), x), ((None, 0), x[0])):
+        got = torch.func.vmap(lambda x, w: rms_norm(x, 6, w), in_dims)(inputs, weights)
+        close(got, torch.func.vmap(lambda x, w: formula(x, (6,), w), in_dims)(inputs, weights))
+
+
+def test_forward_mode(case):
+    ours, want, args = case
+    tangents = tuple(torch.randn_like(t) for t in args)
+
+    def tangent(function):
+        with forward_ad.dual_level():
+            duals = (forward_ad.make_dual(*pair) for pair in zip(args, tangents, strict=True))
+            return tuple(t.clone() for t in forward_ad.unpack_dual(function(*duals)))
+
+    close(tangent(ours), tangent(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+def test_transforms_of_narrow_types(dtype):
+    """Under a transform the formula stands in for the kernels: computed in fp32 and rounded once, like them."""
+    x, weight, dy = random(4, 48, dtype=dtype), random_weight(48, torch.float32), random(4, 48, dtype=dtype)
+    for options in ({}, GEMMA):
+        y, vjp = torch.func.vjp(lambda x, w: rms_norm(x, 48, w, 1e-5, **options), x, weight)  # noqa: B023
+        leaf_x, leaf_w = leaves((x, weight))
+        want = rms_norm(leaf_x, 48, leaf_w, 1e-5, **options)
+        assert y.dtype == want.dtype
+        tolerance = dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        torch.testing.assert_close(y, want.detach(), **tolerance)
+        for got, expected in zip(vjp(dy), torch.autograd.grad(want, [leaf_x, leaf_w], dy), strict=True):
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_raw_forward_is_differentiable_and_rstd_is_not():
+    """The op with two results, as a server or a compiler calls it."""
+    x, weight = leaves((random(4, 6, dtype=torch.float64), random_weight(6, torch.float64)))
+    y, rstd = ops.rms_norm_forward(x, (6,), weight, 1e-3)
+    assert y.requires_grad and not rstd.requires_grad
+    dy = random(4, 6, dtype=torch.float64)
+    want = torch.autograd.grad(rms_norm(x, 6, weight, 1e-3), [x, weight], dy)
+    assert all(map(same_bits, torch.autograd.grad(y, [x, weight], dy), want))
+
+
+def test_nothing_is_recorded_without_need():
+    x, weight = random(2, 8), random_weight(8, torch.float32)
+    assert rms_norm(x, 8, weight).grad_fn is None
+    weight.requires_grad_()
+    assert rms_norm(x, 8, weight).grad_fn is not None
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert rms_norm(x, 8, weight).grad_fn is None
+
+
+def test_saved_tensors(case):
+    """Input, weight and rstd are kept, no more: what activation memory is made of."""
+    ours, _, args = case
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = ours(*leaves(args))
+    assert sorted(kept) == sorted([*(t.shape for t in args), torch.Size([4])])
+    y.sum().backward()
+
+
+def test_checkpoint():
+    x, weight = leaves((random(4, 8), random_weight(8, torch.float32)))
+    dy = random(4, 8)
+    want = torch.autograd.grad(rms_norm(x, 8, weight), [x, weight], dy)
+    y = torch.utils.checkpoint.checkpoint(lambda x: rms_norm(x, 8, weight), x, use_reentrant=False)
+    assert all(map(same_bits, torch.autograd.grad(y, [x, weight], dy), want))
+
+
+def test_backward_twice_is_refused_as_usual():
+    x = random(2, 8).requires_grad_()
+    y = rms_norm(x, 8).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+def test_out_bumps_the_version():
+    """Autograd notices that a value it has kept was overwritten."""
+    out = random(2, 8)
+    version = out._version
+    rms_norm(random(2, 8), 8, out=out)
+    assert out._version == version + 1
+    factor = random(2, 8).requires_grad_()
+    product = (factor * out).sum()
+    rms_norm(out, 8, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_input_overwritten_after_the_forward():
+    x, weight = random(2, 8), random_weight(8, torch.float32).requires_grad_()
+    y = rms_norm(x, 8, weight).sum()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

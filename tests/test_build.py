@@ -1,0 +1,107 @@
+"""What was built: three libraries, each ignorant of the one above, none of which can crash an older CPU."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rmsnorm_cuda
+from rmsnorm_cuda import _C
+
+BINDING = Path(_C.__file__)
+LIBRARIES = Path(rmsnorm_cuda.__file__).parent / "lib"
+KERNELS, OPS = LIBRARIES / "librmsnorm.so", LIBRARIES / "librmsnorm_torch.so"
+
+
+def output(*command):
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def needed(library):
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", str(library)))
+
+
+def test_layers():
+    assert not [lib for lib in needed(KERNELS) if re.search(r"torch|c10|python", lib)]
+    assert not [lib for lib in needed(OPS) if re.search(r"python|torch_cuda|c10_cuda|cudart", lib)]
+    assert not [lib for lib in needed(BINDING) if re.search(r"torch_cuda|c10_cuda|cudart", lib)]
+    assert "librmsnorm.so" in needed(OPS) and "libtorch_cpu.so" in needed(OPS)  # the names are what these tests look for
+
+
+@pytest.mark.parametrize("library", [KERNELS, OPS, BINDING], ids=["kernels", "ops", "binding"])
+def test_no_paths_of_the_build_machine(library):
+    """Found at load time beside each other and beside torch, wherever that is."""
+    for path in re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", output("readelf", "-d", str(library))):
+        assert all(part.startswith("$ORIGIN") for part in path.split(":"))
+
+
+def test_kernels_export_the_contract_alone():
+    names = output("nm", "-DC", "--defined-only", str(KERNELS)).splitlines()
+    assert names and all(re.search(r" [TV] rmsnorm::(cpu|cuda)::", name) for name in names), names
+
+
+VECTOR = re.compile(r"%[yz]mm|\bv[a-z0-9]+ ")
+
+
+@pytest.mark.parametrize("library", [KERNELS, OPS, BINDING], ids=["kernels", "ops", "binding"])
+def test_no_weak_symbol_holds_vector_code(library):
+    """The ISA trap: of a weak symbol the linker keeps one copy for the whole process, and an older CPU crashes if that is
+    the one compiled for AVX. See csrc/cpu/isa_avx2.cpp."""
+    text = output("nm", "--defined-only", str(library)) + output("nm", "-D", "--defined-only", str(library))
+    weak = set(re.findall(r" [WVu] (\S+?)(?:@|$)", text, re.M))
+    code = {}
+    for block in output("objdump", "-d", "--no-show-raw-insn", str(library)).split("\n\n"):
+        match = re.match(r"[0-9a-f]+ <(.*)>:", block.lstrip())
+        if match:
+            code[match[1]] = block
+    if library == KERNELS and "avx2" in _C.isas():
+        assert any(VECTOR.search(block) for block in code.values())  # the pattern does find what it looks for
+    assert not [symbol for symbol in weak if VECTOR.search(code.get(symbol, ""))]
+
+
+def test_vector_code_is_in_local_functions_alone():
+    """In librmsnorm.so whatever is visible outside is plain x86-64: nothing crashes before the CPU has been asked."""
+    exported = set(re.findall(r" T (\S+)", output("nm", "-D", "--defined-only", str(KERNELS))))
+    for block in output("objdump", "-d", "--no-show-raw-insn", str(KERNELS)).split("\n\n"):
+        match = re.match(r"[0-9a-f]+ <(.*)>:", block.lstrip())
+        if match and match[1] in exported:
+            assert not VECTOR.search(block), match[1]
+
+
+def test_import_is_quick_and_light():
+    """Less than 100 ms on top of `import torch` (the quickest of five), and none of the heavy optional packages."""
+    code = """if True:
+        import sys, time, torch
+        before, start = set(sys.modules), time.perf_counter()
+        import rmsnorm_cuda
+        print(time.perf_counter() - start, *(set(sys.modules) - before))
+    """
+    times = []
+    while not times or (min(times) >= 0.1 and len(times) < 5):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds, *modules = run.stdout.split()
+        times.append(float(seconds))
+    assert min(times) < 0.1, times
+    heavy = ("transformers", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "numpy")
+    assert not [module for module in modules if module.startswith(heavy)]
+
+
+def test_versions():
+    import torch
+
+    assert _C.torch_version == torch.__version__
+    assert _C.compiler.startswith("g++")
+    assert isinstance(_C.cuda_built(), bool) and _C.cuda_architectures()
+    assert list(_C.isas())[0] == "scalar" and _C.isas()["scalar"]
+
+
+def test_typed():
+    assert (Path(rmsnorm_cuda.__file__).parent / "py.typed").exists()
+    stub = (BINDING.parent / "_C.pyi").read_text()
+    public = [name for name in dir(_C) if not name.startswith("_")]
+    assert not [name for name in public if not re.search(rf"^(def )?{name}\b", stub, re.M)]

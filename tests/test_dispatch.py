@@ -1,0 +1,220 @@
+"""The op in torch's machinery: opcheck, fakes, meta, overrides, autocast, profiler, fork."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import GEMMA, LLAMA, ops, random, random_weight, same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from rmsnorm_cuda import rms_norm
+
+
+def rstd_of(x, normalized_shape, weight=None, eps=None, **options):
+    return ops.rms_norm_forward(x.detach(), normalized_shape, weight, eps, **options)[1]
+
+
+def leaf(t):
+    return t.requires_grad_()
+
+
+def forward_samples():
+    yield (random(3, 8), (8,)), {}
+    yield (leaf(random(3, 8)), (8,), leaf(random_weight(8, torch.float32)), 1e-5), {}
+    yield (random(3, 8), (8,), leaf(random_weight(8, torch.float32))), GEMMA
+    yield (leaf(random(2, 3, 4, dtype=torch.bfloat16)), (3, 4), random_weight((3, 4), torch.float32), 1e-5), LLAMA  # promoted
+    yield (random(3, 16)[:, :8], (8,), random_weight(8, torch.float16)), {}  # sliced
+    yield (leaf(random(3, 8, dtype=torch.float64)), (8,)), LLAMA
+    yield (torch.empty(0, 8), (8,)), {}
+
+
+def backward_samples():
+    for mask in ((True, True), (True, False), (False, True)):
+        x, weight = random(3, 8), random_weight(8, torch.float32)
+        yield (random(3, 8), x, (8,), weight, rstd_of(x, (8,)), None, mask), {}
+    x = random(2, 3, 4, dtype=torch.bfloat16)
+    yield (random(2, 3, 4), x, (3, 4), random_weight((3, 4), torch.float32), rstd_of(x, (3, 4)), None, (True, True)), LLAMA
+    x = random(3, 8)
+    yield (random(8).expand(3, 8), x, (8,), None, rstd_of(x, (8,)), None, (True, False)), {}
+    x = random(3, 8, dtype=torch.float64)
+    weight = leaf(random_weight(8, torch.float64))
+    yield (leaf(random(3, 8, dtype=torch.float64)), leaf(x), (8,), weight, rstd_of(x, (8,)), None, (True, True)), GEMMA
+
+
+def out_samples():
+    for dtype, weight_dtype, options in ((torch.float32, torch.float32, {}), (torch.bfloat16, torch.float32, LLAMA)):
+        out = torch.zeros(3, 8, dtype=torch.float32)
+        yield (random(3, 8, dtype=dtype), (8,), random_weight(8, weight_dtype)), options | {"out": out}
+
+
+SAMPLES = [
+    *((ops.rms_norm.default, sample) for sample in forward_samples()),
+    *((ops.rms_norm_forward.default, sample) for sample in forward_samples()),
+    *((ops.rms_norm_backward.default, sample) for sample in backward_samples()),
+    *((ops.rms_norm.out, sample) for sample in out_samples()),
+]
+
+
+@pytest.mark.parametrize("op, sample", SAMPLES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(SAMPLES)])
+def test_opcheck(op, sample):
+    torch.library.opcheck(op, *sample)
+
+
+def test_every_op_is_checked():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rmsnorm_cuda::")}
+    assert names == {op._name if op._overloadname != "default" else op._name.removesuffix(".default") for op, _ in SAMPLES}
+
+
+# ---------------------------------------------------------------- without data
+
+
+def test_meta():
+    x, weight = torch.empty(3, 8, dtype=torch.bfloat16, device="meta"), torch.empty(8, device="meta")
+    y = rms_norm(x, 8, weight)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (3, 8), torch.bfloat16)
+    assert rms_norm(x, 8, weight, cast_before_weight=True).dtype == torch.float32
+    y, rstd = ops.rms_norm_forward(x, (8,), weight)
+    assert (y.dtype, rstd.shape, rstd.dtype) == (torch.bfloat16, (3,), torch.float32)
+    leaf(x), leaf(weight)
+    rms_norm(x, 8, weight).backward(torch.empty_like(x))
+    assert (x.grad.dtype, weight.grad.dtype, weight.grad.shape) == (torch.bfloat16, torch.float32, (8,))
+
+
+def test_fakes_say_what_the_kernels_return():
+    """Shape, dtype, strides and absence of every result, for samples of every op."""
+    for op, (args, options) in SAMPLES:
+        real = op(*args, **options)
+        with FakeTensorMode() as mode:
+            def fake(value):
+                return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value  # noqa: B023
+
+            pretended = op(*map(fake, args), **{key: fake(value) for key, value in options.items()})
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (real, pretended)), strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert (a.shape, a.dtype, a.stride(), a.requires_grad) == (b.shape, b.dtype, b.stride(), b.requires_grad)
+
+
+def op_nodes(graph):
+    return [node.target for node in graph.nodes if node.op == "call_function" and "rmsnorm_cuda" in str(node.target)]
+
+
+def test_one_node_per_norm():
+    x, weight = random(3, 8), random_weight(8, torch.float32)
+    traced = make_fx(lambda x, w: rms_norm(x, 8, w), tracing_mode="symbolic")(x, weight)
+    assert op_nodes(traced.graph) == [ops.rms_norm.default]
+    assert same_bits(traced(x, weight), rms_norm(x, 8, weight))
+
+    def step(x, w, dy):
+        y = rms_norm(x, 8, w)
+        return torch.autograd.grad(y, [x, w], dy)
+
+    traced = make_fx(step)(leaf(x), leaf(weight), random(3, 8))
+    assert op_nodes(traced.graph) == [ops.rms_norm_forward.default, ops.rms_norm_backward.default]
+
+
+# ---------------------------------------------------------------- overrides
+
+
+class Recorder(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, len(args), sorted(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_function_mode():
+    """The override is handed the public function, with arguments that it takes: calling it again works."""
+    x, weight = random(3, 8), random_weight(8, torch.float32)
+    with Recorder() as mode:
+        y = rms_norm(x, 8, weight, 1e-5, weight_offset=1.0)
+    assert [call[0] for call in mode.calls] == [rms_norm]
+    assert same_bits(y, rms_norm(x, 8, weight, 1e-5, weight_offset=1.0))
+
+
+class Tagged(torch.Tensor):
+    seen = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "out"])
+def test_torch_function_subclass(which):
+    tensors = {"input": random(3, 8), "weight": random_weight(8, torch.float32), "out": torch.zeros(3, 8)}
+    want = rms_norm(tensors["input"], 8, tensors["weight"])
+    tensors[which] = tensors[which].as_subclass(Tagged)
+    Tagged.seen.clear()
+    y = rms_norm(tensors["input"], 8, tensors["weight"], out=tensors["out"])
+    assert rms_norm in Tagged.seen
+    assert same_bits(y.as_subclass(torch.Tensor), want)
+
+
+def test_subclass_that_declines():
+    class Declines(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return NotImplemented
+
+    with pytest.raises(TypeError, match="rmsnorm_cuda.rms_norm"):
+        rms_norm(random(3, 8).as_subclass(Declines), 8)
+
+
+def test_dispatch_mode_sees_the_op():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ops(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = leaf(random(3, 8))
+    with Ops() as mode:
+        rms_norm(x.detach(), 8)
+        rms_norm(x, 8).backward(torch.ones(3, 8))
+    assert [op for op in mode.calls if op.namespace == "rmsnorm_cuda"] == [
+        ops.rms_norm.default,
+        ops.rms_norm_forward.default,
+        ops.rms_norm_backward.default,
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_inputs_alone(dtype):
+    """Every dtype is computed in fp32 anyway: autocast has nothing to add, and takes no precision away."""
+    for x_dtype in (torch.float32, torch.bfloat16):
+        x, weight = random(3, 8, dtype=x_dtype), random_weight(8, torch.float32)
+        with torch.autocast("cpu", dtype):
+            y = rms_norm(x, 8, weight)
+        assert same_bits(y, rms_norm(x, 8, weight))
+
+
+def test_profiler_names_the_op():
+    with torch.autograd.profiler.profile() as seen:
+        rms_norm(random(3, 8), 8)
+    assert "rmsnorm_cuda::rms_norm" in {event.name for event in seen.function_events}
+
+
+def test_fork_after_import():
+    """As data loaders do. The parent has run the op in its pool of threads before."""
+    code = """if True:
+        import os, sys, torch, rmsnorm_cuda
+        want = rmsnorm_cuda.rms_norm(torch.ones(4, 8), 8)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(rmsnorm_cuda.rms_norm(torch.ones(4, 8), 8), want) else 1)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

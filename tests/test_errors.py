@@ -1,0 +1,156 @@
+"""What is wrong with a call is said before anything is written."""
+
+import math
+import re
+
+import pytest
+import torch
+from cases import LLAMA, ops, random
+
+from rmsnorm_cuda import _C, rms_norm
+
+X, W = torch.ones(3, 8), torch.ones(8)
+NAN, INF = math.nan, math.inf
+
+# (arguments of rms_norm, options, exception, what the message says)
+BAD_INPUT = {
+    "wrong shape": ((X, 7), {}, RuntimeError, "given normalized_shape=[7], expected input with shape [*, 7], but got input of size [3, 8]"),
+    "wrong shapes": ((X, (2, 8)), {}, RuntimeError, "expected input with shape [*, 2, 8], but got input of size [3, 8]"),
+    "too few dimensions": ((X, (1, 3, 8)), {}, ValueError, "must have at least 3 dimensions for normalized_shape=[1, 3, 8], but got 2"),
+    "0-dimensional": ((torch.tensor(1.0), 1), {}, ValueError, "must have at least 1 dimensions for normalized_shape=[1], but got 0"),
+    "empty normalized_shape": ((X, ()), {}, RuntimeError, "expected normalized_shape to be at least 1-dimensional"),
+    "integers": ((torch.ones(3, 8, dtype=torch.int32), 8), {}, NotImplementedError, "not implemented for 'Int': expected input to be float32"),
+    "booleans": ((torch.ones(3, 8, dtype=torch.bool), 8), {}, NotImplementedError, "not implemented for 'Bool'"),
+    "complex": ((torch.ones(3, 8, dtype=torch.complex64), 8), {}, NotImplementedError, "not implemented for 'ComplexFloat'"),
+    "fp8": ((X.to(torch.float8_e4m3fn), 8), {}, NotImplementedError, "not implemented for 'Float8_e4m3fn'"),
+    "integer weight": ((X, 8, torch.ones(8, dtype=torch.int64)), {}, NotImplementedError, "'Long': expected weight to be float32"),
+    "complex weight": ((X, 8, torch.ones(8, dtype=torch.complex128)), {}, NotImplementedError, "'ComplexDouble'"),
+    "weight too long": ((X, 8, torch.ones(9)), {}, RuntimeError, "expected weight to be of same shape as normalized_shape, but got weight of shape [9] and normalized_shape=[8]"),
+    "weight of other rank": ((X, 8, torch.ones(1, 8)), {}, RuntimeError, "but got weight of shape [1, 8]"),
+    "weight that would broadcast": ((X, 8, torch.ones(1)), {}, RuntimeError, "but got weight of shape [1]"),
+    "weight elsewhere": ((X, 8, W.to("meta")), {}, RuntimeError, "expected all tensors to be on the same device, but input is on cpu and weight is on meta"),
+    "input elsewhere": ((X.to("meta"), 8, W), {}, RuntimeError, "expected all tensors to be on the same device, but input is on meta and weight is on cpu"),
+    "negative eps": ((X, 8, W, -1e-6), {}, ValueError, "expected eps to be finite and not negative, but got -1e-06"),
+    "NaN eps": ((X, 8, W, NAN), {}, ValueError, "expected eps to be finite and not negative, but got nan"),
+    "infinite eps": ((X, 8, W, INF), {}, ValueError, "expected eps to be finite and not negative, but got inf"),
+    "NaN offset": ((X, 8, W), {"weight_offset": NAN}, ValueError, "expected weight_offset to be finite, but got nan"),
+    "infinite offset": ((X, 8, W), {"weight_offset": -INF}, ValueError, "expected weight_offset to be finite, but got -inf"),
+    "list for input": (([1.0], 1), {}, TypeError, "argument 'input' (position 1) must be Tensor, not list"),
+    "list for weight": ((X, 8, [1.0] * 8), {}, TypeError, "argument 'weight' (position 3) must be Tensor, not list"),
+    "text for eps": ((X, 8, W, "1e-6"), {}, TypeError, "argument 'eps' (position 4) must be float, not str"),
+    "text for normalized_shape": ((X, "8"), {}, TypeError, "argument 'normalized_shape' (position 2) must be tuple of ints, not str"),
+    "float for normalized_shape": ((X, 8.0), {}, TypeError, "argument 'normalized_shape' (position 2) must be tuple of ints, not float"),
+    "no normalized_shape": ((X,), {}, TypeError, "normalized_shape"),
+    "option by position": ((X, 8, W, None, 1.0), {}, TypeError, "positional arguments"),
+    "unknown option": ((X, 8), {"bias": W}, TypeError, "unexpected keyword argument 'bias'"),
+    "text for out": ((X, 8), {"out": "x"}, TypeError, "must be Tensor, not str"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args, options, error, message", BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input(args, options, error, message):
+    out = torch.full((3, 8), NAN)
+    for destination in ({}, {"out": out}) if "out" not in options else ({},):
+        with pytest.raises(error, match=re.escape(message)) as raised:
+            rms_norm(*args, **options, **destination)
+        assert type(raised.value) is error  # not a subclass: torch raises NotImplementedError for missing kernels too
+    assert out.isnan().all()
+
+
+BUFFER = torch.full((40,), NAN)
+
+# (input, out, options, what the message says)
+BAD_OUT = {
+    "shape": (X, torch.full((3, 9), NAN), {}, "expected out of shape [3, 8], but got [3, 9]"),
+    "shape that would broadcast": (X, torch.full((2, 3, 8), NAN), {}, "expected out of shape [3, 8], but got [2, 3, 8]"),
+    "dtype": (X, torch.full((3, 8), NAN, dtype=torch.float64), {}, "expected out of dtype Float, but got Double"),
+    "promoted dtype": (X.bfloat16(), torch.full((3, 8), NAN, dtype=torch.bfloat16), LLAMA, "expected out of dtype Float, but got BFloat16"),
+    "device": (X, torch.empty(3, 8, device="meta"), {}, "input is on cpu and out is on meta"),
+    "rows not dense": (X, torch.full((8, 3), NAN).t(), {}, "expected out with dense rows"),
+    "expanded": (X, torch.full((1, 8), NAN).expand(3, 8), {}, "more than one element of the written-to tensor refers to a single memory location"),
+    "rows that overlap": (X, BUFFER.as_strided((3, 8), (4, 1)), {}, "expected out with rows that do not overlap, but got strides [4, 1]"),
+    "rows that interlock": (X.view(1, 3, 8).expand(2, 3, 8), BUFFER.as_strided((2, 3, 8), (8, 8, 1)), {}, "rows that do not overlap"),
+    "one element further": (BUFFER[:24].view(3, 8), BUFFER[1:25].view(3, 8), {}, "out partly overlaps input"),
+    "one row further": (BUFFER[:24].view(3, 8), BUFFER[8:32].view(3, 8), {}, "out partly overlaps input"),
+    "dense over strided": (BUFFER.as_strided((3, 8), (12, 1)), BUFFER[:24].view(3, 8), {}, "out partly overlaps input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("x, out, options, message", BAD_OUT.values(), ids=BAD_OUT)
+def test_bad_out(x, out, options, message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        rms_norm(x, 8, W, **options, out=out)
+    assert out.is_meta or out.isnan().all()
+
+
+def test_out_over_the_weight():
+    weight = torch.ones(8)
+    with pytest.raises(RuntimeError, match="unsupported operation: some elements of the input tensor and the written-to tensor"):
+        rms_norm(torch.full((1, 8), 2.0), 8, weight, out=weight.view(1, 8))
+    assert weight.eq(1).all()
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "out"])
+def test_out_under_grad(which):
+    tensors = {"input": torch.ones(3, 8), "weight": torch.ones(8), "out": torch.full((3, 8), NAN)}
+    tensors[which].requires_grad_()
+    message = re.escape("functions with out=... arguments don't support automatic differentiation")
+    with pytest.raises(RuntimeError, match=message):
+        rms_norm(tensors["input"], 8, tensors["weight"], out=tensors["out"])
+    assert tensors["out"].isnan().all()
+    with torch.no_grad():  # nothing is recorded: fine
+        rms_norm(tensors["input"], 8, tensors["weight"], out=tensors["out"])
+    assert not tensors["out"].isnan().any()
+
+
+# (what replaces an argument of the raw backward, message)
+BAD_BACKWARD = {
+    "gradient's shape": ({"grad_output": torch.ones(3, 1)}, RuntimeError, "expected grad_output of shape [3, 8], but got [3, 1]"),
+    "gradient's dtype": ({"grad_output": torch.ones(3, 8, dtype=torch.int32)}, NotImplementedError, "'Int': expected grad_output"),
+    "rstd's shape": ({"rstd": torch.ones(3, 1)}, RuntimeError, "expected rstd of shape [3], but got [3, 1]"),
+    "rstd's dtype": ({"rstd": torch.ones(3, dtype=torch.float64)}, RuntimeError, "expected rstd of dtype Float, but got Double"),
+    "weight's shape": ({"weight": torch.ones(1)}, RuntimeError, "but got weight of shape [1]"),
+    "eps": ({"eps": -1.0}, ValueError, "rms_norm_backward: expected eps to be finite and not negative"),
+    "normalized_shape": ({"normalized_shape": (3,)}, RuntimeError, "expected input with shape [*, 3]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("replaced, error, message", BAD_BACKWARD.values(), ids=BAD_BACKWARD)
+def test_bad_backward(replaced, error, message):
+    args = dict(grad_output=X, input=X, normalized_shape=(8,), weight=W, rstd=torch.ones(3), eps=None, output_mask=(True, True))
+    with pytest.raises(error, match=re.escape(message)):
+        ops.rms_norm_backward(**args | replaced)
+
+
+def test_messages_name_the_op():
+    for op in (ops.rms_norm, ops.rms_norm_forward):
+        with pytest.raises(RuntimeError, match=f"^{op.__name__}: given normalized_shape"):
+            op(X, (7,))
+
+
+CALLS = {kind: case for kind, case in BAD_INPUT.items() if case[2] is not TypeError and case[0][0].dtype is torch.float32}
+
+
+@pytest.mark.parametrize("args, options, error, message", CALLS.values(), ids=CALLS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_bad_input_on_the_other_ways(args, options, error, message):
+    """With gradients, and under a transform, where the formula stands in for the kernels: checked all the same."""
+    with pytest.raises(error, match=re.escape(message)):
+        rms_norm(args[0].clone().requires_grad_(), *args[1:], **options)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        torch.func.grad(lambda x: rms_norm(x, *args[1:], **options).sum())(args[0])
+
+
+@pytest.mark.skipif(_C.cuda_built() or not torch.cuda.is_available(), reason="needs a CUDA device and a build without CUDA")
+def test_cuda_tensor_without_cuda_kernels():
+    with pytest.raises(RuntimeError, match="rmsnorm_cuda was built without CUDA"):
+        rms_norm(X.cuda(), 8)
+
+
+def test_last_good_call_after_errors():
+    """An error leaves nothing behind."""
+    x = random(3, 8)
+    want = rms_norm(x, 8)
+    with pytest.raises(RuntimeError):
+        rms_norm(x, 7)
+    assert torch.equal(rms_norm(x, 8), want)
