@@ -19,7 +19,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0,  # as an int, since torch.compile(dynamic=True) takes a float default for a variable
     cast_before_weight: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
