@@ -51,13 +51,15 @@ struct Forward {
     }
   }
 
-  // The weight is multiplied by rstd first: then x may be subnormal. fp32 results carry the rounding error of that
-  // product along (three roundings would be 2 to 3 ulp); in 16 bits it does not show.
+  // fp32 results carry the rounding error of a product along (three roundings would be 2 to 3 ulp): that of the weight
+  // and rstd, for then x may be subnormal. Where that product is beyond fp32, and in 16 bits, where no error shows,
+  // x comes first: x * rstd is never large.
   static __device__ float scaled(float x, float g, const Scale& s) {
+    const float plain = x * s.hi * g;
+    if constexpr (sizeof(X) == 2) return plain;
     const float product = __fmul_rn(g, s.hi);
-    if constexpr (sizeof(X) == 2) return x * product;
     const float rest = __fmaf_rn(g, s.lo, __fmaf_rn(g, s.hi, -product));
-    return __fmaf_rn(x, product, isfinite(product) ? x * rest : 0.0f);
+    return isfinite(product) ? __fmaf_rn(x, product, x * rest) : plain;
   }
 
   static __device__ void store(const ForwardArgs& a, int64_t index, int count, XChunk& x, WChunk& w, const Scale& s) {

@@ -68,12 +68,14 @@ struct Formula {
   std::vector<int64_t> lead_dims;
   Tensor x, rstd, xhat, weight;  // xhat: what the weight multiplies; weight undefined if there is none
 
-  Formula(const Tensor& input, size_t normalized, const OptionalTensor& w, std::optional<double> eps,
-          double weight_offset, bool cast_before_weight)
+  Formula(const char* op, const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& w,
+          std::optional<double> eps, double weight_offset, bool cast_before_weight)
       : compute(input.scalar_type() == at::kDouble || (w && w->scalar_type() == at::kDouble) ? at::kDouble : at::kFloat),
-        normalized_dims(normalized),
-        lead_dims(input.dim() - normalized) {
-    for (size_t i = 0; i < normalized; ++i) normalized_dims[i] = -1 - static_cast<int64_t>(i);
+        normalized_dims(normalized_shape.size()) {
+    check_arguments(op, input, input.sym_sizes(), normalized_shape, w, w ? w->sym_sizes() : SymIntArrayRef(), eps,
+                    weight_offset);
+    lead_dims.resize(input.dim() - normalized_dims.size());
+    for (size_t i = 0; i < normalized_dims.size(); ++i) normalized_dims[i] = -1 - static_cast<int64_t>(i);
     std::iota(lead_dims.begin(), lead_dims.end(), 0);
     x = input.to(compute);
     rstd = at::rsqrt(at::mean(x * x, normalized_dims, /*keepdim=*/true) + eps_or_default(eps, input));
@@ -94,6 +96,8 @@ struct Formula {
 
   std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& w,
                                       std::array<bool, 2> output_mask) const {
+    TORCH_CHECK(grad_output.sym_sizes() == input.sym_sizes(), "rms_norm_backward: expected grad_output of shape ",
+                input.sym_sizes(), ", but got ", grad_output.sym_sizes());
     const Tensor dy = grad_output.to(compute);
     Tensor dx, dweight;
     if (output_mask[0]) {
@@ -178,7 +182,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
 Tensor rms_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                 std::optional<double> eps, double weight_offset, bool cast_before_weight) {
   if (needs_formula(input, weight)) {
-    return Formula(input, normalized_shape.size(), weight, eps, weight_offset, cast_before_weight)
+    return Formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
         .output(input, weight, cast_before_weight);
   }
   if (!records_grad(input, weight)) {
@@ -192,7 +196,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(DispatchKeySet keys, const Tensor& i
                                             const OptionalTensor& weight, std::optional<double> eps,
                                             double weight_offset, bool cast_before_weight) {
   if (needs_formula(input, weight)) {
-    const Formula formula(input, normalized_shape.size(), weight, eps, weight_offset, cast_before_weight);
+    const Formula formula("rms_norm_forward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
     return {formula.output(input, weight, cast_before_weight), formula.saved_rstd(input).detach()};
   }
   if (!records_grad(input, weight)) {
@@ -211,7 +215,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(DispatchKeySet keys, const Tensor& 
                                              std::array<bool, 2> output_mask, double weight_offset,
                                              bool cast_before_weight) {
   if (needs_formula(grad_output, input, weight) || records_grad(grad_output, input, weight)) {
-    return Formula(input, normalized_shape.size(), weight, eps, weight_offset, cast_before_weight)
+    return Formula("rms_norm_backward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
         .backward(grad_output, input, weight, output_mask);
   }
   return rms_norm_backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, input, normalized_shape,

@@ -39,6 +39,32 @@ inline void check_shape(const char* op, const char* name, const at::Tensor& t, a
   TORCH_CHECK(t.sizes() == shape, op, ": expected ", name, " of shape ", shape, ", but got ", t.sizes());
 }
 
+// The arguments that all ops have. Sizes are int64_t, or SymInt where a compiler traces with sizes unknown.
+template <class Int>
+void check_arguments(const char* op, const at::Tensor& input, c10::ArrayRef<Int> sizes,
+                     c10::ArrayRef<Int> normalized_shape, const std::optional<at::Tensor>& weight,
+                     c10::ArrayRef<Int> weight_sizes, std::optional<double> eps, double weight_offset) {
+  const int64_t normalized = static_cast<int64_t>(normalized_shape.size());
+  TORCH_CHECK(normalized > 0, op, ": expected normalized_shape to be at least 1-dimensional, i.e., containing at least "
+              "one element, but got normalized_shape=", normalized_shape);
+  check_dtype(op, "input", input);
+  TORCH_CHECK_VALUE(input.dim() >= normalized, op, ": input tensor must have at least ", normalized,
+                    " dimensions for normalized_shape=", normalized_shape, ", but got ", input.dim());
+  TORCH_CHECK(sizes.slice(input.dim() - normalized) == normalized_shape, op, ": given normalized_shape=",
+              normalized_shape, ", expected input with shape [*, ", c10::Join(", ", normalized_shape),
+              "], but got input of size ", sizes);
+  if (weight) {
+    check_dtype(op, "weight", *weight);
+    TORCH_CHECK(weight_sizes == normalized_shape, op,
+                ": expected weight to be of same shape as normalized_shape, but got weight of shape ", weight_sizes,
+                " and normalized_shape=", normalized_shape);
+    check_device(op, "weight", *weight, input);
+  }
+  TORCH_CHECK_VALUE(!eps || (*eps >= 0 && std::isfinite(*eps)), op, ": expected eps to be finite and not negative, but got ",
+                    *eps);
+  TORCH_CHECK_VALUE(std::isfinite(weight_offset), op, ": expected weight_offset to be finite, but got ", weight_offset);
+}
+
 // An [*lead, *normalized_shape] tensor as [rows, cols].
 struct Geometry {
   at::IntArrayRef lead;  // shape before the normalized dimensions
@@ -48,28 +74,10 @@ struct Geometry {
 
 inline Geometry check_input(const char* op, const at::Tensor& input, at::IntArrayRef normalized_shape,
                             const std::optional<at::Tensor>& weight, std::optional<double> eps, double weight_offset) {
-  const int64_t normalized = static_cast<int64_t>(normalized_shape.size());
-  TORCH_CHECK(normalized > 0, op, ": expected normalized_shape to be at least 1-dimensional, i.e., containing at least "
-              "one element, but got normalized_shape=", normalized_shape);
-  check_dtype(op, "input", input);
-  TORCH_CHECK_VALUE(input.dim() >= normalized, op, ": input tensor must have at least ", normalized,
-                    " dimensions for normalized_shape=", normalized_shape, ", but got ", input.dim());
-  const int64_t lead = input.dim() - normalized;
-  TORCH_CHECK(input.sizes().slice(lead) == normalized_shape, op, ": given normalized_shape=", normalized_shape,
-              ", expected input with shape [*, ", c10::Join(", ", normalized_shape), "], but got input of size ",
-              input.sizes());
-  if (weight) {
-    check_dtype(op, "weight", *weight);
-    TORCH_CHECK(weight->sizes() == normalized_shape, op,
-                ": expected weight to be of same shape as normalized_shape, but got weight of shape ", weight->sizes(),
-                " and normalized_shape=", normalized_shape);
-    check_device(op, "weight", *weight, input);
-  }
-  TORCH_CHECK_VALUE(!eps || (*eps >= 0 && std::isfinite(*eps)), op, ": expected eps to be finite and not negative, but got ",
-                    *eps);
-  TORCH_CHECK_VALUE(std::isfinite(weight_offset), op, ": expected weight_offset to be finite, but got ", weight_offset);
-  return {input.sizes().slice(0, lead), c10::multiply_integers(input.sizes().slice(0, lead)),
-          c10::multiply_integers(normalized_shape)};
+  check_arguments(op, input, input.sizes(), normalized_shape, weight, weight ? weight->sizes() : at::IntArrayRef(), eps,
+                  weight_offset);
+  const at::IntArrayRef lead = input.sizes().slice(0, input.dim() - normalized_shape.size());
+  return {lead, c10::multiply_integers(lead), c10::multiply_integers(normalized_shape)};
 }
 
 // eps=None is the machine epsilon of the type that is computed in, as in torch.nn.functional.rms_norm.
