@@ -235,13 +235,14 @@ class BuildExt(build_ext):
         import sysconfig
 
         torch_dir = Path(torch.__file__).parent
-        flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # at::parallel_for is inline and serial without -fopenmp; the runtime is libgomp.so.1, torch's own.
+        flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", "-isystem", str(torch_dir / "include")]
         library_dirs = [f"-L{kernels.parent}", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-Wl,--no-undefined"]
 
         objects = file.compile("cxx", sources("csrc/torch/*.cpp"), cxx=self.cxx, flags=flags)
         # $ORIGIN/../../torch/lib is where torch lies beside an installed package; in Python it is loaded already.
-        link = [*library_dirs, "-lrmsnorm", "-ltorch_cpu", "-lc10", "-Wl,-soname,librmsnorm_torch.so"]
+        link = [*library_dirs, "-fopenmp", "-lrmsnorm", "-ltorch_cpu", "-lc10", "-Wl,-soname,librmsnorm_torch.so"]
         link += ["-Wl,-rpath,$ORIGIN:$ORIGIN/../../torch/lib"]
         file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=link)
 

@@ -71,22 +71,28 @@ def rms_norm(
 # is enough that a wrong program does not trace.
 
 
+def _check_sizes(have, want, message):
+    torch._check(len(have) == len(want), message)
+    for a, b in zip(have, want):
+        torch._check(a == b, message)
+
+
 def _check(input, normalized_shape, weight):
     lead = input.dim() - len(normalized_shape)
     torch._check(len(normalized_shape) > 0 and lead >= 0, lambda: "rms_norm: input has too few dimensions")
-    for have, want in zip(input.shape[lead:], normalized_shape, strict=True):
-        torch._check(
-            have == want,
-            lambda: f"rms_norm: given normalized_shape={list(normalized_shape)}, expected input with that shape at the "
-            f"end, but got input of size {list(input.shape)}",
-        )
+    _check_sizes(
+        input.shape[lead:],
+        normalized_shape,
+        lambda: f"rms_norm: given normalized_shape={list(normalized_shape)}, expected input with that shape at the end, "
+        f"but got input of size {list(input.shape)}",
+    )
     if weight is not None:
-        torch._check(
-            weight.dim() == len(normalized_shape),
-            lambda: "rms_norm: expected weight to be of same shape as normalized_shape",
+        _check_sizes(
+            weight.shape,
+            normalized_shape,
+            lambda: "rms_norm: expected weight to be of same shape as normalized_shape, but got weight of shape "
+            f"{list(weight.shape)} and normalized_shape={list(normalized_shape)}",
         )
-        for have, want in zip(weight.shape, normalized_shape, strict=True):
-            torch._check(have == want, lambda: "rms_norm: expected weight to be of same shape as normalized_shape")
         torch._check(
             weight.device == input.device,
             lambda: f"rms_norm: expected all tensors to be on the same device, but input is on "
@@ -110,11 +116,9 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
     _check(input, normalized_shape, weight)
     dtype = _output_dtype(input, weight, cast_before_weight)
     torch._check(out.dtype == dtype, lambda: f"rms_norm: expected out of dtype {dtype}, but got {out.dtype}")
-    for have, want in zip(out.shape, input.shape, strict=True):
-        torch._check(
-            have == want,
-            lambda: f"rms_norm: expected out of shape {list(input.shape)}, but got {list(out.shape)}",
-        )
+    _check_sizes(
+        out.shape, input.shape, lambda: f"rms_norm: expected out of shape {list(input.shape)}, but got {list(out.shape)}"
+    )
     torch._check(
         out.device == input.device,
         lambda: "rms_norm: expected all tensors to be on the same device, but input is on "

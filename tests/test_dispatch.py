@@ -25,7 +25,8 @@ def forward_samples():
     yield (random(3, 8), (8,)), {}
     yield (leaf(random(3, 8)), (8,), leaf(random_weight(8, torch.float32)), 1e-5), {}
     yield (random(3, 8), (8,), leaf(random_weight(8, torch.float32))), GEMMA
-    yield (leaf(random(2, 3, 4, dtype=torch.bfloat16)), (3, 4), random_weight((3, 4), torch.float32), 1e-5), LLAMA  # promoted
+    promoted = leaf(random(2, 3, 4, dtype=torch.bfloat16)), (3, 4), random_weight((3, 4), torch.float32), 1e-5
+    yield promoted, LLAMA
     yield (random(3, 16)[:, :8], (8,), random_weight(8, torch.float16)), {}  # sliced
     yield (leaf(random(3, 8, dtype=torch.float64)), (8,)), LLAMA
     yield (torch.empty(0, 8), (8,)), {}
@@ -35,8 +36,9 @@ def backward_samples():
     for mask in ((True, True), (True, False), (False, True)):
         x, weight = random(3, 8), random_weight(8, torch.float32)
         yield (random(3, 8), x, (8,), weight, rstd_of(x, (8,)), None, mask), {}
-    x = random(2, 3, 4, dtype=torch.bfloat16)
-    yield (random(2, 3, 4), x, (3, 4), random_weight((3, 4), torch.float32), rstd_of(x, (3, 4)), None, (True, True)), LLAMA
+    x, shape = random(2, 3, 4, dtype=torch.bfloat16), (3, 4)
+    weight = random_weight(shape, torch.float32)
+    yield (random(2, 3, 4), x, shape, weight, rstd_of(x, shape), None, (True, True)), LLAMA
     x = random(3, 8)
     yield (random(8).expand(3, 8), x, (8,), None, rstd_of(x, (8,)), None, (True, False)), {}
     x = random(3, 8, dtype=torch.float64)
@@ -65,7 +67,7 @@ def test_opcheck(op, sample):
 
 def test_every_op_is_checked():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rmsnorm_cuda::")}
-    assert names == {op._name if op._overloadname != "default" else op._name.removesuffix(".default") for op, _ in SAMPLES}
+    assert names == {op._name.removesuffix(".default") for op, _ in SAMPLES}
 
 
 # ---------------------------------------------------------------- without data
@@ -95,7 +97,8 @@ def test_fakes_say_what_the_kernels_return():
         for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (real, pretended)), strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                assert (a.shape, a.dtype, a.stride(), a.requires_grad) == (b.shape, b.dtype, b.stride(), b.requires_grad)
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+                assert a.requires_grad == b.requires_grad
 
 
 def op_nodes(graph):
