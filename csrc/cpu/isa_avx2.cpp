@@ -69,23 +69,6 @@ INLINE __m128i narrow(V v, BFloat16) {
   return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
 
-template <class T>
-INLINE V load(const T* p, int n) {
-  return widen(load_bits(p, n), T());
-}
-template <class T>
-INLINE void store(T* p, V v, int n) {
-  store_bits(p, narrow(v, T()), n);
-}
-template <class T>
-INLINE V round_to(V v) {
-  return widen(narrow(v, T()), T());
-}
-template <>
-INLINE V round_to<float>(V v) {
-  return v;
-}
-
 struct Doubles {
   __m256d low, high;
 };

@@ -60,23 +60,6 @@ INLINE __m256i narrow(V v, BFloat16) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
 
-template <class T>
-INLINE V load(const T* p, int n) {
-  return widen(load_bits(p, n), T());
-}
-template <class T>
-INLINE void store(T* p, V v, int n) {
-  store_bits(p, narrow(v, T()), n);
-}
-template <class T>
-INLINE V round_to(V v) {
-  return widen(narrow(v, T()), T());
-}
-template <>
-INLINE V round_to<float>(V v) {
-  return v;
-}
-
 struct Doubles {
   __m512d v;
 };

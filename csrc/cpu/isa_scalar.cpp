@@ -79,20 +79,12 @@ INLINE U narrow(V v, Half) {
 INLINE V load(const float* p, int n) { return load_bytes<V>(p, n); }
 INLINE void store(float* p, V v, int n) { store_bytes(p, v, n); }
 template <class T>
-INLINE V load(const T* p, int n) {
-  return widen(__builtin_convertvector(load_bytes<U16>(p, n), U), T());
+INLINE U load_bits(const T* p, int n) {
+  return __builtin_convertvector(load_bytes<U16>(p, n), U);
 }
 template <class T>
-INLINE void store(T* p, V v, int n) {
-  store_bytes(p, __builtin_convertvector(narrow(v, T()), U16), n);
-}
-template <class T>
-INLINE V round_to(V v) {
-  return widen(narrow(v, T()), T());
-}
-template <>
-INLINE V round_to<float>(V v) {
-  return v;
+INLINE void store_bits(T* p, U bits, int n) {
+  store_bytes(p, __builtin_convertvector(bits, U16), n);
 }
 
 struct Doubles {

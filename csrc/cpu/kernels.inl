@@ -4,10 +4,29 @@
 //   zero  set1  add  sub  mul        as they say
 //   mul_add(a, b, c)                 a * b + c, fused where the machine has it
 //   fma(a, b, c)  fmsub(a, b, c)     a * b + c, a * b - c with an exact product on every machine
-//   load(p, n)  store(p, v, n)       the first n lanes of float, Half, BFloat16; a store rounds once, to nearest even
-//   round_to<T>(v)                   the values that store(T*) and load(const T*) would give back
+//   load(p, n)  store(p, v, n)       the first n lanes, of float
+//   load_bits  store_bits            the same of Half and BFloat16, whose bits are
+//   widen(bits, T())  narrow(v, T()) turned into fp32 and back, rounded to nearest even
 //   Doubles, accumulate(d, v...), total(d)   8 double lanes, plus the last 8 fp32 lanes of a sum; their sum by halving
 // No std:: calls and no #ifdef in here: see "The ISA trap" in csrc/cpu/isa_avx2.cpp.
+
+template <class T>
+INLINE V load(const T* p, int n) {
+  return widen(load_bits(p, n), T());
+}
+template <class T>
+INLINE void store(T* p, V v, int n) {
+  store_bits(p, narrow(v, T()), n);
+}
+// The values that store(T*) and load(const T*) would give back.
+template <class T>
+INLINE V round_to(V v) {
+  return widen(narrow(v, T()), T());
+}
+template <>
+INLINE V round_to<float>(V v) {
+  return v;
+}
 
 // A row is summed in 64 virtual lanes on every machine: element i goes to lane i % 64, lanes are
 // combined by halving (i += i + 32, then 16, 8), so AVX2 and AVX-512 give the same bits.
