@@ -1,5 +1,5 @@
 // The ops: all schemas, and one body per op for CPU and CUDA alike, always in this order:
-// check, allocate, return if empty, launch. No Python, and no CUDA header: see design notes in README.
+// check, allocate, return if empty, launch. No Python and no CUDA header, so one build loads on a CPU-only torch too.
 #include <ATen/DeviceGuard.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
