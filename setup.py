@@ -24,6 +24,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -52,6 +53,10 @@ def fail(sentence):
     sys.exit(f"rmsnorm_cuda: {sentence}")
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    fail(f"setuptools {setuptools.__version__} is too old for this pyproject.toml; `pip install 'setuptools>=77'`.")
+
+
 def find_compiler():
     cxx = os.environ.get("CXX", "g++")
     if not shutil.which(shlex.split(cxx)[0]):
@@ -72,8 +77,10 @@ def find_ninja():
 def find_nvcc():
     """Path of nvcc, or None. It may be a wrapper script: nothing is concluded from where it lies."""
     home = os.environ.get("CUDA_HOME")
-    candidates = [os.environ.get("NVCC"), home and str(Path(home) / "bin" / "nvcc"), "nvcc"]
-    return next((path for path in map(shutil.which, filter(None, candidates)) if path), None)
+    named = os.environ.get("NVCC") or (home and str(Path(home) / "bin" / "nvcc"))
+    if named and not shutil.which(named) and os.environ.get("RMSNORM_CUDA_BUILD") != "0":
+        fail(f"{named} was not found, which {'NVCC' if os.environ.get('NVCC') else 'CUDA_HOME'} asks for; correct or unset it.")
+    return shutil.which(named or "nvcc")
 
 
 def find_torch():

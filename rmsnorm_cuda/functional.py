@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _C  # also registers torch.ops.rmsnorm_cuda
+try:
+    from . import _C  # also registers torch.ops.rmsnorm_cuda
+except ImportError as error:
+    folder = Path(__file__).parent
+    if any(folder.glob("_C.*.so")):
+        raise
+    raise ImportError(
+        f"rmsnorm_cuda is not compiled in {folder}. If that is the source tree and the package is installed, start Python "
+        "in another directory; to compile it here, run `python setup.py build_ext --inplace`."
+    ) from error
 
 _ops = torch.ops.rmsnorm_cuda
 

@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(DispatchKeySet keys, const Tensor& i
                                             const OptionalTensor& weight, std::optional<double> eps,
                                             double weight_offset, bool cast_before_weight) {
   if (needs_formula(input, weight)) {
-    const Formula formula("rms_norm_forward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+    const Formula formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
     return {formula.output(input, weight, cast_before_weight), formula.saved_rstd(input).detach()};
   }
   if (!records_grad(input, weight)) {

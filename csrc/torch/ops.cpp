@@ -118,13 +118,13 @@ Tensor rms_norm(const Tensor& input, IntArrayRef normalized_shape, const Optiona
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, IntArrayRef normalized_shape,
                                             const OptionalTensor& weight, std::optional<double> eps,
                                             double weight_offset, bool cast_before_weight) {
-  const Geometry geometry = check_input("rms_norm_forward", input, normalized_shape, weight, eps, weight_offset);
+  const Geometry geometry = check_input("rms_norm", input, normalized_shape, weight, eps, weight_offset);
   Tensor y = allocate(input.sizes(), input, output_type(input, weight, cast_before_weight));
   const auto rstd_options = input.options().dtype(rstd_type(input));
   // The mean over no elements is 0 / 0.
   if (y.numel() == 0) return {y, at::full(geometry.lead, std::numeric_limits<double>::quiet_NaN(), rstd_options)};
   Tensor rstd = at::empty(geometry.lead, rstd_options);
-  forward_into("rms_norm_forward", input, geometry, weight, eps, weight_offset, cast_before_weight, y,
+  forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, y,
                dense_rows(geometry.cols), rstd);
   return {y, rstd};
 }
