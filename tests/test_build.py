@@ -1,5 +1,6 @@
 """What was built: three libraries, each ignorant of the one above, none of which can crash an older CPU."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -105,3 +106,19 @@ def test_typed():
     stub = (BINDING.parent / "_C.pyi").read_text()
     public = [name for name in dir(_C) if not name.startswith("_")]
     assert not [name for name in public if not re.search(rf"^(def )?{name}\b", stub, re.M)]
+
+
+def test_unbuilt_sources_say_so(tmp_path):
+    """Python started inside the source tree of an installed package imports the sources."""
+    package = Path(rmsnorm_cuda.__file__).parent
+    shutil.copytree(package, tmp_path / "rmsnorm_cuda", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    run = subprocess.run([sys.executable, "-c", "import rmsnorm_cuda"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and "rmsnorm_cuda is not compiled in" in run.stderr.splitlines()[-1]
+
+
+def test_self_check_reports_a_wrong_isa():
+    """The report is printed all the same, and the status says that something is wrong."""
+    environment = os.environ | {"RMSNORM_CUDA_ISA": "nonsense"}
+    run = subprocess.run([sys.executable, "-m", "rmsnorm_cuda"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout.startswith("rmsnorm_cuda ")
+    assert "RMSNORM_CUDA_ISA is 'nonsense'" in run.stdout and run.stdout.splitlines()[-1] == "FAILED"
