@@ -16,6 +16,9 @@ namespace rmsnorm::cpu {
 namespace {
 
 using V = __m256;
+struct Pair {
+  V even, odd;
+};
 constexpr int kLanes = 8;
 constexpr char kIsaName[] = "avx2";
 
@@ -58,15 +61,39 @@ INLINE V widen(__m128i bits, BFloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 INLINE __m128i narrow(V v, Half) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Half a unit, less one bit for an even result, then cut; a NaN keeps its upper half and is made quiet.
-INLINE __m128i narrow(V v, BFloat16) {
+// Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the lower half is left over.
+INLINE __m256i rounded(V v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+// A NaN keeps its upper half and is made quiet.
+INLINE __m128i narrow(V v, BFloat16) {
+  const __m256i nan = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x400000));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, nan, is_nan), 16);
+  const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded(v), nan, is_nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+}
+
+INLINE V upper_halves(__m256i v) {
+  return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))));
+}
+INLINE V round_to_bfloat16(V v) { return upper_halves(rounded(v)); }
+INLINE Pair split(const BFloat16* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), upper_halves(both)};
+}
+INLINE void join(BFloat16* p, Pair v) {
+  const __m256i both = _mm256_blend_epi16(_mm256_srli_epi32(rounded(v.even), 16), rounded(v.odd), 0xaa);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+}
+
+INLINE V outside(V weight, V seen) {
+  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(weight), _mm256_set1_epi32(kMinWeightBits));
+  return _mm256_or_ps(_mm256_castsi256_ps(above), seen);
+}
+INLINE bool any_outside(V seen) {
+  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(seen), 1))) != 0;
 }
 
 struct Doubles {

@@ -17,6 +17,9 @@ namespace rmsnorm::cpu {
 namespace {
 
 using V = __m512;
+struct Pair {
+  V even, odd;
+};
 constexpr int kLanes = 16;
 constexpr char kIsaName[] = "avx512";
 
@@ -50,14 +53,36 @@ INLINE V widen(__m256i bits, BFloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 INLINE __m256i narrow(V v, Half) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Half a unit, less one bit for an even result, then cut; a NaN keeps its upper half and is made quiet.
-INLINE __m256i narrow(V v, BFloat16) {
+// Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the lower half is left over.
+INLINE __m512i rounded(V v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+// A NaN keeps its upper half and is made quiet.
+INLINE __m256i narrow(V v, BFloat16) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i result =
+      _mm512_mask_or_epi32(rounded(v), is_nan, _mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+}
+
+INLINE __m512i upper_halves(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))); }
+INLINE V round_to_bfloat16(V v) { return _mm512_castsi512_ps(upper_halves(rounded(v))); }
+INLINE Pair split(const BFloat16* p) {
+  const __m512i both = _mm512_loadu_si512(p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(upper_halves(both))};
+}
+INLINE void join(BFloat16* p, Pair v) {
+  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(v.even), 16), upper_halves(rounded(v.odd))));
+}
+
+INLINE V outside(V weight, V seen) {
+  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(weight), _mm512_set1_epi32(kMinWeightBits));
+  return _mm512_castsi512_ps(_mm512_or_si512(above, _mm512_castps_si512(seen)));
+}
+INLINE bool any_outside(V seen) {
+  return _mm512_test_epi32_mask(_mm512_castps_si512(seen), _mm512_set1_epi32(0x40000000)) != 0;
 }
 
 struct Doubles {

@@ -12,6 +12,9 @@ typedef float V __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));
 typedef uint16_t U16 __attribute__((vector_size(8)));
 typedef double D __attribute__((vector_size(32)));
+struct Pair {
+  V even, odd;
+};
 constexpr int kLanes = 4;
 constexpr char kIsaName[] = "scalar";
 
@@ -61,12 +64,10 @@ INLINE V widen(U bits, Half) {
   return as_float(sign | select(U(rest < (1 << 23)), tiny, select(U(rest >= (31 << 23)), special, normal)));
 }
 
-// Half a unit, less one bit for an even result, then cut; a NaN keeps its upper half and is made quiet.
-INLINE U narrow(V v, BFloat16) {
-  const U bits = as_bits(v);
-  const U rounded = bits + ((bits >> 16) & 1) + 0x7fff;
-  return select(U(v != v), bits | 0x400000, rounded) >> 16;
-}
+// Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the lower half is left over.
+INLINE U rounded(V v) { return as_bits(v) + ((as_bits(v) >> 16) & 1) + 0x7fff; }
+// A NaN keeps its upper half and is made quiet.
+INLINE U narrow(V v, BFloat16) { return select(U(v != v), as_bits(v) | 0x400000, rounded(v)) >> 16; }
 INLINE U narrow(V v, Half) {
   const U sign = as_bits(v) & 0x80000000, rest = as_bits(v) ^ sign;
   const U tiny = as_bits(as_float(rest) + set1(0.5f)) - 0x3f000000;  // 0.5 has units of 2^-24: the addition rounds
@@ -85,6 +86,22 @@ INLINE U load_bits(const T* p, int n) {
 template <class T>
 INLINE void store_bits(T* p, U bits, int n) {
   store_bytes(p, __builtin_convertvector(bits, U16), n);
+}
+
+INLINE V round_to_bfloat16(V v) { return as_float(rounded(v) & 0xffff0000); }
+INLINE Pair split(const BFloat16* p) {
+  const U both = load_bytes<U>(reinterpret_cast<const uint32_t*>(p), kLanes);
+  return {as_float(both << 16), as_float(both & 0xffff0000)};
+}
+INLINE void join(BFloat16* p, Pair v) {
+  const U both = (rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000);
+  store_bytes(reinterpret_cast<uint32_t*>(p), both, kLanes);
+}
+
+INLINE V outside(V weight, V seen) { return as_float((as_bits(weight) - kMinWeightBits) | as_bits(seen)); }
+INLINE bool any_outside(V seen) {
+  const U bits = as_bits(seen);
+  return (bits[0] | bits[1] | bits[2] | bits[3]) >> 30 & 1;
 }
 
 struct Doubles {

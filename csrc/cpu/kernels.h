@@ -21,6 +21,18 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+constexpr int kLine = 64;  // bytes in a line of the caches
+
+// A call that reads and writes more than this finds its next row in memory rather than in a cache: on a Zen 3 with
+// 32 MiB of L3 for several machines fetching ahead loses 17 % at 8 MiB and wins 15 % at 16 MiB.
+constexpr int64_t kFarBytes = 8 << 20;
+
+// The weights that the fast path for fp32 takes, besides 0: their product with an rstd stays normal. Their bits less
+// those of the least have bit 30 clear.
+constexpr float kMinWeight = 0x1p-70f;
+constexpr float kMaxWeight = 0x1p58f;
+constexpr uint32_t kMinWeightBits = (127u - 70) << 23;
+
 // One instruction set: everything but fp64, which has only the functions of fp64.cpp.
 struct Kernels {
   const char* name;

@@ -7,6 +7,10 @@
 //   load(p, n)  store(p, v, n)       the first n lanes, of float
 //   load_bits  store_bits            the same of Half and BFloat16, whose bits are
 //   widen(bits, T())  narrow(v, T()) turned into fp32 and back, rounded to nearest even
+//   Pair, split(p)  join(p, pair)    2 * kLanes BFloat16 as their even and their odd elements: a shift and a mask
+//                                    instead of shuffles; join is not for NaNs with a bit set below BFloat16's
+//   round_to_bfloat16(v)             in fp32, not for NaN
+//   outside(w, seen)  any_outside    does any w lie outside of [kMinWeight, kMaxWeight)?
 //   Doubles, accumulate(d, v...), total(d)   8 double lanes, plus the last 8 fp32 lanes of a sum; their sum by halving
 // No std:: calls and no #ifdef in here: see "The ISA trap" in csrc/cpu/isa_avx2.cpp.
 
@@ -27,9 +31,14 @@ template <>
 INLINE V round_to<float>(V v) {
   return v;
 }
+template <>
+INLINE V round_to<BFloat16>(V v) {
+  return round_to_bfloat16(v);
+}
 
 // A row is summed in 64 virtual lanes on every machine: element i goes to lane i % 64, lanes are
-// combined by halving (i += i + 32, then 16, 8), so AVX2 and AVX-512 give the same bits.
+// combined by halving (i += i + 32, then 16, 8), so AVX2 and AVX-512 give the same bits. BFloat16 rows
+// are read in pairs: there each whole 32 of the lanes are 16 even elements, then 16 odd ones.
 constexpr int kBlock = 64;
 constexpr int kVectors = kBlock / kLanes;
 
@@ -40,6 +49,9 @@ constexpr int kFold = 4 * kBlock;
 
 struct Factors {
   V a, b;
+};
+struct PairFactors {
+  Factors even, odd;
 };
 
 // kCount vectors of lanes. Halves of halves and not an array, which GCC 12 would keep in memory.
@@ -52,8 +64,17 @@ struct Lanes {
   INLINE Lanes operator+(const Lanes& other) const { return {low + other.low, high + other.high}; }
   template <class F>
   INLINE void add_products(int64_t i, F factors) {
-    low.add_products(i, factors);
-    high.add_products(i + kHalf * kLanes, factors);
+    if constexpr (F::kPairs && kCount * kLanes == 32) {
+      Lanes<kHalf>::add_pairs(low, high, i, factors);
+    } else {
+      low.add_products(i, factors);
+      high.add_products(i + kHalf * kLanes, factors);
+    }
+  }
+  template <class F>
+  static INLINE void add_pairs(Lanes& even, Lanes& odd, int64_t i, F factors) {
+    Lanes<kHalf>::add_pairs(even.low, odd.low, i, factors);
+    Lanes<kHalf>::add_pairs(even.high, odd.high, i + kCount * kLanes, factors);
   }
   template <class F>
   INLINE void add_products(int64_t i, int64_t end, F factors) {
@@ -73,6 +94,12 @@ struct Lanes<1> {
     v = mul_add(f.a, f.b, v);
   }
   template <class F>
+  static INLINE void add_pairs(Lanes& even, Lanes& odd, int64_t i, F factors) {
+    const PairFactors f = factors.pair(i);
+    even.v = mul_add(f.even.a, f.even.b, even.v);
+    odd.v = mul_add(f.odd.a, f.odd.b, odd.v);
+  }
+  template <class F>
   INLINE void add_products(int64_t i, int64_t end, F factors) {
     const Factors f = factors(i, i + kLanes <= end ? kLanes : int(end - i));
     v = mul_add(f.a, f.b, v);
@@ -90,8 +117,8 @@ INLINE void fold(const Lanes<kCount>& lanes, Doubles& sum) {
   }
 }
 
-// Adds a * b over [begin, end) to sum, with {a, b} = factors(i, n) for the n elements from i on.
-// A row may be summed in parts that end at multiples of kFold.
+// Adds a * b over [begin, end) to sum, with {a, b} = factors(i, n) for the n elements from i on and, where F::kPairs,
+// factors.pair(i) for the 2 * kLanes from i on. A row may be summed in parts that end at multiples of kFold.
 template <class F>
 INLINE void add_products(Doubles& sum, int64_t begin, int64_t end, F factors) {
   int64_t i = begin;
@@ -115,6 +142,30 @@ INLINE double sum_products(int64_t cols, F factors) {
   return total(sum);
 }
 
+template <class T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+template <class T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
+
+template <class T>
+struct Squares {
+  static constexpr bool kPairs = kIsBFloat16<T>;
+  const T* x;
+
+  INLINE Factors operator()(int64_t i, int n) const {
+    const V v = load(x + i, n);
+    return {v, v};
+  }
+  INLINE PairFactors pair(int64_t i) const {
+    const Pair v = split(x + i);
+    return {{v.even, v.even}, {v.odd, v.odd}};
+  }
+};
+
 template <class F>
 INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
   int64_t i = begin;
@@ -126,20 +177,32 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
   if (i < end) body(i, int(end - i));
 }
 
+// Elements of a step of scale_row(); a remainder is done vector by vector.
+constexpr int kStep = 4 * kLanes;
+
 struct NoWeight {};
 
 template <class T>
 struct Weight {
+  template <class Tx, class Ty>
+  static constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty> && kIsBFloat16<T>;
   const T* data;
   V offset;  // -0 where there is none: adding it changes no bit
 
   INLINE V operator()(int64_t i, int n) const { return add(load(data + i, n), offset); }
+  INLINE Pair pair(int64_t i) const {
+    const Pair w = split(data + i);
+    return {add(w.even, offset), add(w.odd, offset)};
+  }
 };
 template <>
 struct Weight<NoWeight> {
+  template <class Tx, class Ty>
+  static constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
   V one;
 
   INLINE V operator()(int64_t, int) const { return one; }
+  INLINE Pair pair(int64_t) const { return {one, one}; }
 };
 
 template <class T, class P>
@@ -150,11 +213,6 @@ INLINE Weight<T> weight_of(const P& p) {
     return {static_cast<const T*>(p.weight), set1(p.weight_offset == 0 ? -0.0f : float(p.weight_offset))};
   }
 }
-
-template <class T>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
 
 template <bool kFirst, class A, class B>
 struct Select {
@@ -178,82 +236,109 @@ struct Promote<A, NoWeight> {
   using Type = A;
 };
 
-// The compensated product of fp32 forms g * rstd first. Is it finite whatever the rstd? (A factor
-// of 2^31 makes an overflow of every weight that might overflow, and 0 * inf a NaN.)
+// Fp32 multiplies weight and rstd first. Is their product a normal number, or 0, whatever the rstd? A quick look at all
+// weights, and a closer one if that found something, which may be no more than a 0.
 template <class W>
-INLINE bool products_are_finite(const W& weight, int64_t cols) {
-  const V scale = set1(0x1p31f), nought = zero();
-  return sum_products(cols, [&](int64_t i, int n) { return Factors{mul(weight(i, n), scale), nought}; }) == 0;
+bool ordinary_one_by_one(const W& weight, int64_t cols) {
+  for (int64_t i = 0; i < cols; ++i) {
+    float w[kLanes];
+    store(w, weight(i, 1), 1);
+    const float magnitude = __builtin_fabsf(w[0]);
+    if (magnitude != 0 && !(magnitude >= kMinWeight && magnitude < kMaxWeight)) return false;
+  }
+  return true;
+}
+template <class W>
+INLINE bool ordinary(const W& weight, int64_t cols) {
+  V seen[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= cols; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) seen[j] = outside(weight(i + j * kLanes, kLanes), seen[j]);
+  }
+  return !(any_outside(seen[0]) | any_outside(seen[1]) | any_outside(seen[2]) | any_outside(seen[3]) | (i < cols)) ||
+         ordinary_one_by_one(weight, cols);
 }
 
 // ---------------------------------------------------------------- forward
 
-// 1 / sqrt(v) as the sum of two floats.
-struct Rstd {
-  float hi, lo;
-};
-
 INLINE bool in_fast_range(double v) { return v >= kMinMeanSquare && v <= kMaxMeanSquare; }
 
-INLINE Rstd rstd_of(double v) {
-  const double r = 1 / __builtin_sqrt(v);
-  const float hi = float(r);
-  return {hi, float(r - hi)};
+// One row of y; `next` is fetched along the way (x itself: nothing to fetch). Fp32 forms its products to twice the
+// precision: with the error of a short row's sum on top, two roundings would make 2 ulps now and then.
+template <class Tx, bool kCast, class W, class Ty>
+INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double rstd, const Tx* next) {
+  const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
+  const auto scaled = [&](V v, V g) {
+    if constexpr (kCast) return mul(round_to<Tx>(kIsFloat<Tx> ? fma(v, hi, mul(v, lo)) : mul(v, hi)), g);
+    if constexpr (!kIsFloat<Tx>) return mul(mul(v, hi), g);
+    const V gr = mul(g, hi);
+    return fma(v, gr, mul(v, fma(g, lo, fmsub(g, hi, gr))));
+  };
+  const auto one = [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), weight(i, n)), n); };
+  int64_t i = 0;
+  for (; i + kStep <= cols; i += kStep) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kStep; j += kLine / sizeof(Tx)) __builtin_prefetch(next + i + j);
+    if constexpr (W::template kPairs<Tx, Ty>) {
+#pragma GCC unroll 2
+      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+        const Pair v = split(x + j), g = weight.pair(j);
+        join(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes);
+    }
+  }
+  for (; i + kLanes <= cols; i += kLanes) one(i, kLanes);
+  if (i < cols) one(i, int(cols - i));
 }
 
 template <class Tx, class Ty, bool kCast, class W>
-INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, Rstd rstd) {
-  const V hi = set1(rstd.hi), lo = set1(rstd.lo);
-  for_each_vector(0, cols, [&](int64_t i, int n) {
-    const V v = load(x + i, n), g = weight(i, n);
-    if constexpr (kCast) {
-      const V xhat = kIsFloat<Tx> ? fma(v, hi, mul(v, lo)) : mul(v, hi);
-      store(y + i, mul(round_to<Tx>(xhat), g), n);
-    } else if constexpr (kIsFloat<Tx>) {
-      const V gr = mul(g, hi);
-      const V rest = fma(g, lo, fmsub(g, hi, gr));
-      store(y + i, fma(v, gr, mul(v, rest)), n);
-    } else {
-      store(y + i, mul(mul(v, hi), g), n);
-    }
-  });
-}
-
-template <class Tx, class Tw, bool kCast>
-void forward_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
-  using Ty = typename Select<kCast, typename Promote<Tx, Tw>::Type, Tx>::Type;
+INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_begin, int64_t row_end) {
   const int64_t cols = p.cols;
   const double per_col = 1.0 / double(cols);
-  const auto weight = weight_of<Tw>(p);
-  const bool fast = kCast || !kIsFloat<Tx> || __is_empty(Tw) || products_are_finite(weight, cols);
+  const auto row_of_x = [&](int64_t row) { return static_cast<const Tx*>(p.x) + p.x_rows.offset(row); };
 
-  // The sums of 4 short rows are formed before the first is scaled: square root and division of
-  // one hide behind the sums of the next. Longer rows would leave the L1 cache in between.
+  // The sums of 4 short rows are formed before the first is scaled: square root and division of one hide behind the
+  // sums of the next. Longer rows would leave the L1 cache in between; while one of them is scaled, the next is fetched
+  // if it has to come from memory.
   constexpr int kGroup = 4;
   const int64_t group = cols <= 1024 ? kGroup : 1;
+  const bool fetch = group == 1 && p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty)) > kFarBytes;
   for (int64_t first = row_begin; first < row_end; first += group) {
     const int64_t last = first + group < row_end ? first + group : row_end;
     double mean_square[kGroup];
     for (int64_t row = first; row < last; ++row) {
-      const Tx* x = static_cast<const Tx*>(p.x) + p.x_rows.offset(row);
-      const double sum = sum_products(cols, [&](int64_t i, int n) {
-        const V v = load(x + i, n);
-        return Factors{v, v};
-      });
-      mean_square[row - first] = sum * per_col + p.eps;
+      mean_square[row - first] = sum_products(cols, Squares<Tx>{row_of_x(row)}) * per_col + p.eps;
     }
     for (int64_t row = first; row < last; ++row) {
       const double v = mean_square[row - first];
-      if (!fast || !in_fast_range(v)) {
+      if (!in_fast_range(v)) {
         forward_row_fp64(p, row);
         continue;
       }
-      const Rstd rstd = rstd_of(v);
-      scale_row<Tx, Ty, kCast>(static_cast<const Tx*>(p.x) + p.x_rows.offset(row), weight,
-                               static_cast<Ty*>(p.y) + p.y_rows.offset(row), cols, rstd);
-      if (p.rstd) static_cast<float*>(p.rstd)[row] = rstd.hi;
+      const double rstd = 1 / __builtin_sqrt(v);
+      const Tx* x = row_of_x(row);
+      scale_row<Tx, kCast>(x, weight, static_cast<Ty*>(p.y) + p.y_rows.offset(row), cols, rstd,
+                           fetch && row + 1 < row_end ? row_of_x(row + 1) : x);
+      if (p.rstd) static_cast<float*>(p.rstd)[row] = float(rstd);
     }
   }
+}
+
+template <class Tx, class Tw, bool kCast>
+void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
+  using Ty = typename Select<kCast, typename Promote<Tx, Tw>::Type, Tx>::Type;
+  const auto weight = weight_of<Tw>(p);
+  if constexpr (!kCast && kIsFloat<Tx> && !__is_empty(Tw)) {
+    if (!ordinary(weight, p.cols)) {
+      for (int64_t row = row_begin; row < row_end; ++row) forward_row_fp64(p, row);
+      return;
+    }
+  }
+  forward_rows<Tx, Ty, kCast>(p, weight, row_begin, row_end);
 }
 
 // ---------------------------------------------------------------- backward
@@ -286,6 +371,19 @@ class WeightTiles {
   float tile_[kTile];
 };
 
+template <class Tdy, class Tx>
+struct GradientFactors {
+  static constexpr bool kPairs = false;
+  const Tdy* dy;
+  const Tx* x;
+  const float* weight;
+  V rstd;
+
+  INLINE Factors operator()(int64_t i, int n) const {
+    return {mul(load(dy + i, n), load(weight + i, n)), mul(load(x + i, n), rstd)};
+  }
+};
+
 // One row: dx, and its dweight added to the block's partial sums. The flags say what is wanted.
 template <class Tdy, class Tx, bool kDx, bool kDweight>
 INLINE void gradient_row(const Tdy* dy, const Tx* x, WeightTiles& weight, Tx* dx, float* partial, int64_t cols,
@@ -298,9 +396,7 @@ INLINE void gradient_row(const Tdy* dy, const Tx* x, WeightTiles& weight, Tx* dx
     for (int64_t begin = 0; begin < cols; begin += kTile) {
       const int64_t end = begin + kTile < cols ? begin + kTile : cols;
       const float* g = weight(begin, end);
-      add_products(sum, begin, end, [&](int64_t i, int n) {
-        return Factors{mul(load(dy + i, n), load(g + (i - begin), n)), mul(load(x + i, n), r)};
-      });
+      add_products(sum, begin, end, GradientFactors<Tdy, Tx>{dy, x, g - begin, r});
     }
     c = set1(float(total(sum) / double(cols)));
   }
@@ -361,8 +457,8 @@ void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
   set_last_isa(kIsaName);
   with_type(p.x_dtype, [&](auto x) {
     with_weight_type(p, [&](auto w) {
-      if (p.cast_before_weight) return forward_rows<decltype(x), decltype(w), true>(p, row_begin, row_end);
-      forward_rows<decltype(x), decltype(w), false>(p, row_begin, row_end);
+      if (p.cast_before_weight) return forward_typed<decltype(x), decltype(w), true>(p, row_begin, row_end);
+      forward_typed<decltype(x), decltype(w), false>(p, row_begin, row_end);
     });
   });
 }

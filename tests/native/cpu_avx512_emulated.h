@@ -82,6 +82,14 @@ EMU unsigned unordered(__m512 a, __m512 b) {
   for (int i = 0; i < 16; ++i) mask |= unsigned(x[i] != x[i] || y[i] != y[i]) << i;
   return mask;
 }
+EMU unsigned any_bit(__m512i a, __m512i b) {
+  uint32_t lanes[16];
+  const __m512i common = a & b;
+  std::memcpy(lanes, &common, sizeof lanes);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= unsigned(lanes[i] != 0) << i;
+  return mask;
+}
 EMU __m512i masked_or(__m512i otherwise, unsigned mask, __m512i a, __m512i b) {
   masked_store<uint32_t>(&otherwise, mask, __m512i(a | b));
   return otherwise;
@@ -117,7 +125,13 @@ EMU __m512d to_doubles(__m256 v) {
 #define _mm512_srli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) >> (n))
 #define _mm512_add_epi32(a, b) \
   reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(a) + reinterpret_cast<emulated::U32x16>(b))
+#define _mm512_sub_epi32(a, b) \
+  reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(a) - reinterpret_cast<emulated::U32x16>(b))
 #define _mm512_and_si512(a, b) ((a) & (b))
+#define _mm512_or_si512(a, b) ((a) | (b))
+#define _mm512_test_epi32_mask(a, b) emulated::any_bit(a, b)
+#define _mm512_loadu_si512(p) reinterpret_cast<__m512i>(emulated::load(p))
+#define _mm512_storeu_si512(p, v) emulated::store(p, reinterpret_cast<__m512>(v))
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
 #define _mm512_mask_or_epi32(o, m, a, b) emulated::masked_or(o, m, a, b)
 #define _mm512_castps512_ps256(v) emulated::half<__m256>(v, 0)
