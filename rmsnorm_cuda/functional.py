@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 try:
     from . import _C  # also registers torch.ops.rmsnorm_cuda
@@ -65,7 +65,7 @@ def rms_norm(
         RuntimeError: shapes or devices do not match; ``out`` does not fit, overlaps ``input`` partly, or is given
             where a gradient is recorded. Nothing is written when an error is raised.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         if isinstance(normalized_shape, int):
             normalized_shape = (normalized_shape,)
         arguments = input, normalized_shape, weight, eps

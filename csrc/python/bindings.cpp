@@ -1,8 +1,9 @@
 // _C: the eager entry points, the instruction set in use, and what was built.
 //
-// An entry point parses its arguments with torch's own parser, as torch.nn.functional's do, and calls
-// the dispatcher: there is no second path. It is a plain C function in a pybind11 module, because a
-// pybind11 function with an at::Tensor caster costs more than the rest of the call.
+// An entry point parses its arguments and calls the dispatcher: there is no second path. Arguments of the plainest types
+// are taken as they are; any others go to torch's own parser, as those of torch.nn.functional do. It is a plain C
+// function in a pybind11 module: a pybind11 function with an at::Tensor caster costs more than the rest of the call.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -23,20 +24,34 @@ c10::TypedOperatorHandle<T> find(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<T>();
 }
 
-// rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out): the Python
-// function of the same name passes all seven by position.
-PyObject* rms_norm(PyObject* /*module*/, PyObject* args, PyObject* kwargs) {
-  HANDLE_TH_ERRORS
-  static torch::PythonArgParser parser(
-      {"rms_norm(Tensor input, SymIntArrayRef[1] normalized_shape, Tensor? weight=None, double? eps=None, "
-       "double weight_offset=0.0, bool cast_before_weight=False, Tensor? out=None)"},
-      /*traceable=*/false);
+PyObject* call(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+               std::optional<double> eps, double weight_offset, bool cast_before_weight, const OptionalTensor& out) {
   static const auto op = find<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, std::optional<double>,
                                      double, bool)>("rmsnorm_cuda::rms_norm");
   static const auto out_op = find<void(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
                                        std::optional<double>, double, bool, const Tensor&)>("rmsnorm_cuda::rms_norm", "out");
-  torch::ParsedArgs<7> parsed;
-  torch::PythonArgs r = parser.parse(args, kwargs, parsed);
+  Tensor result;
+  {
+    const py::gil_scoped_release no_gil;
+    if (out) {
+      out_op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, *out);
+      result = *out;
+    } else {
+      result = op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+    }
+  }
+  return THPVariable_Wrap(std::move(result));
+}
+
+constexpr Py_ssize_t kArguments = 7;
+
+PyObject* parse_and_call(PyObject* args) {
+  static torch::PythonArgParser parser(
+      {"rms_norm(Tensor input, SymIntArrayRef[1] normalized_shape, Tensor? weight=None, double? eps=None, "
+       "double weight_offset=0.0, bool cast_before_weight=False, Tensor? out=None)"},
+      /*traceable=*/false);
+  torch::ParsedArgs<kArguments> parsed;
+  torch::PythonArgs r = parser.parse(args, nullptr, parsed);
   if (r.has_torch_function()) {
     // The override is handed the public function and arguments as its signature takes them.
     const py::module_ package = py::module_::import("rmsnorm_cuda");
@@ -49,27 +64,61 @@ PyObject* rms_norm(PyObject* /*module*/, PyObject* args, PyObject* kwargs) {
                                                              "rms_norm", package.attr("rms_norm").ptr(),
                                                              "rmsnorm_cuda");
   }
-  const Tensor input = r.tensor(0);
-  const auto normalized_shape = r.symintlist(1);
-  const OptionalTensor weight = r.optionalTensor(2);
-  const std::optional<double> eps = r.toDoubleOptional(3);
-  const double weight_offset = r.toDouble(4);
-  const bool cast_before_weight = r.toBool(5);
-  Tensor result = r.optionalTensor(6).value_or(Tensor());
-  {
-    const py::gil_scoped_release no_gil;
-    if (result.defined()) {
-      out_op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, result);
-    } else {
-      result = op.call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
-    }
+  return call(r.tensor(0), r.symintlist(1), r.optionalTensor(2), r.toDoubleOptional(3), r.toDouble(4), r.toBool(5),
+              r.optionalTensor(6));
+}
+
+// The C++ value of an argument of exactly the type that it mostly has; false: it is of another.
+bool plain(PyObject* object, Tensor& value) {
+  if (!THPVariable_CheckExact(object)) return false;
+  value = THPVariable_Unpack(object);
+  return true;
+}
+bool plain(PyObject* object, double& value) {
+  value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
+  return PyFloat_CheckExact(object) || (PyLong_CheckExact(object) && _PyLong_Sign(object) == 0);
+}
+bool plain(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return PyBool_Check(object);
+}
+template <class T>
+bool plain(PyObject* object, std::optional<T>& value) {
+  return Py_IsNone(object) || plain(object, value.emplace());
+}
+// A shape of one dimension, which nearly all are.
+bool plain(PyObject* object, int64_t& value) {
+  if (PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 1) object = PyTuple_GET_ITEM(object, 0);
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0 && value >= 0;
+}
+
+// rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out): the Python
+// function of the same name passes all seven by position.
+PyObject* rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor input;
+  int64_t cols = 0;
+  OptionalTensor weight, out;
+  std::optional<double> eps;
+  double weight_offset = 0;
+  bool cast_before_weight = false;
+  if (count == kArguments && !at::impl::torch_function_mode_enabled() && plain(args[0], input) &&
+      plain(args[1], cols) && plain(args[2], weight) && plain(args[3], eps) && plain(args[4], weight_offset) &&
+      plain(args[5], cast_before_weight) && plain(args[6], out)) {
+    const c10::SymInt normalized_shape(cols);
+    return call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out);
   }
-  return THPVariable_Wrap(std::move(result));
+  py::tuple all(count);
+  for (Py_ssize_t i = 0; i < count; ++i) all[i] = py::reinterpret_borrow<py::object>(args[i]);
+  return parse_and_call(all.ptr());
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef kEntryPoints[] = {
-    {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm)), METH_VARARGS | METH_KEYWORDS,
+    {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm)), METH_FASTCALL,
      "Eager entry point of rmsnorm_cuda.rms_norm."},
     {nullptr, nullptr, 0, nullptr},
 };

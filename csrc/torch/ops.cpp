@@ -1,6 +1,7 @@
 // The ops: all schemas, and one body per op for CPU and CUDA alike, always in this order:
 // check, allocate, return if empty, launch. No Python and no CUDA header, so one build loads on a CPU-only torch too.
 #include <ATen/DeviceGuard.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -36,7 +37,7 @@ constexpr int64_t kAdviseBytes = 16 << 20;
 
 void advise_huge_pages(const Tensor& t) {
   const int64_t bytes = static_cast<int64_t>(t.nbytes());
-  if (bytes < kAdviseBytes || !t.is_cpu()) return;
+  if (bytes < kAdviseBytes) return;
   const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
@@ -44,7 +45,8 @@ void advise_huge_pages(const Tensor& t) {
 }
 
 Tensor allocate(IntArrayRef shape, const Tensor& like, at::ScalarType type) {
-  Tensor t = at::empty(shape, like.options().dtype(type));
+  if (!like.is_cpu()) return at::empty(shape, like.options().dtype(type));
+  Tensor t = at::detail::empty_cpu(shape, type);  // what at::empty comes to, without another trip through the dispatcher
   advise_huge_pages(t);
   return t;
 }
