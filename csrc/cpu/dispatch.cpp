@@ -106,4 +106,8 @@ void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t bl
   }
 }
 
+void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
+  wide(p) ? dweight_fp64(p, col_begin, col_end) : kernels().dweight(p, col_begin, col_end);
+}
+
 }  // namespace rmsnorm::cpu

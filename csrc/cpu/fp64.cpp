@@ -143,21 +143,6 @@ void backward_row(const RmsNormBackward& p, int64_t row, T* partial) {
   });
 }
 
-// Stage two of the backward for one dtype of partial sums.
-template <class T>
-void sum_partials(const RmsNormBackward& p, int64_t blocks, int64_t col_begin, int64_t col_end) {
-  constexpr int64_t kTile = 256;  // columns: 2 KB of sums, and whole cache lines of the partials
-  for (int64_t begin = col_begin; begin < col_end; begin += kTile) {
-    const int64_t count = std::min(kTile, col_end - begin);
-    double sums[kTile] = {};
-    for (int64_t block = 0; block < blocks; ++block) {
-      const T* partial = static_cast<const T*>(p.workspace) + block * p.cols + begin;
-      for (int64_t i = 0; i < count; ++i) sums[i] += partial[i];
-    }
-    store(p.dweight, p.w_dtype, begin, begin + count, [&](int64_t i) { return sums[i - begin]; });
-  }
-}
-
 }  // namespace
 
 bool wide(const RmsNormForward& p) {
@@ -186,10 +171,13 @@ void backward_row_fp64(const RmsNormBackward& p, int64_t row, void* partial) {
   backward_row(p, row, static_cast<float*>(partial));
 }
 
-void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
+void dweight_fp64(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
   const int64_t blocks = rms_norm_backward_plan(p).blocks;
-  if (wide(p)) return sum_partials<double>(p, blocks, col_begin, col_end);
-  sum_partials<float>(p, blocks, col_begin, col_end);
+  store(p.dweight, p.w_dtype, col_begin, col_end, [&](int64_t i) {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += static_cast<const double*>(p.workspace)[block * p.cols + i];
+    return sum;
+  });
 }
 
 }  // namespace rmsnorm::cpu

@@ -113,7 +113,7 @@ INLINE double total(const Doubles& d) {
 
 }  // namespace
 
-const Kernels kAvx2 = {kIsaName, forward, backward};
+const Kernels kAvx2 = {kIsaName, forward, backward, dweight};
 
 }  // namespace rmsnorm::cpu
 

@@ -103,7 +103,7 @@ INLINE double total(const Doubles& d) {
 
 }  // namespace
 
-const Kernels kAvx512 = {kIsaName, forward, backward};
+const Kernels kAvx512 = {kIsaName, forward, backward, dweight};
 
 }  // namespace rmsnorm::cpu
 

@@ -120,6 +120,6 @@ INLINE double total(const Doubles& d) {
 
 }  // namespace
 
-const Kernels kScalar = {kIsaName, forward, backward};
+const Kernels kScalar = {kIsaName, forward, backward, dweight};
 
 }  // namespace rmsnorm::cpu

@@ -38,6 +38,7 @@ struct Kernels {
   const char* name;
   void (*forward)(const RmsNormForward& p, int64_t row_begin, int64_t row_end);
   void (*backward)(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
+  void (*dweight)(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
 };
 extern const Kernels kScalar;
 extern const Kernels kAvx2;
@@ -59,5 +60,6 @@ bool wide(const RmsNormForward& p);
 bool wide(const RmsNormBackward& p);
 void forward_row_fp64(const RmsNormForward& p, int64_t row);
 void backward_row_fp64(const RmsNormBackward& p, int64_t row, void* partial);
+void dweight_fp64(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
 
 }  // namespace rmsnorm::cpu

@@ -177,8 +177,14 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
   if (i < end) body(i, int(end - i));
 }
 
-// Elements of a step of scale_row(); a remainder is done vector by vector.
+// Elements of a step of the passes that write; a remainder is done vector by vector.
 constexpr int kStep = 4 * kLanes;
+
+template <class T>
+INLINE void fetch_step(const T* p) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kStep; i += kLine / sizeof(T)) __builtin_prefetch(p + i);
+}
 
 struct NoWeight {};
 
@@ -278,8 +284,7 @@ INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double 
   const auto one = [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), weight(i, n)), n); };
   int64_t i = 0;
   for (; i + kStep <= cols; i += kStep) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kStep; j += kLine / sizeof(Tx)) __builtin_prefetch(next + i + j);
+    fetch_step(next + i);
     if constexpr (W::template kPairs<Tx, Ty>) {
 #pragma GCC unroll 2
       for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
@@ -384,40 +389,63 @@ struct GradientFactors {
   }
 };
 
-// One row: dx, and its dweight added to the block's partial sums. The flags say what is wanted.
-template <class Tdy, class Tx, bool kDx, bool kDweight>
-INLINE void gradient_row(const Tdy* dy, const Tx* x, WeightTiles& weight, Tx* dx, float* partial, int64_t cols,
-                         float rstd, bool cast) {
-  constexpr int64_t kTile = WeightTiles::kTile;
-  const V r = set1(rstd);
-  V c = zero();
-  if constexpr (kDx) {
+template <class Tdy, class Tx>
+struct GradientRow {
+  const Tdy* dy;
+  const Tx* x;
+  float rstd;
+
+  // mean(g * xhat)
+  INLINE float mean(WeightTiles& weight, int64_t cols, double per_col) const {
     Doubles sum = {};
-    for (int64_t begin = 0; begin < cols; begin += kTile) {
-      const int64_t end = begin + kTile < cols ? begin + kTile : cols;
+    for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
+      const int64_t end = begin + WeightTiles::kTile < cols ? begin + WeightTiles::kTile : cols;
       const float* g = weight(begin, end);
-      add_products(sum, begin, end, GradientFactors<Tdy, Tx>{dy, x, g - begin, r});
+      add_products(sum, begin, end, GradientFactors<Tdy, Tx>{dy, x, g - begin, set1(rstd)});
     }
-    c = set1(float(total(sum) / double(cols)));
+    return float(total(sum) * per_col);
   }
-  for (int64_t begin = 0; begin < cols; begin += kTile) {
-    const int64_t end = begin + kTile < cols ? begin + kTile : cols;
-    const float* g = kDx ? weight(begin, end) : nullptr;
-    for_each_vector(begin, end, [&](int64_t i, int n) {
-      const V d = load(dy + i, n), xhat = mul(load(x + i, n), r);
+};
+
+// One row: dx, and its dweight added to the block's partial sums; the flags say what is wanted. `next` is fetched along
+// the way (the row itself: nothing to fetch).
+template <bool kDx, bool kDweight, class Tdy, class Tx>
+INLINE void gradient_row(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, WeightTiles& weight, double per_col,
+                         Tx* dx, float* partial, int64_t cols, bool cast) {
+  const V r = set1(row.rstd);
+  const V c = kDx ? set1(row.mean(weight, cols, per_col)) : zero();
+  for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
+    const int64_t end = begin + WeightTiles::kTile < cols ? begin + WeightTiles::kTile : cols;
+    const float* g = kDx ? weight(begin, end) - begin : nullptr;
+    const auto one = [&](int64_t i, int n) {
+      const V d = load(row.dy + i, n), xhat = mul(load(row.x + i, n), r);
       if constexpr (kDweight) {
         store(partial + i, mul_add(d, cast ? round_to<Tx>(xhat) : xhat, load(partial + i, n)), n);
       }
-      if constexpr (kDx) store(dx + i, mul(r, sub(mul(d, load(g + (i - begin), n)), mul(xhat, c))), n);
-    });
+      if constexpr (kDx) store(dx + i, mul(r, sub(mul(d, load(g + i, n)), mul(xhat, c))), n);
+    };
+    int64_t i = begin;
+    for (; i + kStep <= end; i += kStep) {
+      fetch_step(next.dy + i);
+      fetch_step(next.x + i);
+#pragma GCC unroll 4
+      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes);
+    }
+    for_each_vector(i, end, one);
   }
 }
 
 template <class Tdy, class Tx, bool kDx, bool kDweight>
 void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
   const int64_t cols = p.cols, block_rows = rms_norm_backward_plan(p).block_rows;
+  const double per_col = 1.0 / double(cols);
   const float* rstd = static_cast<const float*>(p.rstd);
+  const auto row_at = [&](int64_t row) {
+    return GradientRow<Tdy, Tx>{static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row),
+                                static_cast<const Tx*>(p.x) + p.x_rows.offset(row), rstd[row]};
+  };
   WeightTiles weight(p);
+  const bool fetch = p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)) > kFarBytes;
   for (int64_t block = block_begin; block < block_end; ++block) {
     float* partial = kDweight ? static_cast<float*>(p.workspace) + block * cols : nullptr;
     if (kDweight) for_each_vector(0, cols, [&](int64_t i, int n) { store(partial + i, zero(), n); });
@@ -427,11 +455,28 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
         backward_row_fp64(p, row, partial);
         continue;
       }
-      gradient_row<Tdy, Tx, kDx, kDweight>(static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row),
-                                           static_cast<const Tx*>(p.x) + p.x_rows.offset(row), weight,
-                                           static_cast<Tx*>(p.dx) + row * cols, partial, cols, rstd[row],
-                                           p.cast_before_weight);
+      gradient_row<kDx, kDweight>(row_at(row), row_at(fetch && row + 1 < end ? row + 1 : row), weight, per_col,
+                                  static_cast<Tx*>(p.dx) + row * cols, partial, cols, p.cast_before_weight);
     }
+  }
+}
+
+// Sums the blocks' partial sums in their order, in double.
+template <class Tw>
+void sum_partials(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
+  constexpr int64_t kColumns = 256;  // 2 KB of sums, and whole cache lines of the partials
+  const int64_t blocks = rms_norm_backward_plan(p).blocks;
+  for (int64_t begin = col_begin; begin < col_end; begin += kColumns) {
+    const int64_t count = col_end - begin < kColumns ? col_end - begin : kColumns;
+    double sums[kColumns] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* partial = static_cast<const float*>(p.workspace) + block * p.cols + begin;
+      for (int64_t i = 0; i < count; ++i) sums[i] += partial[i];
+    }
+    float rounded_sums[kColumns];
+    for (int64_t i = 0; i < kColumns; ++i) rounded_sums[i] = float(sums[i]);
+    Tw* dweight = static_cast<Tw*>(p.dweight) + begin;
+    for_each_vector(0, count, [&](int64_t i, int n) { store(dweight + i, load(rounded_sums + i, n), n); });
   }
 }
 
@@ -482,4 +527,8 @@ void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) 
       backward_blocks<Tdy, Tx, true, true>(p, block_begin, block_end);
     });
   });
+}
+
+void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
+  with_type(p.w_dtype, [&](auto w) { sum_partials<decltype(w)>(p, col_begin, col_end); });
 }
