@@ -56,6 +56,11 @@ INLINE void store_bits(T* p, __m128i bits, int n) {
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
 
+// Past the caches, to whole vectors of an aligned address.
+INLINE void stream(float* p, V v) { _mm256_stream_ps(p, v); }
+INLINE void stream_bits(void* p, __m128i bits) { _mm_stream_si128(static_cast<__m128i*>(p), bits); }
+INLINE void fence() { _mm_sfence(); }
+
 INLINE V widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
 INLINE V widen(__m128i bits, BFloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
@@ -83,9 +88,11 @@ INLINE Pair split(const BFloat16* p) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), upper_halves(both)};
 }
+template <bool kStream>
 INLINE void join(BFloat16* p, Pair v) {
   const __m256i both = _mm256_blend_epi16(_mm256_srli_epi32(rounded(v.even), 16), rounded(v.odd), 0xaa);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+  const auto to = reinterpret_cast<__m256i*>(p);
+  kStream ? _mm256_stream_si256(to, both) : _mm256_storeu_si256(to, both);
 }
 
 INLINE V outside(V weight, V seen) {

@@ -48,6 +48,11 @@ INLINE void store_bits(void* p, __m256i bits, int n) {
   _mm256_mask_storeu_epi16(p, first(n), bits);
 }
 
+// Past the caches, to whole vectors of an aligned address.
+INLINE void stream(float* p, V v) { _mm512_stream_ps(p, v); }
+INLINE void stream_bits(void* p, __m256i bits) { _mm256_stream_si256(static_cast<__m256i*>(p), bits); }
+INLINE void fence() { _mm_sfence(); }
+
 INLINE V widen(__m256i bits, Half) { return _mm512_cvtph_ps(bits); }
 INLINE V widen(__m256i bits, BFloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -73,8 +78,10 @@ INLINE Pair split(const BFloat16* p) {
   const __m512i both = _mm512_loadu_si512(p);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(upper_halves(both))};
 }
+template <bool kStream>
 INLINE void join(BFloat16* p, Pair v) {
-  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(v.even), 16), upper_halves(rounded(v.odd))));
+  const __m512i both = _mm512_or_si512(_mm512_srli_epi32(rounded(v.even), 16), upper_halves(rounded(v.odd)));
+  kStream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both) : _mm512_storeu_si512(p, both);
 }
 
 INLINE V outside(V weight, V seen) {

@@ -93,6 +93,7 @@ INLINE Pair split(const BFloat16* p) {
   const U both = load_bytes<U>(reinterpret_cast<const uint32_t*>(p), kLanes);
   return {as_float(both << 16), as_float(both & 0xffff0000)};
 }
+template <bool kStream>
 INLINE void join(BFloat16* p, Pair v) {
   const U both = (rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000);
   store_bytes(reinterpret_cast<uint32_t*>(p), both, kLanes);
@@ -103,6 +104,14 @@ INLINE bool any_outside(V seen) {
   const U bits = as_bits(seen);
   return (bits[0] | bits[1] | bits[2] | bits[3]) >> 30 & 1;
 }
+
+// Nothing to write past the caches with.
+INLINE void stream(float* p, V v) { store(p, v, kLanes); }
+template <class T>
+INLINE void stream_bits(T* p, U bits) {
+  store_bits(p, bits, kLanes);
+}
+INLINE void fence() {}
 
 struct Doubles {
   D low, high;

@@ -6,6 +6,7 @@
 //   fma(a, b, c)  fmsub(a, b, c)     a * b + c, a * b - c with an exact product on every machine
 //   load(p, n)  store(p, v, n)       the first n lanes, of float
 //   load_bits  store_bits            the same of Half and BFloat16, whose bits are
+//   stream  stream_bits  fence       store all lanes past the caches, at an aligned address; order such stores
 //   widen(bits, T())  narrow(v, T()) turned into fp32 and back, rounded to nearest even
 //   Pair, split(p)  join(p, pair)    2 * kLanes BFloat16 as their even and their odd elements: a shift and a mask
 //                                    instead of shuffles; join is not for NaNs with a bit set below BFloat16's
@@ -21,6 +22,16 @@ INLINE V load(const T* p, int n) {
 template <class T>
 INLINE void store(T* p, V v, int n) {
   store_bits(p, narrow(v, T()), n);
+}
+template <bool kStream, class T>
+INLINE void write(T* p, V v, int n) {
+  if constexpr (!kStream) {
+    store(p, v, n);
+  } else if constexpr (sizeof(T) == 4) {
+    stream(p, v);
+  } else {
+    stream_bits(p, narrow(v, T()));
+  }
 }
 // The values that store(T*) and load(const T*) would give back.
 template <class T>
@@ -229,6 +240,11 @@ struct Select<false, A, B> {
   using Type = B;
 };
 
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
+
 template <class A, class B>
 struct Promote {
   using Type = float;
@@ -268,11 +284,16 @@ INLINE bool ordinary(const W& weight, int64_t cols) {
 
 // ---------------------------------------------------------------- forward
 
+template <class T>
+INLINE bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(float)) == 0;
+}
+
 INLINE bool in_fast_range(double v) { return v >= kMinMeanSquare && v <= kMaxMeanSquare; }
 
 // One row of y; `next` is fetched along the way (x itself: nothing to fetch). Fp32 forms its products to twice the
 // precision: with the error of a short row's sum on top, two roundings would make 2 ulps now and then.
-template <class Tx, bool kCast, class W, class Ty>
+template <bool kStream, class Tx, bool kCast, class W, class Ty>
 INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double rstd, const Tx* next) {
   const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
   const auto scaled = [&](V v, V g) {
@@ -281,7 +302,9 @@ INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double 
     const V gr = mul(g, hi);
     return fma(v, gr, mul(v, fma(g, lo, fmsub(g, hi, gr))));
   };
-  const auto one = [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), weight(i, n)), n); };
+  const auto one = [&](int64_t i, int n, auto in_step) {
+    write<kStream && in_step.value>(y + i, scaled(load(x + i, n), weight(i, n)), n);
+  };
   int64_t i = 0;
   for (; i + kStep <= cols; i += kStep) {
     fetch_step(next + i);
@@ -289,15 +312,14 @@ INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double 
 #pragma GCC unroll 2
       for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
         const Pair v = split(x + j), g = weight.pair(j);
-        join(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
+        join<kStream>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
       }
     } else {
 #pragma GCC unroll 4
-      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes);
+      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes, Bool<true>());
     }
   }
-  for (; i + kLanes <= cols; i += kLanes) one(i, kLanes);
-  if (i < cols) one(i, int(cols - i));
+  for_each_vector(i, cols, [&](int64_t j, int n) { one(j, n, Bool<false>()); });
 }
 
 template <class Tx, class Ty, bool kCast, class W>
@@ -312,6 +334,7 @@ INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_b
   constexpr int kGroup = 4;
   const int64_t group = cols <= 1024 ? kGroup : 1;
   const bool fetch = group == 1 && p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty)) > kFarBytes;
+  const bool stream = !p.fresh && p.x != p.y && p.rows * cols * int64_t(sizeof(Ty)) >= kStreamBytes;
   for (int64_t first = row_begin; first < row_end; first += group) {
     const int64_t last = first + group < row_end ? first + group : row_end;
     double mean_square[kGroup];
@@ -326,11 +349,17 @@ INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_b
       }
       const double rstd = 1 / __builtin_sqrt(v);
       const Tx* x = row_of_x(row);
-      scale_row<Tx, kCast>(x, weight, static_cast<Ty*>(p.y) + p.y_rows.offset(row), cols, rstd,
-                           fetch && row + 1 < row_end ? row_of_x(row + 1) : x);
+      Ty* y = static_cast<Ty*>(p.y) + p.y_rows.offset(row);
+      const Tx* next = fetch && row + 1 < row_end ? row_of_x(row + 1) : x;
+      if (stream && aligned(y)) {
+        scale_row<true, Tx, kCast>(x, weight, y, cols, rstd, next);
+      } else {
+        scale_row<false, Tx, kCast>(x, weight, y, cols, rstd, next);
+      }
       if (p.rstd) static_cast<float*>(p.rstd)[row] = float(rstd);
     }
   }
+  if (stream) fence();
 }
 
 template <class Tx, class Tw, bool kCast>
@@ -409,7 +438,7 @@ struct GradientRow {
 
 // One row: dx, and its dweight added to the block's partial sums; the flags say what is wanted. `next` is fetched along
 // the way (the row itself: nothing to fetch).
-template <bool kDx, bool kDweight, class Tdy, class Tx>
+template <bool kDx, bool kDweight, bool kStream, class Tdy, class Tx>
 INLINE void gradient_row(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, WeightTiles& weight, double per_col,
                          Tx* dx, float* partial, int64_t cols, bool cast) {
   const V r = set1(row.rstd);
@@ -417,21 +446,23 @@ INLINE void gradient_row(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, We
   for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
     const int64_t end = begin + WeightTiles::kTile < cols ? begin + WeightTiles::kTile : cols;
     const float* g = kDx ? weight(begin, end) - begin : nullptr;
-    const auto one = [&](int64_t i, int n) {
+    const auto one = [&](int64_t i, int n, auto in_step) {
       const V d = load(row.dy + i, n), xhat = mul(load(row.x + i, n), r);
       if constexpr (kDweight) {
         store(partial + i, mul_add(d, cast ? round_to<Tx>(xhat) : xhat, load(partial + i, n)), n);
       }
-      if constexpr (kDx) store(dx + i, mul(r, sub(mul(d, load(g + i, n)), mul(xhat, c))), n);
+      if constexpr (kDx) {
+        write<kStream && in_step.value>(dx + i, mul(r, sub(mul(d, load(g + i, n)), mul(xhat, c))), n);
+      }
     };
     int64_t i = begin;
     for (; i + kStep <= end; i += kStep) {
       fetch_step(next.dy + i);
       fetch_step(next.x + i);
 #pragma GCC unroll 4
-      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes);
+      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes, Bool<true>());
     }
-    for_each_vector(i, end, one);
+    for_each_vector(i, end, [&](int64_t j, int n) { one(j, n, Bool<false>()); });
   }
 }
 
@@ -446,6 +477,7 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
   };
   WeightTiles weight(p);
   const bool fetch = p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)) > kFarBytes;
+  const bool stream = kDx && !p.fresh && p.rows * cols * int64_t(sizeof(Tx)) >= kStreamBytes;
   for (int64_t block = block_begin; block < block_end; ++block) {
     float* partial = kDweight ? static_cast<float*>(p.workspace) + block * cols : nullptr;
     if (kDweight) for_each_vector(0, cols, [&](int64_t i, int n) { store(partial + i, zero(), n); });
@@ -455,10 +487,16 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
         backward_row_fp64(p, row, partial);
         continue;
       }
-      gradient_row<kDx, kDweight>(row_at(row), row_at(fetch && row + 1 < end ? row + 1 : row), weight, per_col,
-                                  static_cast<Tx*>(p.dx) + row * cols, partial, cols, p.cast_before_weight);
+      const auto next = row_at(fetch && row + 1 < end ? row + 1 : row);
+      Tx* dx = static_cast<Tx*>(p.dx) + row * cols;
+      if (kDx && stream && aligned(dx)) {
+        gradient_row<kDx, kDweight, kDx>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
+      } else {
+        gradient_row<kDx, kDweight, false>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
+      }
     }
   }
+  if (stream) fence();
 }
 
 // Sums the blocks' partial sums in their order, in double.

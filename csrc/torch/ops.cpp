@@ -44,6 +44,9 @@ void advise_huge_pages(const Tensor& t) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
+// From here on glibc maps every allocation and unmaps it when it is freed (DEFAULT_MMAP_THRESHOLD_MAX).
+bool maps_afresh(const Tensor& t) { return t.defined() && t.nbytes() >= 32 << 20; }
+
 Tensor allocate(IntArrayRef shape, const Tensor& like, at::ScalarType type) {
   if (!like.is_cpu()) return at::empty(shape, like.options().dtype(type));
   Tensor t = at::detail::empty_cpu(shape, type);  // what at::empty comes to, without another trip through the dispatcher
@@ -76,7 +79,7 @@ void run_cuda(const char* op, const Tensor& t, const Launch& launch) {
 // Forward into y, which is allocated or checked already; rstd may be undefined.
 void forward_into(const char* op, const Tensor& input, const Geometry& geometry, const OptionalTensor& weight,
                   std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& y,
-                  const Rows& y_rows, const Tensor& rstd) {
+                  const Rows& y_rows, bool fresh, const Tensor& rstd) {
   const Placed x = place(input, static_cast<int64_t>(geometry.lead.size()));
   const Tensor w = weight ? weight->contiguous() : Tensor();
   RmsNormForward p{};
@@ -91,6 +94,7 @@ void forward_into(const char* op, const Tensor& input, const Geometry& geometry,
   p.eps = eps_or_default(eps, input);
   p.weight_offset = weight_offset;
   p.cast_before_weight = cast_before_weight;
+  p.fresh = fresh;
   p.x_dtype = dtype(input);
   p.w_dtype = weight ? dtype(w) : p.x_dtype;
   p.y_dtype = dtype(y);
@@ -113,7 +117,7 @@ Tensor rms_norm(const Tensor& input, IntArrayRef normalized_shape, const Optiona
   Tensor y = allocate(input.sizes(), input, output_type(input, weight, cast_before_weight));
   if (y.numel() == 0) return y;
   forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, y, dense_rows(geometry.cols),
-               Tensor());
+               maps_afresh(y), Tensor());
   return y;
 }
 
@@ -127,7 +131,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, IntArrayRef nor
   if (y.numel() == 0) return {y, at::full(geometry.lead, std::numeric_limits<double>::quiet_NaN(), rstd_options)};
   Tensor rstd = at::empty(geometry.lead, rstd_options);
   forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, y,
-               dense_rows(geometry.cols), rstd);
+               dense_rows(geometry.cols), maps_afresh(y), rstd);
   return {y, rstd};
 }
 
@@ -146,7 +150,8 @@ void rms_norm_out(const Tensor& input, IntArrayRef normalized_shape, const Optio
   at::assert_no_internal_overlap(out);
   check_overlap("rms_norm", out, *rows, input, lead, geometry.cols);
   if (weight) at::assert_no_overlap(out, *weight);
-  forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, out, *rows, Tensor());
+  forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, out, *rows, /*fresh=*/false,
+               Tensor());
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input,
@@ -188,6 +193,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
   p.eps = eps_or_default(eps, input);
   p.weight_offset = weight_offset;
   p.cast_before_weight = cast_before_weight;
+  p.fresh = maps_afresh(dx);
   p.dy_dtype = dtype(grad_output);
   p.x_dtype = dtype(input);
   p.w_dtype = weight ? dtype(w) : p.x_dtype;
