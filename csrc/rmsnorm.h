@@ -53,10 +53,10 @@ struct RmsNormForward {
   double eps;
   double weight_offset;     // added to the weight in fp32 (in fp64 if any dtype here is kFloat64)
   bool cast_before_weight;  // round x * rstd to x_dtype, then multiply by the weight and round to y_dtype
-  bool fresh;               // a hint: the pages of y may never have been touched
   DType x_dtype;
   DType w_dtype;
   DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype
+  bool fresh;     // a hint to the CPU: the pages of y may never have been touched
 };
 
 // dx = rstd * (g - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,
@@ -77,10 +77,10 @@ struct RmsNormBackward {
   double eps;  // for the rows whose rstd does not fit fp32, which are done again in fp64
   double weight_offset;
   bool cast_before_weight;
-  bool fresh;  // as above, of dx
   DType dy_dtype;
   DType x_dtype;
   DType w_dtype;
+  bool fresh;  // as above, of dx
 };
 
 // CPU. These functions use one thread, the caller's: the caller splits the work and may run the

@@ -75,14 +75,23 @@ def test_fp64_range(device, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_products_at_the_end_of_the_range(device, dtype):
-    """weight * rstd is formed first in fp32; where that leaves the range, the result may still be in it."""
-    x = torch.full((2, 64), 2.0**-12, dtype=dtype)
+    """weight * rstd is formed first in fp32; where that leaves the range, the result may still be in it.
+
+    The odd weight at every place: the kernels look at whole vectors and at the remainder in different ways.
+    """
+    largest, least = torch.finfo(dtype).max / 2, torch.finfo(dtype).tiny / 8
+    cols = 67
+    x = torch.full((2, cols), 2.0**-12, dtype=dtype)
     x[1] = 2.0**12
-    weight = torch.full((64,), torch.finfo(dtype).max / 2, dtype=dtype)
-    weight[::2] = torch.finfo(dtype).tiny / 8
-    for options in OPTIONS:
-        y = rms_norm(x.to(device), 64, weight.to(device), 0.0, **options)
-        assert_forward(y, x, (64,), weight, 0.0, options)
+    weights = [torch.tensor([least, largest], dtype=dtype).repeat(cols)[:cols]]
+    for odd in (largest, least, math.inf, math.nan):
+        for at in range(0, cols, 1 if device == "cpu" else 22):
+            weights.append(torch.zeros(cols, dtype=dtype))
+            weights[-1][at] = odd
+    for weight in weights:
+        for options in OPTIONS:
+            y = rms_norm(x.to(device), cols, weight.to(device), 0.0, **options)
+            assert_forward(y, x, (cols,), weight, 0.0, options)
 
 
 def test_long_equal_rows(device):

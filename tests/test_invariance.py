@@ -87,6 +87,24 @@ def test_dx_of_a_row_alone_and_in_any_batch(device, dtype):
         assert same_bits(gradients(dy[rows], x[rows], weight)[2], want[rows])
 
 
+@pytest.mark.parametrize("cols", [2048, 1001])  # rows that lie on lines of the cache, and rows that do not
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
+def test_large_outputs(dtype, cols):
+    """From 8 MiB on outputs are written past the caches, unless they are fresh or the input itself: same bits, no others."""
+    rows = (9 << 20) // (cols * dtype.itemsize)
+    weight = random_weight(cols, dtype)
+    dy, x = (random(64, cols, dtype=dtype).repeat(-(-rows // 64), 1)[:rows] for _ in range(2))
+    want = [part.repeat(-(-rows // 64), *[1] * (part.dim() - 1))[:rows] for part in gradients(dy[:64], x[:64], weight)[:3]]
+    y, rstd, dx, _ = gradients(dy, x, weight)
+    assert same_bits(y, want[0]) and same_bits(rstd, want[1]) and same_bits(dx, want[2])
+    buffer = torch.full((rows + 2, cols + 64), torch.nan, dtype=dtype)
+    rms_norm(x, cols, weight, 1e-6, out=buffer[1:-1, :cols])
+    assert same_bits(buffer[1:-1, :cols], want[0])
+    buffer[1:-1, :cols] = torch.nan
+    assert buffer.isnan().all()
+    assert same_bits(rms_norm(x, cols, weight, 1e-6, out=x), want[0])
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_misaligned_weight_and_out(device, offset):
     x, weight = random(4, 129, dtype=torch.bfloat16, device=device), random(140, dtype=torch.bfloat16, device=device)

@@ -40,23 +40,22 @@ INLINE void store(float* p, V v, int n) {
   _mm256_maskstore_ps(p, first(n), v);
 }
 
-// 8 values of 16 bits; AVX2 has no masked access to them.
-template <class T>
-INLINE __m128i load_bits(const T* p, int n) {
-  if (n == kLanes) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  alignas(16) T part[kLanes] = {};
-  for (int i = 0; i < n; ++i) part[i] = p[i];
-  return _mm_load_si128(reinterpret_cast<const __m128i*>(part));
+// 8 values of 16 bits; AVX2 has no masked access to them. Out of line, since the remainder of a row has many of these.
+__attribute__((noinline)) __m128i load_part(const void* p, int n) {
+  __m128i bits = _mm_setzero_si128();
+  __builtin_memcpy(&bits, p, 2 * n);
+  return bits;
 }
-template <class T>
-INLINE void store_bits(T* p, __m128i bits, int n) {
-  if (n == kLanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
-  alignas(16) T part[kLanes];
-  _mm_store_si128(reinterpret_cast<__m128i*>(part), bits);
-  for (int i = 0; i < n; ++i) p[i] = part[i];
+__attribute__((noinline)) void store_part(void* p, __m128i bits, int n) { __builtin_memcpy(p, &bits, 2 * n); }
+INLINE __m128i load_bits(const void* p, int n) {
+  return n == kLanes ? _mm_loadu_si128(static_cast<const __m128i*>(p)) : load_part(p, n);
+}
+INLINE void store_bits(void* p, __m128i bits, int n) {
+  n == kLanes ? _mm_storeu_si128(static_cast<__m128i*>(p), bits) : store_part(p, bits, n);
 }
 
 // Past the caches, to whole vectors of an aligned address.
+constexpr bool kStreams = true;
 INLINE void stream(float* p, V v) { _mm256_stream_ps(p, v); }
 INLINE void stream_bits(void* p, __m128i bits) { _mm_stream_si128(static_cast<__m128i*>(p), bits); }
 INLINE void fence() { _mm_sfence(); }

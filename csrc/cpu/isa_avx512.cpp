@@ -49,6 +49,7 @@ INLINE void store_bits(void* p, __m256i bits, int n) {
 }
 
 // Past the caches, to whole vectors of an aligned address.
+constexpr bool kStreams = true;
 INLINE void stream(float* p, V v) { _mm512_stream_ps(p, v); }
 INLINE void stream_bits(void* p, __m256i bits) { _mm256_stream_si256(static_cast<__m256i*>(p), bits); }
 INLINE void fence() { _mm_sfence(); }

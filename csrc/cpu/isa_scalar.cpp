@@ -35,24 +35,29 @@ INLINE V as_float(U a) { return reinterpret_cast<V>(a); }
 INLINE U as_bits(V a) { return reinterpret_cast<U>(a); }
 INLINE U select(U mask, U a, U b) { return (mask & a) | (~mask & b); }
 
-// n of the 4 elements from p on, as bytes: no alignment and no aliasing rule to keep.
+// n of the 4 elements from p on, as bytes: no alignment and no aliasing rule to keep. The remainder of a row has many
+// of the incomplete ones, which are out of line for that.
+template <class Vec, class T>
+__attribute__((noinline)) Vec load_part(const T* p, int n) {
+  Vec v = {};
+  __builtin_memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+template <class Vec, class T>
+__attribute__((noinline)) void store_part(T* p, Vec v, int n) {
+  __builtin_memcpy(p, &v, n * sizeof(T));
+}
 template <class Vec, class T>
 INLINE Vec load_bytes(const T* p, int n) {
-  Vec v = {};
-  if (n == kLanes) {
-    __builtin_memcpy(&v, p, sizeof v);
-  } else {
-    __builtin_memcpy(&v, p, n * sizeof(T));
-  }
+  if (n != kLanes) return load_part<Vec>(p, n);
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 template <class Vec, class T>
 INLINE void store_bytes(T* p, Vec v, int n) {
-  if (n == kLanes) {
-    __builtin_memcpy(p, &v, sizeof v);
-  } else {
-    __builtin_memcpy(p, &v, n * sizeof(T));
-  }
+  if (n != kLanes) return store_part(p, v, n);
+  __builtin_memcpy(p, &v, sizeof v);
 }
 
 INLINE V widen(U bits, BFloat16) { return as_float(bits << 16); }
@@ -105,12 +110,9 @@ INLINE bool any_outside(V seen) {
   return (bits[0] | bits[1] | bits[2] | bits[3]) >> 30 & 1;
 }
 
-// Nothing to write past the caches with.
-INLINE void stream(float* p, V v) { store(p, v, kLanes); }
-template <class T>
-INLINE void stream_bits(T* p, U bits) {
-  store_bits(p, bits, kLanes);
-}
+constexpr bool kStreams = false;  // there is nothing to write past the caches with
+INLINE void stream(float*, V) {}
+INLINE void stream_bits(void*, U) {}
 INLINE void fence() {}
 
 struct Doubles {

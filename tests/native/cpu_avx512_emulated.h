@@ -132,6 +132,8 @@ EMU __m512d to_doubles(__m256 v) {
 #define _mm512_test_epi32_mask(a, b) emulated::any_bit(a, b)
 #define _mm512_loadu_si512(p) reinterpret_cast<__m512i>(emulated::load(p))
 #define _mm512_storeu_si512(p, v) emulated::store(p, reinterpret_cast<__m512>(v))
+#define _mm512_stream_ps(p, v) emulated::store(p, v)
+#define _mm512_stream_si512(p, v) emulated::store(p, reinterpret_cast<__m512>(v))
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
 #define _mm512_mask_or_epi32(o, m, a, b) emulated::masked_or(o, m, a, b)
 #define _mm512_castps512_ps256(v) emulated::half<__m256>(v, 0)
