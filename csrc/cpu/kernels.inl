@@ -289,6 +289,11 @@ INLINE bool ordinary(const W& weight, int64_t cols) {
 
 // ---------------------------------------------------------------- forward
 
+template <class Tx>
+INLINE bool is_far(int64_t bytes) {
+  return bytes >= (kIsFloat<Tx> ? kFarBytes : kFarBytes16);
+}
+
 template <class T>
 INLINE bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(float)) == 0;
@@ -335,11 +340,11 @@ INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_b
   const auto row_of_x = [&](int64_t row) { return static_cast<const Tx*>(p.x) + p.x_rows.offset(row); };
 
   // The sums of 4 short rows are formed before the first is scaled: square root and division of one hide behind the
-  // sums of the next. Longer rows would leave the L1 cache in between; while one of them is scaled, the next is fetched
-  // if it has to come from memory.
+  // sums of the next. Longer rows would leave the L1 cache in between. While a row is scaled, the next to be summed is
+  // fetched if it has to come from memory.
   constexpr int kGroup = 4;
   const int64_t group = cols <= 1024 ? kGroup : 1;
-  const bool fetch = group == 1 && p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty)) > kFarBytes;
+  const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty)));
   const bool stream = !p.fresh && p.x != p.y && p.rows * cols * int64_t(sizeof(Ty)) >= kStreamBytes;
   for (int64_t first = row_begin; first < row_end; first += group) {
     const int64_t last = first + group < row_end ? first + group : row_end;
@@ -356,7 +361,7 @@ INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_b
       const double rstd = 1 / __builtin_sqrt(v);
       const Tx* x = row_of_x(row);
       Ty* y = static_cast<Ty*>(p.y) + p.y_rows.offset(row);
-      const Tx* next = fetch && row + 1 < row_end ? row_of_x(row + 1) : x;
+      const Tx* next = fetch && row + group < row_end ? row_of_x(row + group) : x;
       if (kStreams && stream && aligned(y)) {
         scale_row<kStreams, Tx, kCast>(x, weight, y, cols, rstd, next);
       } else {
@@ -487,7 +492,7 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
                                 static_cast<const Tx*>(p.x) + p.x_rows.offset(row), rstd[row]};
   };
   WeightTiles weight(p);
-  const bool fetch = p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)) > kFarBytes;
+  const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)));
   const bool stream = kDx && !p.fresh && p.rows * cols * int64_t(sizeof(Tx)) >= kStreamBytes;
   for (int64_t block = block_begin; block < block_end; ++block) {
     float* partial = kDweight ? static_cast<float*>(p.workspace) + block * cols : nullptr;
