@@ -56,7 +56,7 @@ struct RmsNormForward {
   DType x_dtype;
   DType w_dtype;
   DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype
-  bool fresh;     // a hint to the CPU: the pages of y may never have been touched
+  bool stream;    // a hint to the CPU: write y past the caches, which it would only pass through
 };
 
 // dx = rstd * (g - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,
@@ -80,7 +80,7 @@ struct RmsNormBackward {
   DType dy_dtype;
   DType x_dtype;
   DType w_dtype;
-  bool fresh;  // as above, of dx
+  bool stream;  // as above, of dx
 };
 
 // CPU. These functions use one thread, the caller's: the caller splits the work and may run the

@@ -90,7 +90,7 @@ def test_dx_of_a_row_alone_and_in_any_batch(device, dtype):
 @pytest.mark.parametrize("cols", [2048, 1001])  # rows that lie on lines of the cache, and rows that do not
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_large_outputs(dtype, cols):
-    """From 8 MiB on outputs are written past the caches, unless they are fresh or the input itself: same bits, no others."""
+    """These are written past the caches (see stream_new in ops.cpp), but for the one in place: same bits, no others."""
     rows = (9 << 20) // (cols * dtype.itemsize)
     weight = random_weight(cols, dtype)
     dy, x = (random(64, cols, dtype=dtype).repeat(-(-rows // 64), 1)[:rows] for _ in range(2))

@@ -29,10 +29,6 @@ constexpr int kLine = 64;  // bytes in a line of the caches
 constexpr int64_t kFarBytes = 8 << 20;
 constexpr int64_t kFarBytes16 = 1 << 20;
 
-// An output of so many bytes is written past the caches, which would have to read each line of it first: 25 to 35 % less
-// time. Not where its lines are in a cache already: an output in place of the input, or pages that the kernel clears.
-constexpr int64_t kStreamBytes = 8 << 20;
-
 // The weights that the fast path for fp32 takes, besides 0: their product with an rstd stays normal. Their bits less
 // those of the least have bit 30 clear.
 constexpr float kMinWeight = 0x1p-70f;

@@ -345,7 +345,6 @@ INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_b
   constexpr int kGroup = 4;
   const int64_t group = cols <= 1024 ? kGroup : 1;
   const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty)));
-  const bool stream = !p.fresh && p.x != p.y && p.rows * cols * int64_t(sizeof(Ty)) >= kStreamBytes;
   for (int64_t first = row_begin; first < row_end; first += group) {
     const int64_t last = first + group < row_end ? first + group : row_end;
     double mean_square[kGroup];
@@ -362,7 +361,7 @@ INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_b
       const Tx* x = row_of_x(row);
       Ty* y = static_cast<Ty*>(p.y) + p.y_rows.offset(row);
       const Tx* next = fetch && row + group < row_end ? row_of_x(row + group) : x;
-      if (kStreams && stream && aligned(y)) {
+      if (kStreams && p.stream && aligned(y)) {
         scale_row<kStreams, Tx, kCast>(x, weight, y, cols, rstd, next);
       } else {
         scale_row<false, Tx, kCast>(x, weight, y, cols, rstd, next);
@@ -370,7 +369,7 @@ INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_b
       if (p.rstd) static_cast<float*>(p.rstd)[row] = float(rstd);
     }
   }
-  if (stream) fence();
+  if (p.stream) fence();
 }
 
 template <class Tx, class Tw, bool kCast>
@@ -493,7 +492,6 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
   };
   WeightTiles weight(p);
   const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)));
-  const bool stream = kDx && !p.fresh && p.rows * cols * int64_t(sizeof(Tx)) >= kStreamBytes;
   for (int64_t block = block_begin; block < block_end; ++block) {
     float* partial = kDweight ? static_cast<float*>(p.workspace) + block * cols : nullptr;
     if (kDweight) for_each_vector(0, cols, [&](int64_t i, int n) { store(partial + i, zero(), n); });
@@ -505,14 +503,14 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
       }
       const auto next = row_at(fetch && row + 1 < end ? row + 1 : row);
       Tx* dx = static_cast<Tx*>(p.dx) + row * cols;
-      if (kStreams && stream && aligned(dx)) {
+      if (kStreams && p.stream && aligned(dx)) {
         gradient_row<kDx, kDweight, kStreams && kDx>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
       } else {
         gradient_row<kDx, kDweight, false>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
       }
     }
   }
-  if (stream) fence();
+  if (p.stream) fence();
 }
 
 // Sums the blocks' partial sums in their order, in double.

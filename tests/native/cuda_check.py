@@ -105,14 +105,14 @@ class ForwardParams(ctypes.Structure):
     _fields_ = [("x", P), ("weight", P), ("y", P), ("rstd", P), ("x_rows", Rows), ("y_rows", Rows), ("rows", I64),
                 ("cols", I64), ("eps", ctypes.c_double), ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool),
                 ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("y_dtype", ctypes.c_int32),
-                ("fresh", ctypes.c_bool)]
+                ("stream", ctypes.c_bool)]
 
 
 class BackwardParams(ctypes.Structure):
     _fields_ = [("dy", P), ("x", P), ("weight", P), ("rstd", P), ("dx", P), ("dweight", P), ("workspace", P),
                 ("dy_rows", Rows), ("x_rows", Rows), ("rows", I64), ("cols", I64), ("eps", ctypes.c_double),
                 ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool), ("dy_dtype", ctypes.c_int32),
-                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("fresh", ctypes.c_bool)]
+                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("stream", ctypes.c_bool)]
 
 
 class Gpu:
