@@ -103,9 +103,9 @@ def test_versions():
 
 def test_typed():
     assert (Path(rmsnorm_cuda.__file__).parent / "py.typed").exists()
-    stub = (BINDING.parent / "_C.pyi").read_text()
+    declared = (BINDING.parent / "_C.pyi").read_text()
     public = [name for name in dir(_C) if not name.startswith("_")]
-    assert not [name for name in public if not re.search(rf"^(def )?{name}\b", stub, re.M)]
+    assert not [name for name in public if not re.search(rf"^(def )?{name}\b", declared, re.M)]
 
 
 def test_unbuilt_sources_say_so(tmp_path):

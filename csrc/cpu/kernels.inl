@@ -177,19 +177,27 @@ struct Squares {
   }
 };
 
-template <class F>
-INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
+// step(i) for whole steps of kStep elements, then rest(i, n) vector by vector.
+constexpr int kStep = 4 * kLanes;
+
+template <class Step, class Rest>
+INLINE void for_each_step(int64_t begin, int64_t end, Step step, Rest rest) {
   int64_t i = begin;
-  for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) body(i + j * kLanes, kLanes);
-  }
-  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
-  if (i < end) body(i, int(end - i));
+  for (; i + kStep <= end; i += kStep) step(i);
+  for (; i + kLanes <= end; i += kLanes) rest(i, kLanes);
+  if (i < end) rest(i, int(end - i));
 }
 
-// Elements of a step of the passes that write; a remainder is done vector by vector.
-constexpr int kStep = 4 * kLanes;
+template <class F>
+INLINE void for_each_vector_of_step(int64_t i, F body) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kStep; j += kLanes) body(i + j, kLanes);
+}
+
+template <class F>
+INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
+  for_each_step(begin, end, [&](int64_t i) { for_each_vector_of_step(i, body); }, body);
+}
 
 template <class T>
 INLINE void fetch_step(const T* p) {
@@ -279,7 +287,7 @@ template <class W>
 INLINE bool ordinary(const W& weight, int64_t cols) {
   V seen[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= cols; i += 4 * kLanes) {
+  for (; i + kStep <= cols; i += kStep) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) seen[j] = outside(weight(i + j * kLanes, kLanes), seen[j]);
   }
@@ -312,11 +320,7 @@ INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double 
     const V gr = mul(g, hi);
     return fma(v, gr, mul(v, fma(g, lo, fmsub(g, hi, gr))));
   };
-  const auto one = [&](int64_t i, int n, auto in_step) {
-    write<kStream && in_step.value>(y + i, scaled(load(x + i, n), weight(i, n)), n);
-  };
-  int64_t i = 0;
-  for (; i + kStep <= cols; i += kStep) {
+  const auto step = [&](int64_t i) {
     fetch_step(next + i);
     if constexpr (W::template kPairs<Tx, Ty>) {
 #pragma GCC unroll 2
@@ -325,11 +329,10 @@ INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double 
         join<kStream>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
       }
     } else {
-#pragma GCC unroll 4
-      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes, Bool<true>());
+      for_each_vector_of_step(i, [&](int64_t j, int n) { write<kStream>(y + j, scaled(load(x + j, n), weight(j, n)), n); });
     }
-  }
-  for_each_vector(i, cols, [&](int64_t j, int n) { one(j, n, Bool<false>()); });
+  };
+  for_each_step(0, cols, step, [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), weight(i, n)), n); });
 }
 
 // kCols: the length of the rows where it is known to the compiler, else 0.
@@ -470,14 +473,12 @@ INLINE void gradient_row(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, We
         write<kStream && in_step.value>(dx + i, mul(r, sub(mul(d, load(g + i, n)), mul(xhat, c))), n);
       }
     };
-    int64_t i = begin;
-    for (; i + kStep <= end; i += kStep) {
+    const auto step = [&](int64_t i) {
       fetch_step(next.dy + i);
       fetch_step(next.x + i);
-#pragma GCC unroll 4
-      for (int64_t j = i; j < i + kStep; j += kLanes) one(j, kLanes, Bool<true>());
-    }
-    for_each_vector(i, end, [&](int64_t j, int n) { one(j, n, Bool<false>()); });
+      for_each_vector_of_step(i, [&](int64_t j, int n) { one(j, n, Bool<true>()); });
+    };
+    for_each_step(begin, end, step, [&](int64_t i, int n) { one(i, n, Bool<false>()); });
   }
 }
 
