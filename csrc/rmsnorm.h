@@ -100,8 +100,9 @@ BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p);
 void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
 
-// Instruction sets, best last: "scalar", "avx2", "avx512". The best that the machine has is in use
-// unless the environment variable RMSNORM_CUDA_ISA or set_isa() names another.
+// Instruction sets, best last: "scalar", "avx2", "avx512", "avx512_bf16". The best that the machine has is in use (where
+// another is known to be faster for a dtype, that one for it) unless the environment variable RMSNORM_CUDA_ISA or
+// set_isa() names one. The bits are the same for all but "scalar".
 int isa_count();                   // how many this library was built with
 const char* isa_name(int i);
 bool isa_supported(int i);         // does this machine have it?

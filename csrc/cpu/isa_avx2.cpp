@@ -11,6 +11,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
 namespace {
@@ -20,7 +21,8 @@ struct Pair {
   V even, odd;
 };
 constexpr int kLanes = 8;
-constexpr char kIsaName[] = "avx2";
+constexpr const char* kIsaNames[] = {"avx2"};
+constexpr int kGroup = 4, kTotals = 1;
 
 INLINE V zero() { return _mm256_setzero_ps(); }
 INLINE V set1(float a) { return _mm256_set1_ps(a); }
@@ -30,6 +32,13 @@ INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
 INLINE V fmsub(V a, V b, V c) { return _mm256_fmsub_ps(a, b, c); }
+
+// Loaded once, not again by each instruction that uses it.
+template <class T>
+INLINE T once(T v) {
+  asm("" : "+x"(v));
+  return v;
+}
 
 INLINE __m256i first(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -84,18 +93,18 @@ INLINE V upper_halves(__m256i v) {
 }
 INLINE V round_to_bfloat16(V v) { return upper_halves(rounded(v)); }
 INLINE Pair split(const BFloat16* p) {
-  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i both = once(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), upper_halves(both)};
 }
-template <bool kStream>
+template <bool kStream, bool kUnit>
 INLINE void join(BFloat16* p, Pair v) {
   const __m256i both = _mm256_blend_epi16(_mm256_srli_epi32(rounded(v.even), 16), rounded(v.odd), 0xaa);
   const auto to = reinterpret_cast<__m256i*>(p);
   kStream ? _mm256_stream_si256(to, both) : _mm256_storeu_si256(to, both);
 }
 
-INLINE V outside(V weight, V seen) {
-  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(weight), _mm256_set1_epi32(kMinWeightBits));
+INLINE V outside(V weight, uint32_t bits, V seen) {
+  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(weight), _mm256_set1_epi32(int(bits)));
   return _mm256_or_ps(_mm256_castsi256_ps(above), seen);
 }
 INLINE bool any_outside(V seen) {
@@ -115,11 +124,19 @@ INLINE double total(const Doubles& d) {
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+INLINE void totals(const Doubles* d, double* sums) { *sums = total(*d); }
+
+// There is no instruction that rounds to BFloat16.
+struct Large {
+  INLINE Pair split(const BFloat16* p) { return rmsnorm::cpu::split(p); }
+  INLINE bool any_small() const { return true; }
+};
+
 #include "kernels.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {kIsaName, forward, backward, dweight};
+const Kernels kAvx2 = {kIsaNames[0], forward<false>, backward<false>, dweight};
 
 }  // namespace rmsnorm::cpu
 

@@ -1,5 +1,6 @@
 // AVX-512 F, BW, DQ, VL (Skylake-X 2017, Zen 4 2022 and later). See isa_avx2.cpp for the target region.
-// The BF16 and FP16 extensions are not used: their conversions flush denormals, or double-round.
+// BF16 (Cooper Lake 2020, Zen 4 2022 and later) makes a second set, in which a row whose results cannot be denormal,
+// which BF16 flushes to 0, is rounded by it. The FP16 extension is not used: its conversions double-round.
 #include "kernels.h"
 
 #if RMSNORM_X86
@@ -10,8 +11,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
 namespace {
@@ -21,7 +23,8 @@ struct Pair {
   V even, odd;
 };
 constexpr int kLanes = 16;
-constexpr char kIsaName[] = "avx512";
+constexpr const char* kIsaNames[] = {"avx512", "avx512_bf16"};
+constexpr int kGroup = 8, kTotals = 8;
 
 INLINE V zero() { return _mm512_setzero_ps(); }
 INLINE V set1(float a) { return _mm512_set1_ps(a); }
@@ -31,6 +34,13 @@ INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
 INLINE V fmsub(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
+
+// Loaded once, not again by each instruction that uses it: a core may load no more than 64 bytes in a cycle.
+template <class T>
+INLINE T once(T v) {
+  asm("" : "+v"(v));
+  return v;
+}
 
 INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 INLINE V load(const float* p, int n) { return n == kLanes ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first(n), p); }
@@ -73,20 +83,43 @@ INLINE __m256i narrow(V v, BFloat16) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
 
+alignas(64) constexpr uint16_t kInterleave[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 INLINE __m512i upper_halves(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))); }
 INLINE V round_to_bfloat16(V v) { return _mm512_castsi512_ps(upper_halves(rounded(v))); }
-INLINE Pair split(const BFloat16* p) {
-  const __m512i both = _mm512_loadu_si512(p);
+INLINE Pair split_bits(__m512i both) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(upper_halves(both))};
 }
-template <bool kStream>
+INLINE Pair split(const BFloat16* p) { return split_bits(once(_mm512_loadu_si512(p))); }
+template <bool kStream, bool kUnit>
 INLINE void join(BFloat16* p, Pair v) {
-  const __m512i both = _mm512_or_si512(_mm512_srli_epi32(rounded(v.even), 16), upper_halves(rounded(v.odd)));
+  __m512i both;
+  if constexpr (kUnit) {
+    const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));  // 16 even elements, then 16 odd ones
+    both = _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
+  } else {
+    both = _mm512_or_si512(_mm512_srli_epi32(rounded(v.even), 16), upper_halves(rounded(v.odd)));
+  }
   kStream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both) : _mm512_storeu_si512(p, both);
 }
 
-INLINE V outside(V weight, V seen) {
-  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(weight), _mm512_set1_epi32(kMinWeightBits));
+// An exponent from 96 on, less bias, is one from 128 on after 32 is added, which is seen in the uppermost bit; the
+// fast path has none from 192 on.
+static_assert(kLargeExponent == 96 - 127);
+struct Large {
+  __m512i seen;
+
+  INLINE Large() : seen(_mm512_set1_epi16(-1)) {}  // one that the compiler adds would be outside of the target region
+  INLINE Pair split(const BFloat16* p) {
+    const __m512i both = once(_mm512_loadu_si512(p));
+    seen = _mm512_and_si512(seen, _mm512_add_epi16(both, _mm512_set1_epi16(32 << 7)));
+    return split_bits(both);
+  }
+  INLINE bool any_small() const { return _mm512_testn_epi16_mask(seen, _mm512_set1_epi16(1 << 14)) != 0; }
+};
+
+INLINE V outside(V weight, uint32_t bits, V seen) {
+  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(weight), _mm512_set1_epi32(int(bits)));
   return _mm512_castsi512_ps(_mm512_or_si512(above, _mm512_castps_si512(seen)));
 }
 INLINE bool any_outside(V seen) {
@@ -107,11 +140,25 @@ INLINE double total(const Doubles& d) {
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+// Halves of a and of b added, for the sums of two rows at once.
+INLINE __m512d add_halves(__m512d a, __m512d b) {
+  return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x44), _mm512_shuffle_f64x2(a, b, 0xee));
+}
+INLINE __m512d add_quarters(__m512d a, __m512d b) {
+  return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+}
+INLINE void totals(const Doubles* d, double* sums) {
+  const __m512d a = add_quarters(add_halves(d[0].v, d[2].v), add_halves(d[4].v, d[6].v));
+  const __m512d b = add_quarters(add_halves(d[1].v, d[3].v), add_halves(d[5].v, d[7].v));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b)));
+}
+
 #include "kernels.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {kIsaName, forward, backward, dweight};
+const Kernels kAvx512 = {kIsaNames[false], forward<false>, backward<false>, dweight};
+const Kernels kAvx512Bf16 = {kIsaNames[true], forward<true>, backward<true>, dweight};
 
 }  // namespace rmsnorm::cpu
 

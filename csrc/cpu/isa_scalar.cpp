@@ -4,6 +4,7 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
 namespace {
@@ -16,7 +17,8 @@ struct Pair {
   V even, odd;
 };
 constexpr int kLanes = 4;
-constexpr char kIsaName[] = "scalar";
+constexpr const char* kIsaNames[] = {"scalar"};
+constexpr int kGroup = 4, kTotals = 1;
 
 INLINE V set1(float a) { return V{a, a, a, a}; }
 INLINE V zero() { return set1(0); }
@@ -30,6 +32,8 @@ INLINE D to_double(V a) { return __builtin_convertvector(a, D); }
 INLINE V to_float(D a) { return __builtin_convertvector(a, V); }
 INLINE V fma(V a, V b, V c) { return to_float(to_double(a) * to_double(b) + to_double(c)); }
 INLINE V fmsub(V a, V b, V c) { return to_float(to_double(a) * to_double(b) - to_double(c)); }
+
+INLINE V once(V v) { return v; }
 
 INLINE V as_float(U a) { return reinterpret_cast<V>(a); }
 INLINE U as_bits(V a) { return reinterpret_cast<U>(a); }
@@ -98,13 +102,13 @@ INLINE Pair split(const BFloat16* p) {
   const U both = load_bytes<U>(reinterpret_cast<const uint32_t*>(p), kLanes);
   return {as_float(both << 16), as_float(both & 0xffff0000)};
 }
-template <bool kStream>
+template <bool kStream, bool kUnit>
 INLINE void join(BFloat16* p, Pair v) {
   const U both = (rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000);
   store_bytes(reinterpret_cast<uint32_t*>(p), both, kLanes);
 }
 
-INLINE V outside(V weight, V seen) { return as_float((as_bits(weight) - kMinWeightBits) | as_bits(seen)); }
+INLINE V outside(V weight, uint32_t bits, V seen) { return as_float((as_bits(weight) - bits) | as_bits(seen)); }
 INLINE bool any_outside(V seen) {
   const U bits = as_bits(seen);
   return (bits[0] | bits[1] | bits[2] | bits[3]) >> 30 & 1;
@@ -127,10 +131,18 @@ INLINE double total(const Doubles& d) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+INLINE void totals(const Doubles* d, double* sums) { *sums = total(*d); }
+
+// There is no instruction that rounds to BFloat16.
+struct Large {
+  INLINE Pair split(const BFloat16* p) { return rmsnorm::cpu::split(p); }
+  INLINE bool any_small() const { return true; }
+};
+
 #include "kernels.inl"
 
 }  // namespace
 
-const Kernels kScalar = {kIsaName, forward, backward, dweight};
+const Kernels kScalar = {kIsaNames[0], forward<false>, backward<false>, dweight};
 
 }  // namespace rmsnorm::cpu

@@ -29,11 +29,19 @@ constexpr int kLine = 64;  // bytes in a line of the caches
 constexpr int64_t kFarBytes = 8 << 20;
 constexpr int64_t kFarBytes16 = 1 << 20;
 
-// The weights that the fast path for fp32 takes, besides 0: their product with an rstd stays normal. Their bits less
-// those of the least have bit 30 clear.
-constexpr float kMinWeight = 0x1p-70f;
-constexpr float kMaxWeight = 0x1p58f;
-constexpr uint32_t kMinWeightBits = (127u - 70) << 23;
+// The weights that the fast path for fp32 takes, besides 0: at least 2 to this, and less than 2^128 times that. Their
+// product with an rstd stays normal.
+constexpr int kLeastWeightExponent = -70;
+
+// If x and weight are at least 2 to this (the weight may also be 0), x * rstd * weight is no denormal.
+constexpr int kLargeExponent = -31;
+
+// Rows that are summed as a group, see forward_rows: half of an L1 cache.
+constexpr int64_t kGroupBytes = 16 << 10;
+constexpr int64_t kFarGroupBytes = 2 << 10;
+
+// A 16-bit weight of more than these is read as it is, not from a tile of floats.
+constexpr int64_t kDirectCols = 2048;
 
 // One instruction set: everything but fp64, which has only the functions of fp64.cpp.
 struct Kernels {
@@ -45,14 +53,13 @@ struct Kernels {
 extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 
 // Each entry point of a Kernels calls it with its own name: a test sees which code ran.
 void set_last_isa(const char* name);
 
-// The fast path of a row holds while mean(x^2) + eps is in this range. Then rstd is in
-// [2^-30, 2^30], and neither the sum in fp32 nor a product with rstd over- or underflows.
-constexpr double kMinMeanSquare = 0x1p-60;
-constexpr double kMaxMeanSquare = 0x1p60;
+// The fast path of a row holds while its rstd is in this range. Then mean(x^2) + eps is in [2^-60, 2^60], and neither the
+// sum in fp32 nor a product with rstd over- or underflows.
 constexpr float kMinRstd = 0x1p-30f;
 constexpr float kMaxRstd = 0x1p30f;
 

@@ -4,15 +4,19 @@
 //   zero  set1  add  sub  mul        as they say
 //   mul_add(a, b, c)                 a * b + c, fused where the machine has it
 //   fma(a, b, c)  fmsub(a, b, c)     a * b + c, a * b - c with an exact product on every machine
+//   once(v)                          v, in a register before it is used
 //   load(p, n)  store(p, v, n)       the first n lanes, of float
 //   load_bits  store_bits            the same of Half and BFloat16, whose bits are
 //   stream  stream_bits  fence       if kStreams: store all lanes past the caches, at an aligned address; order such stores
 //   widen(bits, T())  narrow(v, T()) turned into fp32 and back, rounded to nearest even
 //   Pair, split(p)  join(p, pair)    2 * kLanes BFloat16 as their even and their odd elements: a shift and a mask
-//                                    instead of shuffles; join is not for NaNs with a bit set below BFloat16's
+//                                    instead of shuffles; join is not for NaNs with a bit set below BFloat16's, and
+//                                    with kUnit (an instruction for it, which takes denormals for 0) not for denormals
 //   round_to_bfloat16(v)             in fp32, not for NaN
-//   outside(w, seen)  any_outside    does any w lie outside of [kMinWeight, kMaxWeight)?
-//   Doubles, accumulate(d, v...), total(d)   8 double lanes, plus the last 8 fp32 lanes of a sum; their sum by halving
+//   outside(w, bits, seen)           has any w bit 30 set in its bits less these? For any_outside(seen)
+//   Large                            split(p), then any_small(): was any of them below 2^kLargeExponent?
+//   Doubles, accumulate(d, v...)     8 double lanes, plus the last 8 fp32 lanes of a sum
+//   total(d)  totals(d, sums)        their sum by halving; those of kGroup of them
 // No std:: calls and no #ifdef in here: see "The ISA trap" in csrc/cpu/isa_avx2.cpp.
 
 template <class T>
@@ -146,13 +150,6 @@ INLINE void add_products(Doubles& sum, int64_t begin, int64_t end, F factors) {
   }
 }
 
-template <class F>
-INLINE double sum_products(int64_t cols, F factors) {
-  Doubles sum = {};
-  add_products(sum, 0, cols, factors);
-  return total(sum);
-}
-
 template <class T>
 constexpr bool kIsFloat = false;
 template <>
@@ -162,17 +159,18 @@ constexpr bool kIsBFloat16 = false;
 template <>
 constexpr bool kIsBFloat16<BFloat16> = true;
 
-template <class T>
+template <class T, bool kLook>
 struct Squares {
   static constexpr bool kPairs = kIsBFloat16<T>;
   const T* x;
+  Large& large;  // with kLook: the pairs go through it
 
   INLINE Factors operator()(int64_t i, int n) const {
-    const V v = load(x + i, n);
+    const V v = once(load(x + i, n));
     return {v, v};
   }
   INLINE PairFactors pair(int64_t i) const {
-    const Pair v = split(x + i);
+    const Pair v = kLook ? large.split(x + i) : split(x + i);
     return {{v.even, v.even}, {v.odd, v.odd}};
   }
 };
@@ -205,94 +203,100 @@ INLINE void fetch_step(const T* p) {
   for (int i = 0; i < kStep; i += kLine / sizeof(T)) __builtin_prefetch(p + i);
 }
 
-struct NoWeight {};
-
+// What a row is multiplied by: the part of the weight from begin to end. A weight where it lies, no weight, or
+// that of a WeightTiles.
 template <class T>
 struct Weight {
-  template <class Tx, class Ty>
-  static constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty> && kIsBFloat16<T>;
   const T* data;
-  V offset;  // -0 where there is none: adding it changes no bit
 
-  INLINE V operator()(int64_t i, int n) const { return add(load(data + i, n), offset); }
+  INLINE Weight part(int64_t, int64_t) const { return *this; }
+  INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
   INLINE Pair pair(int64_t i) const {
-    const Pair w = split(data + i);
-    return {add(w.even, offset), add(w.odd, offset)};
+    if constexpr (kIsBFloat16<T>) return split(data + i);
+    float even[kLanes], odd[kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      store(even + j, load(data + i + 2 * j, 1), 1);
+      store(odd + j, load(data + i + 2 * j + 1, 1), 1);
+    }
+    return {load(even, kLanes), load(odd, kLanes)};
   }
 };
-template <>
-struct Weight<NoWeight> {
-  template <class Tx, class Ty>
-  static constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
+struct NoWeight {
   V one;
 
+  INLINE NoWeight part(int64_t, int64_t) const { return *this; }
   INLINE V operator()(int64_t, int) const { return one; }
   INLINE Pair pair(int64_t) const { return {one, one}; }
 };
+struct TileWeight {
+  const float* data;
 
-template <class T, class P>
-INLINE Weight<T> weight_of(const P& p) {
-  if constexpr (__is_empty(T)) {
-    return {set1(1.0f)};
-  } else {
-    return {static_cast<const T*>(p.weight), set1(p.weight_offset == 0 ? -0.0f : float(p.weight_offset))};
-  }
-}
+  INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
+  INLINE Pair pair(int64_t i) const { return {load(data + i, kLanes), load(data + i + kLanes, kLanes)}; }
+};
 
 template <class A, class B>
 constexpr bool kIsSame = false;
 template <class A>
 constexpr bool kIsSame<A, A> = true;
 
-template <bool kFirst, class A, class B>
-struct Select {
-  using Type = A;
-};
-template <class A, class B>
-struct Select<false, A, B> {
-  using Type = B;
-};
-
 template <bool kValue>
 struct Bool {
   static constexpr bool value = kValue;
 };
 
-template <class A, class B>
-struct Promote {
-  using Type = float;
-};
-template <class A>
-struct Promote<A, A> {
-  using Type = A;
-};
-template <class A>
-struct Promote<A, NoWeight> {
-  using Type = A;
+// The weight plus its offset, as floats: in place where it is that already, else a tile at a time, which spares the
+// kernels the dtypes of the weight. Most weights are one tile, which is then filled once for many rows. With `pairs` the
+// whole steps of a tile are in the order of Pair.
+class WeightTiles {
+ public:
+  static constexpr int64_t kTile = 8192;  // 32 KB of stack
+  static_assert(kTile % kFold == 0 && kTile % kStep == 0, "see add_products and for_each_step");
+  static INLINE int64_t tile_end(int64_t begin, int64_t cols) { return begin + kTile < cols ? begin + kTile : cols; }
+
+  template <class P>
+  WeightTiles(const P& p, bool pairs) : data_(p.weight), dtype_(p.w_dtype), offset_(float(p.weight_offset)), pairs_(pairs) {
+    if (data_ && dtype_ == DType::kFloat32 && offset_ == 0 && !pairs) plain_ = static_cast<const float*>(data_);
+  }
+
+  // weights(i) for begin <= i < end, where begin is a multiple of kTile and end is the next one or that of the row.
+  INLINE TileWeight part(int64_t begin, int64_t end) {
+    if (plain_) return {plain_};
+    if (begin != filled_) fill(begin, end);
+    return {tile_ - begin};
+  }
+
+ private:
+  void fill(int64_t begin, int64_t end);
+
+  const void* data_;
+  DType dtype_;
+  float offset_;
+  bool pairs_;
+  const float* plain_ = nullptr;
+  int64_t filled_ = -1;
+  float tile_[kTile];
 };
 
-// Fp32 multiplies weight and rstd first. Is their product a normal number, or 0, whatever the rstd? A quick look at all
-// weights, and a closer one if that found something, which may be no more than a 0.
-template <class W>
-bool ordinary_one_by_one(const W& weight, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    float w[kLanes];
-    store(w, weight(i, 1), 1);
-    const float magnitude = __builtin_fabsf(w[0]);
-    if (magnitude != 0 && !(magnitude >= kMinWeight && magnitude < kMaxWeight)) return false;
+// Are all weights 0, or at least 2^`exponent` and less than 2^128 times that? A quick look at all, and a closer one if
+// that found something, which may be no more than a 0.
+bool within_one_by_one(const float* w, int64_t count, int exponent) {
+  const float least = __builtin_ldexpf(1, exponent);
+  for (int64_t i = 0; i < count; ++i) {
+    const float magnitude = __builtin_fabsf(w[i]);
+    if (magnitude != 0 && !(magnitude >= least && magnitude * 0x1p-64f < least * 0x1p64f)) return false;
   }
   return true;
 }
-template <class W>
-INLINE bool ordinary(const W& weight, int64_t cols) {
+INLINE bool within(const float* w, int64_t count, int exponent) {
   V seen[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
-  for (; i + kStep <= cols; i += kStep) {
+  for (; i + kStep <= count; i += kStep) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) seen[j] = outside(weight(i + j * kLanes, kLanes), seen[j]);
+    for (int j = 0; j < 4; ++j) seen[j] = outside(load(w + i + j * kLanes, kLanes), uint32_t(127 + exponent) << 23, seen[j]);
   }
   const bool found = any_outside(seen[0]) | any_outside(seen[1]) | any_outside(seen[2]) | any_outside(seen[3]);
-  return ordinary_one_by_one(weight, found ? 0 : i, cols);
+  return found ? within_one_by_one(w, count, exponent) : within_one_by_one(w + i, count - i, exponent);
 }
 
 // ---------------------------------------------------------------- forward
@@ -302,137 +306,173 @@ INLINE bool is_far(int64_t bytes) {
   return bytes >= (kIsFloat<Tx> ? kFarBytes : kFarBytes16);
 }
 
-template <class T>
-INLINE bool aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(float)) == 0;
-}
-
-INLINE bool in_fast_range(double v) { return v >= kMinMeanSquare && v <= kMaxMeanSquare; }
+INLINE bool in_fast_range(double rstd) { return rstd >= kMinRstd && rstd <= kMaxRstd; }
 
 // One row of y; `next` is fetched along the way (x itself: nothing to fetch). Fp32 forms its products to twice the
 // precision: with the error of a short row's sum on top, two roundings would make 2 ulps now and then.
-template <bool kStream, class Tx, bool kCast, class W, class Ty>
-INLINE void scale_row(const Tx* x, const W& weight, Ty* y, int64_t cols, double rstd, const Tx* next) {
+template <bool kStream, bool kUnit, class Tx, bool kCast, class W, class Ty>
+INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, const Tx* next) {
   const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
   const auto scaled = [&](V v, V g) {
+    if constexpr (kIsFloat<Tx>) v = once(v), g = once(g);
     if constexpr (kCast) return mul(round_to<Tx>(kIsFloat<Tx> ? fma(v, hi, mul(v, lo)) : mul(v, hi)), g);
     if constexpr (!kIsFloat<Tx>) return mul(mul(v, hi), g);
     const V gr = mul(g, hi);
     return fma(v, gr, mul(v, fma(g, lo, fmsub(g, hi, gr))));
   };
-  const auto step = [&](int64_t i) {
-    fetch_step(next + i);
-    if constexpr (W::template kPairs<Tx, Ty>) {
+  for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
+    const int64_t end = WeightTiles::tile_end(begin, cols);
+    const auto w = weight.part(begin, end);
+    const auto step = [&](int64_t i) {
+      if (next != x) fetch_step(next + i);
+      if constexpr (kIsBFloat16<Tx> && kIsBFloat16<Ty>) {
 #pragma GCC unroll 2
-      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
-        const Pair v = split(x + j), g = weight.pair(j);
-        join<kStream>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
+        for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+          const Pair v = split(x + j), g = w.pair(j);
+          join<kStream, kUnit>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
+        }
+      } else {
+        for_each_vector_of_step(i, [&](int64_t j, int n) { write<kStream>(y + j, scaled(load(x + j, n), w(j, n)), n); });
       }
-    } else {
-      for_each_vector_of_step(i, [&](int64_t j, int n) { write<kStream>(y + j, scaled(load(x + j, n), weight(j, n)), n); });
-    }
-  };
-  for_each_step(0, cols, step, [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), weight(i, n)), n); });
+    };
+    for_each_step(begin, end, step, [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), w(i, n)), n); });
+  }
 }
 
-// kCols: the length of the rows where it is known to the compiler, else 0.
-template <class Tx, class Ty, bool kCast, int kCols, class W>
-INLINE void forward_rows(const RmsNormForward& p, const W& weight, int64_t row_begin, int64_t row_end) {
+// kCols: the length of the rows where it is known to the compiler, else 0. kUnit: BFloat16 is rounded by the machine in
+// rows without small elements; the caller has seen to the weight.
+template <bool kStream, class Tx, class Ty, bool kCast, bool kUnit, int kCols, class W>
+INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, int64_t row_end) {
   const int64_t cols = kCols ? kCols : p.cols;
   const double per_col = 1.0 / double(cols);
   const auto row_of_x = [&](int64_t row) { return static_cast<const Tx*>(p.x) + p.x_rows.offset(row); };
 
-  // The sums of 4 short rows are formed before the first is scaled: square root and division of one hide behind the
-  // sums of the next. Longer rows would leave the L1 cache in between. While a row is scaled, the next to be summed is
-  // fetched if it has to come from memory.
-  constexpr int kGroup = 4;
-  const int64_t group = cols <= 1024 ? kGroup : 1;
-  const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty)));
+  // Short rows are summed a group ahead of the one that is scaled: their square roots and divisions share instructions
+  // and are waited for less. Longer rows would leave the L1 cache in between. What has to come from memory is read and
+  // written in turns, in small groups, and fetched ahead.
+  const int64_t row_bytes = cols * int64_t(sizeof(Tx)), total_bytes = p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty));
+  const bool far = total_bytes >= kFarBytes, fetch = total_bytes >= (kIsFloat<Tx> ? kFarBytes : kFarBytes16);
+  const int64_t fitting = (far ? kFarGroupBytes : kGroupBytes) / row_bytes;
+  const int64_t group = fitting > kGroup ? kGroup : fitting > 1 ? fitting : 1;
+  const bool ahead = group > 1 && !far;
+  Doubles sums[kGroup];
+  Large large;
+  const auto sum_row = [&](int64_t row, int64_t j) INLINE_LAMBDA {
+    Doubles sum = {};
+    add_products(sum, 0, cols, Squares<Tx, kUnit>{row_of_x(row), large});
+    sums[j] = sum;
+  };
   for (int64_t first = row_begin; first < row_end; first += group) {
-    const int64_t last = first + group < row_end ? first + group : row_end;
-    double mean_square[kGroup];
-    for (int64_t row = first; row < last; ++row) {
-      mean_square[row - first] = sum_products(cols, Squares<Tx>{row_of_x(row)}) * per_col + p.eps;
+    const int64_t count = first + group < row_end ? group : row_end - first;
+    if (!ahead || first == row_begin) {
+      for (int64_t j = 0; j < count; ++j) sum_row(first + j, j);
     }
-    for (int64_t row = first; row < last; ++row) {
-      const double v = mean_square[row - first];
-      if (!in_fast_range(v)) {
+    double rstd[kGroup];
+    bool fast = true;
+    if (count == kGroup) {
+      for (int j = 0; j < kGroup; j += kTotals) totals(sums + j, rstd + j);
+      for (int j = 0; j < kGroup; ++j) rstd[j] = 1 / __builtin_sqrt(rstd[j] * per_col + p.eps);
+      for (int j = 0; j < kGroup; ++j) fast &= in_fast_range(rstd[j]);
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        rstd[j] = 1 / __builtin_sqrt(total(sums[j]) * per_col + p.eps);
+        fast &= in_fast_range(rstd[j]);
+      }
+    }
+    if (p.rstd) {
+      for (int64_t j = 0; j < count; ++j) static_cast<float*>(p.rstd)[first + j] = float(rstd[j]);
+    }
+    const bool small = !kUnit || large.any_small();
+    large = Large();
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t row = first + j;
+      if (ahead && row + group < row_end) sum_row(row + group, j);
+      if (!fast && !in_fast_range(rstd[j])) {
         forward_row_fp64(p, row);
         continue;
       }
-      const double rstd = 1 / __builtin_sqrt(v);
       const Tx* x = row_of_x(row);
       Ty* y = static_cast<Ty*>(p.y) + p.y_rows.offset(row);
-      const Tx* next = fetch && row + group < row_end ? row_of_x(row + group) : x;
-      if (kStreams && p.stream && aligned(y)) {
-        scale_row<kStreams, Tx, kCast>(x, weight, y, cols, rstd, next);
+      const int64_t later = row + (ahead ? group + kGroup / 2 : group);
+      const Tx* next = fetch && later < row_end ? row_of_x(later) : x;
+      if (kUnit && !small) {
+        scale_row<kStream, kUnit, Tx, kCast>(x, weight, y, cols, rstd[j], next);
       } else {
-        scale_row<false, Tx, kCast>(x, weight, y, cols, rstd, next);
+        scale_row<kStream, false, Tx, kCast>(x, weight, y, cols, rstd[j], next);
       }
-      if (p.rstd) static_cast<float*>(p.rstd)[row] = float(rstd);
     }
   }
-  if (p.stream) fence();
+  if (kStream) fence();
 }
 
-template <class Tx, class Tw, bool kCast>
+// May whole vectors of all rows be streamed?
+template <class T>
+INLINE bool streamable(const void* data, const Rows& rows) {
+  constexpr uint64_t kAlignment = kLanes * sizeof(float);
+  uint64_t places = reinterpret_cast<uintptr_t>(data);
+  for (int d = 0; d < rows.ndim; ++d) places |= uint64_t(rows.stride[d]) * sizeof(T);
+  return kStreams && places % kAlignment == 0;
+}
+
+template <class Tx, class Ty, bool kCast, bool kUnit>
 void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
-  using Ty = typename Select<kCast, typename Promote<Tx, Tw>::Type, Tx>::Type;
-  const auto weight = weight_of<Tw>(p);
-  if constexpr (!kCast && kIsFloat<Tx> && !__is_empty(Tw)) {
-    if (!ordinary(weight, p.cols)) {
+  // Heads take a fifth less time without loops, where a vector is no few lanes.
+  const auto rows_streamed = [&](auto stream, auto unit, auto& weight) {
+    if constexpr (kLanes >= 8 && kIsSame<Tx, Ty>) {
+      if (p.cols == 64) return forward_rows<stream.value, Tx, Ty, kCast, unit.value, 64>(p, weight, row_begin, row_end);
+      if (p.cols == 128) return forward_rows<stream.value, Tx, Ty, kCast, unit.value, 128>(p, weight, row_begin, row_end);
+    }
+    forward_rows<stream.value, Tx, Ty, kCast, unit.value, 0>(p, weight, row_begin, row_end);
+  };
+  const auto rows = [&](auto unit, auto& weight) {
+    if (p.stream && streamable<Ty>(p.y, p.y_rows)) return rows_streamed(Bool<kStreams>(), unit, weight);
+    rows_streamed(Bool<false>(), unit, weight);
+  };
+  if (!p.weight) {
+    if constexpr (kCast) return;  // forward() does not ask for it
+    NoWeight one{set1(1.0f)};
+    return rows(Bool<kUnit>(), one);
+  }
+  // A tile does not pay for one row. In long rows it takes the place of x or y in the L1 cache.
+  if constexpr (!kIsFloat<Tx> && kIsSame<Tx, Ty>) {
+    if (p.w_dtype == p.x_dtype && p.weight_offset == 0 && (row_end - row_begin == 1 || p.cols > kDirectCols)) {
+      Weight<Tx> weight{static_cast<const Tx*>(p.weight)};
+      if constexpr (kUnit) {
+        Large large;
+        for (int64_t i = 0; i + kStep <= p.cols; i += 2 * kLanes) large.split(weight.data + i);
+        if (large.any_small()) return rows(Bool<false>(), weight);
+      }
+      return rows(Bool<kUnit>(), weight);
+    }
+  }
+  WeightTiles weight(p, kIsBFloat16<Tx> && kIsBFloat16<Ty>);
+  if constexpr (kUnit || (kIsFloat<Tx> && !kCast)) {
+    bool ordinary = true;
+    for (int64_t begin = 0; begin < p.cols && ordinary; begin += WeightTiles::kTile) {
+      const int64_t end = WeightTiles::tile_end(begin, p.cols);
+      ordinary = within(weight.part(begin, end).data + begin, end - begin, kUnit ? kLargeExponent : kLeastWeightExponent);
+    }
+    if (!ordinary) {
+      if constexpr (kUnit) return rows(Bool<false>(), weight);
       for (int64_t row = row_begin; row < row_end; ++row) forward_row_fp64(p, row);
       return;
     }
   }
-  // Heads take a fifth less time without loops; for the usual dtypes only, and where a vector is no few lanes.
-  if constexpr (kLanes >= 8 && (__is_empty(Tw) || kIsSame<Tx, Tw>)) {
-    if (p.cols == 64) return forward_rows<Tx, Ty, kCast, 64>(p, weight, row_begin, row_end);
-    if (p.cols == 128) return forward_rows<Tx, Ty, kCast, 128>(p, weight, row_begin, row_end);
-  }
-  forward_rows<Tx, Ty, kCast, 0>(p, weight, row_begin, row_end);
+  rows(Bool<kUnit>(), weight);
 }
 
 // ---------------------------------------------------------------- backward
-
-// The weight plus its offset, as floats: in place where it is that already, else a tile at a time. The
-// backward has 9 pairs of dtypes without the weight's: this keeps it from 36. Most weights are one
-// tile, which is then filled once for a block of rows.
-class WeightTiles {
- public:
-  static constexpr int64_t kTile = 4096;  // 16 KB of stack
-  static_assert(kTile % kFold == 0, "see add_products");
-
-  explicit WeightTiles(const RmsNormBackward& p) : p_(p) {
-    if (p.weight && p.w_dtype == DType::kFloat32 && p.weight_offset == 0) plain_ = static_cast<const float*>(p.weight);
-  }
-
-  // weights(i) for begin <= i < end, end - begin <= kTile.
-  INLINE const float* operator()(int64_t begin, int64_t end) {
-    if (plain_) return plain_ + begin;
-    if (begin != filled_) fill(begin, end);
-    return tile_;
-  }
-
- private:
-  void fill(int64_t begin, int64_t end);
-
-  const RmsNormBackward& p_;
-  const float* plain_ = nullptr;
-  int64_t filled_ = -1;
-  float tile_[kTile];
-};
 
 template <class Tdy, class Tx>
 struct GradientFactors {
   static constexpr bool kPairs = false;
   const Tdy* dy;
   const Tx* x;
-  const float* weight;
+  TileWeight weight;
   V rstd;
 
   INLINE Factors operator()(int64_t i, int n) const {
-    return {mul(load(dy + i, n), load(weight + i, n)), mul(load(x + i, n), rstd)};
+    return {mul(load(dy + i, n), weight(i, n)), mul(load(x + i, n), rstd)};
   }
 };
 
@@ -446,9 +486,8 @@ struct GradientRow {
   INLINE float mean(WeightTiles& weight, int64_t cols, double per_col) const {
     Doubles sum = {};
     for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
-      const int64_t end = begin + WeightTiles::kTile < cols ? begin + WeightTiles::kTile : cols;
-      const float* g = weight(begin, end);
-      add_products(sum, begin, end, GradientFactors<Tdy, Tx>{dy, x, g - begin, set1(rstd)});
+      const int64_t end = WeightTiles::tile_end(begin, cols);
+      add_products(sum, begin, end, GradientFactors<Tdy, Tx>{dy, x, weight.part(begin, end), set1(rstd)});
     }
     return float(total(sum) * per_col);
   }
@@ -462,15 +501,15 @@ INLINE void gradient_row(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, We
   const V r = set1(row.rstd);
   const V c = kDx ? set1(row.mean(weight, cols, per_col)) : zero();
   for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
-    const int64_t end = begin + WeightTiles::kTile < cols ? begin + WeightTiles::kTile : cols;
-    const float* g = kDx ? weight(begin, end) - begin : nullptr;
+    const int64_t end = WeightTiles::tile_end(begin, cols);
+    const TileWeight g = kDx ? weight.part(begin, end) : TileWeight{};
     const auto one = [&](int64_t i, int n, auto in_step) {
       const V d = load(row.dy + i, n), xhat = mul(load(row.x + i, n), r);
       if constexpr (kDweight) {
         store(partial + i, mul_add(d, cast ? round_to<Tx>(xhat) : xhat, load(partial + i, n)), n);
       }
       if constexpr (kDx) {
-        write<kStream && in_step.value>(dx + i, mul(r, sub(mul(d, load(g + i, n)), mul(xhat, c))), n);
+        write<kStream && in_step.value>(dx + i, mul(r, sub(mul(d, g(i, n)), mul(xhat, c))), n);
       }
     };
     const auto step = [&](int64_t i) {
@@ -491,7 +530,8 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
     return GradientRow<Tdy, Tx>{static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row),
                                 static_cast<const Tx*>(p.x) + p.x_rows.offset(row), rstd[row]};
   };
-  WeightTiles weight(p);
+  WeightTiles weight(p, false);
+  const bool stream = p.stream && streamable<Tx>(p.dx, Rows{1, {p.rows}, {cols}});
   const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)));
   for (int64_t block = block_begin; block < block_end; ++block) {
     float* partial = kDweight ? static_cast<float*>(p.workspace) + block * cols : nullptr;
@@ -504,14 +544,14 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
       }
       const auto next = row_at(fetch && row + 1 < end ? row + 1 : row);
       Tx* dx = static_cast<Tx*>(p.dx) + row * cols;
-      if (kStreams && p.stream && aligned(dx)) {
+      if (stream) {
         gradient_row<kDx, kDweight, kStreams && kDx>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
       } else {
         gradient_row<kDx, kDweight, false>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
       }
     }
   }
-  if (p.stream) fence();
+  if (stream) fence();
 }
 
 // Sums the blocks' partial sums in their order, in double.
@@ -545,37 +585,42 @@ INLINE void with_type(DType dtype, F f) {
   }
 }
 
-template <class P, class F>
-INLINE void with_weight_type(const P& p, F f) {
-  if (p.weight) return with_type(p.w_dtype, f);
-  f(NoWeight());
-}
-
+template <bool kUnit>
 void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
-  set_last_isa(kIsaName);
+  set_last_isa(kIsaNames[kUnit]);
   with_type(p.x_dtype, [&](auto x) {
-    with_weight_type(p, [&](auto w) {
-      using Tx = decltype(x);
-      using Tw = decltype(w);
-      // Without a weight there is nothing to be cast before.
-      if constexpr (!__is_empty(Tw)) {
-        if (p.cast_before_weight) return forward_typed<Tx, Tw, true>(p, row_begin, row_end);
-      }
-      forward_typed<Tx, Tw, false>(p, row_begin, row_end);
-    });
+    using Tx = decltype(x);
+    constexpr bool kTypedUnit = kUnit && kIsBFloat16<Tx>;
+    // Without a weight there is nothing to be cast before.
+    if (!p.cast_before_weight || !p.weight) return forward_typed<Tx, Tx, false, kTypedUnit>(p, row_begin, row_end);
+    if (p.y_dtype == p.x_dtype) return forward_typed<Tx, Tx, true, kTypedUnit>(p, row_begin, row_end);
+    if constexpr (!kIsFloat<Tx>) forward_typed<Tx, float, true, false>(p, row_begin, row_end);
   });
 }
 
 void WeightTiles::fill(int64_t begin, int64_t end) {
-  with_weight_type(p_, [&](auto w) {
-    const auto weight = weight_of<decltype(w)>(p_);
-    for_each_vector(begin, end, [&](int64_t i, int n) { store(tile_ + (i - begin), weight(i, n), n); });
-  });
+  const V offset = set1(offset_ == 0 ? -0.0f : offset_);  // adding -0 changes no bit
+  const auto fill_from = [&](auto weight) {
+    const auto put = [&](int64_t i, int n) { store(tile_ + (i - begin), add(weight(i, n), offset), n); };
+    const auto step = [&](int64_t i) {
+      if (!pairs_) return for_each_vector_of_step(i, put);
+#pragma GCC unroll 2
+      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+        const Pair w = weight.pair(j);
+        store(tile_ + (j - begin), add(w.even, offset), kLanes);
+        store(tile_ + (j - begin) + kLanes, add(w.odd, offset), kLanes);
+      }
+    };
+    for_each_step(begin, end, step, put);
+  };
+  if (!data_) return fill_from(NoWeight{set1(1.0f)});
+  with_type(dtype_, [&](auto w) { fill_from(Weight<decltype(w)>{static_cast<const decltype(w)*>(data_)}); });
   filled_ = begin;
 }
 
+template <bool kUnit>
 void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-  set_last_isa(kIsaName);
+  set_last_isa(kIsaNames[kUnit]);
   with_type(p.dy_dtype, [&](auto dy) {
     with_type(p.x_dtype, [&](auto x) {
       using Tdy = decltype(dy);
