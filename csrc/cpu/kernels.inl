@@ -255,7 +255,8 @@ class WeightTiles {
   static INLINE int64_t tile_end(int64_t begin, int64_t cols) { return begin + kTile < cols ? begin + kTile : cols; }
 
   template <class P>
-  WeightTiles(const P& p, bool pairs) : data_(p.weight), dtype_(p.w_dtype), offset_(float(p.weight_offset)), pairs_(pairs) {
+  WeightTiles(const P& p, bool pairs)
+      : data_(p.weight), dtype_(p.w_dtype), offset_(p.weight ? float(p.weight_offset) : 0), pairs_(pairs) {
     if (data_ && dtype_ == DType::kFloat32 && offset_ == 0 && !pairs) plain_ = static_cast<const float*>(data_);
   }
 
@@ -613,9 +614,9 @@ void WeightTiles::fill(int64_t begin, int64_t end) {
     };
     for_each_step(begin, end, step, put);
   };
+  filled_ = begin;
   if (!data_) return fill_from(NoWeight{set1(1.0f)});
   with_type(dtype_, [&](auto w) { fill_from(Weight<decltype(w)>{static_cast<const decltype(w)*>(data_)}); });
-  filled_ = begin;
 }
 
 template <bool kUnit>
