@@ -65,16 +65,16 @@ def rms_norm(
         RuntimeError: shapes or devices do not match; ``out`` does not fit, overlaps ``input`` partly, or is given
             where a gradient is recorded. Nothing is written when an error is raised.
     """
-    if is_dynamo_compiling():
-        if isinstance(normalized_shape, int):
-            normalized_shape = (normalized_shape,)
-        arguments = input, normalized_shape, weight, eps
-        options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-        if out is None:
-            return _ops.rms_norm(*arguments, **options)
-        _ops.rms_norm.out(*arguments, **options, out=out)
-        return out
-    return _C.rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out)
+    if not is_dynamo_compiling():
+        return _C.rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out)
+    if isinstance(normalized_shape, int):
+        normalized_shape = (normalized_shape,)
+    arguments = input, normalized_shape, weight, eps
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    if out is None:
+        return _ops.rms_norm(*arguments, **options)
+    _ops.rms_norm.out(*arguments, **options, out=out)
+    return out
 
 
 # Fakes: what the ops return, as shapes. Eager checks hold there too (see csrc/torch/checks.h); here it
