@@ -104,8 +104,8 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
 // A block of 32768 elements is some 10 us of work and enough rows to pay for its row of partial
 // sums. At most 128 blocks, until a block has 256 rows: so many terms fp32 sums up well.
 BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
-  const int64_t least = std::clamp<int64_t>(32768 / p.cols, 8, 256);
-  const int64_t block_rows = std::min<int64_t>(std::max(least, (p.rows + 127) / 128), 256);
+  const int64_t least = std::clamp<int64_t>(32768 / p.cols, 8, kMaxBlockRows);
+  const int64_t block_rows = std::min(std::max(least, (p.rows + 127) / 128), kMaxBlockRows);
   const int64_t blocks = (p.rows + block_rows - 1) / block_rows;
   const int64_t bytes = p.dweight ? blocks * p.cols * (wide(p) ? 8 : 4) : 0;
   return {block_rows, blocks, bytes};

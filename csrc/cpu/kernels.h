@@ -63,6 +63,19 @@ void set_last_isa(const char* name);
 constexpr float kMinRstd = 0x1p-30f;
 constexpr float kMaxRstd = 0x1p30f;
 
+// The backward sums g * x without rstd. Beyond these the row is done in fp64, as it is where x is small and the sum so
+// small that terms may have been lost below fp32's range.
+constexpr double kMaxGradientSum = 0x1p120;
+constexpr double kMinGradientSum = 0x1p-80;
+constexpr float kMaxPlainRstd = 0x1p12f;
+
+constexpr int64_t kMaxBlockRows = 256;  // of the backward
+
+// The backward's groups of rows, see backward_blocks: a part of an L2 cache; and columns at a time, a part of an L1 cache.
+constexpr int64_t kGradientBytes = 128 << 10;
+constexpr int64_t kGradientRows = 16;
+constexpr int64_t kGradientTile = 1024;
+
 // fp64.cpp: one row in double with dtypes read at run time, for fp64 tensors and for the rows out
 // of that range. partial is the block's row of the workspace; double if `wide`, else float.
 bool wide(const RmsNormForward& p);

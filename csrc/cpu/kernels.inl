@@ -175,13 +175,14 @@ struct Squares {
   }
 };
 
-// step(i) for whole steps of kStep elements, then rest(i, n) vector by vector.
+// step(i) for steps of kStep elements, as many as make whole lots of kLot, then rest(i, n) vector by vector.
 constexpr int kStep = 4 * kLanes;
 
-template <class Step, class Rest>
+template <int kLot = kStep, class Step, class Rest>
 INLINE void for_each_step(int64_t begin, int64_t end, Step step, Rest rest) {
+  const int64_t last = begin + (end - begin) / kLot * kLot;
   int64_t i = begin;
-  for (; i + kStep <= end; i += kStep) step(i);
+  for (; i < last; i += kStep) step(i);
   for (; i + kLanes <= end; i += kLanes) rest(i, kLanes);
   if (i < end) rest(i, int(end - i));
 }
@@ -209,7 +210,7 @@ template <class T>
 struct Weight {
   const T* data;
 
-  INLINE Weight part(int64_t, int64_t) const { return *this; }
+  INLINE Weight part(int64_t) const { return *this; }
   INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
   INLINE Pair pair(int64_t i) const {
     if constexpr (kIsBFloat16<T>) return split(data + i);
@@ -224,7 +225,7 @@ struct Weight {
 struct NoWeight {
   V one;
 
-  INLINE NoWeight part(int64_t, int64_t) const { return *this; }
+  INLINE NoWeight part(int64_t) const { return *this; }
   INLINE V operator()(int64_t, int) const { return one; }
   INLINE Pair pair(int64_t) const { return {one, one}; }
 };
@@ -247,29 +248,31 @@ struct Bool {
 
 // The weight plus its offset, as floats: in place where it is that already, else a tile at a time, which spares the
 // kernels the dtypes of the weight. Most weights are one tile, which is then filled once for many rows. With `pairs` the
-// whole steps of a tile are in the order of Pair.
+// whole blocks of a tile are in the order of Pair, as those of a sum are.
 class WeightTiles {
  public:
   static constexpr int64_t kTile = 8192;  // 32 KB of stack
-  static_assert(kTile % kFold == 0 && kTile % kStep == 0, "see add_products and for_each_step");
+  static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0 && kBlock % kStep == 0, "see add_products and for_each_step");
   static INLINE int64_t tile_end(int64_t begin, int64_t cols) { return begin + kTile < cols ? begin + kTile : cols; }
 
   template <class P>
   WeightTiles(const P& p, bool pairs)
-      : data_(p.weight), dtype_(p.w_dtype), offset_(p.weight ? float(p.weight_offset) : 0), pairs_(pairs) {
+      : cols_(p.cols), data_(p.weight), dtype_(p.w_dtype), offset_(p.weight ? float(p.weight_offset) : 0), pairs_(pairs) {
     if (data_ && dtype_ == DType::kFloat32 && offset_ == 0 && !pairs) plain_ = static_cast<const float*>(data_);
   }
 
-  // weights(i) for begin <= i < end, where begin is a multiple of kTile and end is the next one or that of the row.
-  INLINE TileWeight part(int64_t begin, int64_t end) {
+  // The columns from this one on, as far as the next multiple of kTile.
+  INLINE TileWeight part(int64_t column) {
     if (plain_) return {plain_};
-    if (begin != filled_) fill(begin, end);
+    const int64_t begin = column / kTile * kTile;
+    if (begin != filled_) fill(begin);
     return {tile_ - begin};
   }
 
  private:
-  void fill(int64_t begin, int64_t end);
+  void fill(int64_t begin);
 
+  const int64_t cols_;
   const void* data_;
   DType dtype_;
   float offset_;
@@ -313,6 +316,7 @@ INLINE bool in_fast_range(double rstd) { return rstd >= kMinRstd && rstd <= kMax
 // precision: with the error of a short row's sum on top, two roundings would make 2 ulps now and then.
 template <bool kStream, bool kUnit, class Tx, bool kCast, class W, class Ty>
 INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, const Tx* next) {
+  constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
   const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
   const auto scaled = [&](V v, V g) {
     if constexpr (kIsFloat<Tx>) v = once(v), g = once(g);
@@ -323,10 +327,10 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
   };
   for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
     const int64_t end = WeightTiles::tile_end(begin, cols);
-    const auto w = weight.part(begin, end);
+    const auto w = weight.part(begin);
     const auto step = [&](int64_t i) {
       if (next != x) fetch_step(next + i);
-      if constexpr (kIsBFloat16<Tx> && kIsBFloat16<Ty>) {
+      if constexpr (kPairs) {
 #pragma GCC unroll 2
         for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
           const Pair v = split(x + j), g = w.pair(j);
@@ -336,7 +340,8 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
         for_each_vector_of_step(i, [&](int64_t j, int n) { write<kStream>(y + j, scaled(load(x + j, n), w(j, n)), n); });
       }
     };
-    for_each_step(begin, end, step, [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), w(i, n)), n); });
+    for_each_step<kPairs ? kBlock : kStep>(
+        begin, end, step, [&](int64_t i, int n) { store(y + i, scaled(load(x + i, n), w(i, n)), n); });
   }
 }
 
@@ -440,7 +445,7 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
       Weight<Tx> weight{static_cast<const Tx*>(p.weight)};
       if constexpr (kUnit) {
         Large large;
-        for (int64_t i = 0; i + kStep <= p.cols; i += 2 * kLanes) large.split(weight.data + i);
+        for (int64_t i = 0; i < p.cols / kBlock * kBlock; i += 2 * kLanes) large.split(weight.data + i);
         if (large.any_small()) return rows(Bool<false>(), weight);
       }
       return rows(Bool<kUnit>(), weight);
@@ -451,7 +456,7 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
     bool ordinary = true;
     for (int64_t begin = 0; begin < p.cols && ordinary; begin += WeightTiles::kTile) {
       const int64_t end = WeightTiles::tile_end(begin, p.cols);
-      ordinary = within(weight.part(begin, end).data + begin, end - begin, kUnit ? kLargeExponent : kLeastWeightExponent);
+      ordinary = within(weight.part(begin).data + begin, end - begin, kUnit ? kLargeExponent : kLeastWeightExponent);
     }
     if (!ordinary) {
       if constexpr (kUnit) return rows(Bool<false>(), weight);
@@ -465,15 +470,20 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
 // ---------------------------------------------------------------- backward
 
 template <class Tdy, class Tx>
+constexpr bool kGradientPairs = kIsBFloat16<Tdy> && kIsBFloat16<Tx>;
+
+// Of the sum of g * x; rstd comes in at the end.
+template <class Tdy, class Tx>
 struct GradientFactors {
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = kGradientPairs<Tdy, Tx>;
   const Tdy* dy;
   const Tx* x;
   TileWeight weight;
-  V rstd;
 
-  INLINE Factors operator()(int64_t i, int n) const {
-    return {mul(load(dy + i, n), weight(i, n)), mul(load(x + i, n), rstd)};
+  INLINE Factors operator()(int64_t i, int n) const { return {mul(load(dy + i, n), weight(i, n)), load(x + i, n)}; }
+  INLINE PairFactors pair(int64_t i) const {
+    const Pair d = split(dy + i), v = split(x + i), g = weight.pair(i);
+    return {{mul(d.even, g.even), v.even}, {mul(d.odd, g.odd), v.odd}};
   }
 };
 
@@ -481,75 +491,132 @@ template <class Tdy, class Tx>
 struct GradientRow {
   const Tdy* dy;
   const Tx* x;
+  Tx* dx;
   float rstd;
-
-  // mean(g * xhat)
-  INLINE float mean(WeightTiles& weight, int64_t cols, double per_col) const {
-    Doubles sum = {};
-    for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
-      const int64_t end = WeightTiles::tile_end(begin, cols);
-      add_products(sum, begin, end, GradientFactors<Tdy, Tx>{dy, x, weight.part(begin, end), set1(rstd)});
-    }
-    return float(total(sum) * per_col);
-  }
+  float mean;  // of g * xhat
 };
 
-// One row: dx, and its dweight added to the block's partial sums; the flags say what is wanted. `next` is fetched along
-// the way (the row itself: nothing to fetch).
+// Columns begin to end of one row: dx, and its dweight added to the block's partial sums, whose whole blocks are in
+// the order of Pair if the loads are; the flags say what is wanted. `next` is fetched along the way (the row itself: nothing
+// to fetch).
 template <bool kDx, bool kDweight, bool kStream, class Tdy, class Tx>
-INLINE void gradient_row(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, WeightTiles& weight, double per_col,
-                         Tx* dx, float* partial, int64_t cols, bool cast) {
-  const V r = set1(row.rstd);
-  const V c = kDx ? set1(row.mean(weight, cols, per_col)) : zero();
-  for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
-    const int64_t end = WeightTiles::tile_end(begin, cols);
-    const TileWeight g = kDx ? weight.part(begin, end) : TileWeight{};
-    const auto one = [&](int64_t i, int n, auto in_step) {
-      const V d = load(row.dy + i, n), xhat = mul(load(row.x + i, n), r);
-      if constexpr (kDweight) {
-        store(partial + i, mul_add(d, cast ? round_to<Tx>(xhat) : xhat, load(partial + i, n)), n);
-      }
-      if constexpr (kDx) {
-        write<kStream && in_step.value>(dx + i, mul(r, sub(mul(d, g(i, n)), mul(xhat, c))), n);
-      }
-    };
-    const auto step = [&](int64_t i) {
+INLINE void gradient(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, TileWeight weight, float* partial,
+                     int64_t begin, int64_t end, bool cast) {
+  const V r = set1(row.rstd), c = set1(row.mean);
+  const auto vector = [&](V d, V x, V w, float* sum, int n) INLINE_LAMBDA {
+    const V xhat = mul(x, r);
+    if constexpr (kDweight) store(sum, mul_add(d, cast ? round_to<Tx>(xhat) : xhat, load(sum, n)), n);
+    return kDx ? mul(r, sub(mul(d, w), mul(xhat, c))) : zero();
+  };
+  const auto one = [&](int64_t i, int n, auto in_step) INLINE_LAMBDA {
+    const V result = vector(load(row.dy + i, n), load(row.x + i, n), kDx ? weight(i, n) : zero(), partial + i, n);
+    if constexpr (kDx) write<kStream && in_step.value>(row.dx + i, result, n);
+  };
+  const auto step = [&](int64_t i) INLINE_LAMBDA {
+    if (next.x != row.x) {
       fetch_step(next.dy + i);
       fetch_step(next.x + i);
-      for_each_vector_of_step(i, [&](int64_t j, int n) { one(j, n, Bool<true>()); });
-    };
-    for_each_step(begin, end, step, [&](int64_t i, int n) { one(i, n, Bool<false>()); });
+    }
+    if constexpr (kGradientPairs<Tdy, Tx>) {
+#pragma GCC unroll 2
+      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+        const Pair d = split(row.dy + j), x = split(row.x + j), w = kDx ? weight.pair(j) : Pair{};
+        const V even = vector(d.even, x.even, w.even, partial + j, kLanes);
+        const V odd = vector(d.odd, x.odd, w.odd, partial + j + kLanes, kLanes);
+        if constexpr (kDx) join<kStream, false>(row.dx + j, {even, odd});
+      }
+    } else {
+      for_each_vector_of_step(i, [&](int64_t j, int n) INLINE_LAMBDA { one(j, n, Bool<true>()); });
+    }
+  };
+  for_each_step<kGradientPairs<Tdy, Tx> ? kBlock : kStep>(
+      begin, end, step, [&](int64_t i, int n) INLINE_LAMBDA { one(i, n, Bool<false>()); });
+}
+
+// From the order of Pair to that of memory, for whole blocks.
+INLINE void unpair(float* p, int64_t cols) {
+  for (int64_t i = 0; i < cols / kBlock * kBlock; i += 2 * kLanes) {
+    float pairs[2 * kLanes];
+    for (int j = 0; j < 2 * kLanes; ++j) pairs[j] = p[i + j];
+    for (int j = 0; j < kLanes; ++j) {
+      p[i + 2 * j] = pairs[j];
+      p[i + 2 * j + 1] = pairs[kLanes + j];
+    }
   }
 }
 
-template <class Tdy, class Tx, bool kDx, bool kDweight>
+// Is the sum of g * x in the range of fp32, though x may be as small and as large as 1 / rstd?
+INLINE bool certain(double sum, float rstd) {
+  const double magnitude = __builtin_fabs(sum);
+  return magnitude <= kMaxGradientSum && (rstd <= kMaxPlainRstd || magnitude >= kMinGradientSum);
+}
+
+// kRows: a group of long rows stays in the L2 cache between its two passes, each of which takes it tile by tile, so that
+// the weight and the partial sums stay in the L1 cache. What is short stays in the L1 cache itself, and what has to come
+// from memory comes at a steadier pace row by row.
+template <class Tdy, class Tx, bool kDx, bool kDweight, int kRows>
 void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
+  using Row = GradientRow<Tdy, Tx>;
   const int64_t cols = p.cols, block_rows = rms_norm_backward_plan(p).block_rows;
-  const double per_col = 1.0 / double(cols);
-  const float* rstd = static_cast<const float*>(p.rstd);
   const auto row_at = [&](int64_t row) {
-    return GradientRow<Tdy, Tx>{static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row),
-                                static_cast<const Tx*>(p.x) + p.x_rows.offset(row), rstd[row]};
+    return Row{static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row), static_cast<const Tx*>(p.x) + p.x_rows.offset(row),
+               static_cast<Tx*>(p.dx) + row * cols, static_cast<const float*>(p.rstd)[row], 0};
   };
-  WeightTiles weight(p, false);
+  WeightTiles weight(p, kGradientPairs<Tdy, Tx>);
+  const Doubles none = {};
   const bool stream = p.stream && streamable<Tx>(p.dx, Rows{1, {p.rows}, {cols}});
   const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)));
+  const int64_t fitting = kGradientBytes / (cols * int64_t(sizeof(Tdy) + sizeof(Tx)));
+  const int64_t group = fitting > kRows ? kRows : fitting > 1 ? fitting : 1;
+  constexpr int64_t kColumns = kRows == 1 ? WeightTiles::kTile : kGradientTile;
   for (int64_t block = block_begin; block < block_end; ++block) {
     float* partial = kDweight ? static_cast<float*>(p.workspace) + block * cols : nullptr;
     if (kDweight) for_each_vector(0, cols, [&](int64_t i, int n) { store(partial + i, zero(), n); });
-    const int64_t end = (block + 1) * block_rows < p.rows ? (block + 1) * block_rows : p.rows;
-    for (int64_t row = block * block_rows; row < end; ++row) {
-      if (!(rstd[row] >= kMinRstd && rstd[row] <= kMaxRstd)) {
-        backward_row_fp64(p, row, partial);
-        continue;
+    const int64_t block_first = block * block_rows;
+    const int64_t block_last = block_first + block_rows < p.rows ? block_first + block_rows : p.rows;
+    bool slow[kMaxBlockRows], any_slow = false;
+    for (int64_t first = block_first; first < block_last; first += group) {
+      const int64_t count = first + group < block_last ? group : block_last - first;
+      Row rows[kRows];
+      Doubles sums[kRows];
+      for (int64_t j = 0; j < count; ++j) {
+        rows[j] = row_at(first + j);
+        sums[j] = none;
       }
-      const auto next = row_at(fetch && row + 1 < end ? row + 1 : row);
-      Tx* dx = static_cast<Tx*>(p.dx) + row * cols;
-      if (stream) {
-        gradient_row<kDx, kDweight, kStreams && kDx>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
-      } else {
-        gradient_row<kDx, kDweight, false>(row_at(row), next, weight, per_col, dx, partial, cols, p.cast_before_weight);
+      for (int64_t begin = 0; kDx && begin < cols; begin += kColumns) {
+        const int64_t end = begin + kColumns < cols ? begin + kColumns : cols;
+        const TileWeight w = weight.part(begin);
+        for (int64_t j = 0; j < count; ++j) {
+          const Row row = rows[j];
+          Doubles sum = sums[j];
+          add_products(sum, begin, end, GradientFactors<Tdy, Tx>{row.dy, row.x, w});
+          sums[j] = sum;
+        }
       }
+      for (int64_t j = 0; j < count; ++j) {
+        const double sum = kDx ? total(sums[j]) : 0;
+        rows[j].mean = float(sum * rows[j].rstd / double(cols));
+        const bool is_slow = !in_fast_range(rows[j].rstd) || (kDx && !certain(sum, rows[j].rstd));
+        slow[first - block_first + j] = is_slow;
+        any_slow |= is_slow;
+      }
+      for (int64_t begin = 0; begin < cols; begin += kColumns) {
+        const int64_t end = begin + kColumns < cols ? begin + kColumns : cols;
+        const TileWeight w = kDx ? weight.part(begin) : TileWeight{};
+        for (int64_t j = 0; j < count; ++j) {
+          if (slow[first - block_first + j]) continue;
+          const Row row = rows[j], next = fetch && first + group + j < block_last ? row_at(first + group + j) : row;
+          if (kRows == 1 && stream) {
+            gradient<kDx, kDweight, kStreams && kDx>(row, next, w, partial, begin, end, p.cast_before_weight);
+          } else {
+            gradient<kDx, kDweight, false>(row, next, w, partial, begin, end, p.cast_before_weight);
+          }
+        }
+      }
+    }
+    if (kDweight && kGradientPairs<Tdy, Tx>) unpair(partial, cols);
+    for (int64_t j = 0; any_slow && j < block_last - block_first; ++j) {
+      if (slow[j]) backward_row_fp64(p, block_first + j, partial);
     }
   }
   if (stream) fence();
@@ -599,7 +666,8 @@ void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
   });
 }
 
-void WeightTiles::fill(int64_t begin, int64_t end) {
+void WeightTiles::fill(int64_t begin) {
+  const int64_t end = tile_end(begin, cols_);
   const V offset = set1(offset_ == 0 ? -0.0f : offset_);  // adding -0 changes no bit
   const auto fill_from = [&](auto weight) {
     const auto put = [&](int64_t i, int n) { store(tile_ + (i - begin), add(weight(i, n), offset), n); };
@@ -612,7 +680,7 @@ void WeightTiles::fill(int64_t begin, int64_t end) {
         store(tile_ + (j - begin) + kLanes, add(w.odd, offset), kLanes);
       }
     };
-    for_each_step(begin, end, step, put);
+    pairs_ ? for_each_step<kBlock>(begin, end, step, put) : for_each_step(begin, end, step, put);
   };
   filled_ = begin;
   if (!data_) return fill_from(NoWeight{set1(1.0f)});
@@ -626,9 +694,13 @@ void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) 
     with_type(p.x_dtype, [&](auto x) {
       using Tdy = decltype(dy);
       using Tx = decltype(x);
-      if (!p.dweight) return backward_blocks<Tdy, Tx, true, false>(p, block_begin, block_end);
-      if (!p.dx) return backward_blocks<Tdy, Tx, false, true>(p, block_begin, block_end);
-      backward_blocks<Tdy, Tx, true, true>(p, block_begin, block_end);
+      if (!p.dweight) return backward_blocks<Tdy, Tx, true, false, 1>(p, block_begin, block_end);
+      if (!p.dx) return backward_blocks<Tdy, Tx, false, true, 1>(p, block_begin, block_end);
+      const int64_t bytes = p.rows * p.cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx));
+      if (p.cols <= kGradientTile || bytes >= kFarBytes) {
+        return backward_blocks<Tdy, Tx, true, true, 1>(p, block_begin, block_end);
+      }
+      backward_blocks<Tdy, Tx, true, true, kGradientRows>(p, block_begin, block_end);
     });
   });
 }
