@@ -29,6 +29,7 @@ INLINE V set1(float a) { return _mm256_set1_ps(a); }
 INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
 INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+constexpr bool kFma = true;
 INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
 INLINE V fmsub(V a, V b, V c) { return _mm256_fmsub_ps(a, b, c); }

@@ -31,6 +31,7 @@ INLINE V set1(float a) { return _mm512_set1_ps(a); }
 INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
 INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+constexpr bool kFma = true;
 INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
 INLINE V fmsub(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }

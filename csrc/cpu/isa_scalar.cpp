@@ -27,11 +27,11 @@ INLINE V sub(V a, V b) { return a - b; }
 INLINE V mul(V a, V b) { return a * b; }
 INLINE V mul_add(V a, V b, V c) { return a * b + c; }
 
-// A product of two floats is exact in double.
 INLINE D to_double(V a) { return __builtin_convertvector(a, D); }
 INLINE V to_float(D a) { return __builtin_convertvector(a, V); }
-INLINE V fma(V a, V b, V c) { return to_float(to_double(a) * to_double(b) + to_double(c)); }
-INLINE V fmsub(V a, V b, V c) { return to_float(to_double(a) * to_double(b) - to_double(c)); }
+constexpr bool kFma = false;
+INLINE V mul_in_double(V v, double a) { return to_float(to_double(v) * a); }
+INLINE V mul_in_double(V v, double a, V w) { return to_float(to_double(v) * a * to_double(w)); }
 
 INLINE V once(V v) { return v; }
 

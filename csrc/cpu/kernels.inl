@@ -3,7 +3,8 @@
 //   V, kLanes, kIsaName              a vector of fp32 lanes
 //   zero  set1  add  sub  mul        as they say
 //   mul_add(a, b, c)                 a * b + c, fused where the machine has it
-//   fma(a, b, c)  fmsub(a, b, c)     a * b + c, a * b - c with an exact product on every machine
+//   kFma                             has it fma(a, b, c) and fmsub(a, b, c), a * b + c and a * b - c rounded once? Else
+//   mul_in_double(v, a[, w])         v * a * w with a double, rounded to fp32 at the end
 //   once(v)                          v, in a register before it is used
 //   load(p, n)  store(p, v, n)       the first n lanes, of float
 //   load_bits  store_bits            the same of Half and BFloat16, whose bits are
@@ -318,12 +319,18 @@ template <bool kStream, bool kUnit, class Tx, bool kCast, class W, class Ty>
 INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, const Tx* next) {
   constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
   const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
-  const auto scaled = [&](V v, V g) {
-    if constexpr (kIsFloat<Tx>) v = once(v), g = once(g);
-    if constexpr (kCast) return mul(round_to<Tx>(kIsFloat<Tx> ? fma(v, hi, mul(v, lo)) : mul(v, hi)), g);
-    if constexpr (!kIsFloat<Tx>) return mul(mul(v, hi), g);
-    const V gr = mul(g, hi);
-    return fma(v, gr, mul(v, fma(g, lo, fmsub(g, hi, gr))));
+  const auto scaled = [&](auto v, auto g) INLINE_LAMBDA {
+    if constexpr (!kIsFloat<Tx>) {
+      return mul(kCast ? round_to<Tx>(mul(v, hi)) : mul(v, hi), g);
+    } else if constexpr (!kFma) {
+      return kCast ? mul(mul_in_double(v, rstd), g) : mul_in_double(v, rstd, g);
+    } else if constexpr (kCast) {
+      return mul(fma(v, hi, mul(v, lo)), g);
+    } else {
+      v = once(v), g = once(g);
+      const V gr = mul(g, hi);
+      return fma(v, gr, mul(v, fma(g, lo, fmsub(g, hi, gr))));
+    }
   };
   for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
     const int64_t end = WeightTiles::tile_end(begin, cols);
