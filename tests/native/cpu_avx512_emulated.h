@@ -98,6 +98,62 @@ EMU __m512d to_doubles(__m256 v) {
   return join<__m512d>(_mm256_cvtps_pd(half<__m128>(v, 0)), _mm256_cvtps_pd(half<__m128>(v, 1)));
 }
 
+template <class T>
+EMU __m512i each(T (*value)(const T*, const T*, int), __m512i a, __m512i b) {
+  constexpr int kCount = 64 / sizeof(T);
+  T x[kCount], y[kCount], result[kCount];
+  std::memcpy(x, &a, sizeof x);
+  std::memcpy(y, &b, sizeof y);
+  for (int i = 0; i < kCount; ++i) result[i] = value(x, y, i);
+  __m512i v;
+  std::memcpy(&v, result, sizeof v);
+  return v;
+}
+// Denormals are taken for 0 on the way in and on the way out; the elements of b come first.
+static uint16_t to_bfloat16(const uint32_t* a, const uint32_t* b, int i) {
+  const uint32_t bits = i < 16 ? b[i] : a[i - 16], magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((magnitude < 0x800000 ? bits & 0x80000000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+EMU __m512i to_bfloat16(__m512 a, __m512 b) {
+  uint32_t x[16], y[16];
+  uint16_t result[32];
+  std::memcpy(x, &a, sizeof x);
+  std::memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 32; ++i) result[i] = to_bfloat16(x, y, i);
+  __m512i v;
+  std::memcpy(&v, result, sizeof v);
+  return v;
+}
+static uint16_t pick(const uint16_t* index, const uint16_t* from, int i) { return from[index[i] & 31]; }
+static uint16_t sum(const uint16_t* a, const uint16_t* b, int i) { return uint16_t(a[i] + b[i]); }
+EMU __m512i set1_16(int a) { return set1(int((a & 0xffff) * 0x10001u)); }
+EMU unsigned none_common_16(__m512i a, __m512i b) {
+  uint16_t common[32];
+  const __m512i both = a & b;
+  std::memcpy(common, &both, sizeof common);
+  unsigned mask = 0;
+  for (int i = 0; i < 32; ++i) mask |= unsigned(common[i] == 0) << i;
+  return mask;
+}
+// Element i of the result is element place(i) of a and b together.
+template <class F>
+EMU __m512d gather(__m512d a, __m512d b, F place) {
+  double from[16], to[8];
+  std::memcpy(from, &a, sizeof a);
+  std::memcpy(from + 8, &b, sizeof b);
+  for (int i = 0; i < 8; ++i) to[i] = from[place(i)];
+  __m512d v;
+  std::memcpy(&v, to, sizeof v);
+  return v;
+}
+EMU __m512d shuffle_pairs(__m512d a, __m512d b, int control) {
+  return gather(a, b, [=](int i) { return 8 * (i / 4) + 2 * (control >> 2 * (i / 2) & 3) + i % 2; });
+}
+EMU __m512d unpack(__m512d a, __m512d b, int odd) {
+  return gather(a, b, [=](int i) { return 8 * (i % 2) + i / 2 * 2 + odd; });
+}
+
 }  // namespace emulated
 
 #define _mm512_setzero_ps() emulated::set1(0.0f)
@@ -141,5 +197,15 @@ EMU __m512d to_doubles(__m256 v) {
 #define _mm512_extractf64x4_pd(v, i) emulated::half<__m256d>(v, i)
 #define _mm512_add_pd(a, b) ((a) + (b))
 #define _mm512_cvtps_pd(v) emulated::to_doubles(v)
+#define _mm512_storeu_pd(p, v) std::memcpy(p, &static_cast<const __m512d&>(v), 64)
+#define _mm512_shuffle_f64x2(a, b, control) emulated::shuffle_pairs(a, b, control)
+#define _mm512_unpacklo_pd(a, b) emulated::unpack(a, b, 0)
+#define _mm512_unpackhi_pd(a, b) emulated::unpack(a, b, 1)
+#define _mm512_cvtne2ps_pbh(a, b) emulated::to_bfloat16(a, b)
+#define _mm512_permutexvar_epi16(index, v) emulated::each(emulated::pick, index, v)
+#define _mm512_load_si512(p) reinterpret_cast<__m512i>(emulated::load(p))
+#define _mm512_set1_epi16(a) emulated::set1_16(a)
+#define _mm512_add_epi16(a, b) emulated::each(emulated::sum, a, b)
+#define _mm512_testn_epi16_mask(a, b) emulated::none_common_16(a, b)
 
 #pragma GCC pop_options
