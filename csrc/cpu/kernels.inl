@@ -581,7 +581,8 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
     if (kDweight) for_each_vector(0, cols, [&](int64_t i, int n) { store(partial + i, zero(), n); });
     const int64_t block_first = block * block_rows;
     const int64_t block_last = block_first + block_rows < p.rows ? block_first + block_rows : p.rows;
-    bool slow[kMaxBlockRows], any_slow = false;
+    enum : char { kFast, kDxAgain, kAllAgain } verdict[kMaxBlockRows];
+    bool again = false;
     for (int64_t first = block_first; first < block_last; first += group) {
       const int64_t count = first + group < block_last ? group : block_last - first;
       Row rows[kRows];
@@ -603,15 +604,15 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
       for (int64_t j = 0; j < count; ++j) {
         const double sum = kDx ? total(sums[j]) : 0;
         rows[j].mean = float(sum * rows[j].rstd / double(cols));
-        const bool is_slow = !in_fast_range(rows[j].rstd) || (kDx && !certain(sum, rows[j].rstd));
-        slow[first - block_first + j] = is_slow;
-        any_slow |= is_slow;
+        auto& row_verdict = verdict[first - block_first + j];
+        row_verdict = !in_fast_range(rows[j].rstd) ? kAllAgain : kDx && !certain(sum, rows[j].rstd) ? kDxAgain : kFast;
+        again |= row_verdict != kFast;
       }
       for (int64_t begin = 0; begin < cols; begin += kColumns) {
         const int64_t end = begin + kColumns < cols ? begin + kColumns : cols;
         const TileWeight w = kDx ? weight.part(begin) : TileWeight{};
         for (int64_t j = 0; j < count; ++j) {
-          if (slow[first - block_first + j]) continue;
+          if (verdict[first - block_first + j] == kAllAgain) continue;
           const Row row = rows[j], next = fetch && first + group + j < block_last ? row_at(first + group + j) : row;
           if (kRows == 1 && stream) {
             gradient<kDx, kDweight, kStreams && kDx>(row, next, w, partial, begin, end, p.cast_before_weight);
@@ -622,8 +623,9 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
       }
     }
     if (kDweight && kGradientPairs<Tdy, Tx>) unpair(partial, cols);
-    for (int64_t j = 0; any_slow && j < block_last - block_first; ++j) {
-      if (slow[j]) backward_row_fp64(p, block_first + j, partial);
+    if (again && stream) fence();
+    for (int64_t j = 0; again && j < block_last - block_first; ++j) {
+      if (verdict[j] != kFast) backward_row_fp64(p, block_first + j, verdict[j] == kAllAgain ? partial : nullptr);
     }
   }
   if (stream) fence();

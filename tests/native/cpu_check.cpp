@@ -330,6 +330,9 @@ void check_forward_extremes() {
       {"constant", f32, 0, constant(1 + 0x1p-23L)},
       {"huge", bf16, 1e-6, scaled(1e38L)},
       {"denormal", bf16, 0, scaled(1e-39L)},
+      {"denormals among numbers", bf16, 1e-6, [](int64_t, int64_t c) { return normal() * (c % 3 ? 1 : 1e-39L); }},
+      {"a denormal among numbers", bf16, 1e-6, one_odd(3e-39L)},
+      {"a zero among numbers", bf16, 1e-6, one_odd(0)},
       {"one NaN", bf16, 1e-6, one_odd(NAN)},
       {"one Inf", bf16, 1e-6, one_odd(-INFINITY)},
       {"largest", f16, 1e-6, scaled(21000)},
@@ -537,7 +540,7 @@ void check_backward_sizes() {
         check_backward(b, "sizes");
       }
     }
-    Backward wide_rows(f, f.y_type(), 19, 4099);  // three blocks, two tiles of weights
+    Backward wide_rows(f, f.y_type(), 19, 8259);  // three blocks, two tiles of weights
     check_backward(wide_rows, "long");
     if (f.offset == 0) {
       Backward many(f, f.y_type(), 1000, 9);  // four blocks
@@ -562,13 +565,19 @@ void check_backward_extremes() {
     const char* what;
     DType type;
     double eps;
-    Real scale;
+    Real scale, dy_scale = 1;
   };
   for (const Case& c : {Case{"huge", f32, 1e-6, 1e37L}, {"huge", bf16, 1e-6, 1e37L}, {"tiny", f32, 0, 1e-25L},
-                        {"huge", f64, 1e-6, 1e160L}, {"tiny", f64, 0, 1e-170L}, {"tiny under eps", f64, 1e-6, 1e-170L}}) {
-    Backward b({c.type, c.type, true, false, 0, c.eps}, c.type, 9, 70);
-    fill(b.x, [&](int64_t row, int64_t) { return (row == 4 ? c.scale : 1) * normal(); });
-    check_backward(b, c.what);
+                        {"huge", f64, 1e-6, 1e160L}, {"tiny", f64, 0, 1e-170L}, {"tiny under eps", f64, 1e-6, 1e-170L},
+                        {"g * x overflows", f32, 0, 1e8L, 1e34L}, {"g * x overflows", bf16, 0, 1e8L, 1e34L},
+                        {"g * x underflows", f32, 0, 1e-8L, 1e-33L}, {"g * x underflows", bf16, 0, 1e-8L, 1e-33L},
+                        {"no gradient", bf16, 0, 1e-8L, 0}}) {
+    for (int64_t cols : {70, 1100}) {
+      Backward b({c.type, c.type, true, false, 0, c.eps}, c.type, 9, cols);
+      fill(b.x, [&](int64_t row, int64_t) { return (row == 4 ? c.scale : 1) * normal(); });
+      fill(b.dy, [&](int64_t row, int64_t) { return (row == 4 ? c.dy_scale : 1) * normal(); });
+      check_backward(b, c.what);
+    }
   }
   Backward b({f32, f32}, f32, 9, 70);
   b.x.set(3, 5, NAN);
