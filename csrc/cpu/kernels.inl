@@ -306,6 +306,7 @@ INLINE bool within(const float* w, int64_t count, int exponent) {
 
 // ---------------------------------------------------------------- forward
 
+// Does a call that reads and writes so much find its next row in memory?
 template <class Tx>
 INLINE bool is_far(int64_t bytes) {
   return bytes >= (kIsFloat<Tx> ? kFarBytes : kFarBytes16);
@@ -364,7 +365,7 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
   // and are waited for less. Longer rows would leave the L1 cache in between. What has to come from memory is read and
   // written in turns, in small groups, and fetched ahead.
   const int64_t row_bytes = cols * int64_t(sizeof(Tx)), total_bytes = p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty));
-  const bool far = total_bytes >= kFarBytes, fetch = total_bytes >= (kIsFloat<Tx> ? kFarBytes : kFarBytes16);
+  const bool far = total_bytes >= kFarBytes, fetch = is_far<Tx>(total_bytes);
   const int64_t fitting = (far ? kFarGroupBytes : kGroupBytes) / row_bytes;
   const int64_t group = fitting > kGroup ? kGroup : fitting > 1 ? fitting : 1;
   const bool ahead = group > 1 && !far;
@@ -503,9 +504,8 @@ struct GradientRow {
   float mean;  // of g * xhat
 };
 
-// Columns begin to end of one row: dx, and its dweight added to the block's partial sums, whose whole blocks are in
-// the order of Pair if the loads are; the flags say what is wanted. `next` is fetched along the way (the row itself: nothing
-// to fetch).
+// Columns begin to end of one row: dx, and its dweight added to the partial sums, whose whole blocks are in the order of
+// Pair if the loads are; the flags say what is wanted. `next` is fetched along the way (the row itself: nothing to fetch).
 template <bool kDx, bool kDweight, bool kStream, class Tdy, class Tx>
 INLINE void gradient(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, TileWeight weight, float* partial,
                      int64_t begin, int64_t end, bool cast) {
