@@ -29,6 +29,8 @@ constexpr int kLine = 64;  // bytes in a line of the caches
 constexpr int64_t kFarBytes = 8 << 20;
 constexpr int64_t kFarBytes16 = 1 << 20;
 
+constexpr int64_t kFetchInHalves = 8 << 10;  // a row of so many bytes is long, see Fetch
+
 // The weights that the fast path for fp32 takes, besides 0: at least 2 to this, and less than 2^128 times that. Their
 // product with an rstd stays normal.
 constexpr int kLeastWeightExponent = -70;

@@ -134,14 +134,18 @@ INLINE void fold(const Lanes<kCount>& lanes, Doubles& sum) {
 }
 
 // Adds a * b over [begin, end) to sum, with {a, b} = factors(i, n) for the n elements from i on and, where F::kPairs,
-// factors.pair(i) for the 2 * kLanes from i on. A row may be summed in parts that end at multiples of kFold.
+// factors.pair(i) for the 2 * kLanes from i on; factors.fetch(i) may fetch
+// what comes later. A row may be summed in parts that end at multiples of kFold.
 template <class F>
 INLINE void add_products(Doubles& sum, int64_t begin, int64_t end, F factors) {
   int64_t i = begin;
   while (i + kBlock <= end) {
     const int64_t stop = i + kFold <= end ? i + kFold : end;
     auto lanes = Lanes<kVectors>::zeros();
-    for (; i + kBlock <= stop; i += kBlock) lanes.add_products(i, factors);
+    for (; i + kBlock <= stop; i += kBlock) {
+      factors.fetch(i);
+      lanes.add_products(i, factors);
+    }
     fold(lanes, sum);
   }
   if (i < end) {
@@ -160,11 +164,42 @@ constexpr bool kIsBFloat16 = false;
 template <>
 constexpr bool kIsBFloat16<BFloat16> = true;
 
+constexpr int kStep = 4 * kLanes;
+
+// A row that is fetched while others are worked on. A long one is fetched to the L2 cache, half of it in each of the two
+// passes over another: the memory has work all the time. A short one is fetched to the L1 cache in the second pass.
+template <class T>
+struct Fetch {
+  const T* row;  // nullptr: nothing to fetch
+  int64_t cols;
+  bool in_halves;
+
+  template <bool kSecond, int kCount>
+  INLINE void along(int64_t i) const {
+    if (!row) return;
+    if (!in_halves) {
+      if (kSecond) lines<kCount, 3>(row + i);
+    } else {
+      lines<kCount / 2, 2>(row + (kSecond ? (cols + i) / 2 : i / 2));
+    }
+  }
+
+ private:
+  template <int kCount, int kLocality>
+  static INLINE void lines(const T* p) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; j += kLine / int(sizeof(T))) __builtin_prefetch(p + j, 0, kLocality);
+  }
+};
+
 template <class T, bool kLook>
 struct Squares {
   static constexpr bool kPairs = kIsBFloat16<T>;
   const T* x;
   Large& large;  // with kLook: the pairs go through it
+  Fetch<T> next;
+
+  INLINE void fetch(int64_t i) const { next.template along<false, kBlock>(i); }
 
   INLINE Factors operator()(int64_t i, int n) const {
     const V v = once(load(x + i, n));
@@ -177,8 +212,6 @@ struct Squares {
 };
 
 // step(i) for steps of kStep elements, as many as make whole lots of kLot, then rest(i, n) vector by vector.
-constexpr int kStep = 4 * kLanes;
-
 template <int kLot = kStep, class Step, class Rest>
 INLINE void for_each_step(int64_t begin, int64_t end, Step step, Rest rest) {
   const int64_t last = begin + (end - begin) / kLot * kLot;
@@ -197,12 +230,6 @@ INLINE void for_each_vector_of_step(int64_t i, F body) {
 template <class F>
 INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
   for_each_step(begin, end, [&](int64_t i) { for_each_vector_of_step(i, body); }, body);
-}
-
-template <class T>
-INLINE void fetch_step(const T* p) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kStep; i += kLine / sizeof(T)) __builtin_prefetch(p + i);
 }
 
 // What a row is multiplied by: the part of the weight from begin to end. A weight where it lies, no weight, or
@@ -314,10 +341,10 @@ INLINE bool is_far(int64_t bytes) {
 
 INLINE bool in_fast_range(double rstd) { return rstd >= kMinRstd && rstd <= kMaxRstd; }
 
-// One row of y; `next` is fetched along the way (x itself: nothing to fetch). Fp32 forms its products to twice the
+// One row of y. Fp32 forms its products to twice the
 // precision: with the error of a short row's sum on top, two roundings would make 2 ulps now and then.
 template <bool kStream, bool kUnit, class Tx, bool kCast, class W, class Ty>
-INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, const Tx* next) {
+INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, Fetch<Tx> next) {
   constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
   const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
   const auto scaled = [&](auto v, auto g) INLINE_LAMBDA {
@@ -337,7 +364,7 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
     const int64_t end = WeightTiles::tile_end(begin, cols);
     const auto w = weight.part(begin);
     const auto step = [&](int64_t i) {
-      if (next != x) fetch_step(next + i);
+      next.template along<true, kStep>(i);
       if constexpr (kPairs) {
 #pragma GCC unroll 2
         for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
@@ -368,12 +395,16 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
   const bool far = total_bytes >= kFarBytes, fetch = is_far<Tx>(total_bytes);
   const int64_t fitting = (far ? kFarGroupBytes : kGroupBytes) / row_bytes;
   const int64_t group = fitting > kGroup ? kGroup : fitting > 1 ? fitting : 1;
-  const bool ahead = group > 1 && !far;
+  const bool ahead = group > 1 && !far, in_halves = group == 1 && row_bytes >= kFetchInHalves;
   Doubles sums[kGroup];
   Large large;
+  const auto fetched = [&](int64_t row) INLINE_LAMBDA {
+    return Fetch<Tx>{fetch && row < row_end ? row_of_x(row) : nullptr, cols, in_halves};
+  };
   const auto sum_row = [&](int64_t row, int64_t j) INLINE_LAMBDA {
     Doubles sum = {};
-    add_products(sum, 0, cols, Squares<Tx, kUnit>{row_of_x(row), large});
+    const Fetch<Tx> next = in_halves ? fetched(row + 1) : Fetch<Tx>{};
+    add_products(sum, 0, cols, Squares<Tx, kUnit>{row_of_x(row), large, next});
     sums[j] = sum;
   };
   for (int64_t first = row_begin; first < row_end; first += group) {
@@ -407,8 +438,7 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
       }
       const Tx* x = row_of_x(row);
       Ty* y = static_cast<Ty*>(p.y) + p.y_rows.offset(row);
-      const int64_t later = row + (ahead ? group + kGroup / 2 : group);
-      const Tx* next = fetch && later < row_end ? row_of_x(later) : x;
+      const Fetch<Tx> next = fetched(row + (ahead ? group + kGroup / 2 : group));
       if (kUnit && !small) {
         scale_row<kStream, kUnit, Tx, kCast>(x, weight, y, cols, rstd[j], next);
       } else {
@@ -487,7 +517,13 @@ struct GradientFactors {
   const Tdy* dy;
   const Tx* x;
   TileWeight weight;
+  Fetch<Tdy> next_dy;
+  Fetch<Tx> next_x;
 
+  INLINE void fetch(int64_t i) const {
+    next_dy.template along<false, kBlock>(i);
+    next_x.template along<false, kBlock>(i);
+  }
   INLINE Factors operator()(int64_t i, int n) const { return {mul(load(dy + i, n), weight(i, n)), load(x + i, n)}; }
   INLINE PairFactors pair(int64_t i) const {
     const Pair d = split(dy + i), v = split(x + i), g = weight.pair(i);
@@ -505,9 +541,9 @@ struct GradientRow {
 };
 
 // Columns begin to end of one row: dx, and its dweight added to the partial sums, whose whole blocks are in the order of
-// Pair if the loads are; the flags say what is wanted. `next` is fetched along the way (the row itself: nothing to fetch).
+// Pair if the loads are; the flags say what is wanted.
 template <bool kDx, bool kDweight, bool kStream, class Tdy, class Tx>
-INLINE void gradient(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, TileWeight weight, float* partial,
+INLINE void gradient(GradientRow<Tdy, Tx> row, Fetch<Tdy> next_dy, Fetch<Tx> next_x, TileWeight weight, float* partial,
                      int64_t begin, int64_t end, bool cast) {
   const V r = set1(row.rstd), c = set1(row.mean);
   const auto vector = [&](V d, V x, V w, float* sum, int n) INLINE_LAMBDA {
@@ -520,10 +556,8 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, GradientRow<Tdy, Tx> next, TileWe
     if constexpr (kDx) write<kStream && in_step.value>(row.dx + i, result, n);
   };
   const auto step = [&](int64_t i) INLINE_LAMBDA {
-    if (next.x != row.x) {
-      fetch_step(next.dy + i);
-      fetch_step(next.x + i);
-    }
+    next_dy.template along<true, kStep>(i);
+    next_x.template along<true, kStep>(i);
     if constexpr (kGradientPairs<Tdy, Tx>) {
 #pragma GCC unroll 2
       for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
@@ -573,6 +607,7 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
   const Doubles none = {};
   const bool stream = p.stream && streamable<Tx>(p.dx, Rows{1, {p.rows}, {cols}});
   const bool fetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)));
+  const bool in_halves = kDx && kRows == 1 && cols * int64_t(sizeof(Tx)) >= kFetchInHalves;
   const int64_t fitting = kGradientBytes / (cols * int64_t(sizeof(Tdy) + sizeof(Tx)));
   const int64_t group = fitting > kRows ? kRows : fitting > 1 ? fitting : 1;
   constexpr int64_t kColumns = kRows == 1 ? WeightTiles::kTile : kGradientTile;
@@ -597,7 +632,8 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
         for (int64_t j = 0; j < count; ++j) {
           const Row row = rows[j];
           Doubles sum = sums[j];
-          add_products(sum, begin, end, GradientFactors<Tdy, Tx>{row.dy, row.x, w});
+          const Row next = in_halves && fetch && first + 1 < block_last ? row_at(first + 1) : Row{};
+          add_products(sum, begin, end, GradientFactors<Tdy, Tx>{row.dy, row.x, w, {next.dy, cols, true}, {next.x, cols, true}});
           sums[j] = sum;
         }
       }
@@ -613,11 +649,13 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
         const TileWeight w = kDx ? weight.part(begin) : TileWeight{};
         for (int64_t j = 0; j < count; ++j) {
           if (verdict[first - block_first + j] == kAllAgain) continue;
-          const Row row = rows[j], next = fetch && first + group + j < block_last ? row_at(first + group + j) : row;
+          const Row row = rows[j], next = fetch && first + group + j < block_last ? row_at(first + group + j) : Row{};
+          const Fetch<Tdy> next_dy{next.dy, cols, in_halves};
+          const Fetch<Tx> next_x{next.x, cols, in_halves};
           if (kRows == 1 && stream) {
-            gradient<kDx, kDweight, kStreams && kDx>(row, next, w, partial, begin, end, p.cast_before_weight);
+            gradient<kDx, kDweight, kStreams && kDx>(row, next_dy, next_x, w, partial, begin, end, p.cast_before_weight);
           } else {
-            gradient<kDx, kDweight, false>(row, next, w, partial, begin, end, p.cast_before_weight);
+            gradient<kDx, kDweight, false>(row, next_dy, next_x, w, partial, begin, end, p.cast_before_weight);
           }
         }
       }
