@@ -47,9 +47,7 @@ void advise_huge_pages(const Tensor& t) {
 // Large outputs are written past the caches, which would have to read every line first: a quarter to a third less time.
 // Not where the lines are in a cache already. A new tensor often gets the memory of one that was freed a moment ago; and
 // from 32 MiB on (DEFAULT_MMAP_THRESHOLD_MAX) glibc maps one afresh on every call, and the kernel clears its pages.
-bool stream_new(const Tensor& t) {
-  return t.defined() && t.nbytes() >= (t.element_size() == 2 ? 8 : 4) << 20 && t.nbytes() < 32 << 20;
-}
+bool stream_new(const Tensor& t) { return t.defined() && t.nbytes() >= 8 << 20 && t.nbytes() < 32 << 20; }
 bool stream_owned(const Tensor& t) { return t.nbytes() >= 4 << 20; }
 
 Tensor allocate(IntArrayRef shape, const Tensor& like, at::ScalarType type) {
