@@ -41,7 +41,7 @@ const Kernels* find(const char* name) {
 
 const Kernels* best() { return kTable[supported_count() - 1]; }
 
-// Zen 4 works on 512 bits in halves, and takes more than twice the time for such a conversion of Half.
+// On a Zen 4 the AVX2 kernels take an eighth to a fifth less time for cached rows of Half.
 bool avx2_is_better_for_half() {
 #if RMSNORM_X86
   static const bool better = supported_count() > 2 && __builtin_cpu_is("amdfam19h");

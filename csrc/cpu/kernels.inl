@@ -17,7 +17,7 @@
 //   outside(w, bits, seen)           has any w bit 30 set in its bits less these? For any_outside(seen)
 //   Large                            split(p), then any_small(): was any of them below 2^kLargeExponent?
 //   Doubles, accumulate(d, v...)     8 double lanes, plus the last 8 fp32 lanes of a sum
-//   total(d)  totals(d, sums)        their sum by halving; those of kGroup of them
+//   total(d)  totals(d, sums)        their sum by halving; those of kTotals of them
 // No std:: calls and no #ifdef in here: see "The ISA trap" in csrc/cpu/isa_avx2.cpp.
 
 template <class T>
@@ -134,8 +134,8 @@ INLINE void fold(const Lanes<kCount>& lanes, Doubles& sum) {
 }
 
 // Adds a * b over [begin, end) to sum, with {a, b} = factors(i, n) for the n elements from i on and, where F::kPairs,
-// factors.pair(i) for the 2 * kLanes from i on; factors.fetch(i) may fetch
-// what comes later. A row may be summed in parts that end at multiples of kFold.
+// factors.pair(i) for the 2 * kLanes from i on; factors.fetch(i) may fetch what comes later. A row may be summed in
+// parts that end at multiples of kFold.
 template <class F>
 INLINE void add_products(Doubles& sum, int64_t begin, int64_t end, F factors) {
   int64_t i = begin;
@@ -232,8 +232,7 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
   for_each_step(begin, end, [&](int64_t i) { for_each_vector_of_step(i, body); }, body);
 }
 
-// What a row is multiplied by: the part of the weight from begin to end. A weight where it lies, no weight, or
-// that of a WeightTiles.
+// What a row is multiplied by, from a column on: a weight where it lies, no weight, or that of a WeightTiles.
 template <class T>
 struct Weight {
   const T* data;
@@ -242,10 +241,12 @@ struct Weight {
   INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
   INLINE Pair pair(int64_t i) const {
     if constexpr (kIsBFloat16<T>) return split(data + i);
-    float even[kLanes], odd[kLanes];
+    float mixed[2 * kLanes], even[kLanes], odd[kLanes];
+    store(mixed, load(data + i, kLanes), kLanes);
+    store(mixed + kLanes, load(data + i + kLanes, kLanes), kLanes);
     for (int j = 0; j < kLanes; ++j) {
-      store(even + j, load(data + i + 2 * j, 1), 1);
-      store(odd + j, load(data + i + 2 * j + 1, 1), 1);
+      even[j] = mixed[2 * j];
+      odd[j] = mixed[2 * j + 1];
     }
     return {load(even, kLanes), load(odd, kLanes)};
   }
