@@ -1,6 +1,6 @@
 """RMSNorm on the CPU, forward and forward + backward, beside torch's own norms, torch.compile and a copy.
 
-    python benchmarks/cpu.py [--threads 1,2] [--dtypes fp32,bf16,fp16] [--shapes 1x4096,...] [--no-compile]
+    python benchmarks/cpu.py [--threads 1,2] [--dtypes fp32,bf16,fp16,bf16/fp32] [--shapes 1x4096,...] [--no-compile]
                              [--json FILE] [--png FILE]
 
 Outputs are verified against fp64 before anything is timed. The contenders of a cell run interleaved in one process,
@@ -22,7 +22,12 @@ import torch.nn.functional as F
 import rmsnorm_cuda
 from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {  # of x and of weight
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16/fp32": (torch.bfloat16, torch.float32),
+}
 EPS = 1e-6
 ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
 PASSES = {"forward": 2, "training": 5}  # over x: see above
@@ -36,17 +41,17 @@ def llama(x, weight):
 
 
 class Cell:
-    """The tensors of one shape and dtype, as many sets of them as it takes to leave the caches behind."""
+    """The tensors of one shape and pair of dtypes, as many sets of them as it takes to leave the caches behind."""
 
-    def __init__(self, rows, cols, dtype):
+    def __init__(self, rows, cols, dtype, weight_dtype):
         one = rows * cols * dtype.itemsize
         copies = 1 if one < 1 << 20 else max(2, min(16, ROTATE_BYTES // one))
         self.cols = (cols,)
         self.bytes = one
         self.x = [torch.randn(rows, cols).to(dtype) for _ in range(copies)]
         self.dy = [torch.randn(rows, cols).to(dtype) for _ in range(copies)]
-        self.weight = torch.randn(cols).to(dtype)
-        self.bias = torch.zeros(cols, dtype=dtype)
+        self.weight = torch.randn(cols).to(weight_dtype)
+        self.bias = torch.zeros(cols, dtype=weight_dtype)
         self.out = torch.zeros_like(self.x[0])
 
     def norms(self, weight, bias, with_compiled):
@@ -171,7 +176,7 @@ def main():
         print(f"torch {torch.__version__}, {rmsnorm_cuda._C.isa()}, {threads} thread(s); us a call, median; x: times ours")
         for dtype in args.dtypes.split(","):
             for shape in args.shapes.split(","):
-                cell = Cell(*map(int, shape.split("x")), DTYPES[dtype])
+                cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype])
                 verify(cell)
                 for mode in PASSES:
                     us = measure(getattr(cell, mode)(not args.no_compile), cell.x, args.seconds)

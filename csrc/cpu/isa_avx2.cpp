@@ -93,6 +93,10 @@ INLINE V upper_halves(__m256i v) {
   return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))));
 }
 INLINE V round_to_bfloat16(V v) { return upper_halves(rounded(v)); }
+INLINE V in_order(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+INLINE Pair unmix(V low, V high) {  // shuffles stay within a half
+  return {in_order(_mm256_shuffle_ps(low, high, 0x88)), in_order(_mm256_shuffle_ps(low, high, 0xdd))};
+}
 INLINE Pair split(const BFloat16* p) {
   const __m256i both = once(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), upper_halves(both)};

@@ -5,13 +5,20 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#ifdef __clang__
+#define SHUFFLE __builtin_shufflevector
+#else  // GCC has that too, from 12 on
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) == (a)){__VA_ARGS__})
+#endif
 
 namespace rmsnorm::cpu {
 namespace {
 
 typedef float V __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));
-typedef uint16_t U16 __attribute__((vector_size(8)));
+typedef int32_t I __attribute__((vector_size(16)));
+typedef uint16_t U16 __attribute__((vector_size(16)));
+typedef uint64_t U64 __attribute__((vector_size(16)));
 typedef double D __attribute__((vector_size(32)));
 struct Pair {
   V even, odd;
@@ -38,6 +45,11 @@ INLINE V once(V v) { return v; }
 INLINE V as_float(U a) { return reinterpret_cast<V>(a); }
 INLINE U as_bits(V a) { return reinterpret_cast<U>(a); }
 INLINE U select(U mask, U a, U b) { return (mask & a) | (~mask & b); }
+INLINE bool all(U mask) {
+  const U64 two = reinterpret_cast<U64>(mask);
+  return (two[0] & two[1]) == ~uint64_t(0);
+}
+INLINE bool likely(bool condition) { return __builtin_expect(condition, true); }
 
 // n of the 4 elements from p on, as bytes: no alignment and no aliasing rule to keep. The remainder of a row has many
 // of the incomplete ones, which are out of line for that.
@@ -64,39 +76,66 @@ INLINE void store_bytes(T* p, Vec v, int n) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-INLINE V widen(U bits, BFloat16) { return as_float(bits << 16); }
-INLINE V widen(U bits, Half) {
-  const U sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
+// Four 16-bit elements are a word.
+INLINE U spread(uint64_t four) {  // to the upper halves
+  return reinterpret_cast<U>(SHUFFLE(U16{}, reinterpret_cast<U16>(U64{four, 0}), 0, 8, 1, 9, 2, 10, 3, 11));
+}
+INLINE uint64_t pack(U lower) {  // the lower halves, which have 0 above
+  const U64 pairs = reinterpret_cast<U64>(lower);
+  const U joined = reinterpret_cast<U>(pairs | pairs >> 16);
+  return reinterpret_cast<U64>(SHUFFLE(joined, joined, 0, 2, 4, 6))[0];
+}
+constexpr uint64_t four(uint64_t element) { return element * 0x0001000100010001; }
+
+INLINE V widen(uint64_t bits, BFloat16) { return as_float(spread(bits)); }
+
+// Nearly all Halfs are normal numbers, which need another exponent bias and no more. The others are out of line.
+constexpr uint32_t kBias = 112 << 23;
+INLINE V widen_normal(U upper) { return as_float((U(I(upper) >> 3) & 0x8fffffff) + kBias); }
+__attribute__((noinline)) V widen_any(U upper) {
+  const U sign = upper & 0x80000000, rest = (upper ^ sign) >> 3;
   const U tiny = as_bits(as_float(rest | 0x38800000) - set1(0x1p-14f));  // no exponent: rest units of 2^-24, exact
   const U special = rest | 0x7f800000;                                   // Inf and NaN
-  const U normal = rest + (112 << 23);                                   // another exponent bias
-  return as_float(sign | select(U(rest < (1 << 23)), tiny, select(U(rest >= (31 << 23)), special, normal)));
+  return as_float(sign | select(U(rest < (1 << 23)), tiny, select(U(rest >= (31 << 23)), special, rest + kBias)));
+}
+INLINE V widen(uint64_t bits, Half) {
+  // An exponent of 1 to 30, and no other, has one of its upper four bits set when 1 is added.
+  const uint64_t upper = ((bits & four(0x7c00)) + four(0x0400)) & four(0x7800);
+  const bool normal = ((upper + four(0x7800)) & four(0x8000)) == four(0x8000);
+  return likely(normal) ? widen_normal(spread(bits)) : widen_any(spread(bits));
 }
 
 // Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the lower half is left over.
 INLINE U rounded(V v) { return as_bits(v) + ((as_bits(v) >> 16) & 1) + 0x7fff; }
 // A NaN keeps its upper half and is made quiet.
-INLINE U narrow(V v, BFloat16) { return select(U(v != v), as_bits(v) | 0x400000, rounded(v)) >> 16; }
-INLINE U narrow(V v, Half) {
-  const U sign = as_bits(v) & 0x80000000, rest = as_bits(v) ^ sign;
+INLINE uint64_t narrow(V v, BFloat16) { return pack(select(U(v != v), as_bits(v) | 0x400000, rounded(v)) >> 16); }
+
+INLINE U narrow_normal(U rest) { return (rest + ((rest >> 13) & 1) + (0xfff - kBias)) >> 13; }
+__attribute__((noinline)) U narrow_any(U rest) {
   const U tiny = as_bits(as_float(rest) + set1(0.5f)) - 0x3f000000;  // 0.5 has units of 2^-24: the addition rounds
-  const U normal = (rest + ((rest >> 13) & 1) + 0xfff - (112 << 23)) >> 13;
-  const U finite = select(U(rest < 0x38800000), tiny, normal);
+  const U finite = select(U(rest < 0x38800000), tiny, narrow_normal(rest));
   const U special = select(U(rest > 0x7f800000), 0x7e00 | (rest >> 13 & 0x3ff), U{} + 0x7c00);
-  return (sign >> 16) | select(U(rest >= 0x47800000), special, finite);  // 2^16 and above, Inf, NaN
+  return select(U(rest >= 0x47800000), special, finite);  // 2^16 and above, Inf, NaN
+}
+INLINE uint64_t narrow(V v, Half) {
+  const U rest = as_bits(v) & 0x7fffffff, sign = as_bits(v) ^ rest;
+  const I from_least = I(rest + (0x80000000 - 0x38800000));  // the least int: 2^-14, the least normal Half
+  const bool normal = all(U(from_least < INT32_MIN + (0x47800000 - 0x38800000)));
+  return pack((sign >> 16) | (likely(normal) ? narrow_normal(rest) : narrow_any(rest)));
 }
 
 INLINE V load(const float* p, int n) { return load_bytes<V>(p, n); }
 INLINE void store(float* p, V v, int n) { store_bytes(p, v, n); }
 template <class T>
-INLINE U load_bits(const T* p, int n) {
-  return __builtin_convertvector(load_bytes<U16>(p, n), U);
+INLINE uint64_t load_bits(const T* p, int n) {
+  return load_bytes<uint64_t>(p, n);
 }
 template <class T>
-INLINE void store_bits(T* p, U bits, int n) {
-  store_bytes(p, __builtin_convertvector(bits, U16), n);
+INLINE void store_bits(T* p, uint64_t bits, int n) {
+  store_bytes(p, bits, n);
 }
 
+INLINE Pair unmix(V low, V high) { return {SHUFFLE(low, high, 0, 2, 4, 6), SHUFFLE(low, high, 1, 3, 5, 7)}; }
 INLINE V round_to_bfloat16(V v) { return as_float(rounded(v) & 0xffff0000); }
 INLINE Pair split(const BFloat16* p) {
   const U both = load_bytes<U>(reinterpret_cast<const uint32_t*>(p), kLanes);
@@ -116,7 +155,7 @@ INLINE bool any_outside(V seen) {
 
 constexpr bool kStreams = false;  // there is nothing to write past the caches with
 INLINE void stream(float*, V) {}
-INLINE void stream_bits(void*, U) {}
+INLINE void stream_bits(void*, uint64_t) {}
 INLINE void fence() {}
 
 struct Doubles {

@@ -10,9 +10,10 @@
 //   load_bits  store_bits            the same of Half and BFloat16, whose bits are
 //   stream  stream_bits  fence       if kStreams: store all lanes past the caches, at an aligned address; order such stores
 //   widen(bits, T())  narrow(v, T()) turned into fp32 and back, rounded to nearest even
-//   Pair, split(p)  join(p, pair)    2 * kLanes BFloat16 as their even and their odd elements: a shift and a mask
-//                                    instead of shuffles; join is not for NaNs with a bit set below BFloat16's, and
-//                                    with kUnit (an instruction for it, which takes denormals for 0) not for denormals
+//   Pair, unmix(low, high)           the even and the odd elements of 2 * kLanes
+//   split(p)  join(p, pair)          the same of BFloat16 in memory: a shift and a mask instead of shuffles; join is not
+//                                    for NaNs with a bit set below BFloat16's, and with kUnit (an instruction for it,
+//                                    which takes denormals for 0) not for denormals
 //   round_to_bfloat16(v)             in fp32, not for NaN
 //   outside(w, bits, seen)           has any w bit 30 set in its bits less these? For any_outside(seen)
 //   Large                            split(p), then any_small(): was any of them below 2^kLargeExponent?
@@ -241,14 +242,7 @@ struct Weight {
   INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
   INLINE Pair pair(int64_t i) const {
     if constexpr (kIsBFloat16<T>) return split(data + i);
-    float mixed[2 * kLanes], even[kLanes], odd[kLanes];
-    store(mixed, load(data + i, kLanes), kLanes);
-    store(mixed + kLanes, load(data + i + kLanes, kLanes), kLanes);
-    for (int j = 0; j < kLanes; ++j) {
-      even[j] = mixed[2 * j];
-      odd[j] = mixed[2 * j + 1];
-    }
-    return {load(even, kLanes), load(odd, kLanes)};
+    return unmix(load(data + i, kLanes), load(data + i + kLanes, kLanes));
   }
 };
 struct NoWeight {
@@ -328,7 +322,7 @@ INLINE bool within(const float* w, int64_t count, int exponent) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) seen[j] = outside(load(w + i + j * kLanes, kLanes), uint32_t(127 + exponent) << 23, seen[j]);
   }
-  const bool found = any_outside(seen[0]) | any_outside(seen[1]) | any_outside(seen[2]) | any_outside(seen[3]);
+  const bool found = any_outside(seen[0]) || any_outside(seen[1]) || any_outside(seen[2]) || any_outside(seen[3]);
   return found ? within_one_by_one(w, count, exponent) : within_one_by_one(w + i, count - i, exponent);
 }
 
@@ -480,7 +474,7 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
   }
   // A tile does not pay for one row. In long rows it takes the place of x or y in the L1 cache.
   if constexpr (!kIsFloat<Tx> && kIsSame<Tx, Ty>) {
-    if (p.w_dtype == p.x_dtype && p.weight_offset == 0 && (row_end - row_begin == 1 || p.cols > kDirectCols)) {
+    if (p.w_dtype == p.x_dtype && p.weight_offset == 0 && (row_end - row_begin == 1 || (kLanes >= 8 && p.cols > kDirectCols))) {
       Weight<Tx> weight{static_cast<const Tx*>(p.weight)};
       if constexpr (kUnit) {
         Large large;

@@ -127,6 +127,15 @@ EMU __m512i to_bfloat16(__m512 a, __m512 b) {
 }
 static uint16_t pick(const uint16_t* index, const uint16_t* from, int i) { return from[index[i] & 31]; }
 static uint16_t sum(const uint16_t* a, const uint16_t* b, int i) { return uint16_t(a[i] + b[i]); }
+EMU __m512 pick(__m512 a, __m512i index, __m512 b) {
+  uint32_t at[16];
+  float from[32], result[16];
+  std::memcpy(at, &index, sizeof at);
+  store(from, a);
+  store(from + 16, b);
+  for (int i = 0; i < 16; ++i) result[i] = from[at[i] & 31];
+  return load(result);
+}
 EMU __m512i set1_16(int a) { return set1(int((a & 0xffff) * 0x10001u)); }
 EMU unsigned none_common_16(__m512i a, __m512i b) {
   uint16_t common[32];
@@ -203,6 +212,7 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 #define _mm512_unpackhi_pd(a, b) emulated::unpack(a, b, 1)
 #define _mm512_cvtne2ps_pbh(a, b) emulated::to_bfloat16(a, b)
 #define _mm512_permutexvar_epi16(index, v) emulated::each(emulated::pick, index, v)
+#define _mm512_permutex2var_ps(a, index, b) emulated::pick(a, index, b)
 #define _mm512_load_si512(p) reinterpret_cast<__m512i>(emulated::load(p))
 #define _mm512_set1_epi16(a) emulated::set1_16(a)
 #define _mm512_add_epi16(a, b) emulated::each(emulated::sum, a, b)
