@@ -14,30 +14,20 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
+
+# Not this folder: torch would take its cuda.py for NVIDIA's package of that name.
+sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
 
 import torch
-import torch.nn.functional as F
 
 import rmsnorm_cuda
-from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
+from benchmarks.common import DTYPES, EPS, chart, norms, training_step, verify
 
-DTYPES = {  # of x and of weight
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "bf16/fp32": (torch.bfloat16, torch.float32),
-}
-EPS = 1e-6
 ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
 PASSES = {"forward": 2, "training": 5}  # over x: see above
-
-
-def llama(x, weight):
-    """The formula of the Llama family in transformers, whose order of roundings is cast_before_weight."""
-    hidden = x.float()
-    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)
-    return weight * hidden.to(x.dtype)
 
 
 class Cell:
@@ -54,23 +44,8 @@ class Cell:
         self.bias = torch.zeros(cols, dtype=weight_dtype)
         self.out = torch.zeros_like(self.x[0])
 
-    def norms(self, weight, bias, with_compiled):
-        """Name: (a norm of x, its parameters)."""
-        norms = {
-            "ours": (lambda x: rmsnorm_cuda.rms_norm(x, self.cols, weight, EPS), [weight]),
-            "F.rms_norm": (lambda x: F.rms_norm(x, self.cols, weight, EPS), [weight]),
-            "F.layer_norm": (lambda x: F.layer_norm(x, self.cols, weight, bias, EPS), [weight, bias]),
-        }
-        if with_compiled:
-            torch._dynamo.reset()
-            rms_norm = torch.compile(lambda x, weight: F.rms_norm(x, self.cols, weight, EPS), dynamic=False)
-            formula = torch.compile(llama, dynamic=False)
-            norms["compile(F.rms_norm)"] = (lambda x: rms_norm(x, weight), [weight])
-            norms["compile(llama)"] = (lambda x: formula(x, weight), [weight])
-        return norms
-
     def forward(self, with_compiled):
-        runs = {name: norm for name, (norm, _) in self.norms(self.weight, self.bias, with_compiled).items()}
+        runs = {name: norm for name, (norm, _) in norms(self.cols, self.weight, self.bias, with_compiled).items()}
         module = rmsnorm_cuda.RMSNorm(self.cols, EPS, dtype=self.weight.dtype).requires_grad_(False)
         runs["ours module"] = module
         runs["empty_like"] = torch.empty_like
@@ -80,29 +55,14 @@ class Cell:
 
     def training(self, with_compiled):
         gradients = dict(zip(map(id, self.x), self.dy, strict=True))
-        leaves = {id(x): x.detach().requires_grad_() for x in self.x}
-
-        def step(norm, parameters):
-            def run(x):
-                leaf = leaves[id(x)]
-                return torch.autograd.grad(norm(leaf), [leaf, *parameters], gradients[id(x)])
-
-            return run
 
         def floor(x):
             self.out.copy_(x)
             return torch.add(x, gradients[id(x)], out=self.out)
 
         weight, bias = self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        runs = {name: step(*norm) for name, norm in self.norms(weight, bias, with_compiled).items()}
-        return runs | {"floor": floor}
-
-
-def verify(cell):
-    x = cell.x[0][:64]
-    want = rms_norm_reference(x, cell.cols, cell.weight, EPS)
-    worst = ulp_distance(rmsnorm_cuda.rms_norm(x, cell.cols, cell.weight, EPS), want).max().item()
-    assert worst <= 1, f"{worst} ulp from the reference"
+        contenders = norms(self.cols, weight, bias, with_compiled)
+        return {name: training_step(*norm, gradients) for name, norm in contenders.items()} | {"floor": floor}
 
 
 def measure(contenders, inputs, seconds):
@@ -135,31 +95,6 @@ def show(mode, dtype, shape, size, us):
           + others, flush=True)  # fmt: skip
 
 
-def chart(results, file):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [name for name in results[0]["us"] if name not in ("floor", "empty_like") and not name.startswith("ours")]
-    modes = list(dict.fromkeys(result["mode"] for result in results))
-    fig, axes = plt.subplots(len(modes), 1, figsize=(max(8, len(results) / 2), 4 * len(modes)), squeeze=False)
-    for mode, axis in zip(modes, axes[:, 0], strict=True):
-        cells = [result for result in results if result["mode"] == mode]
-        for i, name in enumerate(names):
-            places = [at + (i + 0.5) / len(names) * 0.8 - 0.4 for at in range(len(cells))]
-            axis.bar(places, [c["us"][name] / c["us"]["ours"] for c in cells], 0.8 / len(names), label=name)
-        axis.axhline(1, color="black", linewidth=1)
-        axis.set_yscale("log")
-        axis.set_ylabel("time, as a multiple of ours")
-        axis.set_title(f"{mode}, CPU, {rmsnorm_cuda._C.isa()}")
-        labels = [f"{c['shape']}\n{c['dtype']}, {c['threads']}T" for c in cells]
-        axis.set_xticks(range(len(cells)), labels, fontsize=6, rotation=90)
-        axis.legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(file, dpi=110)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", default="1")
@@ -177,7 +112,7 @@ def main():
         for dtype in args.dtypes.split(","):
             for shape in args.shapes.split(","):
                 cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype])
-                verify(cell)
+                verify(cell.x[0][:64], cell.cols, cell.weight)
                 for mode in PASSES:
                     us = measure(getattr(cell, mode)(not args.no_compile), cell.x, args.seconds)
                     show(mode, dtype, shape, cell.bytes, us)
@@ -186,7 +121,7 @@ def main():
         with open(args.json, "w") as file:
             json.dump({"torch": torch.__version__, "isa": rmsnorm_cuda._C.isa(), "results": results}, file, indent=1)
     if args.png:
-        chart(results, args.png)
+        chart(results, args.png, f"CPU, {rmsnorm_cuda._C.isa()}", hidden=("floor", "empty_like"))
 
 
 if __name__ == "__main__":

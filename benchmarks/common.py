@@ -1,0 +1,83 @@
+"""What the CPU and the CUDA benchmark share: contenders, verification, the chart."""
+
+import torch
+import torch.nn.functional as F
+
+import rmsnorm_cuda
+from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
+
+DTYPES = {  # of x and of weight
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16/fp32": (torch.bfloat16, torch.float32),
+}
+EPS = 1e-6
+
+
+def llama(x, weight):
+    """The formula of the Llama family in transformers, whose order of roundings is cast_before_weight."""
+    hidden = x.float()
+    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * hidden.to(x.dtype)
+
+
+def norms(cols, weight, bias, with_compiled):
+    """Name: (a norm of x, its parameters)."""
+    result = {
+        "ours": (lambda x: rmsnorm_cuda.rms_norm(x, cols, weight, EPS), [weight]),
+        "F.rms_norm": (lambda x: F.rms_norm(x, cols, weight, EPS), [weight]),
+        "F.layer_norm": (lambda x: F.layer_norm(x, cols, weight, bias, EPS), [weight, bias]),
+    }
+    if with_compiled:
+        torch._dynamo.reset()
+        rms_norm = torch.compile(lambda x, weight: F.rms_norm(x, cols, weight, EPS), dynamic=False)
+        formula = torch.compile(llama, dynamic=False)
+        result["compile(F.rms_norm)"] = (lambda x: rms_norm(x, weight), [weight])
+        result["compile(llama)"] = (lambda x: formula(x, weight), [weight])
+    return result
+
+
+def training_step(norm, parameters, gradients):
+    """A run of forward and backward; `gradients` maps the id of an x to its dy."""
+
+    leaves = {}
+
+    def run(x):
+        leaf = leaves.setdefault(id(x), x.detach().requires_grad_())
+        return torch.autograd.grad(norm(leaf), [leaf, *parameters], gradients[id(x)])
+
+    return run
+
+
+def verify(x, cols, weight):
+    want = rms_norm_reference(x, cols, weight, EPS)
+    worst = ulp_distance(rmsnorm_cuda.rms_norm(x, cols, weight, EPS).cpu(), want.cpu()).max().item()
+    assert worst <= 1, f"{worst} ulp from the reference"
+
+
+def chart(results, file, title, hidden=()):
+    """Bars: each contender's time as a multiple of ours, a panel for each mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in results[0]["us"] if name not in hidden and not name.startswith("ours")]
+    modes = list(dict.fromkeys(result["mode"] for result in results))
+    fig, axes = plt.subplots(len(modes), 1, figsize=(max(8, len(results) / 2), 4 * len(modes)), squeeze=False)
+    for mode, axis in zip(modes, axes[:, 0], strict=True):
+        cells = [result for result in results if result["mode"] == mode]
+        for i, name in enumerate(names):
+            there = [at for at in range(len(cells)) if name in cells[at]["us"]]
+            places = [at + (i + 0.5) / len(names) * 0.8 - 0.4 for at in there]
+            axis.bar(places, [cells[at]["us"][name] / cells[at]["us"]["ours"] for at in there], 0.8 / len(names), label=name)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set_yscale("log")
+        axis.set_ylabel("time, as a multiple of ours")
+        axis.set_title(f"{mode}, {title}")
+        labels = [f"{c['shape']}\n{c['dtype']}" + (f", {c['threads']}T" if "threads" in c else "") for c in cells]
+        axis.set_xticks(range(len(cells)), labels, fontsize=6, rotation=90)
+        axis.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(file, dpi=110)
