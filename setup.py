@@ -208,7 +208,7 @@ class BuildExt(build_ext):
         common = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # -ffp-contract=off: an FMA only where the source says so, or the bits would depend on the compiler.
         cxx_flags = ["-std=c++17", *common, "-ffp-contract=off", "-fno-math-errno"]
-        objects = file.compile("cxx", sources("csrc/cpu/*.cpp"), cxx=self.cxx, flags=cxx_flags)
+        objects = file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.cxx, flags=cxx_flags)
         nvcc = find_nvcc()
         absent = cuda_absent_reason(torch, nvcc)
         if absent:

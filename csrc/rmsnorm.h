@@ -116,6 +116,33 @@ const char* last_isa();            // the one whose kernel ran last on this thre
 // 0, or the error of the launch. Nothing here synchronizes or allocates.
 namespace cuda {
 
+// What the layout of a launch depends on, of a machine.
+struct Device {
+  int arch;              // that the kernels were compiled for: 90 is compute capability 9.0
+  int multiprocessors;
+  int64_t shared_bytes;  // shared memory that a block may ask for
+};
+
+// Where a row is between its sum and its result.
+enum class Keep : int { kRegisters, kShared, kNowhere };  // kNowhere: it is read a second time
+
+struct Plan {
+  Keep keep;
+  int vectors;           // 16-byte vectors of a row (of a tile of it) that one thread holds at a time
+  int lanes;             // threads of a row (of a block's slice of it): a power of two up to 32, beyond a multiple of 32
+  int threads;           // of a block: lanes times the rows it works on at a time
+  int registers;         // of a thread, at most
+  int cluster;           // blocks that share a row
+  int64_t slice;         // columns of a row that each of them has, the last one less
+  int64_t shared_bytes;  // of a block, for its slice
+  int64_t resident;      // blocks that a multiprocessor holds at a time
+  int64_t blocks;
+};
+
+// Pure functions, there without the CUDA kernels too: what a launch of them would be.
+Plan rms_norm_forward_plan(int64_t rows, int64_t cols, DType x, const Device& device);
+Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, const Device& device);
+
 bool built();                     // were the CUDA kernels compiled into this library?
 const char* architectures();      // "9.0 12.0+PTX"; if not built, the reason
 const char* error_string(int error);

@@ -1,8 +1,9 @@
 """python -m rmsnorm_cuda: what is built and loaded, and a self-check against fp64. Paste it into a bug report.
 
-The exit status is 1 if a check fails.
+The exit status is 1 if a check fails. `--explain ROWS COLS DTYPE` shows instead how the CUDA kernels would be laid out.
 """
 
+import argparse
 import itertools
 import platform
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 import rmsnorm_cuda
-from rmsnorm_cuda import _C
+from rmsnorm_cuda import _C, explain
 from rmsnorm_cuda.reference import rms_norm_backward_reference, rms_norm_reference, round_once, ulp_distance
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -111,6 +112,20 @@ def self_check():
 
 
 def main():
+    parser = argparse.ArgumentParser(prog="python -m rmsnorm_cuda", description=__doc__.split("\n\n")[0].split(": ", 1)[1])
+    parser.add_argument(
+        "--explain",
+        nargs=3,
+        metavar=("ROWS", "COLS", "DTYPE"),
+        help="how the CUDA kernels would be laid out, on several GPUs; DTYPE is fp32, fp16 or bf16; needs no GPU",
+    )
+    args = parser.parse_args()
+    if args.explain:
+        rows, cols, dtype = args.explain
+        if not (rows.isdigit() and cols.isdigit() and int(rows) and int(cols) and dtype in explain.DTYPES):
+            parser.error(f"--explain: expected two positive integers and one of {', '.join(explain.DTYPES)}")
+        print(*explain.lines(int(rows), int(cols), dtype), sep="\n")
+        return 0
     lines = dict(describe())
     for key, value in lines.items():
         print(f"{key:<16}{value}")

@@ -21,7 +21,8 @@ struct BackwardArgs {
   int64_t rows, cols;
   double eps;
   float weight_offset, inv_cols;
-  int lanes;
+  int lanes, cluster;
+  int64_t slice;
   bool dx_aligned, cast_before_weight;
 };
 
@@ -88,19 +89,19 @@ struct Backward {
   }
 };
 
-template <typename X, int kVectors>
-constexpr int kThreads = kVectors < kBackwardVectors ? kBackwardThreads
-                         : sizeof(X) == 2            ? kMaxThreadsWide
-                                                     : kMaxThreads;
+template <int kVectors>
+constexpr int kThreads = kVectors < kBackwardVectors ? kBackwardThreads : kMaxThreads;
 
 // Rows held in registers: x and dy are read once. Each thread keeps the sums for dweight of its columns over all
 // rows that its block works on.
 template <typename X, typename DY, typename W, int kVectors>
-__global__ __launch_bounds__(kThreads<X, kVectors>, 1) void backward_rows(const __grid_constant__ BackwardArgs a) {
+__global__ __launch_bounds__(kThreads<kVectors>, 2) void backward_rows(const __grid_constant__ BackwardArgs a) {
+  meet_neighbours();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   constexpr int kRows = kBackwardVectors / kVectors;
   __shared__ Scratch scratch;
+  const Cluster alone(1);
   __shared__ alignas(8) float slot_sums[kBackwardThreads * kVectors * kElems];
   const int lanes = a.lanes, cols = static_cast<int>(a.cols);
   const int slots = blockDim.x / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
@@ -114,8 +115,8 @@ __global__ __launch_bounds__(kThreads<X, kVectors>, 1) void backward_rows(const 
     w[k] = load_weight<W, kElems>(a.weight, col, cols - col);
   }
   const int64_t stride = int64_t{gridDim.x} * slots;
-  int parity = 0;
-  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, parity ^= 1) {
+  int turn = 0;
+  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, ++turn) {
     typename B::XChunk x[kRows][kVectors] = {};
     typename B::DYChunk dy[kRows][kVectors] = {};
     RowStats stats[kRows] = {};
@@ -139,7 +140,7 @@ __global__ __launch_bounds__(kThreads<X, kVectors>, 1) void backward_rows(const 
       if (r >= live) break;
       sum[r] = {B::dot(a, x[r], dy[r], w, stats[r])};
     }
-    row_sum(sum, live, lanes, scratch, parity);
+    row_sum(sum, live, lanes, alone, scratch, turn);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r * stride + slot;
@@ -174,16 +175,91 @@ __global__ __launch_bounds__(kThreads<X, kVectors>, 1) void backward_rows(const 
   }
 }
 
+// Longer rows: x, dy and the sums for dweight are in shared memory, of several blocks if need be.
+template <typename X, typename DY, typename W>
+__global__ __launch_bounds__(kBackwardSliceThreads, 2) void backward_shared_rows(const __grid_constant__ BackwardArgs a) {
+  meet_neighbours();
+  using B = Backward<X, DY, W>;
+  constexpr int kElems = B::kElems;
+  using DWChunk = Chunk<float, kElems>;
+  extern __shared__ uint4 kept[];
+  __shared__ Scratch scratch;
+  const Cluster cluster(a.cluster);
+  const int lane = threadIdx.x, lanes = blockDim.x, step = lanes * kBackwardVectors;
+  // The block's columns, counted from `begin` in chunks; the last may be incomplete.
+  const int64_t begin = cluster.rank * a.slice, end = min(a.cols, begin + a.slice);
+  const int chunks = static_cast<int>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
+  const auto column = [=](int chunk) { return begin + int64_t{chunk} * kElems; };
+  const auto count = [=](int chunk) { return static_cast<int>(min(end - column(chunk), int64_t{kElems})); };
+  uint4* const kept_dy = kept + chunks;
+  uint4* const kept_dweight = kept_dy + chunks * (B::DYChunk::kBytes / 16);
+
+  for (int chunk = lane; chunk < chunks; chunk += lanes) put_chunk(kept_dweight, chunks, chunk, DWChunk{});
+  int turn = 0;
+  for (int64_t row = blockIdx.x / cluster.size; row < a.rows; row += gridDim.x / cluster.size, ++turn) {
+    const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
+    RowStats stats = B::row_scale(a, row, x_offset);
+    Sum sum[1];
+    for (int tile = 0; tile < chunks; tile += step) {
+      typename B::XChunk x[kBackwardVectors];
+      typename B::DYChunk dy[kBackwardVectors];
+      typename B::WChunk w[kBackwardVectors];
+#pragma unroll
+      for (int k = 0; k < kBackwardVectors; ++k) {
+        const int chunk = tile + k * lanes + lane;
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
+        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + column(chunk), count(chunk));
+        w[k] = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
+      }
+      sum[0] = sum[0] + Sum{B::dot(a, x, dy, w, stats)};
+#pragma unroll
+      for (int k = 0; k < kBackwardVectors; ++k) {
+        const int chunk = tile + k * lanes + lane;
+        if (chunk >= chunks) continue;
+        put_chunk(kept, chunks, chunk, x[k]);
+        put_chunk(kept_dy, chunks, chunk, dy[k]);
+      }
+    }
+    row_sum(sum, 1, lanes, cluster, scratch, turn);
+    stats.mean = sum[0].hi * a.inv_cols;
+    for (int chunk = lane; chunk < chunks; chunk += lanes) {
+      typename B::XChunk x;
+      typename B::DYChunk dy;
+      DWChunk kept_sum;
+      typename B::WChunk w = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
+      get_chunk(kept, chunks, chunk, x);
+      get_chunk(kept_dy, chunks, chunk, dy);
+      get_chunk(kept_dweight, chunks, chunk, kept_sum);
+      float2 dweight[B::kPairs];
+#pragma unroll
+      for (int i = 0; i < B::kPairs; ++i) dweight[i] = kept_sum.get(i);
+      B::finish(a, row * a.cols + column(chunk), count(chunk), x, dy, w, stats, dweight);
+#pragma unroll
+      for (int i = 0; i < B::kPairs; ++i) kept_sum.set(i, dweight[i]);
+      put_chunk(kept_dweight, chunks, chunk, kept_sum);
+    }
+  }
+  if (a.partial == nullptr) return;
+  float* const partial = a.partial + blockIdx.x / cluster.size * a.cols;
+  for (int chunk = lane; chunk < chunks; chunk += lanes) {
+    DWChunk sum;
+    get_chunk(kept_dweight, chunks, chunk, sum);
+    store_chunk(partial + column(chunk), sum, count(chunk), a.cols % 4 == 0);
+  }
+}
+
 // Rows of any length, in two passes that read x and dy each. The first finds the RowStats.
 template <typename X, typename DY, typename W>
-__global__ __launch_bounds__(kLongThreads, 1) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
+__global__ __launch_bounds__(kBackwardSliceThreads, 1) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
+  meet_neighbours();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   __shared__ Scratch scratch;
+  const Cluster alone(1);
   const int lane = threadIdx.x;
-  const int64_t tile = int64_t{kLongThreads} * kBackwardVectors * kElems;
-  int parity = 0;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, parity ^= 1) {
+  const int64_t tile = int64_t{kBackwardSliceThreads} * kBackwardVectors * kElems;
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
     const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
     RowStats stats = B::row_scale(a, row, x_offset);
     Sum sum[1];
@@ -193,7 +269,7 @@ __global__ __launch_bounds__(kLongThreads, 1) void backward_long_stats(const __g
       typename B::WChunk w[kBackwardVectors];
 #pragma unroll
       for (int k = 0; k < kBackwardVectors; ++k) {
-        const int64_t col = begin + (k * kLongThreads + lane) * kElems;
+        const int64_t col = begin + (k * kBackwardSliceThreads + lane) * kElems;
         const int count = static_cast<int>(min(a.cols - col, int64_t{kElems}));
         x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
         dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
@@ -201,7 +277,7 @@ __global__ __launch_bounds__(kLongThreads, 1) void backward_long_stats(const __g
       }
       sum[0] = sum[0] + Sum{B::dot(a, x, dy, w, stats)};
     }
-    row_sum(sum, 1, kLongThreads, scratch, parity);
+    row_sum(sum, 1, kBackwardSliceThreads, alone, scratch, turn);
     stats.mean = sum[0].hi * a.inv_cols;
     if (lane == 0) a.stats[row] = stats;
   }
@@ -210,6 +286,7 @@ __global__ __launch_bounds__(kLongThreads, 1) void backward_long_stats(const __g
 // The second: a block owns a strip of columns and a range of rows, kStripRows at a time.
 template <typename X, typename DY, typename W>
 __global__ __launch_bounds__(kStripThreads, 1) void backward_long_strips(const __grid_constant__ BackwardArgs a) {
+  meet_neighbours();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   const int64_t col = (int64_t{blockIdx.x} * kStripThreads + threadIdx.x) * kElems;
@@ -250,6 +327,7 @@ struct DWeightArgs {
 
 // The sum of the partial sums, each column's in one fixed order, in double.
 __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWeightArgs a) {
+  meet_neighbours();
   __shared__ double sums[32][33];
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   const int64_t col = int64_t{blockIdx.x} * 32 + lane;
@@ -267,15 +345,16 @@ __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWei
 
 template <typename X, typename DY, typename W>
 int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(plan.blocks);
-  if (plan.in_registers) {
-    void (*kernel)(BackwardArgs) = plan.vectors == 1 ? backward_rows<X, DY, W, 1> : backward_rows<X, DY, W, 2>;
-    return launch(kernel, blocks, plan.threads, a, stream);
+  if (plan.keep != Keep::kNowhere) {
+    void (*kernel)(BackwardArgs) = plan.keep == Keep::kShared ? backward_shared_rows<X, DY, W>
+                                   : plan.vectors == 1        ? backward_rows<X, DY, W, 1>
+                                                              : backward_rows<X, DY, W, 2>;
+    return launch(kernel, shape_of(plan), a, stream);
   }
-  const int error = launch(backward_long_stats<X, DY, W>, blocks, kLongThreads, a, stream);
+  const int error = launch(backward_long_stats<X, DY, W>, shape_of(plan), a, stream);
   if (error != 0) return error;
   const dim3 grid(static_cast<unsigned>(strips.strips), static_cast<unsigned>(strips.blocks));
-  return launch(backward_long_strips<X, DY, W>, grid, kStripThreads, a, stream);
+  return launch(backward_long_strips<X, DY, W>, {grid, kStripThreads}, a, stream);
 }
 
 template <typename X>
@@ -295,31 +374,32 @@ struct Layout {
   StripPlan strips;
   int64_t partial_rows, stats_bytes;
 
-  Layout(const RmsNormBackward& p, int sms) {
+  Layout(const RmsNormBackward& p, const Device& here) {
     w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
     const DType wide = DType::kFloat64;
     in_double = p.dy_dtype == wide || p.x_dtype == wide || w_dtype == wide;
     if (in_double) return;
-    plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, w_dtype, sms);
-    strips = plan_strips(p.rows, p.cols, p.x_dtype, sms);
-    partial_rows = plan.in_registers ? plan.blocks : strips.blocks;
-    stats_bytes = plan.in_registers ? 0 : ceil_div(p.rows * sizeof(RowStats), 64) * 64;
+    plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, here);
+    strips = plan_strips(p.rows, p.cols, p.x_dtype, here);
+    const bool once = plan.keep != Keep::kNowhere;
+    partial_rows = once ? plan.blocks / plan.cluster : strips.blocks;
+    stats_bytes = once ? 0 : ceil_div(p.rows * sizeof(RowStats), 64) * 64;
   }
 };
 
 }  // namespace
 
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p) {
-  const Layout layout(p, multiprocessors());
+  const Layout layout(p, device());
   if (layout.in_double) return backward_in_double_workspace(p);
   return layout.stats_bytes + (p.dweight != nullptr ? layout.partial_rows * p.cols * int64_t{sizeof(float)} : 0);
 }
 
 int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const int sms = multiprocessors();
-  if (sms == 0) return cudaErrorNoDevice;
-  const Layout layout(p, sms);
+  const Device here = device();
+  if (here.multiprocessors == 0) return cudaErrorNoDevice;
+  const Layout layout(p, here);
   if (layout.in_double) return backward_in_double(p, s);
 
   const int elems = vector_elems(p.x_dtype);
@@ -341,6 +421,8 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
   a.inv_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
   a.lanes = layout.plan.lanes;
+  a.cluster = layout.plan.cluster;
+  a.slice = layout.plan.slice;
   a.dx_aligned = rows_aligned(p.dx, dense, p.rows, p.x_dtype, elems);
   a.cast_before_weight = p.cast_before_weight;
   const bool same_dy = held_dtype(p.x_dtype, p.dy_dtype) == p.x_dtype;
@@ -358,7 +440,7 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   }
   if (error != 0 || p.dweight == nullptr) return error;
   const DWeightArgs d{a.partial, p.dweight, p.w_dtype, layout.partial_rows, p.cols};
-  return launch(dweight_sum, static_cast<unsigned>(ceil_div(p.cols, 32)), 1024, d, s);
+  return launch(dweight_sum, {static_cast<unsigned>(ceil_div(p.cols, 32)), 1024}, d, s);
 }
 
 }  // namespace rmsnorm::cuda

@@ -2,6 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
 
 #include "launch.h"
 
@@ -13,22 +16,53 @@ const char* architectures() { return RMSNORM_CUDA_ARCHS; }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int multiprocessors() {
-  constexpr int kKnownDevices = 64;  // the answer costs a microsecond, and never changes
-  static std::atomic<int> known[kKnownDevices];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) {
+namespace {
+
+__global__ void probe() {}
+
+int ask(cudaDeviceAttr what, int device) {
+  int value = 0;
+  return cudaDeviceGetAttribute(&value, what, device) == cudaSuccess ? value : 0;
+}
+
+Device ask(int device) {
+  Device d{};
+  cudaFuncAttributes code{};  // that of an older architecture may be what runs here
+  if (cudaFuncGetAttributes(&code, probe) == cudaSuccess) d.arch = code.ptxVersion;
+  d.multiprocessors = ask(cudaDevAttrMultiProcessorCount, device);
+  d.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (d.multiprocessors == 0 || d.arch == 0) cudaGetLastError();
+  return d;
+}
+
+}  // namespace
+
+bool overlapping() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("RMSNORM_CUDA_PDL");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return wanted && device().arch >= 90;
+}
+
+Device device() {
+  constexpr int kKnownDevices = 64;  // the answer costs microseconds, and never changes
+  static Device known[kKnownDevices];
+  static std::atomic<bool> is_known[kKnownDevices];
+  static std::mutex asking;
+  int current = 0;
+  if (cudaGetDevice(&current) != cudaSuccess) {
     cudaGetLastError();
-    return 0;
+    return {};
   }
-  int count = device < kKnownDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count > 0) return count;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  if (device < kKnownDevices) known[device].store(count, std::memory_order_relaxed);
-  return count;
+  if (current >= kKnownDevices) return ask(current);
+  if (is_known[current].load(std::memory_order_acquire)) return known[current];
+  const Device d = ask(current);
+  if (d.multiprocessors == 0) return d;
+  const std::lock_guard<std::mutex> lock(asking);
+  known[current] = d;
+  is_known[current].store(true, std::memory_order_release);
+  return d;
 }
 
 }  // namespace rmsnorm::cuda

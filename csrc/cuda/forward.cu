@@ -14,7 +14,8 @@ struct ForwardArgs {
   double eps;
   Mean mean;
   float weight_offset;
-  int lanes;
+  int lanes, cluster;
+  int64_t slice;
   bool y_aligned;
 };
 
@@ -75,29 +76,30 @@ struct Forward {
   }
 
   // Once x is summed up and before y, which may be x, is written.
-  static __device__ Scale scale(const ForwardArgs& a, const Sum& sum, int64_t row, int64_t offset, int lane) {
+  static __device__ Scale scale(const ForwardArgs& a, const Sum& sum, int64_t row, int64_t offset, const Cluster& cluster,
+                                int lane) {
     Scale s;
     if (!fast_scale(sum, a.mean, s)) {
       s = rescued_scale(static_cast<const X*>(a.x.data) + offset, a.cols, a.eps, a.lanes);
-      if (a.lanes > 32) __syncthreads();  // its warps read all of the row; the row is the block's only one
+      if (a.lanes > 32) cluster.barrier();  // its warps read all of the row; the row is the block's only one
     }
-    if (a.rstd != nullptr && lane == 0) static_cast<float*>(a.rstd)[row] = s.hi * s.pre;
+    if (a.rstd != nullptr && lane == 0 && cluster.rank == 0) static_cast<float*>(a.rstd)[row] = s.hi * s.pre;
     return s;
   }
 };
 
-template <typename X, typename W, int kVectors>
-constexpr int kThreads = kVectors < kForwardVectors ? kForwardThreads
-                         : sizeof(W) > sizeof(X)    ? kMaxThreadsWide
-                                                    : kMaxThreads;
+template <int kVectors>
+constexpr int kThreads = kVectors < kForwardVectors ? kForwardThreads : kMaxThreads;
 
 // Rows held in registers, kVectors chunks per thread.
 template <typename X, typename W, bool kCast, int kVectors>
-__global__ __launch_bounds__(kThreads<X, W, kVectors>, 1) void forward_rows(const __grid_constant__ ForwardArgs a) {
+__global__ __launch_bounds__(kThreads<kVectors>, kVectors < kForwardVectors ? 1 : 3) void forward_rows(const __grid_constant__ ForwardArgs a) {
+  meet_neighbours();
   using F = Forward<X, W, kCast>;
   constexpr int kElems = F::kElems;
   constexpr int kRows = kForwardVectors / kVectors;
   __shared__ Scratch scratch;
+  const Cluster alone(1);
   const int lanes = a.lanes, cols = static_cast<int>(a.cols);
   const int slots = blockDim.x / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const auto column = [=](int k) { return (k * lanes + recomputed(lane)) * kElems; };
@@ -109,8 +111,8 @@ __global__ __launch_bounds__(kThreads<X, W, kVectors>, 1) void forward_rows(cons
     w[k] = load_weight<W, kElems>(a.weight, col, cols - col);
   }
   const int64_t stride = int64_t{gridDim.x} * slots;
-  int parity = 0;
-  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, parity ^= 1) {
+  int turn = 0;
+  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, ++turn) {
     typename F::XChunk x[kRows][kVectors] = {};
     Sum sum[kRows];
     const int live = live_rows<kRows>(first, stride, a.rows);
@@ -130,12 +132,12 @@ __global__ __launch_bounds__(kThreads<X, W, kVectors>, 1) void forward_rows(cons
       if (r >= live) break;
       sum[r] = F::sum_of_squares(x[r]);
     }
-    row_sum(sum, live, lanes, scratch, parity);
+    row_sum(sum, live, lanes, alone, scratch, turn);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r * stride + slot;
       if (row >= a.rows) continue;
-      const Scale s = F::scale(a, sum[r], row, row_offset(a.x_rows, row), lane);
+      const Scale s = F::scale(a, sum[r], row, row_offset(a.x_rows, row), alone, lane);
       const int64_t offset = row_offset(a.y_rows, row);
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
@@ -146,43 +148,56 @@ __global__ __launch_bounds__(kThreads<X, W, kVectors>, 1) void forward_rows(cons
   }
 }
 
-// Rows of any length, read twice, a tile of kForwardVectors chunks per thread at a time. The second time goes
-// backward: what was read last is the likeliest still to be in the cache.
-template <typename X, typename W, bool kCast>
-__global__ __launch_bounds__(kLongThreads, 1) void forward_long_rows(const __grid_constant__ ForwardArgs a) {
+// Longer rows, a tile of kForwardVectors chunks per thread at a time. With kKeep they are held in shared memory, by several
+// blocks if need be. Without, they may be of any length and are read twice, the second time backward: what was read
+// last is the likeliest still to be in the cache.
+template <typename X, typename W, bool kCast, bool kKeep>
+__global__ __launch_bounds__(kForwardSliceThreads, kKeep ? 2 : 1) void forward_long_rows(const __grid_constant__ ForwardArgs a) {
+  meet_neighbours();
   using F = Forward<X, W, kCast>;
   constexpr int kElems = F::kElems;
+  extern __shared__ uint4 kept[];
   __shared__ Scratch scratch;
-  const int lane = threadIdx.x;
-  const int64_t tile = int64_t{kLongThreads} * kForwardVectors * kElems;
-  const auto column = [=](int64_t begin, int k) { return begin + (k * kLongThreads + lane) * kElems; };
-  const auto count = [&](int64_t col) { return static_cast<int>(min(a.cols - col, int64_t{kElems})); };
+  const Cluster cluster(a.cluster);
+  const int lane = threadIdx.x, lanes = blockDim.x, step = lanes * kForwardVectors;
+  // The block's columns, counted from `begin` in chunks; the last may be incomplete.
+  const int64_t begin = cluster.rank * a.slice, end = min(a.cols, begin + a.slice);
+  const int chunks = static_cast<int>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
+  const auto column = [=](int chunk) { return begin + int64_t{chunk} * kElems; };
+  const auto count = [=](int chunk) { return static_cast<int>(min(end - column(chunk), int64_t{kElems})); };
 
-  int parity = 0;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, parity ^= 1) {
+  int turn = 0;
+  for (int64_t row = blockIdx.x / cluster.size; row < a.rows; row += gridDim.x / cluster.size, ++turn) {
     const int64_t x_offset = row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
     typename F::XChunk x[kForwardVectors];
-    const auto load = [&](int64_t begin) {
+    const auto load = [&](int tile) {
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
-        const int64_t col = column(begin, k);
-        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count(col));
+        const int chunk = tile + k * lanes + lane;
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
       }
     };
     Sum sum[1];
-    for (int64_t begin = 0; begin < a.cols; begin += tile) {
-      load(begin);
+    for (int tile = 0; tile < chunks; tile += step) {
+      load(tile);
       sum[0] = sum[0] + F::sum_of_squares(x);
-    }
-    row_sum(sum, 1, kLongThreads, scratch, parity);
-    const Scale s = F::scale(a, sum[0], row, x_offset, lane);
-    for (int64_t begin = (a.cols - 1) / tile * tile; begin >= 0; begin -= tile) {
-      load(begin);
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
-        const int64_t col = column(begin, k);
-        typename F::WChunk w = load_weight<W, kElems>(a.weight, col, count(col));
-        F::store(a, y_offset + col, count(col), x[k], w, s);
+        const int chunk = tile + k * lanes + lane;
+        if (kKeep && chunk < chunks) put_chunk(kept, chunks, chunk, x[k]);
+      }
+    }
+    row_sum(sum, 1, lanes, cluster, scratch, turn);
+    const Scale s = F::scale(a, sum[0], row, x_offset, cluster, lane);
+    for (int tile = (chunks - 1) / step * step; tile >= 0; tile -= step) {
+      if (!kKeep) load(tile);
+#pragma unroll
+      for (int k = 0; k < kForwardVectors; ++k) {
+        const int chunk = tile + k * lanes + lane;
+        if (chunk >= chunks) continue;
+        typename F::WChunk w = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
+        if (kKeep) get_chunk(kept, chunks, chunk, x[k]);
+        F::store(a, y_offset + column(chunk), count(chunk), x[k], w, s);
       }
     }
   }
@@ -190,11 +205,12 @@ __global__ __launch_bounds__(kLongThreads, 1) void forward_long_rows(const __gri
 
 template <typename X, typename W, bool kCast>
 int launch_forward(const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
-  void (*kernel)(ForwardArgs) = !plan.in_registers   ? forward_long_rows<X, W, kCast>
-                                : plan.vectors == 1 ? forward_rows<X, W, kCast, 1>
-                                : plan.vectors == 2 ? forward_rows<X, W, kCast, 2>
-                                                    : forward_rows<X, W, kCast, 4>;
-  return launch(kernel, static_cast<unsigned>(plan.blocks), plan.threads, a, stream);
+  void (*kernel)(ForwardArgs) = plan.keep == Keep::kNowhere  ? forward_long_rows<X, W, kCast, false>
+                                : plan.keep == Keep::kShared ? forward_long_rows<X, W, kCast, true>
+                                : plan.vectors == 1          ? forward_rows<X, W, kCast, 1>
+                                : plan.vectors == 2          ? forward_rows<X, W, kCast, 2>
+                                                             : forward_rows<X, W, kCast, 4>;
+  return launch(kernel, shape_of(plan), a, stream);
 }
 
 template <typename X, typename W>
@@ -210,10 +226,10 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   const DType w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
   const int wide = size_of(DType::kFloat64);
   if (size_of(p.x_dtype) == wide || size_of(w_dtype) == wide) return forward_in_double(p, s);
-  const int sms = multiprocessors();
-  if (sms == 0) return cudaErrorNoDevice;
+  const Device here = device();
+  if (here.multiprocessors == 0) return cudaErrorNoDevice;
 
-  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, w_dtype, sms);
+  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here);
   const int elems = vector_elems(p.x_dtype);
   ForwardArgs a{};
   a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
@@ -229,6 +245,8 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   a.mean = mean_of(p.cols, p.eps);
   a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
   a.lanes = plan.lanes;
+  a.cluster = plan.cluster;
+  a.slice = plan.slice;
   const bool same = held_dtype(p.x_dtype, w_dtype) == p.x_dtype;
   switch (p.x_dtype) {
     case DType::kFloat32:

@@ -7,22 +7,61 @@
 
 namespace rmsnorm::cuda {
 
-// Streaming multiprocessors of the current device; 0: there is none that answers.
-int multiprocessors();
+// The current device; multiprocessors is 0 if there is none that answers.
+Device device();
 
 // Rows in double, for any dtypes: slow.cu.
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream);
 int64_t backward_in_double_workspace(const RmsNormBackward& p);
 int backward_in_double(const RmsNormBackward& p, cudaStream_t stream);
 
+struct Shape {
+  dim3 blocks;
+  int threads;
+  int cluster = 1;
+  int64_t shared_bytes = 0;
+};
+
+// Are kernels launched so that they may overlap with the one ahead of them (programmatic dependent launch)?
+bool overlapping();
+
 // The result is that of this launch alone: an earlier error that nobody asked for yet is left to its owner, and
 // one of ours is not left to others.
 template <typename Args>
-int launch(void (*kernel)(Args), dim3 blocks, int threads, const Args& args, cudaStream_t stream) {
+int launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStream_t stream) {
+  const auto function = reinterpret_cast<const void*>(kernel);
+  const auto shared_bytes = static_cast<unsigned>(shape.shared_bytes);
+  constexpr unsigned kFreeSharedBytes = 48 << 10;  // a kernel that wants more has to say so
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kFreeSharedBytes) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.blocks;
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (overlapping()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
   void* params[] = {const_cast<Args*>(&args)};
-  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, threads, params, 0, stream);
+  if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, function, params);
   if (error != cudaSuccess) cudaGetLastError();
   return error;
+}
+
+inline Shape shape_of(const Plan& plan) {
+  return {static_cast<unsigned>(plan.blocks), plan.threads, plan.cluster, plan.shared_bytes};
 }
 
 // Do all rows start where a chunk of `elems` elements can be accessed with the widest instruction? (16 bytes at

@@ -1,8 +1,11 @@
 // Sums over a row, and 1 / RMS from them.
 #pragma once
+#include <cooperative_groups.h>
+
 #include <cfloat>
 #include <cstdint>
 
+#include "plan.h"
 #include "vec.cuh"
 
 namespace rmsnorm::cuda {
@@ -34,9 +37,46 @@ __device__ auto tree_sum(const F& leaf, int first = 0) {
   }
 }
 
-// One partial sum per warp of a block; alternate halves, so that one barrier per row is enough.
+// The blocks that share a row, each with a slice of its columns; most often one. A kernel that is compiled for a device
+// without clusters has no more.
+struct Cluster {
+  int size, rank;
+
+  __device__ explicit Cluster(int size) : size(size), rank(blockIdx.x % size) {
+    // Every block has to be there before another one writes into its memory: see row_sum.
+    if (size > 1) arrive();
+  }
+
+#if __CUDA_ARCH__ >= 900
+  static __device__ void arrive() { cooperative_groups::cluster_group::barrier_arrive(); }
+  static __device__ void wait() { cooperative_groups::cluster_group::barrier_wait(); }
+  template <typename T>
+  static __device__ T* of_block(T* shared, int rank) {
+    return cooperative_groups::cluster_group::map_shared_rank(shared, rank);
+  }
+#else
+  static __device__ void arrive() {}
+  static __device__ void wait() {}
+  template <typename T>
+  static __device__ T* of_block(T* shared, int) {
+    return shared;
+  }
+#endif
+
+  // Of all threads of the row.
+  __device__ void barrier() const {
+    if (size > 1) {
+      arrive();
+      wait();
+    } else {
+      __syncthreads();
+    }
+  }
+};
+
+// One partial sum per warp of a row; alternate halves, so that one barrier per row is enough.
 struct Scratch {
-  float2 warp_sum[2][32];
+  float2 warp_sum[2][kMaxCluster * kForwardSliceThreads / kWarp];
 };
 
 // How many of the kRows rows first, first + stride, ... there are: for the whole block, where first is.
@@ -48,9 +88,10 @@ __device__ int live_rows(int64_t first, int64_t stride, int64_t rows) {
   return live;
 }
 
-// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block take part.
+// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block take part. `turn`
+// counts the calls.
 template <int kRows>
-__device__ void row_sum(Sum (&v)[kRows], int live, int lanes, Scratch& scratch, int parity) {
+__device__ void row_sum(Sum (&v)[kRows], int live, int lanes, const Cluster& cluster, Scratch& scratch, int turn) {
   const auto other = [](const Sum& s, int distance) {
     return Sum{__shfl_xor_sync(~0u, s.hi, distance), __shfl_xor_sync(~0u, s.lo, distance)};
   };
@@ -66,15 +107,15 @@ __device__ void row_sum(Sum (&v)[kRows], int live, int lanes, Scratch& scratch, 
   // Rows that are taken several at a time are no longer than a warp (plan.h).
   if constexpr (kRows == 1) {
     if (lanes <= 32) return;
-    const int warps = lanes / 32;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) scratch.warp_sum[parity][warp] = {v[0].hi, v[0].lo};
-    __syncthreads();
-    v[0] = {0.0f, 0.0f};
-    if (lane < warps) {
-      v[0].hi = scratch.warp_sum[parity][warp / warps * warps + lane].x;
-      v[0].lo = scratch.warp_sum[parity][warp / warps * warps + lane].y;
+    const int warps = lanes / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp / warps * warps;
+    float2* const sums = scratch.warp_sum[turn % 2];
+    if (cluster.size > 1 && turn == 0) Cluster::wait();
+    if (lane < cluster.size) {
+      *Cluster::of_block(sums + cluster.rank * warps + warp, cluster.size > 1 ? lane : 0) = {v[0].hi, v[0].lo};
     }
+    cluster.barrier();
+    v[0] = {0.0f, 0.0f};
+    for (int i = lane; i < cluster.size * warps; i += 32) v[0] = v[0] + Sum{sums[first + i].x, sums[first + i].y};
 #pragma unroll
     for (int o = 16; o > 0; o /= 2) v[0] = v[0] + other(v[0], o);
   }

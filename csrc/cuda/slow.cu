@@ -34,6 +34,7 @@ __device__ Normalized normalize(const P& p, int64_t x_offset) {
 }
 
 __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
+  meet_neighbours();
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
   for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
     const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
@@ -53,6 +54,7 @@ __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
 
 // dx, and what the sums over columns need of each row: the workspace, if there is one.
 __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
+  meet_neighbours();
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
   for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
     const int64_t x_offset = row_offset(p.x_rows, row), dy_offset = row_offset(p.dy_rows, row);
@@ -72,6 +74,7 @@ __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
 }
 
 __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
+  meet_neighbours();
   for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < p.cols; col += gridDim.x * kThreads) {
     double sum = 0;
     for (int64_t row = 0; row < p.rows; ++row) {
@@ -87,7 +90,7 @@ __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
 }  // namespace
 
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream) {
-  return launch(forward_double, static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp)), kThreads, p, stream);
+  return launch(forward_double, {static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp)), kThreads}, p, stream);
 }
 
 int64_t backward_in_double_workspace(const RmsNormBackward& p) {
@@ -96,9 +99,9 @@ int64_t backward_in_double_workspace(const RmsNormBackward& p) {
 
 int backward_in_double(const RmsNormBackward& p, cudaStream_t stream) {
   const auto row_blocks = static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp));
-  const int error = launch(backward_double, row_blocks, kThreads, p, stream);
+  const int error = launch(backward_double, {row_blocks, kThreads}, p, stream);
   if (error != 0 || p.dweight == nullptr) return error;
-  return launch(dweight_double, static_cast<unsigned>(blocks_for(p.cols, kThreads)), kThreads, p, stream);
+  return launch(dweight_double, {static_cast<unsigned>(blocks_for(p.cols, kThreads)), kThreads}, p, stream);
 }
 
 }  // namespace rmsnorm::cuda

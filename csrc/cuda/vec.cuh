@@ -12,6 +12,15 @@
 
 namespace rmsnorm::cuda {
 
+// First in every kernel. A launch under RMSNORM_CUDA_PDL (launch.h) may start before the kernel ahead of it has ended: here it
+// is waited for, and the next one is let in. Otherwise nothing.
+__device__ inline void meet_neighbours() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
 template <typename T>
 __device__ float2 unpack(const uint32_t* w) {
   if constexpr (std::is_same_v<T, float>) {
@@ -121,6 +130,23 @@ __device__ void store_chunk(T* p, const Chunk<T, kElems>& c, int count, bool ali
         reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(c.word[i / 2] >> 16 * (i % 2));
       }
     }
+  }
+}
+
+// Chunk i of n in shared memory, as 16-byte vectors that the threads of a warp find side by side.
+template <typename T, int kElems>
+__device__ void put_chunk(uint4* kept, int n, int i, const Chunk<T, kElems>& c) {
+#pragma unroll
+  for (int k = 0; k < c.kBytes / 16; ++k) {
+    kept[k * n + i] = make_uint4(c.word[4 * k], c.word[4 * k + 1], c.word[4 * k + 2], c.word[4 * k + 3]);
+  }
+}
+template <typename T, int kElems>
+__device__ void get_chunk(const uint4* kept, int n, int i, Chunk<T, kElems>& c) {
+#pragma unroll
+  for (int k = 0; k < c.kBytes / 16; ++k) {
+    const uint4 v = kept[k * n + i];
+    c.word[4 * k] = v.x, c.word[4 * k + 1] = v.y, c.word[4 * k + 2] = v.z, c.word[4 * k + 3] = v.w;
   }
 }
 

@@ -10,7 +10,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_arg_parser.h>
 
-#include "../rmsnorm.h"
+#include "../torch/checks.h"
 
 namespace py = pybind11;
 
@@ -144,6 +144,24 @@ void set_isa(const std::optional<std::string>& name) {
   throw py::value_error(message);
 }
 
+py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy, at::ScalarType x, int arch,
+                   int multiprocessors, int64_t shared_bytes) {
+  const rmsnorm::cuda::Device device{arch, multiprocessors, shared_bytes};
+  const auto dtype = [](at::ScalarType type) {
+    const auto known = rmsnorm::as_dtype(type);
+    if (!known || *known == rmsnorm::DType::kFloat64) throw py::value_error("cuda_plan: expected float32, float16 or bfloat16");
+    return *known;
+  };
+  const rmsnorm::cuda::Plan plan = backward
+                                       ? rmsnorm::cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), device)
+                                       : rmsnorm::cuda::rms_norm_forward_plan(rows, cols, dtype(x), device);
+  using namespace py::literals;
+  return py::dict("keep"_a = static_cast<int>(plan.keep), "vectors"_a = plan.vectors, "lanes"_a = plan.lanes,
+                  "threads"_a = plan.threads, "registers"_a = plan.registers, "cluster"_a = plan.cluster,
+                  "slice"_a = plan.slice, "shared_bytes"_a = plan.shared_bytes, "resident"_a = plan.resident,
+                  "blocks"_a = plan.blocks);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -155,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_isa", rmsnorm::cpu::last_isa, "The instruction set whose kernel ran last on this thread.");
   m.def("cuda_built", rmsnorm::cuda::built, "Whether CUDA kernels were compiled in.");
   m.def("cuda_architectures", rmsnorm::cuda::architectures, "Their architectures, or why there are none.");
+  m.def("cuda_plan", cuda_plan, "The layout of a CUDA launch, in the terms of rmsnorm.h's Plan; needs no GPU.");
   m.attr("torch_version") = RMSNORM_TORCH_VERSION;
   m.attr("compiler") = "g++ " __VERSION__;
 }

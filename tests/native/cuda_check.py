@@ -1,12 +1,13 @@
 """The CUDA kernels against the formula in fp64, through the C entry of cuda_entry.cu. Needs numpy and nothing else.
 
-    python tests/native/cuda_check.py --build LIB [--arch 9.0]   # PTX for a simulator, or machine code for a GPU
+    python tests/native/cuda_check.py --build LIB [--arch 9.0]   # PTX 8.0 and 9.0 for a simulator, or machine code
     python tests/native/cuda_check.py --lib LIB [--quick] [--seed N]
 
 Memory comes from the libcudart.so.13 that the loader finds: that of a GPU, or a simulator by LD_LIBRARY_PATH.
 """
 import argparse
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -27,11 +28,12 @@ GUARD_BYTE = 0xA5
 def build(lib, arch):
     cuda = os.path.join(HERE, "..", "..", "csrc", "cuda")
     sources = [os.path.join(cuda, f) for f in sorted(os.listdir(cuda)) if f.endswith(".cu")]
-    number = (arch or "9.0").replace(".", "")
-    code = f"sm_{number}" if arch else f"compute_{number}"
+    code = []
+    for number in (arch or "8.0 9.0").replace(".", "").split():
+        code += ["-gencode", f"arch=compute_{number},code={'sm' if arch else 'compute'}_{number}"]
     subprocess.run(
         ["nvcc", "-t", "2", "-cudart", "shared", "-shared", "-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
-        + [f'-DRMSNORM_CUDA_ARCHS="{arch or number}"', "-gencode", f"arch=compute_{number},code={code}", "-o", lib]
+        + [f'-DRMSNORM_CUDA_ARCHS="{arch or "8.0 9.0"}"', *code, "-o", lib]
         + sources + [os.path.join(HERE, "cuda_entry.cu")],
         check=True,
     )
@@ -115,6 +117,19 @@ class BackwardParams(ctypes.Structure):
                 ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("stream", ctypes.c_bool)]
 
 
+class Device(ctypes.Structure):
+    _fields_ = [("arch", ctypes.c_int), ("multiprocessors", ctypes.c_int), ("shared_bytes", I64)]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("keep", "vectors", "lanes", "threads", "registers", "cluster")] + [
+        (name, I64) for name in ("slice", "shared_bytes", "resident", "blocks")
+    ]
+
+
+REGISTERS, SHARED, NOWHERE = range(3)
+
+
 class Gpu:
     def __init__(self, lib):
         self.rt = ctypes.CDLL("libcudart.so.13", mode=ctypes.RTLD_GLOBAL)
@@ -124,7 +139,9 @@ class Gpu:
         self.k = ctypes.CDLL(os.path.abspath(lib))
         self.k.workspace.restype = I64
         self.k.error_string.restype = self.k.architectures.restype = ctypes.c_char_p
-        self.k.plan.argtypes = [ctypes.c_int, I64, I64] + [ctypes.c_int] * 4 + [ctypes.POINTER(I64)]
+        self.k.plan.argtypes = [ctypes.c_int, I64, I64, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Device)]
+        self.k.plan.restype = Plan
+        self.k.device.restype = Device
         for which, params in enumerate((ForwardParams, BackwardParams)):
             assert self.k.sizes(which) == ctypes.sizeof(params), "the structs here and in rmsnorm.h differ"
         self.simulated = hasattr(self.rt, "cusim_set_option")
@@ -137,10 +154,15 @@ class Gpu:
         if self.simulated:
             self.rt.cusim_set_option(key.encode(), value.encode())
 
-    def plan(self, backward, cols, dy, x, w, rows=1, sms=132):
-        out = (I64 * 5)()
-        self.k.plan(int(backward), rows, cols, dy, x, w, sms, out)
-        return tuple(out)
+    def plan(self, backward, cols, dy, x, rows=1, device=None):
+        return self.k.plan(int(backward), rows, cols, dy, x, device or self.k.device())
+
+    def traffic(self):
+        """Bytes that the last launch asked of global memory: loaded and stored."""
+        self.rt.cusim_stats_json.restype = ctypes.c_char_p
+        self.rt.cusim_stats_json.argtypes = [ctypes.c_longlong]
+        stats = json.loads(self.rt.cusim_stats_json(-1))
+        return stats["load_bytes"], stats["store_bytes"]
 
 
 class Buffer:
@@ -361,19 +383,23 @@ def compare(name, raw, dtype, want, slack):
 # What is checked
 
 
-def boundaries(gpu, backward, x, w, dy=None, limit=20000):
+def boundaries(gpu, backward, x, dy=None, limit=20000):
     """Row lengths around each change of the plan, and a few more."""
     dy = x if dy is None else dy
     step = {F32: 4, F64: 1}.get(x, 8)
     lengths = {1, 2, 3, step - 1, step, step + 1, 96, 100, 2 * step + 1, limit} - {0}
-    last = gpu.plan(backward, 1, dy, x, w)[:4]
+
+    def kind(cols):
+        plan = gpu.plan(backward, cols, dy, x)
+        return plan.keep, plan.cluster, *((plan.vectors, plan.lanes) if plan.keep == REGISTERS else ())
+
+    last = kind(1)
     for cols in range(2, limit + 1):
         if (cols - 1) % step:
             continue  # plans change where one more vector begins
-        plan = gpu.plan(backward, cols, dy, x, w)[:4]
-        if plan != last:
+        if kind(cols) != last:
             lengths |= {cols - 1, cols}
-        last = plan
+        last = kind(cols)
     return sorted(lengths)
 
 
@@ -384,7 +410,7 @@ def sample(rng, items, count):
 def forward_mixes(gpu, rng, quick):
     for xt in (F32, F16, BF16):
         for wt in (None, F32, F16, BF16):
-            lengths = boundaries(gpu, False, xt, xt if wt is None else wt)
+            lengths = boundaries(gpu, False, xt)
             for offset, cast in ((0.0, False), (1.0, False), (0.0, True), (1.0, True)):
                 for cols in sample(rng, lengths, 6 if quick else 16):
                     rows = int(rng.integers(1, 8))
@@ -403,7 +429,7 @@ def forward_mixes(gpu, rng, quick):
 def forward_every_length(gpu, rng, quick):
     """Every kernel boundary of the three x dtypes, with the weight's dtype drawn."""
     for xt in (F32, F16, BF16):
-        for cols in sample(rng, boundaries(gpu, False, xt, xt), 30 if quick else 1000):
+        for cols in sample(rng, boundaries(gpu, False, xt), 30 if quick else 1000):
             with Case(op="forward", x=NAMES[xt], cols=cols):
                 x = random_values(rng, (2, cols), xt)
                 check_forward(gpu, x, xt, random_values(rng, cols, xt), xt)
@@ -499,7 +525,7 @@ def backward_mixes(gpu, rng, quick):
     for xt in kinds:
         for dyt in kinds:
             for wt in (None,) + kinds:
-                lengths = boundaries(gpu, True, xt, xt if wt is None else wt, dyt)
+                lengths = boundaries(gpu, True, xt, dyt)
                 for offset, cast in ((0.0, False), (1.0, True)):
                     for cols in sample(rng, lengths, 4 if quick else 12):
                         rows = int(rng.integers(1, 12))
@@ -517,7 +543,7 @@ def backward_mixes(gpu, rng, quick):
 
 def backward_every_length(gpu, rng, quick):
     for xt in (F32, BF16):
-        for cols in sample(rng, boundaries(gpu, True, xt, xt), 20 if quick else 1000):
+        for cols in sample(rng, boundaries(gpu, True, xt), 20 if quick else 1000):
             with Case(op="backward", x=NAMES[xt], cols=cols):
                 x, dy = random_values(rng, (5, cols), xt), random_values(rng, (5, cols), xt)
                 check_backward(gpu, dy, xt, x, xt, random_values(rng, cols, xt), xt)
@@ -578,12 +604,69 @@ def many_rows(gpu, rng, quick):
                 y1, _, _ = run_forward(gpu, x[rows // 2 : rows // 2 + 1], xt, w, xt)
                 assert (y1[0] == y[rows // 2]).all(), "one row alone has other bits"
             check_backward(gpu, random_values(rng, (rows, cols), xt), xt, x, xt, w, xt)
-    with Case(op="long rows"):
-        cols = 200_003 if quick else 1_000_003
+    with Case(op="longest rows"):
+        cols = 1_000_003
         x, w = random_values(rng, (2, cols), BF16), random_values(rng, cols, F32)
         check_forward(gpu, x, BF16, w, F32)
         check_forward(gpu, np.full((1, cols), encode(np.array([1 / 3]), F32)[0]), F32, None, None)
         check_backward(gpu, random_values(rng, x.shape, BF16), BF16, x, BF16, w, F32)
+
+
+def shared_rows(gpu, rng, quick):
+    """Rows in shared memory, of one block and of each size of cluster; in any order of the blocks, and in place."""
+    for backward in (False, True):
+        for xt, dyt, wt in ((BF16, BF16, BF16), (F32, F32, F32), (F16, F32, F32)):
+            seen = set()
+            lengths = [5000, 9001, 20003, 40000, 70008, 100_000, 131_072, 200_000, 300_001, 400_000]
+            for cols in lengths:
+                plan = gpu.plan(backward, cols, dyt, xt)
+                kind = (plan.keep, plan.cluster, plan.slice * plan.cluster == cols)
+                if kind in seen and quick:
+                    continue
+                seen.add(kind)
+                rows = 3
+                with Case(op="shared rows", backward=backward, x=NAMES[xt], dy=NAMES[dyt], w=NAMES[wt], cols=cols, cluster=plan.cluster):
+                    x, w, dy = random_values(rng, (rows, cols), xt), random_values(rng, cols, wt), random_values(rng, (rows, cols), dyt)
+                    x[1] = encode(decode(x[1], xt) * (3e4 if xt == F16 else 1e25), xt)  # out of the fast path's range, not in fp16
+                    if not backward:
+                        y, rstd = check_forward(gpu, x, xt, w, wt)
+                        for order in ("reverse", "random:3"):
+                            gpu.option("order", order)
+                            y2, rstd2, _ = run_forward(gpu, x, xt, w, wt, in_place=True)
+                            assert (y2 == y).all() and (rstd2 == rstd).all(), f"other bits in place, {order}"
+                        gpu.option("order", "seq")
+                        y1, _, _ = run_forward(gpu, x[1:2], xt, w, wt)
+                        assert (y1[0] == y[1]).all(), "one row alone has other bits"
+                    else:
+                        dx, dw = check_backward(gpu, dy, dyt, x, xt, w, wt)
+                        rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
+                        gpu.option("order", "reverse")
+                        dx2, dw2 = run_backward(gpu, dy, dyt, x, xt, w, wt, rstd)
+                        gpu.option("order", "seq")
+                        assert (dx2 == dx).all() and (dw2 == dw).all(), "other bits in reverse order"
+
+
+def traffic(gpu, rng, quick):
+    """Each byte of a row is asked for once, and written once."""
+    if not gpu.simulated:
+        return
+    for xt in (BF16, F32):
+        size = RAW[xt]().nbytes
+        for cols in (64, 96, 128, 256, 768, 1000, 4096, 5120, 12288, 40000, 65536, 131072):
+            rows = 64 if cols < 10_000 else 3
+            x, dy = random_values(rng, (rows, cols), xt), random_values(rng, (rows, cols), xt)
+            bytes_of_x = rows * cols * size
+            with Case(op="traffic", x=NAMES[xt], cols=cols):
+                run_forward(gpu, x, xt, None, None)
+                if gpu.plan(False, cols, xt, xt).keep != NOWHERE:
+                    assert gpu.traffic() == (bytes_of_x, bytes_of_x + 4 * rows), ("forward", gpu.traffic(), bytes_of_x)
+                rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
+                run_backward(gpu, dy, xt, x, xt, None, None, rstd, want=(True, False))
+                plan = gpu.plan(True, cols, xt, xt)
+                if plan.keep != NOWHERE:
+                    loaded, stored = gpu.traffic()  # beside x and dy, each thread loads rstd
+                    assert loaded == 2 * bytes_of_x + 4 * rows * plan.lanes * plan.cluster, ("backward", loaded, bytes_of_x)
+                    assert stored == bytes_of_x, ("backward", stored, bytes_of_x)
 
 
 def main():
@@ -602,7 +685,7 @@ def main():
     gpu = Gpu(args.lib)
     started, failed = time.time(), 0
     for part in (forward_mixes, forward_every_length, invariance, extremes, backward_mixes, backward_every_length, backward_forms,
-                 many_rows):
+                 many_rows, shared_rows, traffic):
         if args.only and args.only not in part.__name__:
             continue
         before, t = Case.passed, time.time()

@@ -1,5 +1,5 @@
 // A C entry to the CUDA launchers and to their plans, for cuda_check.py.
-#include "../../csrc/cuda/plan.h"
+#include "../../csrc/cuda/launch.h"
 #include "../../csrc/rmsnorm.h"
 
 using namespace rmsnorm;
@@ -18,11 +18,10 @@ ENTRY const char* error_string(int error) { return cuda::error_string(error); }
 
 ENTRY const char* architectures() { return cuda::built() ? cuda::architectures() : ""; }
 
-// in_registers, vectors, lanes, threads, blocks
-ENTRY void plan(int is_backward, int64_t rows, int64_t cols, int dy, int x, int w, int sms, int64_t* out) {
+ENTRY cuda::Device device() { return cuda::device(); }
+
+ENTRY cuda::Plan plan(int is_backward, int64_t rows, int64_t cols, int dy, int x, const cuda::Device* device) {
   const auto type = [](int t) { return static_cast<DType>(t); };
-  const cuda::Plan p = is_backward ? cuda::plan_backward(rows, cols, type(dy), type(x), type(w), sms)
-                                   : cuda::plan_forward(rows, cols, type(x), type(w), sms);
-  const int64_t values[] = {p.in_registers, p.vectors, p.lanes, p.threads, p.blocks};
-  for (int i = 0; i < 5; ++i) out[i] = values[i];
+  return is_backward ? cuda::plan_backward(rows, cols, type(dy), type(x), *device)
+                     : cuda::plan_forward(rows, cols, type(x), *device);
 }
