@@ -22,25 +22,26 @@ def llama(x, weight):
     return weight * hidden.to(x.dtype)
 
 
-def norms(cols, weight, bias, with_compiled):
-    """Name: (a norm of x, its parameters)."""
+FORMULAS = {"F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS), "llama": llama}
+
+
+def norms(cols, weight, bias, compiled):
+    """Name: (a norm of x, its parameters). compiled: which of FORMULAS to run under torch.compile too."""
     result = {
         "ours": (lambda x: rmsnorm_cuda.rms_norm(x, cols, weight, EPS), [weight]),
         "F.rms_norm": (lambda x: F.rms_norm(x, cols, weight, EPS), [weight]),
         "F.layer_norm": (lambda x: F.layer_norm(x, cols, weight, bias, EPS), [weight, bias]),
     }
-    if with_compiled:
+    if compiled:
         torch._dynamo.reset()
-        rms_norm = torch.compile(lambda x, weight: F.rms_norm(x, cols, weight, EPS), dynamic=False)
-        formula = torch.compile(llama, dynamic=False)
-        result["compile(F.rms_norm)"] = (lambda x: rms_norm(x, weight), [weight])
-        result["compile(llama)"] = (lambda x: formula(x, weight), [weight])
+    for name in compiled:
+        formula = torch.compile(FORMULAS[name], dynamic=False)
+        result[f"compile({name})"] = (lambda x, formula=formula: formula(x, weight), [weight])
     return result
 
 
 def training_step(norm, parameters, gradients):
     """A run of forward and backward; `gradients` maps the id of an x to its dy."""
-
     leaves = {}
 
     def run(x):
@@ -51,8 +52,8 @@ def training_step(norm, parameters, gradients):
 
 
 def verify(x, cols, weight):
-    want = rms_norm_reference(x, cols, weight, EPS)
-    worst = ulp_distance(rmsnorm_cuda.rms_norm(x, cols, weight, EPS).cpu(), want.cpu()).max().item()
+    want = rms_norm_reference(x.cpu(), cols, weight.cpu(), EPS)
+    worst = ulp_distance(rmsnorm_cuda.rms_norm(x, cols, weight, EPS).cpu(), want).max().item()
     assert worst <= 1, f"{worst} ulp from the reference"
 
 

@@ -24,7 +24,7 @@ sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, chart, norms, training_step, verify
+from benchmarks.common import DTYPES, EPS, FORMULAS, chart, norms, training_step, verify
 
 ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
 PASSES = {"forward": 2, "training": 5}  # over x: see above
@@ -44,8 +44,8 @@ class Cell:
         self.bias = torch.zeros(cols, dtype=weight_dtype)
         self.out = torch.zeros_like(self.x[0])
 
-    def forward(self, with_compiled):
-        runs = {name: norm for name, (norm, _) in norms(self.cols, self.weight, self.bias, with_compiled).items()}
+    def forward(self, compiled):
+        runs = {name: norm for name, (norm, _) in norms(self.cols, self.weight, self.bias, compiled).items()}
         module = rmsnorm_cuda.RMSNorm(self.cols, EPS, dtype=self.weight.dtype).requires_grad_(False)
         runs["ours module"] = module
         runs["empty_like"] = torch.empty_like
@@ -53,7 +53,7 @@ class Cell:
         runs["floor"] = lambda x: self.out.copy_(x)
         return runs
 
-    def training(self, with_compiled):
+    def training(self, compiled):
         gradients = dict(zip(map(id, self.x), self.dy, strict=True))
 
         def floor(x):
@@ -61,7 +61,7 @@ class Cell:
             return torch.add(x, gradients[id(x)], out=self.out)
 
         weight, bias = self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        contenders = norms(self.cols, weight, bias, with_compiled)
+        contenders = norms(self.cols, weight, bias, compiled)
         return {name: training_step(*norm, gradients) for name, norm in contenders.items()} | {"floor": floor}
 
 
@@ -114,7 +114,7 @@ def main():
                 cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype])
                 verify(cell.x[0][:64], cell.cols, cell.weight)
                 for mode in PASSES:
-                    us = measure(getattr(cell, mode)(not args.no_compile), cell.x, args.seconds)
+                    us = measure(getattr(cell, mode)(() if args.no_compile else FORMULAS), cell.x, args.seconds)
                     show(mode, dtype, shape, cell.bytes, us)
                     results.append({"mode": mode, "dtype": dtype, "shape": shape, "threads": threads, "us": us})
     if args.json:

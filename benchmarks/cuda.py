@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 # Not this folder: torch would take this file for NVIDIA's package of its name.
-sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path = [*sys.path[1:], str(ROOT)]
 
 import torch
 
@@ -30,7 +31,6 @@ from benchmarks.common import DTYPES, EPS, chart, norms, training_step, verify
 
 SHAPES = "1x4096,64x4096,65536x64,65536x128,32768x256,16384x512,16384x1024,8192x2048,8192x4096,4096x8192,4096x16384,2048x32768,1024x65536,1024x131072"
 PASSES = {"forward": 2, "training": 5}  # over x: see above
-CHECK = Path(__file__).parent.parent / "tests" / "native" / "cuda_check.py"
 
 
 def others(cols, weight):
@@ -58,7 +58,7 @@ class Cell:
 
     def __init__(self, rows, cols, dtype, weight_dtype, device):
         def there(*shape, dtype):
-            return torch.randn(*shape).to(device, dtype)
+            return torch.randn(*shape).to(dtype).to(device)
 
         self.cols = (cols,)
         self.bytes = rows * cols * dtype.itemsize
@@ -72,11 +72,11 @@ class Cell:
         to = torch.empty_like(half)
         return lambda x: to.copy_(half)
 
-    def contenders(self, mode, with_compiled):
+    def contenders(self, mode, compiled):
         weight, bias = self.weight, self.bias
         if mode == "training":
             weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-        all_norms = norms(self.cols, weight, bias, with_compiled) | dict(others(self.cols, weight))
+        all_norms = norms(self.cols, weight, bias, compiled) | dict(others(self.cols, weight))
         gradients = {id(self.x): self.dy}
         runs = {
             name: training_step(norm, parameters, gradients) if mode == "training" else norm
@@ -122,17 +122,17 @@ def show(mode, dtype, shape, size, us):
 
 def sanitize():
     """compute-sanitizer over the native test, built for the GPU that is here; the exit status."""
-    if not shutil.which("compute-sanitizer"):
-        sys.exit("benchmarks/cuda.py: compute-sanitizer was not found on PATH; it comes with the CUDA toolkit.")
-    arch = ".".join(map(str, torch.cuda.get_device_capability()))
+    for tool in ("nvcc", "compute-sanitizer"):
+        if not shutil.which(tool):
+            sys.exit(f"benchmarks/cuda.py: {tool} was not found on PATH; it comes with the CUDA toolkit.")
+    status = 0
     with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/libcuda_check.so"
-        subprocess.run([sys.executable, CHECK, "--build", library, "--arch", arch], check=True)
-        status = 0
+        program = f"{folder}/cuda_check"
+        options = ["-std=c++17", "-O3", "-lineinfo", "-arch=native", '-DRMSNORM_CUDA_ARCHS="native"', "-t", "0"]
+        subprocess.run(["nvcc", *options, ROOT / "tests/native/cuda_check.cpp", *ROOT.glob("csrc/cuda/*.cu"), "-o", program], check=True)
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
             print(f"compute-sanitizer --tool {tool}", flush=True)
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, CHECK, "--lib", library]
-            status |= subprocess.run([*command, "--quick"]).returncode
+            status |= subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", program]).returncode
     return status
 
 
@@ -141,6 +141,7 @@ def main():
     parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--calls", type=int, default=30)
+    parser.add_argument("--compile", default="F.rms_norm", help="formulas under torch.compile: F.rms_norm, llama; seconds a cell")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--only", default="", help="contenders whose name starts with one of these, besides ours and copy")
     parser.add_argument("--json")
@@ -163,7 +164,7 @@ def main():
             cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype], device)
             verify(cell.x[:64], cell.cols, cell.weight)
             for mode in PASSES:
-                runs = cell.contenders(mode, not args.no_compile)
+                runs = cell.contenders(mode, () if args.no_compile else args.compile.split(","))
                 if args.only:
                     wanted = ("ours", "copy", *args.only.split(","))
                     runs = {name: run for name, run in runs.items() if name.startswith(wanted)}

@@ -34,6 +34,20 @@ def test_cpu_kernels_from_cpp(tmp_path):
     assert last.endswith(" 0 failed") and int(last.split()[0]) > 1000, last
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_kernels_from_cpp(tmp_path):
+    """The same of the CUDA kernels: see the head of cuda_check.cpp."""
+    program, arch = tmp_path / "cuda_check", "".join(map(str, torch.cuda.get_device_capability()))
+    sources = [ROOT / "tests/native/cuda_check.cpp", *(ROOT / "csrc/cuda").glob("*.cu")]
+    options = ["-std=c++17", "-O3", "-t", "2", "-cudart", os.environ.get("RMSNORM_CUDA_CUDART", "static")]
+    options += ["-gencode", f"arch=compute_{arch},code=compute_{arch}", '-DRMSNORM_CUDA_ARCHS=""']
+    run(["nvcc", *options, *sources, "-o", program])
+    last = run([program]).splitlines()[-1]
+    assert last.endswith(" 0 failed") and int(last.split()[0]) > 1000, last
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
 def test_cuda_kernels_compile_without_spills():
     """One architecture, by the package's own build; it is kept under build/, so a second run is quick."""

@@ -31,9 +31,9 @@ template <typename Args>
 int launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStream_t stream) {
   const auto function = reinterpret_cast<const void*>(kernel);
   const auto shared_bytes = static_cast<unsigned>(shape.shared_bytes);
-  constexpr unsigned kFreeSharedBytes = 48 << 10;  // a kernel that wants more has to say so
+  constexpr unsigned kFreeSharedBytes = 48 << 10;  // a kernel that wants more, its static arrays included, has to say so
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > kFreeSharedBytes) {
+  if (shared_bytes + kOtherSharedBytes > kFreeSharedBytes) {
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   cudaLaunchAttribute attributes[2]{};

@@ -2,165 +2,9 @@
 //   g++ -std=c++17 -O2 -ffp-contract=off tests/native/cpu_check.cpp csrc/cpu/*.cpp -o cpu_check && ./cpu_check
 // or with the objects of the build in place of csrc/cpu/*.cpp. Also with -fsanitize=address,undefined. Every instruction
 // set that the machine has is run. Silent but for failures and the last line.
-#include <algorithm>
-#include <cmath>
-#include <cstdarg>
-#include <cstdio>
-#include <cstring>
-#include <functional>
-#include <string>
-#include <vector>
-
-#include "../../csrc/rmsnorm.h"
-
-using namespace rmsnorm;
-using Real = long double;
+#include "check.h"
 
 namespace {
-
-int passed = 0, failed = 0;
-
-void check(bool ok, const char* format, ...) {
-  ok ? ++passed : ++failed;
-  if (ok || failed > 40) return;
-  va_list args;
-  va_start(args, format);
-  std::printf("FAILED: ");
-  std::vprintf(format, args);
-  std::printf("\n");
-  va_end(args);
-}
-
-// ---------------------------------------------------------------- number formats
-
-struct Format {
-  const char* name;
-  int bytes, fraction_bits, exponent_bits;
-  int bias() const { return (1 << (exponent_bits - 1)) - 1; }
-  uint64_t infinity() const { return ((uint64_t(1) << exponent_bits) - 1) << fraction_bits; }
-};
-
-const Format& format(DType t) {
-  static const Format kFormats[] = {{"fp32", 4, 23, 8}, {"fp16", 2, 10, 5}, {"bf16", 2, 7, 8}, {"fp64", 8, 52, 11}};
-  return kFormats[int(t)];
-}
-
-uint64_t encode(DType t, Real value) {
-  const Format& f = format(t);
-  const uint64_t sign = uint64_t(std::signbit(value)) << (8 * f.bytes - 1);
-  if (std::isnan(value)) return f.infinity() | 1;
-  const Real magnitude = std::fabs(value);
-  if (magnitude == 0) return sign;
-  if (std::isinf(magnitude)) return sign | f.infinity();
-  // Units of the last place: a carry out of the fraction runs into the exponent, and into Inf, as it should.
-  const int exponent = std::max(std::ilogb(magnitude), 1 - f.bias());
-  if (exponent > f.bias()) return sign | f.infinity();
-  const Real units = std::nearbyint(std::ldexp(magnitude, f.fraction_bits - exponent));
-  return sign | (uint64_t(units) + (uint64_t(exponent + f.bias() - 1) << f.fraction_bits));
-}
-
-Real decode(DType t, uint64_t bits) {
-  const Format& f = format(t);
-  const bool negative = bits >> (8 * f.bytes - 1) & 1;
-  const uint64_t magnitude = bits & ((uint64_t(1) << (8 * f.bytes - 1)) - 1);
-  Real value;
-  if (magnitude >= f.infinity()) {
-    value = magnitude == f.infinity() ? INFINITY : NAN;
-  } else {
-    const int exponent = std::max(int(magnitude >> f.fraction_bits), 1);
-    const uint64_t hidden = magnitude >> f.fraction_bits ? uint64_t(1) << f.fraction_bits : 0;
-    const uint64_t fraction = magnitude & ((uint64_t(1) << f.fraction_bits) - 1);
-    value = std::ldexp(Real(hidden | fraction), exponent - f.bias() - f.fraction_bits);
-  }
-  return negative ? -value : value;
-}
-
-Real round_to(DType t, Real value) { return decode(t, encode(t, value)); }
-
-// Distance in units in the last place; any NaN equals any other, and is far from all numbers.
-int64_t ulps(DType t, uint64_t a, uint64_t b) {
-  const Format& f = format(t);
-  const uint64_t sign = uint64_t(1) << (8 * f.bytes - 1);
-  const bool a_nan = (a & ~sign) > f.infinity(), b_nan = (b & ~sign) > f.infinity();
-  if (a_nan || b_nan) return a_nan && b_nan ? 0 : INT64_MAX;
-  const auto ordered = [&](uint64_t v) { return v & sign ? -int64_t(v & ~sign) : int64_t(v); };
-  return std::abs(ordered(a) - ordered(b));
-}
-
-// ---------------------------------------------------------------- tensors
-
-// Rows in a buffer of NaN bytes. An output has guard zones; an input ends with its buffer, where a
-// sanitizer sees the first byte too many.
-enum class Layout { kDense, kMisaligned, kStrided, kTwoDims, kExpanded };
-constexpr Layout kLayouts[] = {Layout::kDense, Layout::kMisaligned, Layout::kStrided, Layout::kTwoDims};
-
-struct Tensor {
-  DType dtype;
-  int64_t rows, cols;
-  Rows place = {1, {0}, {0}};
-  size_t origin = 0;
-  std::vector<unsigned char> bytes;
-
-  Tensor(DType t, int64_t n, int64_t m, Layout layout = Layout::kDense, size_t guard = 0) : dtype(t), rows(n), cols(m) {
-    const size_t size = format(t).bytes;
-    place.size[0] = n;
-    place.stride[0] = m;
-    origin = guard;
-    if (layout == Layout::kMisaligned) origin += size;
-    if (layout == Layout::kStrided) place.stride[0] = m + 3;
-    if (layout == Layout::kExpanded) place.stride[0] = 0;
-    if (layout == Layout::kTwoDims) place = {2, {(n + 1) / 2, 2}, {2 * m + 5, m + 1}};
-    int64_t last = 0;
-    for (int64_t row = 0; row < n; ++row) last = std::max(last, place.offset(row));
-    bytes.assign(origin + (last + m) * size + guard, 0xff);
-  }
-  void* data() { return bytes.data() + origin; }
-  unsigned char* at(int64_t row, int64_t col) {
-    return bytes.data() + origin + (place.offset(row) + col) * format(dtype).bytes;
-  }
-  uint64_t bits(int64_t row, int64_t col) {
-    uint64_t v = 0;
-    std::memcpy(&v, at(row, col), format(dtype).bytes);
-    return v;
-  }
-  Real get(int64_t row, int64_t col) { return decode(dtype, bits(row, col)); }
-  void set(int64_t row, int64_t col, Real value) {
-    const uint64_t v = encode(dtype, value);
-    std::memcpy(at(row, col), &v, format(dtype).bytes);
-  }
-  bool same_bits(Tensor& other) {
-    for (int64_t row = 0; row < rows; ++row)
-      if (std::memcmp(at(row, 0), other.at(row, 0), cols * format(dtype).bytes)) return false;
-    return true;
-  }
-  bool guards_intact() {
-    std::vector<bool> inside(bytes.size());
-    for (int64_t row = 0; row < rows; ++row) {
-      const size_t begin = at(row, 0) - bytes.data();
-      std::fill_n(inside.begin() + begin, cols * format(dtype).bytes, true);
-    }
-    for (size_t i = 0; i < bytes.size(); ++i)
-      if (!inside[i] && bytes[i] != 0xff) return false;
-    return true;
-  }
-};
-
-constexpr size_t kGuard = 192;  // three vectors of AVX-512
-
-uint64_t random_state = 1;
-Real uniform() {  // [-1, 1)
-  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-  return std::ldexp(Real(int64_t(random_state)), -63);
-}
-Real normal() { return (uniform() + uniform() + uniform()) * 1.0L; }
-
-void fill(Tensor& t, const std::function<Real(int64_t, int64_t)>& value) {
-  for (int64_t row = 0; row < t.rows; ++row)
-    for (int64_t col = 0; col < t.cols; ++col) t.set(row, col, value(row, col));
-}
-void fill_normal(Tensor& t, Real scale = 1, Real center = 0) {
-  fill(t, [&](int64_t, int64_t) { return center + scale * normal(); });
-}
 
 // ---------------------------------------------------------------- instruction sets
 
@@ -182,55 +26,9 @@ void check_instruction_sets() {
 
 // ---------------------------------------------------------------- forward
 
-struct Forward {
-  DType x_type, w_type;
-  bool weighted = true, cast = false;
-  double offset = 0, eps = 1e-6;
-  DType y_type() const { return cast && weighted && w_type != x_type ? promoted() : x_type; }
-  DType promoted() const {
-    return x_type == DType::kFloat64 || w_type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  }
-  DType rstd_type() const { return x_type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
-  bool wide() const { return x_type == DType::kFloat64 || (weighted && w_type == DType::kFloat64); }
-  std::string name() const {
-    return std::string(format(x_type).name) + " w=" + (weighted ? format(w_type).name : "none") + (cast ? " cast" : "") +
-           (offset != 0 ? " offset" : "");
-  }
-  Real weight(Tensor& w, int64_t i) const {
-    if (!weighted) return 1;
-    return wide() ? w.get(0, i) + offset : Real(float(w.get(0, i)) + float(offset));
-  }
-};
-
-RmsNormForward params(const Forward& f, Tensor& x, Tensor& w, Tensor& y, void* rstd) {
-  return {x.data(), f.weighted ? w.data() : nullptr, y.data(), rstd,     x.place,  y.place, x.rows,
-          x.cols,   f.eps,                           f.offset, f.cast,   f.x_type, f.w_type, f.y_type()};
-}
-
-Real reference_rstd(const Forward& f, Tensor& x, int64_t row) {
-  Real sum = 0;
-  for (int64_t i = 0; i < x.cols; ++i) sum += x.get(row, i) * x.get(row, i);
-  return 1 / std::sqrt(sum / x.cols + Real(f.eps));
-}
-
-// Within 1 ulp of the formula rounded once; within 2 where there are two roundings, of which the
-// first may fall to either side if it is closer to a tie than fp32 can tell.
-int64_t error(const Forward& f, Real x, Real rstd, Real g, uint64_t y) {
-  if (!f.cast) return ulps(f.y_type(), encode(f.y_type(), x * rstd * g), y);
-  const Real slack = f.wide() || f.x_type == DType::kFloat32 ? 0 : 0x1p-22L;
-  int64_t least = INT64_MAX;
-  for (const Real side : {1 - slack, 1 + slack}) {
-    const Real xhat = round_to(f.x_type, x * rstd * side);
-    least = std::min(least, ulps(f.y_type(), encode(f.y_type(), xhat * g), y));
-  }
-  return least;
-}
-
 // Runs f on every instruction set, checks each against the formula and all against each other.
 void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, const char* what) {
   const int64_t rows = x.rows, cols = x.cols;
-  std::vector<Real> rstd(rows);
-  for (int64_t row = 0; row < rows; ++row) rstd[row] = reference_rstd(f, x, row);
   std::vector<Tensor> results;
   const std::vector<std::string> isas = instruction_sets();
   for (const std::string& isa : isas) {
@@ -241,39 +39,12 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
     const std::string run = std::string(what) + ": " + isa + " " + f.name() + " " + std::to_string(rows) + "x" +
                             std::to_string(cols);
     const char* name = run.c_str();
-    int64_t worst = 0, worst_row = 0, worst_col = 0, worst_rstd = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      worst_rstd = std::max(worst_rstd, ulps(r.dtype, encode(r.dtype, rstd[row]), r.bits(0, row)));
-      for (int64_t col = 0; col < cols; ++col) {
-        const int64_t e = error(f, x.get(row, col), rstd[row], f.weight(w, col), y.bits(row, col));
-        if (e > worst) worst = e, worst_row = row, worst_col = col;
-      }
-    }
-    // Plain double arithmetic in fp64: five roundings, and those of the sum, which grow with sqrt(cols / 8).
-    const int64_t fp64_bound = f.rstd_type() == DType::kFloat64 ? 8 : 0;
-    check(worst <= std::max<int64_t>(f.cast ? 2 : 1, fp64_bound), "%s: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", name,
-          worst, worst_row, worst_col, x.get(worst_row, worst_col), y.get(worst_row, worst_col),
-          x.get(worst_row, worst_col) * rstd[worst_row] * f.weight(w, worst_col));
-    check(worst_rstd <= std::max<int64_t>(1, fp64_bound), "%s: rstd %ld ulp", name, worst_rstd);
-    check(y.guards_intact() && r.guards_intact(), "%s: wrote outside", name);
+    compare_forward(f, x, w, y, r, name);
     check(f.wide() || isa == cpu::last_isa(), "%s: ran %s", name, cpu::last_isa());
     // Products of 16-bit values are exact in fp32, with or without FMA.
     if (results.size() == 1 || (results.size() == 2 && f.x_type == DType::kFloat32)) continue;
     check(y.same_bits(results[results.size() - 2]), "%s: not the bits of the ISA below", name);
   }
-}
-
-const DType kFast[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-
-std::vector<Forward> forward_mixes() {
-  std::vector<Forward> mixes;
-  for (const DType x : kFast)
-    for (const bool cast : {false, true}) {
-      mixes.push_back({x, x, false, cast});
-      for (const DType w : kFast)
-        for (const double offset : {0.0, 1.0}) mixes.push_back({x, w, true, cast, offset});
-    }
-  return mixes;
 }
 
 // Around one vector, one block of 64 lanes, one fold (256), a tile of weights (4096), and sizes of models.
@@ -418,40 +189,12 @@ void check_forward_invariance(const std::string& isa) {
 
 // ---------------------------------------------------------------- backward
 
-struct Backward {
-  Forward f;
-  DType dy_type;
-  Tensor x, dy, w, rstd;
-
-  Backward(const Forward& forward, DType dy_dtype, int64_t rows, int64_t cols, Layout layout = Layout::kDense)
-      : f(forward), dy_type(dy_dtype), x(f.x_type, rows, cols, layout), dy(dy_type, rows, cols, layout),
-        w(f.w_type, 1, cols), rstd(f.rstd_type(), 1, rows) {
-    fill_normal(x);
-    fill_normal(dy);
-    fill_normal(w, 0.2, f.offset != 0 ? 0 : 1);
-  }
-  std::string name() {
-    return f.name() + " dy=" + format(dy_type).name + " " + std::to_string(x.rows) + "x" + std::to_string(x.cols);
-  }
-};
-
-struct Gradients {
-  Tensor dx, dweight;
-  explicit Gradients(Backward& b)
-      : dx(b.f.x_type, b.x.rows, b.x.cols, Layout::kDense, kGuard), dweight(b.f.w_type, 1, b.x.cols, Layout::kDense, kGuard) {}
-  bool same_bits(Gradients& other) { return dx.same_bits(other.dx) && dweight.same_bits(other.dweight); }
-  bool guards_intact() { return dx.guards_intact() && dweight.guards_intact(); }
-};
-
 // step < 0: all blocks and columns at once; else so many of them per call, last first.
 Gradients run(Backward& b, bool want_dx, bool want_dweight, int64_t step = -1) {
   Tensor y(b.f.y_type(), b.x.rows, b.x.cols);
   cpu::rms_norm_forward(params(b.f, b.x, b.w, y, b.rstd.data()), 0, b.x.rows);
   Gradients result(b);
-  RmsNormBackward p = {b.dy.data(), b.x.data(), b.f.weighted ? b.w.data() : nullptr, b.rstd.data(),
-                       want_dx ? result.dx.data() : nullptr, want_dweight ? result.dweight.data() : nullptr, nullptr,
-                       b.dy.place, b.x.place, b.x.rows, b.x.cols, b.f.eps, b.f.offset, b.f.cast, b.dy_type, b.f.x_type,
-                       b.f.w_type};
+  RmsNormBackward p = params(b, result, want_dx, want_dweight);
   const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p);
   std::vector<unsigned char> space(plan.workspace_bytes + 64, 0xff);
   p.workspace = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64) % 64;
@@ -466,60 +209,14 @@ Gradients run(Backward& b, bool want_dx, bool want_dweight, int64_t step = -1) {
   return result;
 }
 
-// Each tolerance: half an ulp of the result (its one rounding), plus the roundings before it, each a
-// unit of the compute type, times the sum of the magnitudes that were rounded.
 void check_backward(Backward& b, const char* what) {
-  const int64_t rows = b.x.rows, cols = b.x.cols;
-  const Real unit = b.f.wide() || b.dy_type == DType::kFloat64 ? 0x1p-52L : 0x1p-23L;
-  std::vector<Real> dweight(cols), dweight_size(cols), dx(rows * cols), dx_size(rows * cols);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Real r = reference_rstd(b.f, b.x, row);
-    Real c = 0, c_size = 0;
-    for (int64_t i = 0; i < cols; ++i) {
-      const Real xhat = b.x.get(row, i) * r, t = b.f.weight(b.w, i) * b.dy.get(row, i) * xhat;
-      c += t / cols;
-      c_size += std::fabs(t) / cols;
-      const Real rounded = b.f.cast ? round_to(b.f.x_type, xhat) : xhat;
-      dweight[i] += b.dy.get(row, i) * rounded;
-      // A first rounding close to a tie may fall to either side: one unit of x's format.
-      const Real tie = b.f.cast && unit > 0x1p-30L ? std::ldexp(1.0L, -format(b.f.x_type).fraction_bits) / unit : 0;
-      dweight_size[i] += std::fabs(b.dy.get(row, i) * xhat) * (2 + std::min<int64_t>(rows, 8) + tie);
-    }
-    for (int64_t i = 0; i < cols; ++i) {
-      const Real xhat = b.x.get(row, i) * r, gdy = b.f.weight(b.w, i) * b.dy.get(row, i);
-      dx[row * cols + i] = r * (gdy - xhat * c);
-      dx_size[row * cols + i] = r * (3 * std::fabs(gdy) + std::fabs(xhat) * (3 * std::fabs(c) + 3 * c_size));
-    }
-  }
-  const auto close = [&](DType type, Real got, Real expected, Real size) {
-    if (std::isnan(expected) || std::isnan(size)) return bool(std::isnan(got));
-    const int64_t exponent = expected == 0 ? -20000 : std::ilogb(expected);
-    const Real ulp = std::ldexp(1.0L, std::max<int64_t>(exponent, 1 - format(type).bias()) - format(type).fraction_bits);
-    return got == round_to(type, expected) || std::fabs(got - expected) <= ulp * 0.5001L + unit * size;
-  };
+  BackwardReference reference(b);
   std::vector<Gradients> results;
   for (const std::string& isa : instruction_sets()) {
     use(isa);
     results.push_back(run(b, true, true));
     Gradients& got = results.back();
-    bool dx_close = true, dweight_close = true;
-    for (int64_t i = 0; i < cols; ++i) {
-      const bool ok = close(b.f.w_type, got.dweight.get(0, i), dweight[i], dweight_size[i]);
-      if (!ok && dweight_close) {
-        std::printf("dweight[%ld] = %Lg, not %Lg\n", i, got.dweight.get(0, i), dweight[i]);
-      }
-      dweight_close &= ok;
-      for (int64_t row = 0; row < rows; ++row) {
-        const bool fine = close(b.f.x_type, got.dx.get(row, i), dx[row * cols + i], dx_size[row * cols + i]);
-        if (!fine && dx_close) {
-          std::printf("dx[%ld][%ld] = %Lg, not %Lg\n", row, i, got.dx.get(row, i), dx[row * cols + i]);
-        }
-        dx_close &= fine;
-      }
-    }
-    check(dx_close, "%s: %s %s: dx", what, isa.c_str(), b.name().c_str());
-    check(dweight_close, "%s: %s %s: dweight", what, isa.c_str(), b.name().c_str());
-    check(got.guards_intact(), "%s: %s %s: wrote outside", what, isa.c_str(), b.name().c_str());
+    reference.compare(got, (std::string(what) + ": " + isa + " " + b.name()).c_str());
     if (results.size() == 3) check(got.same_bits(results[1]), "%s: %s: AVX-512 is not AVX2", what, b.name().c_str());
     for (const int64_t step : {1, 3}) {
       Gradients split = run(b, true, true, step);
