@@ -67,11 +67,13 @@ struct RmsNormBackward {
   const void* x;       // [rows, cols], x_dtype, placed by x_rows
   const void* weight;  // [cols], w_dtype; nullptr: no weight
   const void* rstd;    // [rows], as the forward returned it
+  const void* dresidual;  // [rows, cols], x_dtype, placed by dresidual_rows: added to dx before it is rounded; nullptr: absent
   void* dx;            // [rows, cols], x_dtype, dense; nullptr: not wanted
   void* dweight;       // [cols], w_dtype; nullptr: not wanted
   void* workspace;     // as many bytes as *_backward_workspace() says, 64-byte aligned; nullptr if that is 0
   Rows dy_rows;
   Rows x_rows;
+  Rows dresidual_rows;
   int64_t rows;
   int64_t cols;
   double eps;  // for the rows whose rstd does not fit fp32, which are done again in fp64
@@ -141,7 +143,7 @@ struct Plan {
 
 // Pure functions, there without the CUDA kernels too: what a launch of them would be.
 Plan rms_norm_forward_plan(int64_t rows, int64_t cols, DType x, const Device& device);
-Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, const Device& device);
+Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType w, const Device& device);
 
 bool built();                     // were the CUDA kernels compiled into this library?
 const char* architectures();      // "9.0 12.0+PTX"; if not built, the reason

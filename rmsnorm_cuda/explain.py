@@ -62,7 +62,7 @@ def explain(pass_, rows, cols, dtype, device):
     if dtype not in DTYPES.values():
         raise ValueError(f"explain: expected one of {', '.join(map(str, DTYPES.values()))}, but got {dtype}")
     backward = pass_ == "backward"
-    plan = _C.cuda_plan(backward, rows, cols, dtype, dtype, device.arch, device.multiprocessors, device.shared_kib << 10)
+    plan = _C.cuda_plan(backward, rows, cols, dtype, dtype, dtype, device.arch, device.multiprocessors, device.shared_kib << 10)
     size = rows * cols * dtype.itemsize
     reads = (2 if backward else 1) * (2 if plan["keep"] == 2 else 1)
     dram_bytes = (reads + 1) * size + cols * dtype.itemsize

@@ -13,7 +13,7 @@ PASSES = ("forward", "backward")
 
 
 def plan(pass_, cols, dtype, device, rows=4096):
-    return _C.cuda_plan(pass_ == "backward", rows, cols, dtype, dtype, device.arch, device.multiprocessors, device.shared_kib << 10)
+    return _C.cuda_plan(pass_ == "backward", rows, cols, dtype, dtype, dtype, device.arch, device.multiprocessors, device.shared_kib << 10)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -94,4 +94,4 @@ def test_explain_errors():
     with pytest.raises(ValueError, match="float64"):
         explain("forward", 1, 64, torch.float64, DEVICES["H100"])
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
-        _C.cuda_plan(False, 1, 64, torch.float64, torch.float64, 90, 132, 227 << 10)
+        _C.cuda_plan(False, 1, 64, torch.float64, torch.float64, torch.float64, 90, 132, 227 << 10)

@@ -139,7 +139,8 @@ void backward_row(const RmsNormBackward& p, int64_t row, T* partial) {
   const double c = sum / double(p.cols);
   store(p.dx, p.x_dtype, row * p.cols, (row + 1) * p.cols, [&](int64_t at) {
     const int64_t i = at - row * p.cols;
-    return (weight_at(p, i) * dy(i) - x.xhat(i) * c) * x.unit * x.scale;
+    const double dx = (weight_at(p, i) * dy(i) - x.xhat(i) * c) * x.unit * x.scale;
+    return p.dresidual ? dx + load(p.dresidual, p.x_dtype, p.dresidual_rows.offset(row) + i) : dx;
   });
 }
 

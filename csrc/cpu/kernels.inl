@@ -530,6 +530,7 @@ template <class Tdy, class Tx>
 struct GradientRow {
   const Tdy* dy;
   const Tx* x;
+  const Tx* dresidual;
   Tx* dx;
   float rstd;
   float mean;  // of g * xhat
@@ -547,7 +548,8 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Fetch<Tdy> next_dy, Fetch<Tx> nex
     return kDx ? mul(r, sub(mul(d, w), mul(xhat, c))) : zero();
   };
   const auto one = [&](int64_t i, int n, auto in_step) INLINE_LAMBDA {
-    const V result = vector(load(row.dy + i, n), load(row.x + i, n), kDx ? weight(i, n) : zero(), partial + i, n);
+    V result = vector(load(row.dy + i, n), load(row.x + i, n), kDx ? weight(i, n) : zero(), partial + i, n);
+    if (kDx && row.dresidual) result = add(result, load(row.dresidual + i, n));
     if constexpr (kDx) write<kStream && in_step.value>(row.dx + i, result, n);
   };
   const auto step = [&](int64_t i) INLINE_LAMBDA {
@@ -557,8 +559,12 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Fetch<Tdy> next_dy, Fetch<Tx> nex
 #pragma GCC unroll 2
       for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
         const Pair d = split(row.dy + j), x = split(row.x + j), w = kDx ? weight.pair(j) : Pair{};
-        const V even = vector(d.even, x.even, w.even, partial + j, kLanes);
-        const V odd = vector(d.odd, x.odd, w.odd, partial + j + kLanes, kLanes);
+        V even = vector(d.even, x.even, w.even, partial + j, kLanes);
+        V odd = vector(d.odd, x.odd, w.odd, partial + j + kLanes, kLanes);
+        if (kDx && row.dresidual) {
+          const Pair other = split(row.dresidual + j);
+          even = add(even, other.even), odd = add(odd, other.odd);
+        }
         if constexpr (kDx) join<kStream, false>(row.dx + j, {even, odd});
       }
     } else {
@@ -596,6 +602,7 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
   const int64_t cols = p.cols, block_rows = rms_norm_backward_plan(p).block_rows;
   const auto row_at = [&](int64_t row) {
     return Row{static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row), static_cast<const Tx*>(p.x) + p.x_rows.offset(row),
+               p.dresidual ? static_cast<const Tx*>(p.dresidual) + p.dresidual_rows.offset(row) : nullptr,
                static_cast<Tx*>(p.dx) + row * cols, static_cast<const float*>(p.rstd)[row], 0};
   };
   WeightTiles weight(p, kGradientPairs<Tdy, Tx>);

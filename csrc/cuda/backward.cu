@@ -12,12 +12,12 @@ struct RowStats {
 };
 
 struct BackwardArgs {
-  View dy, x, weight;
+  View dy, x, weight, dresidual;
   const float* rstd;
   void* dx;
   float* partial;  // sums for dweight, [blocks, cols]; nullptr: not wanted
   RowStats* stats;
-  Rows dy_rows, x_rows;
+  Rows dy_rows, x_rows, dresidual_rows;
   int64_t rows, cols;
   double eps;
   float weight_offset, inv_cols;
@@ -63,22 +63,33 @@ struct Backward {
     });
   }
 
-  // Stores dx at `index` and adds to the sums for dweight.
-  static __device__ void finish(const BackwardArgs& a, int64_t index, int count, XChunk& x, DYChunk& dy, WChunk& w,
+  static __device__ void fetch_dresidual(const BackwardArgs& a, int64_t row, int64_t col) {
+    if (a.dresidual.data == nullptr || a.dx == nullptr) return;
+    fetch_chunk(a.dresidual, sizeof(X), row_offset(a.dresidual_rows, row) + col, static_cast<int>(min(a.cols - col, int64_t{1})));
+  }
+
+  // Stores dx and adds to the sums for dweight, `count` of each from (row, col) on.
+  static __device__ void finish(const BackwardArgs& a, int64_t row, int64_t col, int count, XChunk& x, DYChunk& dy, WChunk& w,
                                 const RowStats& s, float2 (&dweight)[kPairs]) {
     x.stay_packed();
     dy.stay_packed();
     w.stay_packed();
-    XChunk dx;
+    const bool has_dresidual = a.dresidual.data != nullptr && a.dx != nullptr;
+    XChunk dx, dresidual;
+    if (has_dresidual) {
+      dresidual = load_chunk<X, kElems>(a.dresidual, row_offset(a.dresidual_rows, row) + col, count);
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float2 d = dy.get(i), g = times_weight(a, d, w.get(i));
       float2 xhat = normalized(x.get(i), s);
-      dx.set(i, {(g.x - xhat.x * s.mean) * s.rstd * s.pre, (g.y - xhat.y * s.mean) * s.rstd * s.pre});
+      float2 result = {(g.x - xhat.x * s.mean) * s.rstd * s.pre, (g.y - xhat.y * s.mean) * s.rstd * s.pre};
+      if (has_dresidual) result = {result.x + dresidual.get(i).x, result.y + dresidual.get(i).y};
+      dx.set(i, result);
       if (a.cast_before_weight) xhat = round_to<X>(xhat);
       dweight[i] = {__fmaf_rn(d.x, xhat.x, dweight[i].x), __fmaf_rn(d.y, xhat.y, dweight[i].y)};
     }
-    if (a.dx != nullptr) store_chunk(static_cast<X*>(a.dx) + index, dx, count, a.dx_aligned);
+    if (a.dx != nullptr) store_chunk(static_cast<X*>(a.dx) + row * a.cols + col, dx, count, a.dx_aligned);
   }
 
   static __device__ void store_partial(float* p, int count, const float2 (&dweight)[kPairs], bool aligned) {
@@ -91,11 +102,13 @@ struct Backward {
 
 template <int kVectors>
 constexpr int kThreads = kVectors < kBackwardVectors ? kBackwardThreads : kMaxThreads;
+template <typename X, typename DY, typename W>
+constexpr int kBlocks = kRegisterFile / (kMaxThreads * backward_registers(sizeof(DY) > sizeof(X) || sizeof(W) > sizeof(X)));
 
 // Rows held in registers: x and dy are read once. Each thread keeps the sums for dweight of its columns over all
 // rows that its block works on.
 template <typename X, typename DY, typename W, int kVectors>
-__global__ __launch_bounds__(kThreads<kVectors>, 2) void backward_rows(const __grid_constant__ BackwardArgs a) {
+__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backward_rows(const __grid_constant__ BackwardArgs a) {
   meet_neighbours();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
@@ -132,6 +145,7 @@ __global__ __launch_bounds__(kThreads<kVectors>, 2) void backward_rows(const __g
         const int col = column(k);
         x[r][k] = load_chunk<X, kElems>(a.x, x_offset + col, cols - col);
         dy[r][k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, cols - col);
+        B::fetch_dresidual(a, row, col);
       }
       stats[r] = B::row_scale(a, row, x_offset);
     }
@@ -149,7 +163,7 @@ __global__ __launch_bounds__(kThreads<kVectors>, 2) void backward_rows(const __g
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         const int col = column(k);
-        B::finish(a, row * a.cols + col, cols - col, x[r][k], dy[r][k], w[k], stats[r], dweight[k]);
+        B::finish(a, row, col, cols - col, x[r][k], dy[r][k], w[k], stats[r], dweight[k]);
       }
     }
   }
@@ -210,6 +224,7 @@ __global__ __launch_bounds__(kBackwardSliceThreads, 2) void backward_shared_rows
         x[k] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
         dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + column(chunk), count(chunk));
         w[k] = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
+        if (chunk < chunks) B::fetch_dresidual(a, row, column(chunk));
       }
       sum[0] = sum[0] + Sum{B::dot(a, x, dy, w, stats)};
 #pragma unroll
@@ -233,7 +248,7 @@ __global__ __launch_bounds__(kBackwardSliceThreads, 2) void backward_shared_rows
       float2 dweight[B::kPairs];
 #pragma unroll
       for (int i = 0; i < B::kPairs; ++i) dweight[i] = kept_sum.get(i);
-      B::finish(a, row * a.cols + column(chunk), count(chunk), x, dy, w, stats, dweight);
+      B::finish(a, row, column(chunk), count(chunk), x, dy, w, stats, dweight);
 #pragma unroll
       for (int i = 0; i < B::kPairs; ++i) kept_sum.set(i, dweight[i]);
       put_chunk(kept_dweight, chunks, chunk, kept_sum);
@@ -310,7 +325,7 @@ __global__ __launch_bounds__(kStripThreads, 1) void backward_long_strips(const _
 #pragma unroll
     for (int r = 0; r < kStripRows; ++r) {
       if (first + r >= end) continue;
-      B::finish(a, (first + r) * a.cols + col, count, x[r], dy[r], w, a.stats[first + r], dweight);
+      B::finish(a, first + r, col, count, x[r], dy[r], w, a.stats[first + r], dweight);
     }
   }
   if (a.partial != nullptr) {
@@ -379,7 +394,7 @@ struct Layout {
     const DType wide = DType::kFloat64;
     in_double = p.dy_dtype == wide || p.x_dtype == wide || w_dtype == wide;
     if (in_double) return;
-    plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, here);
+    plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, w_dtype, here);
     strips = plan_strips(p.rows, p.cols, p.x_dtype, here);
     const bool once = plan.keep != Keep::kNowhere;
     partial_rows = once ? plan.blocks / plan.cluster : strips.blocks;
@@ -408,6 +423,8 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   a.dy = {p.dy, p.dy_dtype, rows_aligned(p.dy, p.dy_rows, p.rows, p.dy_dtype, elems)};
   a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
   a.weight = {p.weight, layout.w_dtype, row_aligned(p.weight, layout.w_dtype, elems)};
+  a.dresidual = {p.dresidual, p.x_dtype, rows_aligned(p.dresidual, p.dresidual_rows, p.rows, p.x_dtype, elems)};
+  a.dresidual_rows = p.dresidual_rows;
   a.rstd = static_cast<const float*>(p.rstd);
   a.dx = p.dx;
   a.stats = static_cast<RowStats*>(p.workspace);

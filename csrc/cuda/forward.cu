@@ -187,18 +187,28 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep ? 2 : 1) void forward_l
         if (kKeep && chunk < chunks) put_chunk(kept, chunks, chunk, x[k]);
       }
     }
+    typename F::WChunk w[kForwardVectors];
+    const auto load_weights = [&](int tile) {
+#pragma unroll
+      for (int k = 0; k < kForwardVectors; ++k) {
+        const int chunk = tile + k * lanes + lane;
+        w[k] = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
+      }
+    };
+    int tile = (chunks - 1) / step * step;
+    load_weights(tile);
     row_sum(sum, 1, lanes, cluster, scratch, turn);
     const Scale s = F::scale(a, sum[0], row, x_offset, cluster, lane);
-    for (int tile = (chunks - 1) / step * step; tile >= 0; tile -= step) {
+    for (; tile >= 0; tile -= step) {
       if (!kKeep) load(tile);
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
         const int chunk = tile + k * lanes + lane;
         if (chunk >= chunks) continue;
-        typename F::WChunk w = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
         if (kKeep) get_chunk(kept, chunks, chunk, x[k]);
-        F::store(a, y_offset + column(chunk), count(chunk), x[k], w, s);
+        F::store(a, y_offset + column(chunk), count(chunk), x[k], w[k], s);
       }
+      if (tile > 0) load_weights(tile - step);
     }
   }
 }

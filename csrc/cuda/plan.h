@@ -18,7 +18,7 @@ inline int vector_elems(DType x) { return 16 / size_of(x); }
 inline DType held_dtype(DType x, DType other) { return other == x ? x : DType::kFloat32; }
 
 constexpr int kWarp = 32;
-// Threads of a row in registers.
+// Threads of a row in registers: of such blocks two or three fit a multiprocessor.
 constexpr int kMaxThreads = 256;
 // Those of a block's slice of a longer row. Two such blocks fit: 64 and 48 KiB are then in flight, above the 20 to 50 KiB
 // that bandwidth times latency asks for on H100 and B200.
@@ -27,8 +27,8 @@ constexpr int kBackwardSliceThreads = 384;
 // Registers that a thread may take; tests/test_native.py compares with what the compiler took.
 constexpr int kForwardRegisters = 80;
 constexpr int kForwardSliceRegisters = 64;
-constexpr int kBackwardRegisters = 80;
-constexpr int kBackwardRegistersHalf = 112;  // of 16-bit x: more columns a thread, and a sum for each
+constexpr int kForwardTwiceRegisters = 112;  // where a row is read twice
+constexpr int backward_registers(bool mixed) { return mixed ? 112 : 80; }  // mixed: fp32 dy or weight beside 16-bit x
 constexpr int kBackwardSliceRegisters = 80;
 constexpr int kRegisterFile = 1 << 16;
 // Threads of a block that works on several short rows: small, so that blocks come and go evenly.
@@ -120,7 +120,9 @@ inline int64_t resident_rows(const Plan& plan, const Device& device) {
 inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device) {
   Plan plan = plan_row(cols, x, kForwardVectors, kForwardThreads, kForwardSliceThreads, 16, device);
   if (plan.lanes > kWarp) plan.threads = plan.lanes;  // one row: its threads may meet at a barrier
-  plan.registers = plan.keep == Keep::kShared ? kForwardSliceRegisters : kForwardRegisters;
+  plan.registers = plan.keep == Keep::kShared    ? kForwardSliceRegisters
+                   : plan.keep == Keep::kNowhere ? kForwardTwiceRegisters
+                                                 : kForwardRegisters;
   plan.resident = resident_blocks(plan, device);
   // Threads with one or two vectors of a row take four or two rows at a time: that many waves fewer.
   const int waves = kForwardWaves * plan.vectors / kForwardVectors;
@@ -130,13 +132,12 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& devi
 }
 
 // blocks / cluster: also the number of rows of partial sums.
-inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const Device& device) {
+inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, DType w, const Device& device) {
   const int elems = vector_elems(x);
   const int64_t kept_bytes = 16 + elems * (size_of(held_dtype(x, dy)) + int64_t{sizeof(float)});  // and a sum for dweight
   Plan plan = plan_row(cols, x, kBackwardVectors, kBackwardThreads, kBackwardSliceThreads, kept_bytes, device);
-  plan.registers = plan.keep != Keep::kRegisters ? kBackwardSliceRegisters
-                   : x == DType::kFloat32        ? kBackwardRegisters
-                                                 : kBackwardRegistersHalf;
+  const bool mixed = held_dtype(x, dy) != x || held_dtype(x, w) != x;
+  plan.registers = plan.keep == Keep::kRegisters ? backward_registers(mixed) : kBackwardSliceRegisters;
   plan.resident = resident_blocks(plan, device);
   const int64_t limit = resident_rows(plan, device);
   const int64_t groups = ceil_div(rows, plan.threads / plan.lanes);
@@ -157,7 +158,7 @@ constexpr int kStripRows = 4;  // rows taken at a time: four vectors of x and of
 inline StripPlan plan_strips(int64_t rows, int64_t cols, DType x, const Device& device) {
   StripPlan plan;
   plan.strips = ceil_div(cols, kStripThreads * vector_elems(x));
-  const int64_t limit = ceil_div(int64_t{device.multiprocessors} * (kRegisterFile / (kBackwardRegistersHalf * kStripThreads)), plan.strips);
+  const int64_t limit = ceil_div(int64_t{device.multiprocessors} * (kRegisterFile / (backward_registers(true) * kStripThreads)), plan.strips);
   plan.blocks = even_blocks(ceil_div(rows, kStripRows), limit);
   return plan;
 }

@@ -68,7 +68,9 @@ __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
     for (int o = kWarp / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     const double mean = sum / p.cols;
     for (int64_t col = lane; col < p.cols; col += kWarp) {
-      store_any(p.dx, p.x_dtype, row * p.cols + col, normalized(g(col) - xhat(col) * mean));
+      double dx = normalized(g(col) - xhat(col) * mean);
+      if (p.dresidual != nullptr) dx += load_any(p.dresidual, p.x_dtype, row_offset(p.dresidual_rows, row) + col);
+      store_any(p.dx, p.x_dtype, row * p.cols + col, dx);
     }
   }
 }

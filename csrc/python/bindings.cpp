@@ -144,17 +144,17 @@ void set_isa(const std::optional<std::string>& name) {
   throw py::value_error(message);
 }
 
-py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy, at::ScalarType x, int arch,
-                   int multiprocessors, int64_t shared_bytes) {
+py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy, at::ScalarType x, at::ScalarType w,
+                   int arch, int multiprocessors, int64_t shared_bytes) {
   const rmsnorm::cuda::Device device{arch, multiprocessors, shared_bytes};
   const auto dtype = [](at::ScalarType type) {
     const auto known = rmsnorm::as_dtype(type);
     if (!known || *known == rmsnorm::DType::kFloat64) throw py::value_error("cuda_plan: expected float32, float16 or bfloat16");
     return *known;
   };
-  const rmsnorm::cuda::Plan plan = backward
-                                       ? rmsnorm::cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), device)
-                                       : rmsnorm::cuda::rms_norm_forward_plan(rows, cols, dtype(x), device);
+  const rmsnorm::cuda::Plan plan =
+      backward ? rmsnorm::cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), dtype(w), device)
+               : rmsnorm::cuda::rms_norm_forward_plan(rows, cols, dtype(x), device);
   using namespace py::literals;
   return py::dict("keep"_a = static_cast<int>(plan.keep), "vectors"_a = plan.vectors, "lanes"_a = plan.lanes,
                   "threads"_a = plan.threads, "registers"_a = plan.registers, "cluster"_a = plan.cluster,

@@ -247,11 +247,13 @@ std::vector<Forward> forward_mixes() {
 struct Backward {
   Forward f;
   DType dy_type;
-  Tensor x, dy, w, rstd;
+  Tensor x, dy, w, rstd, dresidual;
+  bool with_dresidual = false;
 
   Backward(const Forward& forward, DType dy_dtype, int64_t rows, int64_t cols, Layout layout = Layout::kDense)
       : f(forward), dy_type(dy_dtype), x(f.x_type, rows, cols, layout), dy(dy_type, rows, cols, layout),
-        w(f.w_type, 1, cols), rstd(f.rstd_type(), 1, rows) {
+        w(f.w_type, 1, cols), rstd(f.rstd_type(), 1, rows), dresidual(f.x_type, rows, cols, layout) {
+    fill_normal(dresidual);
     fill_normal(x);
     fill_normal(dy);
     fill_normal(w, 0.2, f.offset != 0 ? 0 : 1);
@@ -296,8 +298,9 @@ struct BackwardReference {
       }
       for (int64_t i = 0; i < cols; ++i) {
         const Real xhat = b.x.get(row, i) * r, gdy = b.f.weight(b.w, i) * b.dy.get(row, i);
-        dx[row * cols + i] = r * (gdy - xhat * c);
+        dx[row * cols + i] = r * (gdy - xhat * c) + (b.with_dresidual ? b.dresidual.get(row, i) : 0);
         dx_size[row * cols + i] = r * (3 * std::fabs(gdy) + std::fabs(xhat) * (3 * std::fabs(c) + 3 * c_size));
+        if (b.with_dresidual) dx_size[row * cols + i] += std::fabs(dx[row * cols + i]);  // the sum rounds once more
       }
     }
   }
@@ -333,8 +336,9 @@ struct BackwardReference {
 
 RmsNormBackward params(Backward& b, Gradients& to, bool want_dx, bool want_dweight) {
   return {b.dy.data(), b.x.data(), b.f.weighted ? b.w.data() : nullptr, b.rstd.data(),
+          b.with_dresidual ? b.dresidual.data() : nullptr,
           want_dx ? to.dx.data() : nullptr, want_dweight ? to.dweight.data() : nullptr, nullptr,
-          b.dy.place, b.x.place, b.x.rows, b.x.cols, b.f.eps, b.f.offset, b.f.cast, b.dy_type, b.f.x_type, b.f.w_type,
+          b.dy.place, b.x.place, b.dresidual.place, b.x.rows, b.x.cols, b.f.eps, b.f.offset, b.f.cast, b.dy_type, b.f.x_type, b.f.w_type,
           false};
 }
 

@@ -234,10 +234,12 @@ void check_backward_sizes() {
     for (const DType dy : kFast) {
       for (const int64_t cols : {1, 7, 64, 65, 130, 300}) {
         Backward b(f, dy, cols == 64 ? 40 : 5, cols, kLayouts[turn++ % 4]);
+        b.with_dresidual = turn % 3 == 0;
         check_backward(b, "sizes");
       }
     }
     Backward wide_rows(f, f.y_type(), 19, 8259);  // three blocks, two tiles of weights
+    wide_rows.with_dresidual = turn % 2;
     check_backward(wide_rows, "long");
     if (f.offset == 0) {
       Backward many(f, f.y_type(), 1000, 9);  // four blocks
@@ -271,6 +273,7 @@ void check_backward_extremes() {
                         {"no gradient", bf16, 0, 1e-8L, 0}}) {
     for (int64_t cols : {70, 1100}) {
       Backward b({c.type, c.type, true, false, 0, c.eps}, c.type, 9, cols);
+      b.with_dresidual = cols > 1000;
       fill(b.x, [&](int64_t row, int64_t) { return (row == 4 ? c.scale : 1) * normal(); });
       fill(b.dy, [&](int64_t row, int64_t) { return (row == 4 ? c.dy_scale : 1) * normal(); });
       check_backward(b, c.what);

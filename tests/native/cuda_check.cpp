@@ -75,10 +75,11 @@ void check_forward(const Forward& f, int64_t rows, int64_t cols, Layout layout) 
 
 Gradients run_backward(Backward& b, bool want_dx, bool want_dweight) {
   Gradients result(b);
-  OnDevice x(b.x), dy(b.dy), w(b.w), rstd(b.rstd), dx(result.dx), dweight(result.dweight);
+  OnDevice x(b.x), dy(b.dy), w(b.w), rstd(b.rstd), dresidual(b.dresidual), dx(result.dx), dweight(result.dweight);
   RmsNormBackward p = params(b, result, want_dx, want_dweight);
   p.x = x.data(), p.dy = dy.data(), p.rstd = rstd.data();
   if (p.weight) p.weight = w.data();
+  if (p.dresidual) p.dresidual = dresidual.data();
   if (p.dx) p.dx = dx.data();
   if (p.dweight) p.dweight = dweight.data();
   const int64_t bytes = cuda::rms_norm_backward_workspace(p);
@@ -98,6 +99,7 @@ Gradients run_backward(Backward& b, bool want_dx, bool want_dweight) {
 
 void check_backward(const Forward& f, DType dy, int64_t rows, int64_t cols, Layout layout) {
   Backward b(f, dy, rows, cols, layout);
+  b.with_dresidual = cols % 4 != 0 || cols > 100000;
   Tensor y(f.y_type(), rows, cols);
   Tensor r(f.rstd_type(), 1, rows, Layout::kDense, kGuard);
   run_forward(f, b.x, b.w, y, &r);

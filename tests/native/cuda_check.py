@@ -111,8 +111,8 @@ class ForwardParams(ctypes.Structure):
 
 
 class BackwardParams(ctypes.Structure):
-    _fields_ = [("dy", P), ("x", P), ("weight", P), ("rstd", P), ("dx", P), ("dweight", P), ("workspace", P),
-                ("dy_rows", Rows), ("x_rows", Rows), ("rows", I64), ("cols", I64), ("eps", ctypes.c_double),
+    _fields_ = [("dy", P), ("x", P), ("weight", P), ("rstd", P), ("dresidual", P), ("dx", P), ("dweight", P), ("workspace", P),
+                ("dy_rows", Rows), ("x_rows", Rows), ("dresidual_rows", Rows), ("rows", I64), ("cols", I64), ("eps", ctypes.c_double),
                 ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool), ("dy_dtype", ctypes.c_int32),
                 ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("stream", ctypes.c_bool)]
 
@@ -139,7 +139,7 @@ class Gpu:
         self.k = ctypes.CDLL(os.path.abspath(lib))
         self.k.workspace.restype = I64
         self.k.error_string.restype = self.k.architectures.restype = ctypes.c_char_p
-        self.k.plan.argtypes = [ctypes.c_int, I64, I64, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Device)]
+        self.k.plan.argtypes = [ctypes.c_int, I64, I64] + [ctypes.c_int] * 3 + [ctypes.POINTER(Device)]
         self.k.plan.restype = Plan
         self.k.device.restype = Device
         for which, params in enumerate((ForwardParams, BackwardParams)):
@@ -155,13 +155,17 @@ class Gpu:
             self.rt.cusim_set_option(key.encode(), value.encode())
 
     def plan(self, backward, cols, dy, x, rows=1, device=None):
-        return self.k.plan(int(backward), rows, cols, dy, x, device or self.k.device())
+        return self.k.plan(int(backward), rows, cols, dy, x, x, device or self.k.device())
+
+    def stats(self):
+        """What the simulator counted of the last launch."""
+        self.rt.cusim_stats_json.restype = ctypes.c_char_p
+        self.rt.cusim_stats_json.argtypes = [ctypes.c_longlong]
+        return json.loads(self.rt.cusim_stats_json(-1))
 
     def traffic(self):
         """Bytes that the last launch asked of global memory: loaded and stored."""
-        self.rt.cusim_stats_json.restype = ctypes.c_char_p
-        self.rt.cusim_stats_json.argtypes = [ctypes.c_longlong]
-        stats = json.loads(self.rt.cusim_stats_json(-1))
+        stats = self.stats()
         return stats["load_bytes"], stats["store_bytes"]
 
 
@@ -322,7 +326,7 @@ def check_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, tolera
 
 
 def run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, *, eps=1e-6, offset=0.0, cast=False, dy_layout=None, x_layout=None,
-                 shift=(0, 0, 0, 0), want=(True, True)):
+                 shift=(0, 0, 0, 0), want=(True, True), dresidual=None):
     rows, cols = x.shape
     dy_layout, x_layout = dy_layout or dense(rows, cols), x_layout or dense(rows, cols)
     wt = wt if w is not None else xt
@@ -330,16 +334,17 @@ def run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, *, eps=1e-6, offset=0.0, cast
     xb = Buffer(gpu, x_layout.place(x, nan_of(xt)), shift[1])
     wb = Buffer(gpu, w, shift[2]) if w is not None else None
     rb = Buffer(gpu, rstd)
+    db = Buffer(gpu, x_layout.place(dresidual, nan_of(xt)), shift[1]) if dresidual is not None else None
     dxb = Buffer(gpu, np.full((rows, cols), nan_of(xt), RAW[xt]), shift[3]) if want[0] else None
     dwb = Buffer(gpu, np.full(cols, nan_of(wt), RAW[wt])) if want[1] else None
-    p = BackwardParams(dyb.address, xb.address, wb and wb.address, rb.address, dxb and dxb.address, dwb and dwb.address,
-                       None, dy_layout.rows, x_layout.rows, rows, cols, eps, offset, cast, dyt, xt, wt)
+    p = BackwardParams(dyb.address, xb.address, wb and wb.address, rb.address, db and db.address, dxb and dxb.address, dwb and dwb.address,
+                       None, dy_layout.rows, x_layout.rows, x_layout.rows, rows, cols, eps, offset, cast, dyt, xt, wt)
     size = gpu.k.workspace(ctypes.byref(p))
     wsb = Buffer(gpu, np.full(size, 0xFF, np.uint8)) if size else None
     p.workspace = wsb and wsb.address
     gpu.check(gpu.k.backward(ctypes.byref(p)))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
-    for b in (dyb, xb, wb, rb, wsb):
+    for b in (dyb, xb, wb, rb, db, wsb):
         if b:
             b.read()
     return dxb.read() if dxb else None, dwb.read() if dwb else None
@@ -359,6 +364,9 @@ def check_backward(gpu, dy, dyt, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=Fal
         c = (g * xhat).mean(axis=1, keepdims=True)
         want_dx = r[:, None] * (g - xhat * c)
         size = np.abs(r)[:, None] * (np.abs(g) + np.abs(xhat) * np.abs(g * xhat).mean(axis=1, keepdims=True))
+        if how.get("dresidual") is not None:
+            want_dx = want_dx + wide(how["dresidual"], xt)
+            size = size + np.abs(want_dx)  # the sum rounds once more
         if dx is not None:
             compare("dx", dx, xt, want_dx, 12 * unit * size)
         if dw is not None:
@@ -567,6 +575,8 @@ def backward_forms(gpu, rng, quick):
                     assert dx2 is None or (dx2 == dx).all(), f"other dx with {how}"
                     assert dw2 is None or (dw2 == dw).all(), f"other dweight with {how}"
 
+                check_backward(gpu, dy, dyt, x, xt, w, wt, cast=cast, dresidual=random_values(rng, (rows, cols), xt),
+                               x_layout=Layout([rows], [cols + int(rng.integers(5))], cols))
                 gpu.option("order", "random:7")
                 same()
                 gpu.option("order", "reverse")
@@ -660,6 +670,10 @@ def traffic(gpu, rng, quick):
                 run_forward(gpu, x, xt, None, None)
                 if gpu.plan(False, cols, xt, xt).keep != NOWHERE:
                     assert gpu.traffic() == (bytes_of_x, bytes_of_x + 4 * rows), ("forward", gpu.traffic(), bytes_of_x)
+                    stats = gpu.stats()
+                    assert cols * size % 32 or stats["load_efficiency"] == 1, "sectors are loaded in part"
+                    widths = {width for width, count in stats["load_instr_by_width"].items() if count}
+                    assert cols * size % 16 or widths == {"16"}, f"loads of {widths} bytes"
                 rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
                 run_backward(gpu, dy, xt, x, xt, None, None, rstd, want=(True, False))
                 plan = gpu.plan(True, cols, xt, xt)
@@ -667,6 +681,8 @@ def traffic(gpu, rng, quick):
                     loaded, stored = gpu.traffic()  # beside x and dy, each thread loads rstd
                     assert loaded == 2 * bytes_of_x + 4 * rows * plan.lanes * plan.cluster, ("backward", loaded, bytes_of_x)
                     assert stored == bytes_of_x, ("backward", stored, bytes_of_x)
+                    run_backward(gpu, dy, xt, x, xt, None, None, rstd, want=(True, False), dresidual=dy)
+                    assert gpu.traffic() == (loaded + bytes_of_x, stored), ("with dresidual", gpu.traffic())
 
 
 def main():
