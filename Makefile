@@ -23,6 +23,9 @@ build: $(VENV)/ready
 bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
+bench-cuda: build
+	$(BIN)/python benchmarks/cuda.py $(ARGS)
+
 $(VENV)/ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("python3 >= 3.10 is needed; this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
@@ -39,4 +42,4 @@ $(VENV)/demo-ready: $(VENV)/ready
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/lib rmsnorm_cuda/_C.*.so
 
-.PHONY: demo test build bench clean
+.PHONY: demo test build bench bench-cuda clean

@@ -345,17 +345,18 @@ __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWei
   meet_neighbours();
   __shared__ double sums[32][33];
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
-  const int64_t col = int64_t{blockIdx.x} * 32 + lane;
+  const int64_t first = int64_t{blockIdx.x} * 32;
   double sum = 0;
-  if (col < a.cols) {
-#pragma unroll 4
-    for (int64_t i = group; i < a.blocks; i += 32) sum += a.partial[i * a.cols + col];
+  if (first + lane < a.cols) {
+#pragma unroll 8
+    for (int64_t i = group; i < a.blocks; i += 32) sum += a.partial[i * a.cols + first + lane];
   }
   sums[group][lane] = sum;
   __syncthreads();
-  if (group > 0 || col >= a.cols) return;
-  for (int i = 1; i < 32; ++i) sum += sums[i][lane];
-  store_any(a.dweight, a.dtype, col, sum);
+  sum = sums[lane][group];  // now a warp has a column
+#pragma unroll
+  for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+  if (lane == 0 && first + group < a.cols) store_any(a.dweight, a.dtype, first + group, sum);
 }
 
 template <typename X, typename DY, typename W>
