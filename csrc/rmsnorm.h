@@ -40,9 +40,18 @@ struct Rows {
   }
 };
 
-// y may be x itself (same pointer, same rows): a row is read before it is written.
+// What x is the sum of, where it has to be formed first: input + residual in fp32 (fp64 if either is), rounded to x_dtype.
+struct Addends {
+  const void* input;     // [rows, cols], input_dtype, placed by input_rows; nullptr: x is there
+  const void* residual;  // [rows, cols], x_dtype, placed by residual_rows; may be x itself
+  DType input_dtype;
+  Rows input_rows;
+  Rows residual_rows;
+};
+
+// y may be x itself, or the input of the addends (same pointer, same rows): a row is read before it is written.
 struct RmsNormForward {
-  const void* x;       // [rows, cols], x_dtype, placed by x_rows
+  const void* x;       // [rows, cols], x_dtype, placed by x_rows; written first if it has addends
   const void* weight;  // [cols], w_dtype; nullptr: no weight (and weight_offset is not looked at)
   void* y;             // [rows, cols], y_dtype, placed by y_rows
   void* rstd;          // [rows], 1 / sqrt(mean(x^2) + eps): double if x_dtype is kFloat64, else float; nullptr: not wanted
@@ -55,8 +64,9 @@ struct RmsNormForward {
   bool cast_before_weight;  // round x * rstd to x_dtype, then multiply by the weight and round to y_dtype
   DType x_dtype;
   DType w_dtype;
-  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype
+  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype; with addends also input_dtype
   bool stream;    // a hint to the CPU: write y past the caches, which it would only pass through
+  Addends addends;
 };
 
 // dx = rstd * (g - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,

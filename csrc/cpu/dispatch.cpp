@@ -98,7 +98,10 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
     const bool other = p.x_dtype == DType::kFloat16 && !named.load(std::memory_order_relaxed) && avx2_is_better_for_half();
     return (other ? *find("avx2") : k).forward(p, row_begin, row_end);
   }
-  for (int64_t row = row_begin; row < row_end; ++row) forward_row_fp64(p, row);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    if (p.addends.input) add_row_fp64(p, row);
+    forward_row_fp64(p, row);
+  }
 }
 
 // A block of 32768 elements is some 10 us of work and enough rows to pay for its row of partial

@@ -155,6 +155,16 @@ bool wide(const RmsNormBackward& p) {
   return p.x_dtype == DType::kFloat64 || p.dy_dtype == DType::kFloat64 || (weighted && p.w_dtype == DType::kFloat64);
 }
 
+void add_row_fp64(const RmsNormForward& p, int64_t row) {
+  const Addends& a = p.addends;
+  const int64_t begin = p.x_rows.offset(row), input = a.input_rows.offset(row), residual = a.residual_rows.offset(row);
+  const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
+  store(const_cast<void*>(p.x), p.x_dtype, begin, begin + p.cols, [&](int64_t at) {
+    const double left = load(a.input, a.input_dtype, input + at - begin), right = load(a.residual, p.x_dtype, residual + at - begin);
+    return in_double ? left + right : float(left) + float(right);
+  });
+}
+
 void forward_row_fp64(const RmsNormForward& p, int64_t row) {
   const Row x = normalize(p, row);
   const int64_t begin = p.y_rows.offset(row);

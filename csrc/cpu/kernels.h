@@ -81,6 +81,7 @@ constexpr int64_t kGradientTile = 1024;
 // fp64.cpp: one row in double with dtypes read at run time, for fp64 tensors and for the rows out
 // of that range. partial is the block's row of the workspace; double if `wide`, else float.
 bool wide(const RmsNormForward& p);
+void add_row_fp64(const RmsNormForward& p, int64_t row);
 bool wide(const RmsNormBackward& p);
 void forward_row_fp64(const RmsNormForward& p, int64_t row);
 void backward_row_fp64(const RmsNormBackward& p, int64_t row, void* partial);

@@ -326,7 +326,48 @@ INLINE bool within(const float* w, int64_t count, int exponent) {
   return found ? within_one_by_one(w, count, exponent) : within_one_by_one(w + i, count - i, exponent);
 }
 
+template <class F>
+INLINE void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float());
+    case DType::kFloat16: return f(Half());
+    case DType::kBFloat16: return f(BFloat16());
+    case DType::kFloat64: return;  // that is for fp64.cpp
+  }
+}
+
 // ---------------------------------------------------------------- forward
+
+// A row of x as the sum of its addends.
+template <class Tin, class Tx>
+void add_row(const RmsNormForward& p, int64_t row) {
+  const Tin* input = static_cast<const Tin*>(p.addends.input) + p.addends.input_rows.offset(row);
+  const Tx* residual = static_cast<const Tx*>(p.addends.residual) + p.addends.residual_rows.offset(row);
+  Tx* x = static_cast<Tx*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
+  const auto one = [&](int64_t i, int n) INLINE_LAMBDA { store(x + i, add(load(input + i, n), load(residual + i, n)), n); };
+  const auto step = [&](int64_t i) INLINE_LAMBDA {
+    if constexpr (kIsBFloat16<Tin> && kIsBFloat16<Tx>) {
+#pragma GCC unroll 2
+      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+        const Pair a = split(input + j), b = split(residual + j);
+        join<false, false>(x + j, {add(a.even, b.even), add(a.odd, b.odd)});
+      }
+    } else {
+      for_each_vector_of_step(i, one);
+    }
+  };
+  for_each_step<kIsBFloat16<Tin> && kIsBFloat16<Tx> ? kBlock : kStep>(0, p.cols, step, one);
+}
+
+using AddRow = void (*)(const RmsNormForward& p, int64_t row);
+
+// nullptr: x is no sum.
+template <class Tx>
+AddRow add_row_of(const RmsNormForward& p) {
+  AddRow result = p.addends.input ? add_row_fp64 : nullptr;
+  if (result) with_type(p.addends.input_dtype, [&](auto in) { result = add_row<decltype(in), Tx>; });
+  return result;
+}
 
 // Does a call that reads and writes so much find its next row in memory?
 template <class Tx>
@@ -393,10 +434,12 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
   const bool ahead = group > 1 && !far, in_halves = group == 1 && row_bytes >= kFetchInHalves;
   Doubles sums[kGroup];
   Large large;
+  const AddRow add_addends = add_row_of<Tx>(p);
   const auto fetched = [&](int64_t row) INLINE_LAMBDA {
     return Fetch<Tx>{fetch && row < row_end ? row_of_x(row) : nullptr, cols, in_halves};
   };
   const auto sum_row = [&](int64_t row, int64_t j) INLINE_LAMBDA {
+    if (add_addends) add_addends(p, row);
     Doubles sum = {};
     const Fetch<Tx> next = in_halves ? fetched(row + 1) : Fetch<Tx>{};
     add_products(sum, 0, cols, Squares<Tx, kUnit>{row_of_x(row), large, next});
@@ -493,7 +536,11 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
     }
     if (!ordinary) {
       if constexpr (kUnit) return rows(Bool<false>(), weight);
-      for (int64_t row = row_begin; row < row_end; ++row) forward_row_fp64(p, row);
+      const AddRow add_addends = add_row_of<Tx>(p);
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        if (add_addends) add_addends(p, row);
+        forward_row_fp64(p, row);
+      }
       return;
     }
   }
@@ -692,22 +739,21 @@ void sum_partials(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) 
 
 // ---------------------------------------------------------------- from dtypes to types
 
-template <class F>
-INLINE void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(float());
-    case DType::kFloat16: return f(Half());
-    case DType::kBFloat16: return f(BFloat16());
-    case DType::kFloat64: return;  // not here: dispatch.cpp has sent it to fp64.cpp
-  }
-}
-
 template <bool kUnit>
 void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
   set_last_isa(kIsaNames[kUnit]);
   with_type(p.x_dtype, [&](auto x) {
     using Tx = decltype(x);
     constexpr bool kTypedUnit = kUnit && kIsBFloat16<Tx>;
+    if constexpr (kIsFloat<Tx>) {  // a residual in fp32 beside 16-bit activations
+      if (p.y_dtype != p.x_dtype) {
+        return with_type(p.y_dtype, [&](auto y) {
+          using Ty = decltype(y);
+          if (p.cast_before_weight && p.weight) return forward_typed<Tx, Ty, true, false>(p, row_begin, row_end);
+          forward_typed<Tx, Ty, false, false>(p, row_begin, row_end);
+        });
+      }
+    }
     // Without a weight there is nothing to be cast before.
     if (!p.cast_before_weight || !p.weight) return forward_typed<Tx, Tx, false, kTypedUnit>(p, row_begin, row_end);
     if (p.y_dtype == p.x_dtype) return forward_typed<Tx, Tx, true, kTypedUnit>(p, row_begin, row_end);

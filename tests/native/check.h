@@ -186,7 +186,7 @@ struct Forward {
 
 RmsNormForward params(const Forward& f, Tensor& x, Tensor& w, Tensor& y, void* rstd) {
   return {x.data(), f.weighted ? w.data() : nullptr, y.data(), rstd,     x.place,  y.place, x.rows,
-          x.cols,   f.eps,                           f.offset, f.cast,   f.x_type, f.w_type, f.y_type(), false};
+          x.cols,   f.eps,                           f.offset, f.cast,   f.x_type, f.w_type, f.y_type(), false,  {}};
 }
 
 Real reference_rstd(const Forward& f, Tensor& x, int64_t row) {
