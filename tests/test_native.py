@@ -68,8 +68,9 @@ def test_cuda_kernels_compile_without_spills():
     # What the plans count on.
     half, full = torch.bfloat16, torch.float32
     for kind, limit in (
-        ("forward_rows<", registers(False, 4096, half)),
-        ("true>", registers(False, 40_000, half)),  # forward_long_rows that keep the row
+        ("forward_rows<float", registers(False, 4096, half)),
+        ("forward_rows<__nv_bfloat16, __nv_bfloat16", registers(False, 4096, half)),
+        ("false, true>", registers(False, 40_000, half)),  # forward_long_rows that keep the row
         ("forward_long_rows<", registers(False, 2_000_000, half)),
         ("backward_rows<__nv_bfloat16, __nv_bfloat16, __nv_bfloat16", registers(True, 4096, half)),
         ("backward_rows<__half, float, float", registers(True, 4096, torch.half, full)),

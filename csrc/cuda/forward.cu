@@ -6,21 +6,23 @@ namespace rmsnorm::cuda {
 namespace {
 
 struct ForwardArgs {
-  View x, weight;
+  View x, weight, input, residual;  // x = input + residual is formed first, if there is an input
   void* y;
   void* rstd;
-  Rows x_rows, y_rows;
+  Rows x_rows, y_rows, input_rows, residual_rows;
   int64_t rows, cols;
   double eps;
   Mean mean;
   float weight_offset;
   int lanes, cluster;
   int64_t slice;
+  DType y_dtype;
   bool y_aligned;
 };
 
-// W is the type the weight is held in (held_dtype in plan.h), and that of y after cast_before_weight.
-template <typename X, typename W, bool kCast>
+// W is the type the weight is held in (held_dtype in plan.h), and that of y after cast_before_weight. kAdd: x is a sum,
+// of a residual and an input of type X or, where X is fp32, of any (and so may y be).
+template <typename X, typename W, bool kCast, bool kAdd>
 struct Forward {
   using Y = std::conditional_t<kCast, W, X>;
   static constexpr int kElems = 16 / sizeof(X);
@@ -72,7 +74,35 @@ struct Forward {
       const float2 g = w.get(i);
       y.set(i, apply(x.get(i), {g.x + a.weight_offset, g.y + a.weight_offset}, s));
     }
+    const auto store_as = [&](auto element) {
+      using T = decltype(element);
+      Chunk<T, kElems> narrow;
+#pragma unroll
+      for (int i = 0; i < kElems / 2; ++i) narrow.set(i, y.get(i));
+      store_chunk(static_cast<T*>(a.y) + index, narrow, count, a.y_aligned);
+    };
+    if (kAdd && sizeof(X) == 4 && a.y_dtype == DType::kFloat16) return store_as(__half());
+    if (kAdd && sizeof(X) == 4 && a.y_dtype == DType::kBFloat16) return store_as(__nv_bfloat16());
     store_chunk(static_cast<Y*>(a.y) + index, y, count, a.y_aligned);
+  }
+
+  // One chunk of x, or of the residual beside one of the input.
+  static __device__ XChunk load(const ForwardArgs& a, int64_t row, int64_t col, int count, XChunk& input) {
+    if constexpr (!kAdd) return load_chunk<X, kElems>(a.x, row_offset(a.x_rows, row) + col, count);
+    input = load_chunk<X, kElems>(a.input, row_offset(a.input_rows, row) + col, count);
+    return load_chunk<X, kElems>(a.residual, row_offset(a.residual_rows, row) + col, count);
+  }
+  // x as their sum; on its own, since a load does not go past a store.
+  static __device__ void add(const ForwardArgs& a, int64_t row, int64_t col, int count, const XChunk& input, XChunk& x) {
+    if constexpr (kAdd) {
+#pragma unroll
+      for (int i = 0; i < kElems / 2; ++i) {
+        const float2 left = input.get(i), right = x.get(i);
+        x.set(i, {left.x + right.x, left.y + right.y});
+      }
+      X* const to = static_cast<X*>(const_cast<void*>(a.x.data)) + row_offset(a.x_rows, row) + col;
+      store_chunk(to, x, count, a.x.aligned);
+    }
   }
 
   // Once x is summed up and before y, which may be x, is written.
@@ -80,6 +110,7 @@ struct Forward {
                                 int lane) {
     Scale s;
     if (!fast_scale(sum, a.mean, s)) {
+      if (kAdd && a.lanes <= 32) __syncwarp();  // for what its other lanes wrote; longer rows have had a barrier
       s = rescued_scale(static_cast<const X*>(a.x.data) + offset, a.cols, a.eps, a.lanes);
       if (a.lanes > 32) cluster.barrier();  // its warps read all of the row; the row is the block's only one
     }
@@ -90,12 +121,14 @@ struct Forward {
 
 template <int kVectors>
 constexpr int kThreads = kVectors < kForwardVectors ? kForwardThreads : kMaxThreads;
+template <typename X, typename W, bool kAdd, int kVectors>  // a residual is as many bytes in flight again
+constexpr int kBlocks = kVectors < kForwardVectors ? 1 : kAdd && sizeof(W) > sizeof(X) ? 2 : 3;
 
 // Rows held in registers, kVectors chunks per thread.
-template <typename X, typename W, bool kCast, int kVectors>
-__global__ __launch_bounds__(kThreads<kVectors>, kVectors < kForwardVectors ? 1 : 3) void forward_rows(const __grid_constant__ ForwardArgs a) {
+template <typename X, typename W, bool kCast, bool kAdd, int kVectors>
+__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) void forward_rows(const __grid_constant__ ForwardArgs a) {
   meet_neighbours();
-  using F = Forward<X, W, kCast>;
+  using F = Forward<X, W, kCast, kAdd>;
   constexpr int kElems = F::kElems;
   constexpr int kRows = kForwardVectors / kVectors;
   __shared__ Scratch scratch;
@@ -113,19 +146,22 @@ __global__ __launch_bounds__(kThreads<kVectors>, kVectors < kForwardVectors ? 1 
   const int64_t stride = int64_t{gridDim.x} * slots;
   int turn = 0;
   for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, ++turn) {
-    typename F::XChunk x[kRows][kVectors] = {};
+    typename F::XChunk x[kRows][kVectors] = {}, input[kRows][kVectors] = {};
     Sum sum[kRows];
     const int live = live_rows<kRows>(first, stride, a.rows);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r * stride + slot;
       if (row >= a.rows) continue;
-      const int64_t offset = row_offset(a.x_rows, row);
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const int col = column(k);
-        x[r][k] = load_chunk<X, kElems>(a.x, offset + col, cols - col);
-      }
+      for (int k = 0; k < kVectors; ++k) x[r][k] = F::load(a, row, column(k), cols - column(k), input[r][k]);
+    }
+#pragma unroll
+    for (int r = 0; kAdd && r < kRows; ++r) {
+      const int64_t row = first + r * stride + slot;
+      if (row >= a.rows) continue;
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) F::add(a, row, column(k), cols - column(k), input[r][k], x[r][k]);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -151,10 +187,10 @@ __global__ __launch_bounds__(kThreads<kVectors>, kVectors < kForwardVectors ? 1 
 // Longer rows, a tile of kForwardVectors chunks per thread at a time. With kKeep they are held in shared memory, by several
 // blocks if need be. Without, they may be of any length and are read twice, the second time backward: what was read
 // last is the likeliest still to be in the cache.
-template <typename X, typename W, bool kCast, bool kKeep>
-__global__ __launch_bounds__(kForwardSliceThreads, kKeep ? 2 : 1) void forward_long_rows(const __grid_constant__ ForwardArgs a) {
+template <typename X, typename W, bool kCast, bool kAdd, bool kKeep>
+__global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void forward_long_rows(const __grid_constant__ ForwardArgs a) {
   meet_neighbours();
-  using F = Forward<X, W, kCast>;
+  using F = Forward<X, W, kCast, kAdd>;
   constexpr int kElems = F::kElems;
   extern __shared__ uint4 kept[];
   __shared__ Scratch scratch;
@@ -170,16 +206,19 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep ? 2 : 1) void forward_l
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows; row += gridDim.x / cluster.size, ++turn) {
     const int64_t x_offset = row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
     typename F::XChunk x[kForwardVectors];
-    const auto load = [&](int tile) {
+    Sum sum[1];
+    for (int tile = 0; tile < chunks; tile += step) {
+      typename F::XChunk input[kForwardVectors];
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
         const int chunk = tile + k * lanes + lane;
-        x[k] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
+        x[k] = F::load(a, row, column(chunk), count(chunk), input[k]);
       }
-    };
-    Sum sum[1];
-    for (int tile = 0; tile < chunks; tile += step) {
-      load(tile);
+#pragma unroll
+      for (int k = 0; k < kForwardVectors; ++k) {
+        const int chunk = tile + k * lanes + lane;
+        F::add(a, row, column(chunk), count(chunk), input[k], x[k]);
+      }
       sum[0] = sum[0] + F::sum_of_squares(x);
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
@@ -200,7 +239,11 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep ? 2 : 1) void forward_l
     row_sum(sum, 1, lanes, cluster, scratch, turn);
     const Scale s = F::scale(a, sum[0], row, x_offset, cluster, lane);
     for (; tile >= 0; tile -= step) {
-      if (!kKeep) load(tile);
+#pragma unroll
+      for (int k = 0; !kKeep && k < kForwardVectors; ++k) {
+        const int chunk = tile + k * lanes + lane;
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
+      }
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
         const int chunk = tile + k * lanes + lane;
@@ -213,20 +256,24 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep ? 2 : 1) void forward_l
   }
 }
 
-template <typename X, typename W, bool kCast>
+template <typename X, typename W, bool kCast, bool kAdd>
 int launch_forward(const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
-  void (*kernel)(ForwardArgs) = plan.keep == Keep::kNowhere  ? forward_long_rows<X, W, kCast, false>
-                                : plan.keep == Keep::kShared ? forward_long_rows<X, W, kCast, true>
-                                : plan.vectors == 1          ? forward_rows<X, W, kCast, 1>
-                                : plan.vectors == 2          ? forward_rows<X, W, kCast, 2>
-                                                             : forward_rows<X, W, kCast, 4>;
+  void (*kernel)(ForwardArgs) = plan.keep == Keep::kNowhere  ? forward_long_rows<X, W, kCast, kAdd, false>
+                                : plan.keep == Keep::kShared ? forward_long_rows<X, W, kCast, kAdd, true>
+                                : plan.vectors == 1          ? forward_rows<X, W, kCast, kAdd, 1>
+                                : plan.vectors == 2          ? forward_rows<X, W, kCast, kAdd, 2>
+                                                             : forward_rows<X, W, kCast, kAdd, 4>;
   return launch(kernel, shape_of(plan), a, stream);
 }
 
 template <typename X, typename W>
 int launch_forward(const RmsNormForward& p, const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
-  return p.cast_before_weight ? launch_forward<X, W, true>(a, plan, stream)
-                              : launch_forward<X, W, false>(a, plan, stream);
+  if (a.input.data != nullptr) {
+    return p.cast_before_weight ? launch_forward<X, W, true, true>(a, plan, stream)
+                                : launch_forward<X, W, false, true>(a, plan, stream);
+  }
+  return p.cast_before_weight ? launch_forward<X, W, true, false>(a, plan, stream)
+                              : launch_forward<X, W, false, false>(a, plan, stream);
 }
 
 }  // namespace
@@ -234,8 +281,16 @@ int launch_forward(const RmsNormForward& p, const ForwardArgs& a, const Plan& pl
 int rms_norm_forward(const RmsNormForward& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const DType w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
+  const Addends& addends = p.addends;
   const int wide = size_of(DType::kFloat64);
-  if (size_of(p.x_dtype) == wide || size_of(w_dtype) == wide) return forward_in_double(p, s);
+  const bool in_double = size_of(p.x_dtype) == wide || size_of(w_dtype) == wide;
+  const bool adds = addends.input != nullptr && !in_double &&
+                    (p.x_dtype == DType::kFloat32 ? size_of(addends.input_dtype) != wide : addends.input_dtype == p.x_dtype);
+  if (addends.input != nullptr && !adds) {  // rare pairs of dtypes: two kernels
+    const int error = add_any(p, s);
+    if (error != 0) return error;
+  }
+  if (in_double) return forward_in_double(p, s);
   const Device here = device();
   if (here.multiprocessors == 0) return cudaErrorNoDevice;
 
@@ -244,6 +299,14 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   ForwardArgs a{};
   a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
   a.weight = {p.weight, w_dtype, row_aligned(p.weight, w_dtype, elems)};
+  if (adds) {
+    const auto aligned = [&](const void* data, const Rows& rows, DType type) { return rows_aligned(data, rows, p.rows, type, elems); };
+    a.input = {addends.input, addends.input_dtype, aligned(addends.input, addends.input_rows, addends.input_dtype)};
+    a.residual = {addends.residual, p.x_dtype, aligned(addends.residual, addends.residual_rows, p.x_dtype)};
+    a.input_rows = addends.input_rows;
+    a.residual_rows = addends.residual_rows;
+  }
+  a.y_dtype = p.y_dtype;
   a.y = p.y;
   a.y_aligned = rows_aligned(p.y, p.y_rows, p.rows, p.y_dtype, elems);
   a.rstd = p.rstd;

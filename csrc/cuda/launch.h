@@ -10,7 +10,8 @@ namespace rmsnorm::cuda {
 // The current device; multiprocessors is 0 if there is none that answers.
 Device device();
 
-// Rows in double, for any dtypes: slow.cu.
+// Rows in double, for any dtypes, and sums of any dtypes: slow.cu.
+int add_any(const RmsNormForward& p, cudaStream_t stream);
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream);
 int64_t backward_in_double_workspace(const RmsNormBackward& p);
 int backward_in_double(const RmsNormBackward& p, cudaStream_t stream);

@@ -52,6 +52,24 @@ __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
   }
 }
 
+// x as the sum of its addends.
+__global__ void add_rows(const __grid_constant__ RmsNormForward p) {
+  meet_neighbours();
+  const Addends& a = p.addends;
+  const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
+  const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
+  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
+    const int64_t input = row_offset(a.input_rows, row), residual = row_offset(a.residual_rows, row);
+    const int64_t x = row_offset(p.x_rows, row);
+    for (int64_t col = lane; col < p.cols; col += kWarp) {
+      const double left = load_any(a.input, a.input_dtype, input + col);
+      const double right = load_any(a.residual, p.x_dtype, residual + col);
+      const double sum = in_double ? left + right : double{static_cast<float>(left) + static_cast<float>(right)};
+      store_any(const_cast<void*>(p.x), p.x_dtype, x + col, sum);
+    }
+  }
+}
+
 // dx, and what the sums over columns need of each row: the workspace, if there is one.
 __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
   meet_neighbours();
@@ -90,6 +108,10 @@ __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
 }
 
 }  // namespace
+
+int add_any(const RmsNormForward& p, cudaStream_t stream) {
+  return launch(add_rows, {static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp)), kThreads}, p, stream);
+}
 
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream) {
   return launch(forward_double, {static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp)), kThreads}, p, stream);

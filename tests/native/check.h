@@ -242,6 +242,53 @@ std::vector<Forward> forward_mixes() {
   return mixes;
 }
 
+// A sum that is formed before it is normalized. Its bits are those of the sum rounded once, y's those of the norm of that,
+// rounded to the dtype of the input where the residual is a wider one. In place: the sum takes the place of the
+// residual, and y that of the input if it has its dtype.
+struct Fused {
+  Forward f;
+  bool narrow, in_place;
+  DType y_type;
+  Tensor input, residual, sum, w, x, y;
+
+  Fused(const Forward& forward, DType input_type, int64_t rows, int64_t cols, Layout layout, bool replace)
+      : f(forward), narrow(f.x_type == DType::kFloat32 && !f.cast && format(input_type).bytes == 2), in_place(replace),
+        y_type(narrow ? input_type : f.y_type()), input(input_type, rows, cols, layout, kGuard),
+        residual(f.x_type, rows, cols, layout, kGuard), sum(f.x_type, rows, cols), w(f.w_type, 1, cols),
+        x(f.x_type, rows, cols, layout, kGuard), y(y_type, rows, cols, layout, kGuard) {
+    fill_normal(input);
+    fill_normal(residual, 3);
+    fill_normal(w, 0.5, 1);
+    if (rows > 2) residual.set(2, 0, 1e30L);
+    const bool in_double = f.x_type == DType::kFloat64 || input_type == DType::kFloat64;
+    fill(sum, [&](int64_t row, int64_t col) {
+      const Real left = input.get(row, col), right = residual.get(row, col);
+      return in_double ? Real(double(left) + double(right)) : Real(float(left) + float(right));
+    });
+  }
+
+  Tensor& x_there() { return in_place ? residual : x; }
+  Tensor& y_there() { return in_place && y_type == input.dtype ? input : y; }
+  RmsNormForward params() {
+    RmsNormForward p = ::params(f, x_there(), w, y_there(), nullptr);
+    p.y_dtype = y_type;
+    p.addends = {input.data(), residual.data(), input.dtype, input.place, residual.place};
+    return p;
+  }
+  // norm: that of `sum`, by the same kernels.
+  void compare(Tensor& norm, const char* where) {
+    const std::string name = std::string("fused ") + where + " " + f.name() + " input=" + format(input.dtype).name + " " +
+                             std::to_string(sum.rows) + "x" + std::to_string(sum.cols) + (in_place ? " in place" : "");
+    bool same = true;
+    for (int64_t row = 0; row < sum.rows; ++row)
+      for (int64_t col = 0; col < sum.cols; ++col)
+        same &= ulps(y_type, y_there().bits(row, col), encode(y_type, norm.get(row, col))) == 0;
+    check(same, "%s: y", name.c_str());
+    check(x_there().same_bits(sum), "%s: sum", name.c_str());
+    check(x_there().guards_intact() && y_there().guards_intact(), "%s: wrote outside", name.c_str());
+  }
+};
+
 // ---------------------------------------------------------------- backward
 
 struct Backward {

@@ -159,41 +159,16 @@ void check_forward_all_values() {
   }
 }
 
-// x as a sum that is formed first: its bits are those of the sum rounded once, y's those of the norm of that, rounded to the
-// dtype of the input where it is the narrower one.
-void check_fused(const Forward& f, DType input_type, int64_t rows, int64_t cols, Layout layout, bool in_place) {
-  Tensor input(input_type, rows, cols, layout), residual(f.x_type, rows, cols, layout), sum(f.x_type, rows, cols), w(f.w_type, 1, cols);
-  fill_normal(input);
-  fill_normal(residual, 3);
-  fill_normal(w, 0.5, 1);
-  if (rows > 2) residual.set(2, 0, 1e30L);
-  const bool in_double = f.wide() || input_type == DType::kFloat64;
-  fill(sum, [&](int64_t row, int64_t col) {
-    const Real exact = input.get(row, col) + residual.get(row, col);
-    return in_double ? exact : Real(float(input.get(row, col)) + float(residual.get(row, col)));
-  });
-  const bool narrow = f.x_type == DType::kFloat32 && !f.cast && (input_type == DType::kFloat16 || input_type == DType::kBFloat16);
-  const DType y_type = narrow ? input_type : f.y_type();
+// See Fused.
+void check_fused(Fused fused) {
   for (const std::string& isa : instruction_sets()) {
     use(isa);
-    Tensor expected(f.y_type(), rows, cols);
-    cpu::rms_norm_forward(params(f, sum, w, expected, nullptr), 0, rows);
-    if (narrow) {
-      Tensor rounded(y_type, rows, cols);
-      fill(rounded, [&](int64_t row, int64_t col) { return expected.get(row, col); });
-      expected = rounded;
-    }
-    Tensor x(f.x_type, rows, cols, layout, kGuard), y(y_type, rows, cols, layout, kGuard), in(input), to(residual);
-    Tensor& x_to = in_place ? to : x;
-    Tensor& y_to = in_place && y_type == input_type ? in : y;
-    RmsNormForward p = params(f, x_to, w, y_to, nullptr);
-    p.y_dtype = y_type;
-    p.addends = {in.data(), in_place ? to.data() : residual.data(), input_type, in.place, residual.place};
-    cpu::rms_norm_forward(p, 0, rows);
-    const std::string name = "fused " + isa + " " + f.name() + " input=" + format(input_type).name + " " + std::to_string(cols);
-    check(x_to.same_bits(sum), "%s: sum", name.c_str());
-    check(y_to.same_bits(expected), "%s: y", name.c_str());
-    check(x_to.guards_intact() && y_to.guards_intact(), "%s: wrote outside", name.c_str());
+    const auto run = [](const RmsNormForward& p) { cpu::rms_norm_forward(p, 0, p.rows); };
+    Tensor expected(fused.f.y_type(), fused.sum.rows, fused.sum.cols);
+    run(params(fused.f, fused.sum, fused.w, expected, nullptr));
+    Fused there = fused;
+    run(there.params());
+    there.compare(expected, isa.c_str());
   }
 }
 
@@ -206,12 +181,12 @@ void check_fused_mixes() {
         for (const bool cast : {false, true})
           for (const int64_t cols : {3, 64, 128, 300, 4100, 9000}) {
             const Forward f = {residual, turn % 3 ? residual : DType::kFloat32, weighted, cast};
-            check_fused(f, input, cols < 200 ? 21 : 3, cols, kLayouts[turn % 4], turn % 2);
+            check_fused(Fused(f, input, cols < 200 ? 21 : 3, cols, kLayouts[turn % 4], turn % 2));
             ++turn;
           }
   Forward odd = {DType::kFloat32, DType::kFloat32};
   odd.offset = 1e35;  // weights beyond the fast path
-  check_fused(odd, DType::kBFloat16, 3, 70, Layout::kDense, false);
+  check_fused(Fused(odd, DType::kBFloat16, 3, 70, Layout::kDense, false));
 }
 
 // A row has the same bits wherever it lies and whatever is done with the rows beside it.

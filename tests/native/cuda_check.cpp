@@ -73,6 +73,21 @@ void check_forward(const Forward& f, int64_t rows, int64_t cols, Layout layout) 
   check(x.same_bits(y), "%s: in place", name.c_str());
 }
 
+void check_fused(Fused fused) {
+  Tensor norm(fused.f.y_type(), fused.sum.rows, fused.sum.cols);
+  run_forward(fused.f, fused.sum, fused.w, norm, nullptr);
+  RmsNormForward p = fused.params();
+  OnDevice input(fused.input), residual(fused.residual), w(fused.w), x(fused.x), y(fused.y);
+  if (p.weight) p.weight = w.data();
+  p.addends.input = input.data(), p.addends.residual = residual.data();
+  p.x = fused.in_place ? residual.data() : x.data();
+  p.y = &fused.y_there() == &fused.input ? input.data() : y.data();
+  expect(cuda::rms_norm_forward(p, nullptr), "rms_norm_forward");
+  expect(cudaDeviceSynchronize(), "rms_norm_forward");
+  input.fetch(), residual.fetch(), x.fetch(), y.fetch();
+  fused.compare(norm, "");
+}
+
 Gradients run_backward(Backward& b, bool want_dx, bool want_dweight) {
   Gradients result(b);
   OnDevice x(b.x), dy(b.dy), w(b.w), rstd(b.rstd), dresidual(b.dresidual), dx(result.dx), dweight(result.dweight);
@@ -126,12 +141,14 @@ int main() {
       const Layout layout = kLayouts[turn % 4];
       const int64_t rows = cols < 300 ? 20 : 3;
       check_forward(f, rows, cols, layout);
+      check_fused(Fused(f, f.x_type == f32 || turn % 4 == 0 ? kFast[turn % 3] : f.x_type, rows, cols, layout, turn % 2));
       check_backward(f, kFast[turn++ / 4 % 3], rows, cols, layout);
     }
   }
   for (const int64_t cols : long_sizes) {
     for (const DType type : {bf16, f32}) {
       check_forward({type, type}, 2, cols, Layout::kDense);
+      check_fused(Fused({type, type}, bf16, 3, cols, Layout::kDense, type == bf16));
       check_backward({type, type}, type, 2, cols, Layout::kDense);
     }
   }
@@ -140,6 +157,9 @@ int main() {
   check_forward({bf16, bf16}, 5000, 64, Layout::kDense);  // more rows than the grid holds
   check_backward({bf16, bf16}, bf16, 5000, 64, Layout::kDense);
   check_forward({f64, f64}, 5, 300, Layout::kTwoDims);
+  check_fused(Fused({f64, f64}, f32, 5, 300, Layout::kTwoDims, true));
+  check_fused(Fused({f32, f32}, f64, 5, 300, Layout::kDense, false));
+  check_fused(Fused({bf16, f32}, bf16, 2, 1000003, Layout::kDense, true));
   check_backward({f32, f64}, f32, 5, 300, Layout::kDense);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
