@@ -1,6 +1,7 @@
 """RMSNorm for PyTorch: handwritten CUDA and AVX kernels behind one differentiable, compile-friendly op.
 
     rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out=None)
+    fused_add_rms_norm(input, residual, weight=None, eps=None, *, ...) -> (output, residual_out)     and in place: ..._
     RMSNorm(normalized_shape, eps=None, elementwise_affine=True, ...)      the module, a torch.nn.RMSNorm
     replace_rms_norm(model)                                                 swaps a model's norms for ours
 
@@ -9,11 +10,11 @@
 
 import torch  # noqa: F401  (its libraries are loaded before ours)
 
-from .functional import rms_norm
+from .functional import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
 from .modules import RMSNorm
 
 __version__ = "0.1.0"
-__all__ = ["RMSNorm", "replace_rms_norm", "rms_norm"]
+__all__ = ["RMSNorm", "fused_add_rms_norm", "fused_add_rms_norm_", "replace_rms_norm", "rms_norm"]
 
 
 def __getattr__(name):

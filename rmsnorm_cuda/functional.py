@@ -77,6 +77,65 @@ def rms_norm(
     return out
 
 
+def fused_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The residual addition before a norm and the norm, in one pass: `input + residual`, and the norm of that over the last
+    dimension.
+
+    The same bits as the two steps: the sum is formed in fp32 (fp64 if both are fp64), rounded once to the dtype of
+    ``residual``, and this rounded sum is normalized as :func:`rms_norm` would. Differentiable in all three tensors; the
+    gradient that flows into the sum is added in the pass that forms that of the norm, and rounded once with it.
+
+    Args:
+        input: ``(*, N)``, fp32, fp16, bf16 or fp64.
+        residual: the same shape; ``input``'s dtype or, beside a 16-bit ``input``, fp32.
+        weight: ``(N,)`` in any of these dtypes, or None.
+        eps: added to the mean of the squares; None: the machine epsilon of the type that is computed in.
+        weight_offset: added to the weight in fp32; 1.0 is the Gemma family.
+        cast_before_weight: round to ``residual``'s dtype before the weight is multiplied in.
+
+    Returns:
+        ``(output, residual_out)``: the norm, ``(*, N)`` in ``input``'s dtype (with ``cast_before_weight`` the promotion of
+        that and the weight's), and the sum, ``(*, N)`` in ``residual``'s.
+
+    Raises:
+        NotImplementedError: another dtype.
+        ValueError: ``eps`` or ``weight_offset`` is not finite, or ``eps`` negative; ``input`` is a scalar.
+        RuntimeError: shapes, dtypes or devices do not match.
+    """
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    return _ops.fused_add_rms_norm(input, residual, weight, eps, **options)
+
+
+def fused_add_rms_norm_(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+) -> None:
+    """:func:`fused_add_rms_norm` in place, for inference: ``input`` becomes the norm and ``residual`` the sum.
+
+    Rows may be strided; the last dimension has to be contiguous. Arguments as there.
+
+    Raises:
+        RuntimeError: one of the tensors requires grad; ``input`` and ``residual`` share memory; rows overlap or are not
+            contiguous; the result would not have ``input``'s dtype (``cast_before_weight`` beside a wider weight). Nothing
+            is written then.
+    """
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    _ops.fused_add_rms_norm_(input, residual, weight, eps, **options)
+
+
 # Fakes: what the ops return, as shapes. Eager checks hold there too (see csrc/torch/checks.h); here it
 # is enough that a wrong program does not trace.
 
@@ -147,8 +206,68 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
 
 
 @torch.library.register_fake("rmsnorm_cuda::rms_norm_backward")
-def _(grad_output, input, normalized_shape, weight, rstd, eps, output_mask, *, weight_offset=0.0, cast_before_weight=False):
+def _(
+    grad_output,
+    input,
+    normalized_shape,
+    weight,
+    rstd,
+    eps,
+    output_mask,
+    *,
+    weight_offset=0.0,
+    cast_before_weight=False,
+    grad_residual=None,
+):
     _check(input, normalized_shape, weight)
     grad_input = input.new_empty(input.shape) if output_mask[0] else None
     grad_weight = weight.new_empty(weight.shape) if output_mask[1] and weight is not None else None
     return grad_input, grad_weight
+
+
+def _check_fused(input, residual, weight):
+    torch._check(input.dim() > 0, lambda: "fused_add_rms_norm: expected input with at least one dimension, but got a scalar")
+    _check_sizes(
+        residual.shape,
+        input.shape,
+        lambda: f"fused_add_rms_norm: expected residual of input's shape {list(input.shape)}, but got {list(residual.shape)}",
+    )
+    wide = input.dtype in (torch.float16, torch.bfloat16) and residual.dtype == torch.float32
+    torch._check(
+        residual.dtype == input.dtype or wide,
+        lambda: f"fused_add_rms_norm: expected residual of input's dtype {input.dtype}, but got {residual.dtype}",
+    )
+    torch._check(
+        residual.device == input.device,
+        lambda: "fused_add_rms_norm: expected all tensors to be on the same device, but input is on "
+        f"{input.device} and residual is on {residual.device}",
+    )
+    _check(input, input.shape[-1:], weight)
+
+
+@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm")
+def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
+    _check_fused(input, residual, weight)
+    output = input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight))
+    return output, residual.new_empty(residual.shape)
+
+
+@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_forward")
+def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
+    _check_fused(input, residual, weight)
+    rstd_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (
+        input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight)),
+        residual.new_empty(residual.shape),
+        input.new_empty(input.shape[:-1], dtype=rstd_dtype),
+    )
+
+
+@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_")
+def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
+    _check_fused(input, residual, weight)
+    dtype = _output_dtype(input, weight, cast_before_weight)
+    torch._check(
+        dtype == input.dtype,
+        lambda: f"fused_add_rms_norm_: the result has dtype {dtype} and cannot take the place of input, which has {input.dtype}",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _C, is_dynamo_compiling, rms_norm
+from .functional import _C, fused_add_rms_norm, is_dynamo_compiling, rms_norm
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -44,7 +44,8 @@ class RMSNorm(torch.nn.RMSNorm):
         if self.elementwise_affine:
             torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual the norm of x + residual and that sum, as the layers of serving stacks expect."""
         # self.weight would go through nn.Module.__getattr__. The parameter is not in _parameters where someone
         # replaced it by a tensor or a property: parametrizations, DataParallel replicas, FSDP1 views.
         try:
@@ -52,6 +53,10 @@ class RMSNorm(torch.nn.RMSNorm):
         except KeyError:
             weight = self.weight
         shape, eps, offset, cast = self.normalized_shape, self.eps, self.weight_offset, self.cast_before_weight
+        if residual is not None:
+            if len(shape) != 1:
+                raise ValueError(f"RMSNorm: a residual needs a normalized_shape of one dimension, but it is {tuple(shape)}")
+            return fused_add_rms_norm(x, residual, weight, eps, weight_offset=offset, cast_before_weight=cast)
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
             return _C.rms_norm(x, shape, weight, eps, offset, cast, None)
         return rms_norm(x, shape, weight, eps, weight_offset=offset, cast_before_weight=cast)

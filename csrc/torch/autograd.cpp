@@ -36,7 +36,12 @@ using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, SymIntArrayRe
                                                     std::optional<double>, double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, SymIntArrayRef, const OptionalTensor&,
                                                      const Tensor&, std::optional<double>, std::array<bool, 2>, double,
-                                                     bool);
+                                                     bool, const OptionalTensor&);
+using FusedSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                  std::optional<double>, double, bool);
+using FusedForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                                 std::optional<double>, double, bool);
+using FusedInPlaceSignature = void(const Tensor&, const Tensor&, const OptionalTensor&, std::optional<double>, double, bool);
 
 template <class T>
 c10::TypedOperatorHandle<T> find(const char* name, const char* overload = "") {
@@ -57,6 +62,19 @@ auto& rms_norm_forward_op() {
 }
 auto& rms_norm_backward_op() {
   static const auto op = find<BackwardSignature>("rmsnorm_cuda::rms_norm_backward");
+  return op;
+}
+
+auto& fused_add_rms_norm_op() {
+  static const auto op = find<FusedSignature>("rmsnorm_cuda::fused_add_rms_norm");
+  return op;
+}
+auto& fused_add_rms_norm_forward_op() {
+  static const auto op = find<FusedForwardSignature>("rmsnorm_cuda::fused_add_rms_norm_forward");
+  return op;
+}
+auto& fused_add_rms_norm__op() {
+  static const auto op = find<FusedInPlaceSignature>("rmsnorm_cuda::fused_add_rms_norm_");
   return op;
 }
 
@@ -95,7 +113,7 @@ struct Formula {
   }
 
   std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& w,
-                                      std::array<bool, 2> output_mask) const {
+                                      std::array<bool, 2> output_mask, const OptionalTensor& grad_residual) const {
     TORCH_CHECK(grad_output.sym_sizes() == input.sym_sizes(), "rms_norm_backward: expected grad_output of shape ",
                 input.sym_sizes(), ", but got ", grad_output.sym_sizes());
     const Tensor dy = grad_output.to(compute);
@@ -103,7 +121,9 @@ struct Formula {
     if (output_mask[0]) {
       const Tensor g = weight.defined() ? dy * weight : dy;
       const Tensor unrounded = x * rstd;
-      dx = (rstd * (g - unrounded * at::mean(g * unrounded, normalized_dims, true))).to(input.scalar_type());
+      dx = rstd * (g - unrounded * at::mean(g * unrounded, normalized_dims, true));
+      if (grad_residual) dx = dx + grad_residual->to(compute);
+      dx = dx.to(input.scalar_type());
     }
     if (output_mask[1] && w) {
       const Tensor product = dy * xhat;
@@ -174,7 +194,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     auto [dx, dweight] = rms_norm_backward_op().call(
         grads[0], input, input.sym_sizes().slice(lead), weight, saved[2],
         eps ? std::optional<double>(eps->toDouble()) : std::nullopt, mask,
-        weight_offset ? weight_offset->toDouble() : 0.0, kept("cast_before_weight").has_value());
+        weight_offset ? weight_offset->toDouble() : 0.0, kept("cast_before_weight").has_value(), std::nullopt);
     return {dx, dweight, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -213,13 +233,114 @@ std::tuple<Tensor, Tensor> rms_norm_backward(DispatchKeySet keys, const Tensor& 
                                              SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                                              const Tensor& rstd, std::optional<double> eps,
                                              std::array<bool, 2> output_mask, double weight_offset,
-                                             bool cast_before_weight) {
-  if (needs_formula(grad_output, input, weight) || records_grad(grad_output, input, weight)) {
+                                             bool cast_before_weight, const OptionalTensor& grad_residual) {
+  if (needs_formula(grad_output, input, weight, grad_residual) || records_grad(grad_output, input, weight, grad_residual)) {
     return Formula("rms_norm_backward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
-        .backward(grad_output, input, weight, output_mask);
+        .backward(grad_output, input, weight, output_mask, grad_residual);
   }
-  return rms_norm_backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, input, normalized_shape,
-                                           weight, rstd, eps, output_mask, weight_offset, cast_before_weight);
+  return rms_norm_backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, input, normalized_shape, weight,
+                                           rstd, eps, output_mask, weight_offset, cast_before_weight, grad_residual);
+}
+
+// residual_out, as the kernels round it.
+Tensor sum_of(const Tensor& input, const Tensor& residual) {
+  check_residual("fused_add_rms_norm", input, input.sym_sizes(), residual, residual.sym_sizes());
+  const at::ScalarType compute = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return (input.to(compute) + residual.to(compute)).to(residual.scalar_type());
+}
+
+// The formula for output and residual_out. Only the narrower dtype of the output differs from the norm of the sum.
+std::tuple<Tensor, Tensor> fused_formula(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                         std::optional<double> eps, double weight_offset, bool cast_before_weight,
+                                         Tensor* rstd = nullptr) {
+  const Tensor sum = sum_of(input, residual);
+  const Formula formula("fused_add_rms_norm", sum, sum.sym_sizes().slice(sum.dim() - 1), weight, eps, weight_offset,
+                        cast_before_weight);
+  if (rstd) *rstd = formula.saved_rstd(sum).detach();
+  return {formula.output(sum, weight, cast_before_weight).to(output_type(input, weight, cast_before_weight)), sum};
+}
+
+struct FusedAddRmsNorm : torch::autograd::Function<FusedAddRmsNorm> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& residual,
+                               const OptionalTensor& weight, std::optional<double> eps, double weight_offset,
+                               bool cast_before_weight, Tensor* rstd) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, sum, row_rstd] =
+        fused_add_rms_norm_forward_op().call(input, residual, weight, eps, weight_offset, cast_before_weight);
+    if (rstd) *rstd = row_rstd;
+    ctx->save_for_backward({sum, weight.value_or(Tensor()), row_rstd});
+    ctx->set_materialize_grads(false);
+    if (eps) ctx->saved_data["eps"] = *eps;
+    ctx->saved_data["weight_offset"] = weight_offset;
+    ctx->saved_data["cast_before_weight"] = cast_before_weight;
+    ctx->saved_data["input_dtype"] = static_cast<int64_t>(input.scalar_type());
+    return {output, sum};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& sum = saved[0];
+    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    Tensor dsum = grads[1], dweight;
+    if (grads[0].defined()) {
+      const auto eps = ctx->saved_data.find("eps");
+      const std::array<bool, 2> mask{ctx->needs_input_grad(0) || ctx->needs_input_grad(1), weight && ctx->needs_input_grad(2)};
+      std::tie(dsum, dweight) = rms_norm_backward_op().call(
+          grads[0], sum, sum.sym_sizes().slice(sum.dim() - 1), weight, saved[2],
+          eps == ctx->saved_data.end() ? std::nullopt : std::optional<double>(eps->second.toDouble()), mask,
+          ctx->saved_data["weight_offset"].toDouble(), ctx->saved_data["cast_before_weight"].toBool(),
+          grads[1].defined() ? OptionalTensor(grads[1]) : std::nullopt);
+    }
+    const auto input_dtype = static_cast<at::ScalarType>(ctx->saved_data["input_dtype"].toInt());
+    return {dsum.defined() && ctx->needs_input_grad(0) ? dsum.to(input_dtype) : Tensor(), dsum, dweight, Tensor(), Tensor(),
+            Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> fused_add_rms_norm(DispatchKeySet keys, const Tensor& input, const Tensor& residual,
+                                              const OptionalTensor& weight, std::optional<double> eps,
+                                              double weight_offset, bool cast_before_weight) {
+  if (needs_formula(input, residual, weight)) {
+    return fused_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
+  }
+  if (!records_grad(input, residual, weight)) {
+    return fused_add_rms_norm_op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps,
+                                              weight_offset, cast_before_weight);
+  }
+  const variable_list results =
+      FusedAddRmsNorm::apply(input, residual, weight, eps, weight_offset, cast_before_weight, nullptr);
+  return {results[0], results[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward(DispatchKeySet keys, const Tensor& input,
+                                                              const Tensor& residual, const OptionalTensor& weight,
+                                                              std::optional<double> eps, double weight_offset,
+                                                              bool cast_before_weight) {
+  Tensor rstd;
+  if (needs_formula(input, residual, weight)) {
+    const auto [output, sum] = fused_formula(input, residual, weight, eps, weight_offset, cast_before_weight, &rstd);
+    return {output, sum, rstd};
+  }
+  if (!records_grad(input, residual, weight)) {
+    return fused_add_rms_norm_forward_op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps,
+                                                      weight_offset, cast_before_weight);
+  }
+  const variable_list results =
+      FusedAddRmsNorm::apply(input, residual, weight, eps, weight_offset, cast_before_weight, &rstd);
+  return {results[0], results[1], rstd};
+}
+
+void fused_add_rms_norm_(DispatchKeySet keys, const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                         std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  TORCH_CHECK(!records_grad(input, residual, weight) && !has_tangent(input) && !has_tangent(residual) && !has_tangent(weight),
+              "fused_add_rms_norm_: it overwrites input and residual and does not support automatic differentiation, but one "
+              "of the arguments requires grad; use fused_add_rms_norm");
+  fused_add_rms_norm__op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps, weight_offset,
+                                      cast_before_weight);
+  input.unsafeGetTensorImpl()->bump_version();
+  residual.unsafeGetTensorImpl()->bump_version();
 }
 
 void rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
@@ -240,6 +361,9 @@ TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
   m.impl("rms_norm.out", TORCH_FN(rms_norm_out));
   m.impl("rms_norm_forward", TORCH_FN(rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_FN(rms_norm_backward));
+  m.impl("fused_add_rms_norm", TORCH_FN(fused_add_rms_norm));
+  m.impl("fused_add_rms_norm_forward", TORCH_FN(fused_add_rms_norm_forward));
+  m.impl("fused_add_rms_norm_", TORCH_FN(fused_add_rms_norm_));
 }
 
 }  // namespace rmsnorm

@@ -65,6 +65,19 @@ void check_arguments(const char* op, const at::Tensor& input, c10::ArrayRef<Int>
   TORCH_CHECK_VALUE(std::isfinite(weight_offset), op, ": expected weight_offset to be finite, but got ", weight_offset);
 }
 
+// The residual of a fused add: input's shape, and its dtype or, beside 16 bits, fp32.
+template <class Int>
+void check_residual(const char* op, const at::Tensor& input, c10::ArrayRef<Int> sizes, const at::Tensor& residual,
+                    c10::ArrayRef<Int> residual_sizes) {
+  TORCH_CHECK_VALUE(input.dim() > 0, op, ": expected input with at least one dimension, but got a scalar");
+  TORCH_CHECK(residual_sizes == sizes, op, ": expected residual of input's shape ", sizes, ", but got ", residual_sizes);
+  check_device(op, "residual", residual, input);
+  const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(residual.scalar_type() == input.scalar_type() || (half && residual.scalar_type() == at::kFloat), op,
+              ": expected residual of input's dtype ", input.scalar_type(), half ? " or of Float" : "", ", but got ",
+              residual.scalar_type());
+}
+
 // An [*lead, *normalized_shape] tensor as [rows, cols].
 struct Geometry {
   at::IntArrayRef lead;  // shape before the normalized dimensions

@@ -79,10 +79,11 @@ void run_cuda(const char* op, const Tensor& t, const Launch& launch) {
   TORCH_CHECK(error == 0, op, ": CUDA kernel launch failed: ", cuda::error_string(error));
 }
 
-// Forward into y, which is allocated or checked already; rstd may be undefined.
+// Forward into y, which is allocated or checked already; rstd may be undefined. With addends the input is written
+// first: see rmsnorm.h.
 void forward_into(const char* op, const Tensor& input, const Geometry& geometry, const OptionalTensor& weight,
                   std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& y,
-                  const Rows& y_rows, bool stream, const Tensor& rstd) {
+                  const Rows& y_rows, bool stream, const Tensor& rstd, const Addends& addends = {}) {
   const Placed x = place(input, static_cast<int64_t>(geometry.lead.size()));
   const Tensor w = weight ? weight->contiguous() : Tensor();
   RmsNormForward p{};
@@ -101,9 +102,11 @@ void forward_into(const char* op, const Tensor& input, const Geometry& geometry,
   p.x_dtype = dtype(input);
   p.w_dtype = weight ? dtype(w) : p.x_dtype;
   p.y_dtype = dtype(y);
+  p.addends = addends;
   if (input.is_cpu()) {
     cpu::isa();  // throws here, outside the parallel region, if the environment asks for what is not there
-    const int64_t bytes = p.cols * static_cast<int64_t>(input.element_size() + y.element_size());
+    const int64_t row_elements = p.cols * (addends.input ? 2 : 1);
+    const int64_t bytes = row_elements * static_cast<int64_t>(input.element_size() + y.element_size());
     if (p.rows * bytes <= kGrainBytes) {
       cpu::rms_norm_forward(p, 0, p.rows);
     } else {
@@ -157,11 +160,75 @@ void rms_norm_out(const Tensor& input, IntArrayRef normalized_shape, const Optio
                Tensor());
 }
 
+// The sum goes to residual_out, the norm of it to y; both may be what they are made of.
+void fused_add_into(const char* op, const Tensor& input, const Tensor& residual, const Geometry& geometry,
+                    const OptionalTensor& weight, std::optional<double> eps, double weight_offset,
+                    bool cast_before_weight, const Tensor& y, const Rows& y_rows, const Tensor& residual_out, bool stream,
+                    const Tensor& rstd) {
+  const int64_t lead = static_cast<int64_t>(geometry.lead.size());
+  const Placed in = place(input, lead), old = place(residual, lead);
+  const Addends addends{in.tensor.const_data_ptr(), old.tensor.const_data_ptr(), dtype(input), in.rows, old.rows};
+  forward_into(op, residual_out, geometry, weight, eps, weight_offset, cast_before_weight, y, y_rows, stream, rstd, addends);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fused_add(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                             std::optional<double> eps, double weight_offset, bool cast_before_weight,
+                                             bool want_rstd) {
+  constexpr const char* op = "fused_add_rms_norm";
+  check_residual(op, input, input.sizes(), residual, residual.sizes());
+  const Geometry geometry = check_input(op, input, input.sizes().slice(input.dim() - 1), weight, eps, weight_offset);
+  Tensor y = allocate(input.sizes(), input, output_type(input, weight, cast_before_weight));
+  Tensor sum = allocate(input.sizes(), input, residual.scalar_type());
+  const auto rstd_options = input.options().dtype(rstd_type(input));
+  if (y.numel() == 0) {
+    return {y, sum, want_rstd ? at::full(geometry.lead, std::numeric_limits<double>::quiet_NaN(), rstd_options) : Tensor()};
+  }
+  Tensor rstd = want_rstd ? at::empty(geometry.lead, rstd_options) : Tensor();
+  fused_add_into(op, input, residual, geometry, weight, eps, weight_offset, cast_before_weight, y,
+                 dense_rows(geometry.cols), sum, stream_new(y), rstd);
+  return {y, sum, rstd};
+}
+
+std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                              std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  const auto [y, sum, rstd] = fused_add(input, residual, weight, eps, weight_offset, cast_before_weight, false);
+  return {y, sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward(const Tensor& input, const Tensor& residual,
+                                                              const OptionalTensor& weight, std::optional<double> eps,
+                                                              double weight_offset, bool cast_before_weight) {
+  return fused_add(input, residual, weight, eps, weight_offset, cast_before_weight, true);
+}
+
+void fused_add_rms_norm_(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                         std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  constexpr const char* op = "fused_add_rms_norm_";
+  check_residual(op, input, input.sizes(), residual, residual.sizes());
+  const Geometry geometry = check_input(op, input, input.sizes().slice(input.dim() - 1), weight, eps, weight_offset);
+  const at::ScalarType type = output_type(input, weight, cast_before_weight);
+  TORCH_CHECK(type == input.scalar_type(), op, ": the result has dtype ", type, " and cannot take the place of input, which has ",
+              input.scalar_type(), "; use fused_add_rms_norm");
+  if (input.numel() == 0) return;
+  const int64_t lead = static_cast<int64_t>(geometry.lead.size());
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"input", input}, {"residual", residual}}) {
+    const auto rows = rows_of(t, lead);
+    TORCH_CHECK(rows, op, ": expected ", name, " with dense rows (the last dimension contiguous), but got strides ", t.strides());
+    TORCH_CHECK(!rows_overlap(*rows, geometry.cols), op, ": expected ", name,
+                " with rows that do not overlap, but got strides ", t.strides(), " for shape ", t.sizes());
+  }
+  check_overlap(op, input, *rows_of(input, lead), residual, lead, geometry.cols);
+  TORCH_CHECK(input.const_data_ptr() != residual.const_data_ptr(), op, ": input and residual are the same memory");
+  if (weight) at::assert_no_overlap(input, *weight), at::assert_no_overlap(residual, *weight);
+  fused_add_into(op, input, residual, geometry, weight, eps, weight_offset, cast_before_weight, input,
+                 *rows_of(input, lead), residual, false, Tensor());
+}
+
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input,
                                              IntArrayRef normalized_shape, const OptionalTensor& weight,
                                              const Tensor& rstd, std::optional<double> eps,
                                              std::array<bool, 2> output_mask, double weight_offset,
-                                             bool cast_before_weight) {
+                                             bool cast_before_weight, const OptionalTensor& grad_residual) {
   constexpr const char* op = "rms_norm_backward";
   const Geometry geometry = check_input(op, input, normalized_shape, weight, eps, weight_offset);
   check_dtype(op, "grad_output", grad_output);
@@ -171,6 +238,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
   check_device(op, "rstd", rstd, input);
   TORCH_CHECK(rstd.scalar_type() == rstd_type(input), op, ": expected rstd of dtype ", rstd_type(input), ", but got ",
               rstd.scalar_type());
+  if (grad_residual) {
+    check_shape(op, "grad_residual", *grad_residual, input.sizes());
+    check_device(op, "grad_residual", *grad_residual, input);
+    TORCH_CHECK(grad_residual->scalar_type() == input.scalar_type(), op, ": expected grad_residual of input's dtype ",
+                input.scalar_type(), ", but got ", grad_residual->scalar_type());
+  }
   const bool want_dweight = output_mask[1] && weight.has_value();
   Tensor dx = output_mask[0] ? allocate(input.sizes(), input, input.scalar_type()) : Tensor();
   if (input.numel() == 0) return {dx, want_dweight ? at::zeros(normalized_shape, weight->options()) : Tensor()};
@@ -180,6 +253,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
   const int64_t lead = static_cast<int64_t>(geometry.lead.size());
   const Placed dy = place(grad_output, lead);
   const Placed x = place(input, lead);
+  const Placed other = grad_residual ? place(*grad_residual, lead) : Placed{};
   const Tensor w = weight ? weight->contiguous() : Tensor();
   const Tensor dense_rstd = rstd.contiguous();
   RmsNormBackward p{};
@@ -187,6 +261,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
   p.x = x.tensor.const_data_ptr();
   p.weight = weight ? w.const_data_ptr() : nullptr;
   p.rstd = dense_rstd.const_data_ptr();
+  if (grad_residual) {
+    p.dresidual = other.tensor.const_data_ptr();
+    p.dresidual_rows = other.rows;
+  }
   p.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   p.dweight = want_dweight ? dweight.mutable_data_ptr() : nullptr;
   p.dy_rows = dy.rows;
@@ -237,8 +315,14 @@ TORCH_LIBRARY(rmsnorm_cuda, m) {
   m.def("rms_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor rstd)");
   m.def("rms_norm_backward(Tensor grad_output, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor rstd, "
-        "float? eps, bool[2] output_mask, *, float weight_offset=0.0, bool cast_before_weight=False) "
-        "-> (Tensor grad_input, Tensor grad_weight)");
+        "float? eps, bool[2] output_mask, *, float weight_offset=0.0, bool cast_before_weight=False, "
+        "Tensor? grad_residual=None) -> (Tensor grad_input, Tensor grad_weight)");
+  m.def("fused_add_rms_norm(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
+        "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor residual_out)");
+  m.def("fused_add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
+        "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor residual_out, Tensor rstd)");
+  m.def("fused_add_rms_norm_(Tensor(a!) input, Tensor(b!) residual, Tensor? weight=None, float? eps=None, *, "
+        "float weight_offset=0.0, bool cast_before_weight=False) -> ()");
 }
 
 namespace {
@@ -248,6 +332,9 @@ void register_kernels(torch::Library& m) {
   m.impl("rms_norm.out", rms_norm_out);
   m.impl("rms_norm_forward", rms_norm_forward);
   m.impl("rms_norm_backward", rms_norm_backward);
+  m.impl("fused_add_rms_norm", fused_add_rms_norm);
+  m.impl("fused_add_rms_norm_forward", fused_add_rms_norm_forward);
+  m.impl("fused_add_rms_norm_", fused_add_rms_norm_);
 }
 
 }  // namespace

@@ -1,0 +1,236 @@
+"""fused_add_rms_norm: the bits of add-then-norm, its gradients, in place, its errors, and torch.compile."""
+
+import itertools
+
+import pytest
+import torch
+
+import rmsnorm_cuda
+from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, rms_norm
+
+FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+PAIRS = ((FP32, FP32), (FP16, FP16), (BF16, BF16), (FP16, FP32), (BF16, FP32), (FP64, FP64))  # of input and residual
+ops = torch.ops.rmsnorm_cuda
+
+
+def randn(*shape, dtype, device="cpu"):
+    return torch.randn(*shape, dtype=FP64).to(dtype).to(device)
+
+
+def add_then_norm(input, residual, weight, eps, **options):
+    compute = FP64 if input.dtype == FP64 else FP32
+    total = (input.cpu().to(compute) + residual.cpu().to(compute)).to(residual.dtype)
+    y = rms_norm(total.to(input.device), total.shape[-1:], weight, eps, **options).cpu()
+    dtype = input.dtype
+    if options.get("cast_before_weight") and weight is not None:
+        dtype = torch.promote_types(input.dtype, weight.dtype)
+    return y.to(dtype), total
+
+
+@pytest.mark.parametrize("options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_bits_of_add_then_norm(pair, options, device, painted):
+    for (rows, cols), weight_dtype in itertools.product(((1, 1), (37, 64), (21, 128), (3, 1000), (2, 9000)), (pair[0], FP32, None)):
+        input, residual = randn(rows, cols, dtype=pair[0], device=device), randn(rows, cols, dtype=pair[1], device=device)
+        weight = None if weight_dtype is None else randn(cols, dtype=weight_dtype, device=device)
+        want = add_then_norm(input, residual, weight, 1e-6, **options)
+        got = fused_add_rms_norm(input, residual, weight, 1e-6, **options)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a.cpu(), b), (rows, cols, weight_dtype)
+        if want[0].dtype == input.dtype:
+            assert fused_add_rms_norm_(input, residual, weight, 1e-6, **options) is None
+            assert torch.equal(input.cpu(), want[0]) and torch.equal(residual.cpu(), want[1])
+
+
+def test_layouts(device, painted):
+    whole = randn(5, 7, 3 * 64, dtype=BF16)
+    heads = whole.to(device)[..., 64:128]
+    residual = randn(7, 5, 64, dtype=BF16).to(device).transpose(0, 1)
+    weight = randn(64, dtype=BF16, device=device)
+    want = add_then_norm(heads, residual, weight, None)
+    for a, b in zip(fused_add_rms_norm(heads, residual, weight), want, strict=True):
+        assert a.is_contiguous() and torch.equal(a.cpu(), b)
+    before = whole[..., :64].clone(), whole[..., 128:].clone()
+    fused_add_rms_norm_(heads, residual, weight)
+    assert torch.equal(heads.cpu(), want[0]) and torch.equal(residual.cpu(), want[1])
+    if device == "cpu":
+        assert torch.equal(whole[..., :64], before[0]) and torch.equal(whole[..., 128:], before[1])
+    expanded = randn(1, 64, dtype=BF16).to(device).expand(6, 64)  # a functional input may repeat rows
+    for a, b in zip(fused_add_rms_norm(expanded, expanded), add_then_norm(expanded, expanded, None, None), strict=True):
+        assert torch.equal(a.cpu(), b)
+    not_dense = randn(64, 6, dtype=FP32).to(device).t()
+    for a, b in zip(fused_add_rms_norm(not_dense, not_dense), add_then_norm(not_dense, not_dense, None, None), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("shape", ((0, 64), (3, 0), (2, 0, 8)), ids=str)
+def test_empty(shape, device):
+    input = torch.empty(shape).to(device)
+    output, total = fused_add_rms_norm(input, input.clone())
+    assert output.shape == total.shape == shape
+    fused_add_rms_norm_(input, input.clone())
+
+
+@pytest.mark.parametrize("options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str)
+@pytest.mark.parametrize("used", ("both", "output", "residual_out"))
+@pytest.mark.parametrize("pair", ((FP32, FP32), (BF16, BF16), (BF16, FP32)), ids=str)
+def test_gradients(pair, used, options, device):
+    """Beside the formula in fp64; the sum of both gradients is rounded once."""
+    rows, cols = 9, 300
+    leaves = [randn(rows, cols, dtype=pair[0]), randn(rows, cols, dtype=pair[1]), randn(cols, dtype=FP32)]
+    dy, dsum = randn(rows, cols, dtype=FP32 if "cast_before_weight" in options else pair[0]), randn(rows, cols, dtype=pair[1])
+    there = [t.to(device).requires_grad_() for t in leaves]
+    output, total = fused_add_rms_norm(*there, 1e-6, **options)
+    outputs = [t for t, name in ((output, "output"), (total, "residual_out")) if used in ("both", name)]
+    upstream = [t.to(device) for t, name in ((dy, "output"), (dsum, "residual_out")) if used in ("both", name)]
+    got = torch.autograd.grad(outputs, there, upstream, allow_unused=True)
+    s = total.detach().cpu().double().requires_grad_()
+    w = leaves[2].double().requires_grad_()
+    y = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6) * (w + options.get("weight_offset", 0.0))
+    want_s, want_w = torch.zeros_like(s), None
+    if used != "residual_out":
+        want_s, want_w = torch.autograd.grad(y, (s, w), dy.double())
+    if used != "output":
+        want_s = want_s + dsum.double()
+    for grad, leaf in zip(got[:2], leaves):
+        assert grad.dtype == leaf.dtype
+        torch.testing.assert_close(grad.cpu().double(), want_s, rtol=torch.finfo(leaf.dtype).eps, atol=1e-5)
+    if want_w is None:
+        assert got[2] is None
+    else:  # a rounded xhat goes into dweight where it did into the output
+        torch.testing.assert_close(got[2].cpu().double(), want_w, rtol=1e-5, atol=0.1 if options.get("cast_before_weight") else 1e-4)
+
+
+def test_frozen_weight_and_one_gradient_only():
+    input, residual, weight = randn(4, 32, dtype=FP32).requires_grad_(), randn(4, 32, dtype=FP32), randn(32, dtype=FP32)
+    output, total = fused_add_rms_norm(input, residual, weight)
+    (grad,) = torch.autograd.grad(output.sum() + total.sum(), input)
+    assert grad.shape == input.shape and total.requires_grad and not weight.requires_grad
+
+
+def test_gradcheck_and_second_derivatives():
+    leaves = [randn(3, 5, dtype=FP64).requires_grad_(), randn(3, 5, dtype=FP64).requires_grad_(), randn(5, dtype=FP64).requires_grad_()]
+
+    def function(input, residual, weight):
+        return fused_add_rms_norm(input, residual, weight, 1e-3, weight_offset=0.5)
+
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, leaves)
+    per_sample = torch.func.vmap(torch.func.grad(lambda i, r: function(i, r, leaves[2])[0].sum()), in_dims=(0, 0))
+    want = torch.autograd.grad(function(*leaves)[0].sum(), leaves[0])[0]
+    torch.testing.assert_close(per_sample(leaves[0].detach(), leaves[1].detach()), want)
+
+
+@pytest.mark.parametrize("pair", ((FP32, FP32), (BF16, FP32)), ids=str)
+def test_opcheck(pair):
+    input, residual = randn(4, 32, dtype=pair[0]), randn(4, 32, dtype=pair[1])
+    weight = randn(32, dtype=FP32)
+    torch.library.opcheck(ops.fused_add_rms_norm.default, (input, residual, weight, 1e-6))
+    torch.library.opcheck(ops.fused_add_rms_norm_forward.default, (input, residual, weight, 1e-6))
+    torch.library.opcheck(ops.fused_add_rms_norm_.default, (input, residual, weight, 1e-6), {"weight_offset": 1.0})
+    leaves = [t.clone().requires_grad_() for t in (input, residual, weight)]
+    torch.library.opcheck(ops.fused_add_rms_norm.default, (*leaves, 1e-6), {"cast_before_weight": False})
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile(backend):
+    def layer(x, residual, weight):
+        y, residual = fused_add_rms_norm(x, residual, weight, 1e-6)
+        return y * 2, residual
+
+    leaves = [randn(4, 64, dtype=FP32).requires_grad_(), randn(4, 64, dtype=FP32).requires_grad_(), randn(64, dtype=FP32).requires_grad_()]
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for got, want in zip(compiled(*leaves), layer(*leaves), strict=True):
+        assert torch.equal(got, want)
+    want = torch.autograd.grad([t.sum() for t in layer(*leaves)], leaves)
+    got = torch.autograd.grad([t.sum() for t in compiled(*leaves)], leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_in_place():
+    """The code that Inductor writes hands the op the graph's own buffer and the caller's residual: no clone of either."""
+    from torch._inductor.utils import run_and_get_code
+
+    def layer(x, residual, weight):
+        y = x * 2
+        fused_add_rms_norm_(y, residual, weight, 1e-6)
+        return y + 1
+
+    x, residual, weight = randn(4, 64, dtype=FP32), randn(4, 64, dtype=FP32), randn(64, dtype=FP32)
+    want_residual = residual.clone()
+    want = layer(x, want_residual, weight)
+    got, code = run_and_get_code(torch.compile(layer, fullgraph=True), x, residual, weight)
+    assert torch.equal(got, want) and torch.equal(residual, want_residual)
+    call = code[0][code[0].index("def call(") : code[0].index("return (")]
+    assert "fused_add_rms_norm_.default(buf0, arg1_1, arg2_1" in call, call
+    assert call.count("empty_strided_cpu(") == 2, call  # x * 2, and the result
+
+
+def test_module():
+    for options in ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}):
+        module = RMSNorm(64, 1e-5, dtype=BF16, **options)
+        x, residual = randn(3, 64, dtype=BF16), randn(3, 64, dtype=BF16)
+        got = module(x, residual)
+        want = fused_add_rms_norm(x, residual, module.weight, 1e-5, **options)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert torch.equal(module(want[1]), got[0])
+    with pytest.raises(ValueError, match="one dimension"):
+        RMSNorm((2, 32))(torch.randn(3, 2, 32), torch.randn(3, 2, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    (
+        ({"residual": torch.zeros(2, 9)}, RuntimeError, r"residual of input's shape \[2, 8\], but got \[2, 9\]"),
+        ({"residual": torch.zeros(2, 8, dtype=BF16)}, RuntimeError, "residual of input's dtype Float, but got BFloat16"),
+        ({"residual": torch.zeros(2, 8, device="meta")}, RuntimeError, "residual is on meta"),
+        ({"weight": torch.zeros(9)}, RuntimeError, r"weight of shape \[9\]"),
+        ({"input": torch.zeros(2, 8, dtype=torch.int32), "residual": torch.zeros(2, 8, dtype=torch.int32)}, NotImplementedError, "Int"),
+        ({"input": torch.zeros(()), "residual": torch.zeros(())}, ValueError, "scalar"),
+        ({"eps": -1.0}, ValueError, "eps"),
+    ),
+    ids=lambda value: None if not isinstance(value, str) else value[:20],
+)
+@pytest.mark.parametrize("function", (fused_add_rms_norm, fused_add_rms_norm_))
+def test_errors(function, change, error, message):
+    arguments = {"input": torch.ones(2, 8), "residual": torch.ones(2, 8), "weight": torch.ones(8), "eps": 1e-6} | change
+    with pytest.raises(error, match=message):
+        function(**arguments)
+    if arguments["input"].device.type == "cpu":
+        assert (arguments["input"] == arguments["input"].flatten()[0]).all(), "something was written"
+
+
+def test_errors_in_place():
+    x = torch.ones(4, 8)
+    with pytest.raises(RuntimeError, match="use fused_add_rms_norm"):
+        fused_add_rms_norm_(x.clone().requires_grad_(), x.clone())
+    with pytest.raises(RuntimeError, match="same memory"):
+        fused_add_rms_norm_(x, x)
+    with pytest.raises(RuntimeError, match="partly overlaps"):
+        fused_add_rms_norm_(x[:3], x[1:])
+    with pytest.raises(RuntimeError, match="rows that do not overlap"):
+        fused_add_rms_norm_(torch.ones(1, 8).expand(4, 8), x.clone())
+    with pytest.raises(RuntimeError, match="the last dimension contiguous"):
+        fused_add_rms_norm_(torch.ones(8, 4).t(), x.clone())
+    with pytest.raises(RuntimeError, match="cannot take the place of input"):
+        fused_add_rms_norm_(x.bfloat16(), x.bfloat16(), torch.ones(8), cast_before_weight=True)
+    assert (x == 1).all()
+    with torch.no_grad():
+        leaf = x.clone().requires_grad_()
+        version = leaf._version
+        fused_add_rms_norm_(leaf, x.clone())
+        assert leaf._version > version
+
+
+def test_threads_give_the_same_bits(threads):
+    input, residual = randn(600, 1000, dtype=BF16), randn(600, 1000, dtype=BF16)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(fused_add_rms_norm(input, residual))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
+def test_public():
+    assert {"fused_add_rms_norm", "fused_add_rms_norm_"} <= set(rmsnorm_cuda.__all__)
