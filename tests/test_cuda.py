@@ -12,13 +12,10 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(autouse=True)
-def real_gpu():
+def real_gpu(torch_kernels):
     if not (torch.cuda.is_available() and _C.cuda_built()):
         pytest.skip("no CUDA device or no CUDA kernels")
-    try:
-        torch.zeros(1, device="cuda").item()
-    except RuntimeError as error:
-        pytest.skip(f"torch's own kernels do not run here: {str(error).splitlines()[0]}")
+    torch_kernels("cuda")
 
 
 @pytest.mark.parametrize("cols", (64, 4096, 12_000, 100_000))

@@ -41,6 +41,9 @@ def backward_samples():
     yield (random(2, 3, 4), x, shape, weight, rstd_of(x, shape), None, (True, True)), LLAMA
     x = random(3, 8)
     yield (random(8).expand(3, 8), x, (8,), None, rstd_of(x, (8,)), None, (True, False)), {}
+    x = random(3, 8, dtype=torch.bfloat16)
+    other = {"grad_residual": random(3, 8, dtype=torch.bfloat16)}
+    yield (random(3, 8), x, (8,), random_weight(8, torch.float32), rstd_of(x, (8,)), None, (True, True)), other
     x = random(3, 8, dtype=torch.float64)
     weight = leaf(random_weight(8, torch.float64))
     yield (leaf(random(3, 8, dtype=torch.float64)), leaf(x), (8,), weight, rstd_of(x, (8,)), None, (True, True)), GEMMA
@@ -52,11 +55,29 @@ def out_samples():
         yield (random(3, 8, dtype=dtype), (8,), random_weight(8, weight_dtype)), options | {"out": out}
 
 
+def fused_samples():
+    for dtype, residual_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        x, residual = random(4, 32, dtype=dtype), random(4, 32, dtype=residual_dtype)
+        weight = random_weight(32, torch.float32)
+        yield (x, residual, weight, 1e-6), {}
+        yield (x, residual), GEMMA
+        yield (x, residual, weight), LLAMA
+    yield (leaf(random(4, 32)), leaf(random(4, 32)), leaf(random_weight(32, torch.float32)), 1e-6), {}
+
+
+def in_place_samples():
+    for residual_dtype in (torch.bfloat16, torch.float32):
+        yield (random(4, 32, dtype=torch.bfloat16), random(4, 32, dtype=residual_dtype), random_weight(32, torch.float32)), GEMMA
+
+
 SAMPLES = [
     *((ops.rms_norm.default, sample) for sample in forward_samples()),
     *((ops.rms_norm_forward.default, sample) for sample in forward_samples()),
     *((ops.rms_norm_backward.default, sample) for sample in backward_samples()),
     *((ops.rms_norm.out, sample) for sample in out_samples()),
+    *((ops.fused_add_rms_norm.default, sample) for sample in fused_samples()),
+    *((ops.fused_add_rms_norm_forward.default, sample) for sample in fused_samples()),
+    *((ops.fused_add_rms_norm_.default, sample) for sample in in_place_samples()),
 ]
 
 
