@@ -162,3 +162,13 @@ def test_normalized_shape_may_be_an_int():
     x = random(3, 20)
     for shape in (20, (20,), [20], torch.Size([20])):
         assert same_bits(rms_norm(x, shape), rms_norm(x, (20,)))
+
+
+@pytest.mark.parametrize("bits, dtype", ((0x7FFFFFFF, torch.float32), (-1, torch.float32), (0x7FFF, torch.float16)), ids=str)
+def test_any_nan_in_the_weight_stays_one(bits, dtype, device):
+    """Rounding a NaN of all ones to bf16 by adding half a unit would turn it into a zero."""
+    weight = torch.ones(256, dtype=dtype)
+    weight.view(torch.int32 if dtype == torch.float32 else torch.int16)[[3, 70]] = bits
+    for rows in (1, 9):
+        y = rms_norm(random(rows, 256, dtype=torch.bfloat16, device=device), 256, weight.to(device)).cpu()
+        assert y[:, [3, 70]].isnan().all() and y.isnan().sum() == 2 * rows
