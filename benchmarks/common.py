@@ -40,6 +40,20 @@ def norms(cols, weight, bias, compiled):
     return result
 
 
+def fused_adds(cols, weight, compiled):
+    """Name: a function of x and residual, to the norm of their sum and the sum."""
+
+    def add_then_norm(x, residual):
+        total = x + residual
+        return F.rms_norm(total, cols, weight, EPS), total
+
+    result = {"ours": lambda x, residual: rmsnorm_cuda.fused_add_rms_norm(x, residual, weight, EPS), "F.rms_norm": add_then_norm}
+    if "F.rms_norm" in compiled:
+        torch._dynamo.reset()
+        result["compile(F.rms_norm)"] = torch.compile(add_then_norm, dynamic=False)
+    return result
+
+
 def training_step(norm, parameters, gradients):
     """A run of forward and backward; `gradients` maps the id of an x to its dy."""
     leaves = {}

@@ -6,8 +6,9 @@
 Outputs are verified against fp64 before anything is timed. The contenders of a cell run interleaved in one process,
 over buffers that rotate once they are large; what is shown is the median, and ratios of medians. Run it on a quiet
 machine and take differences under 10 % for noise. GB/s counts x read and y written, for a training step x, dy and x
-again read and y and dx written; empty_like is the allocation of y alone. The floor is a copy of x into a buffer that is there already, and for a training step
-that and an addition of x and dy.
+again read and y and dx written, for a fused addition x and the residual read and both results written; empty_like is the
+allocation of y alone. The floor is a copy of x into a buffer that is there already, for a training step that and an
+addition of x and dy, for a fused addition that of x and the residual into such a buffer and a copy of it.
 """
 
 import argparse
@@ -24,10 +25,10 @@ sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, FORMULAS, chart, norms, training_step, verify
+from benchmarks.common import DTYPES, EPS, FORMULAS, chart, fused_adds, norms, training_step, verify
 
 ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
-PASSES = {"forward": 2, "training": 5}  # over x: see above
+PASSES = {"forward": 2, "training": 5, "fused": 4}  # over x: see above
 
 
 class Cell:
@@ -52,6 +53,24 @@ class Cell:
         runs["ours out="] = lambda x: rmsnorm_cuda.rms_norm(x, self.cols, self.weight, EPS, out=self.out)
         runs["floor"] = lambda x: self.out.copy_(x)
         return runs
+
+    def fused(self, compiled):
+        residuals = dict(zip(map(id, self.x), self.dy, strict=True))
+        totals, outs = [torch.zeros_like(x) for x in self.x], [torch.zeros_like(x) for x in self.x]
+        own = dict(zip(map(id, self.x), zip(totals, outs, strict=True), strict=True))
+        runs = {
+            name: lambda x, run=run: run(x, residuals[id(x)])
+            for name, run in fused_adds(self.cols, self.weight, compiled).items()
+        }
+
+        def floor(x):
+            total, out = own[id(x)]
+            torch.add(x, residuals[id(x)], out=total)
+            return out.copy_(total)
+
+        # In place the values drift, but stay numbers: the sum grows by a norm with each call.
+        runs["ours in place"] = lambda x: rmsnorm_cuda.fused_add_rms_norm_(own[id(x)][1], own[id(x)][0], self.weight, EPS)
+        return runs | {"floor": floor}
 
     def training(self, compiled):
         gradients = dict(zip(map(id, self.x), self.dy, strict=True))

@@ -7,7 +7,7 @@
 Outputs are verified against fp64 before anything is timed. Each call finds a cold L2 cache: a copy larger than it runs in
 between, during which the host queues the call. Times are medians of CUDA events, contenders interleaved. GB/s counts each
 byte that has to move once: x and y, for a training step x, dy and x again and y and dx (what is in between stays in the
-L2 cache or not, as it may). The roof is a device copy that moves as many bytes, measured in the same way.
+L2 cache or not, as it may), for a fused addition x and the residual read and both results written. The roof is a device copy that moves as many bytes, measured in the same way.
 """
 
 import argparse
@@ -27,10 +27,10 @@ sys.path = [*sys.path[1:], str(ROOT)]
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, chart, norms, training_step, verify
+from benchmarks.common import DTYPES, EPS, chart, fused_adds, norms, training_step, verify
 
 SHAPES = "1x4096,64x4096,65536x64,65536x128,32768x256,16384x512,16384x1024,8192x2048,8192x4096,4096x8192,4096x16384,2048x32768,1024x65536,1024x131072"
-PASSES = {"forward": 2, "training": 5}  # over x: see above
+PASSES = {"forward": 2, "training": 5, "fused": 4}  # over x: see above
 
 
 def others(cols, weight):
@@ -73,6 +73,9 @@ class Cell:
         return lambda x: to.copy_(half)
 
     def contenders(self, mode, compiled):
+        if mode == "fused":
+            adds = fused_adds(self.cols, self.weight, compiled)
+            return {name: lambda x, run=run: run(x, self.dy) for name, run in adds.items()} | {"copy": self.copy(PASSES[mode])}
         weight, bias = self.weight, self.bias
         if mode == "training":
             weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()

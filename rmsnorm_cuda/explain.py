@@ -11,6 +11,10 @@ from . import _C
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KEEPS = ("registers", "shared memory", "nowhere: read twice")
+KERNELS = {  # by where a row is kept
+    "forward": ("forward_rows", "forward_long_rows", "forward_long_rows"),
+    "backward": ("backward_rows", "backward_shared_rows", "backward_long_stats and backward_long_strips"),
+}
 IN_FLIGHT = 64  # bytes that a thread asks for before it needs the first: four vectors of x, or two of x and two of dy
 
 
@@ -93,7 +97,7 @@ def lines(rows, cols, name):
             per_block = plan["threads"] // plan["lanes"]
             place = f"{plan['cluster']} blocks a row" if plan["cluster"] > 1 else f"{per_block} row{'s' * (per_block > 1)} a block"
             yield (
-                f"  {device_name:5} {plan['blocks']} blocks of {plan['threads']} threads, {place}, "
+                f"  {device_name:5} {KERNELS[pass_][plan['keep']]}: {plan['blocks']} blocks of {plan['threads']} threads, {place}, "
                 f"{plan['vectors']} x 16 bytes a thread; at most {plan['registers']} registers, "
                 f"{plan['shared_bytes'] / 1024:.0f} KiB shared; row kept in {KEEPS[plan['keep']]}"
             )

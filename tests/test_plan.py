@@ -77,7 +77,7 @@ def test_explain_command(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rmsnorm_cuda", "--explain", "4096", "131072", "bf16"])
     assert command.main() == 0
     text = capsys.readouterr().out
-    assert "forward, 4096 rows of 131072, bf16" in text and "4 blocks a row" in text and text.count("H100") == 2
+    assert "forward, 4096 rows of 131072, bf16" in text and "forward_long_rows: " in text and "4 blocks a row" in text and text.count("H100") == 2
 
 
 @pytest.mark.parametrize("arguments", (["0", "64", "bf16"], ["1", "x", "bf16"], ["1", "64", "fp8"]))
