@@ -110,6 +110,10 @@ def fused_add_rms_norm(
         ValueError: ``eps`` or ``weight_offset`` is not finite, or ``eps`` negative; ``input`` is a scalar.
         RuntimeError: shapes, dtypes or devices do not match.
     """
+    if not is_dynamo_compiling():
+        results = _C.fused_add_rms_norm(input, residual, weight, eps, weight_offset, cast_before_weight)
+        if results is not NotImplemented:
+            return results
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     return _ops.fused_add_rms_norm(input, residual, weight, eps, **options)
 
@@ -132,6 +136,9 @@ def fused_add_rms_norm_(
             contiguous; the result would not have ``input``'s dtype (``cast_before_weight`` beside a wider weight). Nothing
             is written then.
     """
+    if not is_dynamo_compiling():
+        if _C.fused_add_rms_norm_(input, residual, weight, eps, weight_offset, cast_before_weight) is None:
+            return
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     _ops.fused_add_rms_norm_(input, residual, weight, eps, **options)
 

@@ -121,9 +121,44 @@ PyObject* rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count
   END_HANDLE_TH_ERRORS
 }
 
+// fused_add_rms_norm(input, residual, weight, eps, weight_offset, cast_before_weight), and in place; NotImplemented for
+// arguments that are not of the plainest types: those are for torch.ops.
+template <bool kInPlace>
+PyObject* fused_add_rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  using Result = std::conditional_t<kInPlace, void, std::tuple<Tensor, Tensor>>;
+  static const auto op = find<Result(const Tensor&, const Tensor&, const OptionalTensor&, std::optional<double>, double, bool)>(
+      kInPlace ? "rmsnorm_cuda::fused_add_rms_norm_" : "rmsnorm_cuda::fused_add_rms_norm");
+  Tensor input, residual;
+  OptionalTensor weight;
+  std::optional<double> eps;
+  double weight_offset = 0;
+  bool cast_before_weight = false;
+  if (count != 6 || at::impl::torch_function_mode_enabled() || !plain(args[0], input) || !plain(args[1], residual) ||
+      !plain(args[2], weight) || !plain(args[3], eps) || !plain(args[4], weight_offset) || !plain(args[5], cast_before_weight)) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  std::optional<py::gil_scoped_release> no_gil;
+  if (input.sym_numel().maybe_as_int().value_or(kBriefElements) >= kBriefElements) no_gil.emplace();
+  if constexpr (kInPlace) {
+    op.call(input, residual, weight, eps, weight_offset, cast_before_weight);
+    no_gil.reset();
+    Py_RETURN_NONE;
+  } else {
+    auto [output, sum] = op.call(input, residual, weight, eps, weight_offset, cast_before_weight);
+    no_gil.reset();
+    return py::make_tuple(std::move(output), std::move(sum)).release().ptr();
+  }
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef kEntryPoints[] = {
     {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm)), METH_FASTCALL,
      "Eager entry point of rmsnorm_cuda.rms_norm."},
+    {"fused_add_rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_add_rms_norm<false>)), METH_FASTCALL,
+     "Eager entry point of rmsnorm_cuda.fused_add_rms_norm, for plain arguments."},
+    {"fused_add_rms_norm_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_add_rms_norm<true>)), METH_FASTCALL,
+     "The same in place."},
     {nullptr, nullptr, 0, nullptr},
 };
 
