@@ -64,7 +64,7 @@ struct RmsNormForward {
   bool cast_before_weight;  // round x * rstd to x_dtype, then multiply by the weight and round to y_dtype
   DType x_dtype;
   DType w_dtype;
-  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype; with addends also input_dtype
+  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype; beside fp32 x a 16-bit input_dtype
   bool stream;    // a hint to the CPU: write y past the caches, which it would only pass through
   Addends addends;
 };

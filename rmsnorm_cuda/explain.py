@@ -40,7 +40,8 @@ class Explanation:
     """One pass on one device. Sizes in bytes, times in us."""
 
     plan: dict  # as _C.cuda_plan gives it
-    dram_bytes: int  # least traffic: tensors once (x and dy twice where the row is kept nowhere), partial sums, weight
+    dram_bytes: int  # least traffic: tensors once (x and dy twice where the row is kept nowhere), weight, and partial sums
+    # of dweight written and read again (not where the row is kept nowhere)
     least_us: float  # dram_bytes at the nominal bandwidth
     in_flight: int  # per multiprocessor, once the machine is full
     needed: int  # per multiprocessor, for the nominal bandwidth: bandwidth * latency (Little's law)
@@ -52,7 +53,7 @@ def explain(pass_, rows, cols, dtype, device):
     """The layout of one pass.
 
     Args:
-        pass_: "forward" or "backward" (dx and dweight, without the small second kernel that adds up partial sums).
+        pass_: "forward" or "backward" (dx and dweight; the plan is that of the first kernel, not of the small one that adds up partial sums).
         rows, cols: of the tensor; cols is the normalized length.
         dtype: of x, dy and the weight: torch.float32, torch.float16 or torch.bfloat16.
         device: a :class:`Device`.

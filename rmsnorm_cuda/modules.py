@@ -56,6 +56,11 @@ class RMSNorm(torch.nn.RMSNorm):
         if residual is not None:
             if len(shape) != 1:
                 raise ValueError(f"RMSNorm: a residual needs a normalized_shape of one dimension, but it is {tuple(shape)}")
+            if x.shape[-1:] != shape:
+                raise RuntimeError(
+                    f"RMSNorm: given normalized_shape={list(shape)}, expected input with that shape at the end, but got input of "
+                    f"size {list(x.shape)}"
+                )
             return fused_add_rms_norm(x, residual, weight, eps, weight_offset=offset, cast_before_weight=cast)
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
             return _C.rms_norm(x, shape, weight, eps, offset, cast, None)

@@ -106,6 +106,25 @@ def test_gradients(pair, used, options, device, torch_kernels):
         torch.testing.assert_close(got[2].cpu().double(), want_w, rtol=1e-5, atol=0.1 if options.get("cast_before_weight") else 1e-4)
 
 
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+def test_what_autograd_saved_is_not_overwritten_unseen(mode):
+    x, w = torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)
+    for overwrite in (lambda: fused_add_rms_norm_(x, torch.zeros(4, 8)), lambda: rms_norm(x, 8, out=x)):
+        loss = (x * w).sum()
+        with mode():
+            overwrite()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_only_the_weight_requires_grad():
+    weight = torch.ones(8, requires_grad=True)
+    output, total = fused_add_rms_norm(torch.randn(2, 8), torch.randn(2, 8), weight)
+    assert output.requires_grad and not total.requires_grad
+    output.sum().backward()
+    assert weight.grad is not None
+
+
 def test_frozen_weight_and_one_gradient_only():
     input, residual, weight = randn(4, 32, dtype=FP32).requires_grad_(), randn(4, 32, dtype=FP32), randn(32, dtype=FP32)
     output, total = fused_add_rms_norm(input, residual, weight)
@@ -169,6 +188,8 @@ def test_module():
         want = fused_add_rms_norm(x, residual, module.weight, 1e-5, **options)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         assert torch.equal(module(want[1]), got[0])
+    with pytest.raises(RuntimeError, match=r"normalized_shape=\[8\].*size \[2, 4\]"):
+        RMSNorm(8, elementwise_affine=False)(torch.randn(2, 4), torch.randn(2, 4))
     with pytest.raises(ValueError, match="one dimension"):
         RMSNorm((2, 32))(torch.randn(3, 2, 32), torch.randn(3, 2, 32))
 
@@ -209,7 +230,10 @@ def test_errors_in_place():
         fused_add_rms_norm_(torch.ones(8, 4).t(), x.clone())
     with pytest.raises(RuntimeError, match="cannot take the place of input"):
         fused_add_rms_norm_(x.bfloat16(), x.bfloat16(), torch.ones(8), cast_before_weight=True)
-    assert (x == 1).all()
+    whole = torch.ones(4, 16)
+    with pytest.raises(RuntimeError, match="input and weight share memory"):
+        fused_add_rms_norm_(whole[:, :8], x, whole[1, :8])
+    assert (x == 1).all() and (whole == 1).all()
     with torch.no_grad():
         leaf = x.clone().requires_grad_()
         version = leaf._version

@@ -110,7 +110,7 @@ struct Forward {
                                 int lane) {
     Scale s;
     if (!fast_scale(sum, a.mean, s)) {
-      if (kAdd && a.lanes <= 32) __syncwarp();  // for what its other lanes wrote; longer rows have had a barrier
+      if (kAdd && a.lanes <= 32) __syncwarp(group_mask(a.lanes));  // for what its other lanes wrote; longer rows have had a barrier
       s = rescued_scale(static_cast<const X*>(a.x.data) + offset, a.cols, a.eps, a.lanes);
       if (a.lanes > 32) cluster.barrier();  // its warps read all of the row; the row is the block's only one
     }
@@ -195,58 +195,60 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void 
   extern __shared__ uint4 kept[];
   __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
-  const int lane = threadIdx.x, lanes = blockDim.x, step = lanes * kForwardVectors;
+  using Index = std::conditional_t<kKeep, int, int64_t>;  // of a chunk
+  const int lane = threadIdx.x, lanes = blockDim.x;
+  const Index step = lanes * kForwardVectors;
   // The block's columns, counted from `begin` in chunks; the last may be incomplete.
   const int64_t begin = cluster.rank * a.slice, end = min(a.cols, begin + a.slice);
-  const int chunks = static_cast<int>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
-  const auto column = [=](int chunk) { return begin + int64_t{chunk} * kElems; };
-  const auto count = [=](int chunk) { return static_cast<int>(min(end - column(chunk), int64_t{kElems})); };
+  const Index chunks = static_cast<Index>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
+  const auto column = [=](Index chunk) { return begin + int64_t{chunk} * kElems; };
+  const auto count = [=](Index chunk) { return static_cast<int>(min(end - column(chunk), int64_t{kElems})); };
 
   int turn = 0;
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows; row += gridDim.x / cluster.size, ++turn) {
     const int64_t x_offset = row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
     typename F::XChunk x[kForwardVectors];
     Sum sum[1];
-    for (int tile = 0; tile < chunks; tile += step) {
+    for (Index tile = 0; tile < chunks; tile += step) {
       typename F::XChunk input[kForwardVectors];
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
+        const Index chunk = tile + k * lanes + lane;
         x[k] = F::load(a, row, column(chunk), count(chunk), input[k]);
       }
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
+        const Index chunk = tile + k * lanes + lane;
         F::add(a, row, column(chunk), count(chunk), input[k], x[k]);
       }
       sum[0] = sum[0] + F::sum_of_squares(x);
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
+        const Index chunk = tile + k * lanes + lane;
         if (kKeep && chunk < chunks) put_chunk(kept, chunks, chunk, x[k]);
       }
     }
     typename F::WChunk w[kForwardVectors];
-    const auto load_weights = [&](int tile) {
+    const auto load_weights = [&](Index tile) {
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
+        const Index chunk = tile + k * lanes + lane;
         w[k] = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
       }
     };
-    int tile = (chunks - 1) / step * step;
+    Index tile = (chunks - 1) / step * step;
     load_weights(tile);
     row_sum(sum, 1, lanes, cluster, scratch, turn);
     const Scale s = F::scale(a, sum[0], row, x_offset, cluster, lane);
     for (; tile >= 0; tile -= step) {
 #pragma unroll
       for (int k = 0; !kKeep && k < kForwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
+        const Index chunk = tile + k * lanes + lane;
         x[k] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
       }
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
+        const Index chunk = tile + k * lanes + lane;
         if (chunk >= chunks) continue;
         if (kKeep) get_chunk(kept, chunks, chunk, x[k]);
         F::store(a, y_offset + column(chunk), count(chunk), x[k], w[k], s);

@@ -34,8 +34,9 @@ int launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStrea
   const auto shared_bytes = static_cast<unsigned>(shape.shared_bytes);
   constexpr unsigned kFreeSharedBytes = 48 << 10;  // a kernel that wants more, its static arrays included, has to say so
   cudaError_t error = cudaSuccess;
-  if (shared_bytes + kOtherSharedBytes > kFreeSharedBytes) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (shared_bytes + kOtherSharedBytes > kFreeSharedBytes) {  // all that a plan may ask for: other threads set it too
+    const auto most = static_cast<int>(device().shared_bytes - kOtherSharedBytes);
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};

@@ -173,12 +173,17 @@ struct WideScale {
   int exponent;
 };
 
+// The lanes of the warp that are in this one's group of so many.
+__device__ inline uint32_t group_mask(int group) {
+  return (group == 32 ? ~0u : (1u << group) - 1) << (threadIdx.x % 32 / group * group);
+}
+
 // load(i): element i of the row, as double. The `group` lanes of a warp that call this share the work, and each
 // gets the result. Far off the hot path: it reads the row twice.
 template <typename Load>
 __device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int group) {
   const int lane = threadIdx.x % group;
-  const uint32_t mask = (group == 32 ? ~0u : (1u << group) - 1) << (threadIdx.x % 32 - lane);
+  const uint32_t mask = group_mask(group);
   double top = sqrt(eps);
 #pragma unroll 1
   for (int64_t i = lane; i < cols; i += group) top = fmax(top, fabs(load(i)));

@@ -181,6 +181,7 @@ void set_isa(const std::optional<std::string>& name) {
 
 py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy, at::ScalarType x, at::ScalarType w,
                    int arch, int multiprocessors, int64_t shared_bytes) {
+  if (rows < 1 || cols < 1) throw py::value_error("cuda_plan: expected at least one row and one column");
   const rmsnorm::cuda::Device device{arch, multiprocessors, shared_bytes};
   const auto dtype = [](at::ScalarType type) {
     const auto known = rmsnorm::as_dtype(type);

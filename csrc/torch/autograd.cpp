@@ -272,6 +272,7 @@ struct FusedAddRmsNorm : torch::autograd::Function<FusedAddRmsNorm> {
     if (rstd) *rstd = row_rstd;
     ctx->save_for_backward({sum, weight.value_or(Tensor()), row_rstd});
     ctx->set_materialize_grads(false);
+    if (!input.requires_grad() && !residual.requires_grad()) ctx->mark_non_differentiable({sum});
     if (eps) ctx->saved_data["eps"] = *eps;
     ctx->saved_data["weight_offset"] = weight_offset;
     ctx->saved_data["cast_before_weight"] = cast_before_weight;
@@ -339,6 +340,20 @@ void fused_add_rms_norm_(DispatchKeySet keys, const Tensor& input, const Tensor&
               "of the arguments requires grad; use fused_add_rms_norm");
   fused_add_rms_norm__op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps, weight_offset,
                                       cast_before_weight);
+}
+
+// What is overwritten gets a new version, in inference mode too, so that autograd notices if it had saved the old values.
+void bump_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+              std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& out) {
+  rms_norm_out_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, normalized_shape, weight, eps, weight_offset,
+                               cast_before_weight, out);
+  out.unsafeGetTensorImpl()->bump_version();
+}
+
+void bump_in_place(DispatchKeySet keys, const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                   std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  fused_add_rms_norm__op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, residual, weight, eps, weight_offset,
+                                      cast_before_weight);
   input.unsafeGetTensorImpl()->bump_version();
   residual.unsafeGetTensorImpl()->bump_version();
 }
@@ -351,7 +366,6 @@ void rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef norma
               "arguments requires grad");
   rms_norm_out_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps, weight_offset,
                                cast_before_weight, out);
-  out.unsafeGetTensorImpl()->bump_version();  // so that autograd notices if it had saved the old values
 }
 
 }  // namespace
@@ -364,6 +378,10 @@ TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
   m.impl("fused_add_rms_norm", TORCH_FN(fused_add_rms_norm));
   m.impl("fused_add_rms_norm_forward", TORCH_FN(fused_add_rms_norm_forward));
   m.impl("fused_add_rms_norm_", TORCH_FN(fused_add_rms_norm_));
+}
+TORCH_LIBRARY_IMPL(rmsnorm_cuda, ADInplaceOrView, m) {
+  m.impl("rms_norm.out", TORCH_FN(bump_out));
+  m.impl("fused_add_rms_norm_", TORCH_FN(bump_in_place));
 }
 
 }  // namespace rmsnorm

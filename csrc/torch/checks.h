@@ -158,8 +158,8 @@ inline bool rows_overlap(const Rows& rows, int64_t cols) {
 // An out= that is the input is fine, and so is one between the input's rows (two slices of one fused
 // projection); anything else that shares memory with it is refused, unless it is seen to be apart.
 inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out_rows, const at::Tensor& input,
-                          int64_t lead, int64_t cols) {
-  TORCH_CHECK(!rows_overlap(out_rows, cols), op, ": expected out with rows that do not overlap, but got strides ",
+                          int64_t lead, int64_t cols, const char* name = "out") {
+  TORCH_CHECK(!rows_overlap(out_rows, cols), op, ": expected ", name, " with rows that do not overlap, but got strides ",
               out.strides(), " for shape ", out.sizes());
   if (!out.is_alias_of(input)) return;
   const auto bytes = [](const at::Tensor& t) {
@@ -179,7 +179,19 @@ inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out
     const int64_t phase = period > 0 ? ((gap % period) + period) % period : 0;
     if (phase >= extent && period - phase >= extent) return;
   }
-  TORCH_CHECK(false, op, ": out partly overlaps input; expected out to be input itself or memory of its own");
+  TORCH_CHECK(false, op, ": ", name, " partly overlaps input; expected ", name, " to be input itself or memory of its own");
+}
+
+// A weight within the memory that is written would be read while others overwrite it.
+inline void check_apart(const char* op, const char* name, const at::Tensor& out, const at::Tensor& weight) {
+  if (!out.is_alias_of(weight)) return;
+  const auto end = [](const at::Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return static_cast<const char*>(t.const_data_ptr()) + (last + 1) * static_cast<int64_t>(t.element_size());
+  };
+  TORCH_CHECK(end(out) <= weight.const_data_ptr() || end(weight) <= out.const_data_ptr(), op, ": ", name,
+              " and weight share memory: some elements of the input tensor and the written-to tensor refer to a single location");
 }
 
 inline Rows dense_rows(int64_t cols) { return Rows{1, {1}, {cols}}; }

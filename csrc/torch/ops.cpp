@@ -155,7 +155,7 @@ void rms_norm_out(const Tensor& input, IntArrayRef normalized_shape, const Optio
               out.strides());
   at::assert_no_internal_overlap(out);
   check_overlap("rms_norm", out, *rows, input, lead, geometry.cols);
-  if (weight) at::assert_no_overlap(out, *weight);
+  if (weight) check_apart("rms_norm", "out", out, *weight);
   forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, out, *rows, stream_owned(out),
                Tensor());
 }
@@ -214,12 +214,10 @@ void fused_add_rms_norm_(const Tensor& input, const Tensor& residual, const Opti
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"input", input}, {"residual", residual}}) {
     const auto rows = rows_of(t, lead);
     TORCH_CHECK(rows, op, ": expected ", name, " with dense rows (the last dimension contiguous), but got strides ", t.strides());
-    TORCH_CHECK(!rows_overlap(*rows, geometry.cols), op, ": expected ", name,
-                " with rows that do not overlap, but got strides ", t.strides(), " for shape ", t.sizes());
+    check_overlap(op, t, *rows, input, lead, geometry.cols, name);
+    if (weight) check_apart(op, name, t, *weight);
   }
-  check_overlap(op, input, *rows_of(input, lead), residual, lead, geometry.cols);
   TORCH_CHECK(input.const_data_ptr() != residual.const_data_ptr(), op, ": input and residual are the same memory");
-  if (weight) at::assert_no_overlap(input, *weight), at::assert_no_overlap(residual, *weight);
   fused_add_into(op, input, residual, geometry, weight, eps, weight_offset, cast_before_weight, input,
                  *rows_of(input, lead), residual, false, Tensor());
 }

@@ -103,11 +103,15 @@ class Rows(ctypes.Structure):
 P, I64 = ctypes.c_void_p, ctypes.c_int64
 
 
+class Addends(ctypes.Structure):
+    _fields_ = [("input", P), ("residual", P), ("input_dtype", ctypes.c_int32), ("input_rows", Rows), ("residual_rows", Rows)]
+
+
 class ForwardParams(ctypes.Structure):
     _fields_ = [("x", P), ("weight", P), ("y", P), ("rstd", P), ("x_rows", Rows), ("y_rows", Rows), ("rows", I64),
                 ("cols", I64), ("eps", ctypes.c_double), ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool),
                 ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("y_dtype", ctypes.c_int32),
-                ("stream", ctypes.c_bool)]
+                ("stream", ctypes.c_bool), ("addends", Addends)]
 
 
 class BackwardParams(ctypes.Structure):
