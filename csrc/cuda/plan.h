@@ -27,7 +27,7 @@ constexpr int kBackwardSliceThreads = 384;
 // Registers that a thread may take; tests/test_native.py compares with what the compiler took.
 constexpr int kForwardRegisters = 80;
 constexpr int kForwardSliceRegisters = 64;
-constexpr int kForwardTwiceRegisters = 112;  // where a row is read twice
+constexpr int kForwardTwiceRegisters = 128;  // where a row is read twice
 constexpr int backward_registers(bool mixed) { return mixed ? 112 : 80; }  // mixed: fp32 dy or weight beside 16-bit x
 constexpr int kBackwardSliceRegisters = 80;
 constexpr int kRegisterFile = 1 << 16;
