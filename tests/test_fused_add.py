@@ -41,7 +41,8 @@ def test_bits_of_add_then_norm(pair, options, device, painted):
             assert torch.equal(input.cpu(), want[0]) and torch.equal(residual.cpu(), want[1])
 
 
-def test_layouts(device, painted):
+def test_layouts(device, painted, torch_kernels):
+    torch_kernels(device)  # for the way back of a strided tensor
     whole = randn(5, 7, 3 * 64, dtype=BF16)
     heads = whole.to(device)[..., 64:128]
     residual = randn(7, 5, 64, dtype=BF16).to(device).transpose(0, 1)
