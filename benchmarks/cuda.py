@@ -141,7 +141,7 @@ def sanitize():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", default="bf16,fp32")
+    parser.add_argument("--dtypes", default="bf16", help="fp32, fp16, bf16/fp32 too; torch.compile takes seconds a cell")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--calls", type=int, default=30)
     parser.add_argument("--compile", default="F.rms_norm", help="formulas under torch.compile: F.rms_norm, llama; seconds a cell")
