@@ -1,13 +1,17 @@
 """RMSNorm on a GPU, forward and forward + backward, beside torch's own norms, torch.compile, other packages and a copy.
 
     python benchmarks/cuda.py [--dtypes bf16,fp32] [--shapes 4096x4096,...] [--no-compile] [--calls 30]
-                              [--json FILE] [--png FILE]
+                              [--minutes 5] [--json FILE] [--png FILE]
     python benchmarks/cuda.py --sanitize          # compute-sanitizer's four tools over the native CUDA test, nothing else
 
 Outputs are verified against fp64 before anything is timed. Each call finds a cold L2 cache: a copy larger than it runs in
 between, during which the host queues the call. Times are medians of CUDA events, contenders interleaved. GB/s counts each
 byte that has to move once: x and y, for a training step x, dy and x again and y and dx (what is in between stays in the
-L2 cache or not, as it may), for a fused addition x and the residual read and both results written. The roof is a device copy that moves as many bytes, measured in the same way.
+L2 cache or not, as it may), for a fused addition x and the residual read and both results written. The roof is a device
+copy that moves as many bytes, measured in the same way.
+
+It ends in --minutes: torch.compile, which takes seconds a cell, is left out from half of them on, and the cells that are
+not begun by then are named.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # Not this folder: torch would take this file for NVIDIA's package of its name.
@@ -141,10 +146,11 @@ def sanitize():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", default="bf16", help="fp32, fp16, bf16/fp32 too; torch.compile takes seconds a cell")
+    parser.add_argument("--dtypes", default="bf16", help="fp32, fp16, bf16/fp32 too")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--calls", type=int, default=30)
-    parser.add_argument("--compile", default="F.rms_norm", help="formulas under torch.compile: F.rms_norm, llama; seconds a cell")
+    parser.add_argument("--compile", default="F.rms_norm", help="formulas under torch.compile: F.rms_norm, llama")
+    parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--only", default="", help="contenders whose name starts with one of these, besides ours and copy")
     parser.add_argument("--json")
@@ -161,22 +167,28 @@ def main():
     other = torch.empty_like(big)
     machine = f"{properties.name}, {properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
     print(f"torch {torch.__version__}, {machine}; us a call, median of {args.calls}; x: times ours")
-    results = []
+    results, left_out, began = [], [], time.monotonic()
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
+            if time.monotonic() - began > 60 * args.minutes:
+                left_out.append(f"{dtype} {shape}")
+                continue
             cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype], device)
             verify(cell.x[:64], cell.cols, cell.weight)
             for mode in PASSES:
-                runs = cell.contenders(mode, () if args.no_compile else args.compile.split(","))
+                late = time.monotonic() - began > 30 * args.minutes
+                runs = cell.contenders(mode, () if args.no_compile or late else args.compile.split(","))
                 if args.only:
                     wanted = ("ours", "copy", *args.only.split(","))
                     runs = {name: run for name, run in runs.items() if name.startswith(wanted)}
                 us = measure(runs, cell.x, lambda: other.copy_(big), args.calls)
                 show(mode, dtype, shape, cell.bytes, us)
                 results.append({"mode": mode, "dtype": dtype, "shape": shape, "us": us})
+    if left_out:
+        print(f"left out, since {args.minutes:g} minutes are over: {', '.join(left_out)}")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "machine": machine, "results": results}, file, indent=1)
+            json.dump({"torch": torch.__version__, "machine": machine, "results": results, "left_out": left_out}, file, indent=1)
     if args.png:
         chart(results, args.png, properties.name, hidden=("copy",))
     return 0

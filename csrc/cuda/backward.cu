@@ -36,11 +36,11 @@ struct Backward {
   using WChunk = Chunk<W, kElems>;
 
   // rstd as it is, but for the rows that did not fit its range: those are looked at again, in double.
-  static __device__ RowStats row_scale(const BackwardArgs& a, int64_t row, int64_t x_offset) {
+  static __device__ RowStats row_scale(const BackwardArgs& a, int64_t row) {
     constexpr float kMin = 0x1p-30f, kMax = 0x1p30f;
     const float rstd = a.rstd[row];
     if (!(rstd < kMin || rstd > kMax)) return {rstd, 1.0f, 0.0f};
-    const Scale s = rescued_scale(static_cast<const X*>(a.x.data) + x_offset, a.cols, a.eps, a.lanes);
+    const Scale s = rescued_scale(static_cast<const X*>(a.x.data) + row_offset(a.x_rows, row), a.cols, a.eps, a.lanes);
     return {s.hi, s.pre, 0.0f};
   }
 
@@ -120,6 +120,7 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backwar
   const int slots = blockDim.x / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const auto column = [=](int k) { return (k * lanes + recomputed(lane)) * kElems; };
 
+  const auto stride = [=] { return int64_t{gridDim.x} * recomputed(slots); };
   typename B::WChunk w[kVectors];
   float2 dweight[kVectors][B::kPairs] = {};
 #pragma unroll
@@ -127,17 +128,16 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backwar
     const int col = column(k);
     w[k] = load_weight<W, kElems>(a.weight, col, cols - col);
   }
-  const int64_t stride = int64_t{gridDim.x} * slots;
   int turn = 0;
-  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, ++turn) {
+  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride(), ++turn) {
     typename B::XChunk x[kRows][kVectors] = {};
     typename B::DYChunk dy[kRows][kVectors] = {};
     RowStats stats[kRows] = {};
-    Sum sum[kRows];
-    const int live = live_rows<kRows>(first, stride, a.rows);
+    float sum[kRows] = {};
+    const int live = live_rows<kRows>(first, stride(), a.rows);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * stride + slot;
+      const int64_t row = first + r * stride() + slot;
       if (row >= a.rows) continue;
       const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
 #pragma unroll
@@ -147,19 +147,19 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backwar
         dy[r][k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, cols - col);
         B::fetch_dresidual(a, row, col);
       }
-      stats[r] = B::row_scale(a, row, x_offset);
+      stats[r] = B::row_scale(a, row);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= live) break;
-      sum[r] = {B::dot(a, x[r], dy[r], w, stats[r])};
+      sum[r] = B::dot(a, x[r], dy[r], w, stats[r]);
     }
     row_sum(sum, live, lanes, alone, scratch, turn);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * stride + slot;
+      const int64_t row = first + r * stride() + slot;
       if (row >= a.rows) continue;
-      stats[r].mean = sum[r].hi * a.inv_cols;
+      stats[r].mean = sum[r] * a.inv_cols;
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         const int col = column(k);
@@ -212,8 +212,8 @@ __global__ __launch_bounds__(kBackwardSliceThreads, 2) void backward_shared_rows
   int turn = 0;
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows; row += gridDim.x / cluster.size, ++turn) {
     const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
-    RowStats stats = B::row_scale(a, row, x_offset);
-    Sum sum[1];
+    RowStats stats = B::row_scale(a, row);
+    Sum total;
     for (int tile = 0; tile < chunks; tile += step) {
       typename B::XChunk x[kBackwardVectors];
       typename B::DYChunk dy[kBackwardVectors];
@@ -226,7 +226,7 @@ __global__ __launch_bounds__(kBackwardSliceThreads, 2) void backward_shared_rows
         w[k] = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
         if (chunk < chunks) B::fetch_dresidual(a, row, column(chunk));
       }
-      sum[0] = sum[0] + Sum{B::dot(a, x, dy, w, stats)};
+      total = total + Sum(B::dot(a, x, dy, w, stats));
 #pragma unroll
       for (int k = 0; k < kBackwardVectors; ++k) {
         const int chunk = tile + k * lanes + lane;
@@ -235,8 +235,9 @@ __global__ __launch_bounds__(kBackwardSliceThreads, 2) void backward_shared_rows
         put_chunk(kept_dy, chunks, chunk, dy[k]);
       }
     }
+    float sum[] = {total};
     row_sum(sum, 1, lanes, cluster, scratch, turn);
-    stats.mean = sum[0].hi * a.inv_cols;
+    stats.mean = sum[0] * a.inv_cols;
     for (int chunk = lane; chunk < chunks; chunk += lanes) {
       typename B::XChunk x;
       typename B::DYChunk dy;
@@ -276,8 +277,8 @@ __global__ __launch_bounds__(kBackwardSliceThreads, 1) void backward_long_stats(
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
     const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
-    RowStats stats = B::row_scale(a, row, x_offset);
-    Sum sum[1];
+    RowStats stats = B::row_scale(a, row);
+    Sum total;
     for (int64_t begin = 0; begin < a.cols; begin += tile) {
       typename B::XChunk x[kBackwardVectors];
       typename B::DYChunk dy[kBackwardVectors];
@@ -290,10 +291,11 @@ __global__ __launch_bounds__(kBackwardSliceThreads, 1) void backward_long_stats(
         dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
         w[k] = load_weight<W, kElems>(a.weight, col, count);
       }
-      sum[0] = sum[0] + Sum{B::dot(a, x, dy, w, stats)};
+      total = total + Sum(B::dot(a, x, dy, w, stats));
     }
+    float sum[] = {total};
     row_sum(sum, 1, kBackwardSliceThreads, alone, scratch, turn);
-    stats.mean = sum[0].hi * a.inv_cols;
+    stats.mean = sum[0] * a.inv_cols;
     if (lane == 0) a.stats[row] = stats;
   }
 }

@@ -31,14 +31,14 @@ struct Forward {
 
   // Squares of 16-bit numbers are exact in fp32 (or nearly), and 16-bit results forgive the rest within a thread.
   template <int kChunks>
-  static __device__ Sum sum_of_squares(const XChunk (&x)[kChunks]) {
+  static __device__ Total<X> sum_of_squares(const XChunk (&x)[kChunks]) {
     const auto pair = [&](int i) { return x[i / (kElems / 2)].get(i % (kElems / 2)); };
     constexpr int kPairs = kChunks * kElems / 2;
     if constexpr (sizeof(X) == 4) {
       return tree_sum<kPairs>([&](int i) { return Sum::of_square(pair(i).x) + Sum::of_square(pair(i).y); });
     } else {
       const auto square = [&](int i) { return __fmaf_rn(pair(i).y, pair(i).y, __fmul_rn(pair(i).x, pair(i).x)); };
-      return {tree_sum<kPairs>(square)};
+      return tree_sum<kPairs>(square);
     }
   }
 
@@ -106,12 +106,11 @@ struct Forward {
   }
 
   // Once x is summed up and before y, which may be x, is written.
-  static __device__ Scale scale(const ForwardArgs& a, const Sum& sum, int64_t row, int64_t offset, const Cluster& cluster,
-                                int lane) {
+  static __device__ Scale scale(const ForwardArgs& a, const Total<X>& sum, int64_t row, const Cluster& cluster, int lane) {
     Scale s;
     if (!fast_scale(sum, a.mean, s)) {
       if (kAdd && a.lanes <= 32) __syncwarp(group_mask(a.lanes));  // for what its other lanes wrote; longer rows have had a barrier
-      s = rescued_scale(static_cast<const X*>(a.x.data) + offset, a.cols, a.eps, a.lanes);
+      s = rescued_scale(static_cast<const X*>(a.x.data) + row_offset(a.x_rows, row), a.cols, a.eps, a.lanes);
       if (a.lanes > 32) cluster.barrier();  // its warps read all of the row; the row is the block's only one
     }
     if (a.rstd != nullptr && lane == 0 && cluster.rank == 0) static_cast<float*>(a.rstd)[row] = s.hi * s.pre;
@@ -134,31 +133,33 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) 
   __shared__ Scratch scratch;
   const Cluster alone(1);
   const int lanes = a.lanes, cols = static_cast<int>(a.cols);
-  const int slots = blockDim.x / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const int slots = blockDim.x / lanes, lane = threadIdx.x % lanes;
+  // A row of a thread's own is of whole warps, which may leave the loop one by one; else all of a block stay in it together.
+  const int slot = kRows == 1 ? 0 : threadIdx.x / lanes;
   const auto column = [=](int k) { return (k * lanes + recomputed(lane)) * kElems; };
 
+  const auto stride = [=] { return int64_t{gridDim.x} * recomputed(slots); };
   typename F::WChunk w[kVectors];
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int col = column(k);
     w[k] = load_weight<W, kElems>(a.weight, col, cols - col);
   }
-  const int64_t stride = int64_t{gridDim.x} * slots;
   int turn = 0;
-  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride, ++turn) {
+  for (int64_t first = int64_t{blockIdx.x} * slots + (kRows == 1 ? threadIdx.x / lanes : 0); first < a.rows; first += kRows * stride(), ++turn) {
     typename F::XChunk x[kRows][kVectors] = {}, input[kRows][kVectors] = {};
-    Sum sum[kRows];
-    const int live = live_rows<kRows>(first, stride, a.rows);
+    Total<X> sum[kRows];
+    const int live = live_rows<kRows>(first, stride(), a.rows);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * stride + slot;
+      const int64_t row = first + r * stride() + slot;
       if (row >= a.rows) continue;
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) x[r][k] = F::load(a, row, column(k), cols - column(k), input[r][k]);
     }
 #pragma unroll
     for (int r = 0; kAdd && r < kRows; ++r) {
-      const int64_t row = first + r * stride + slot;
+      const int64_t row = first + r * stride() + slot;
       if (row >= a.rows) continue;
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) F::add(a, row, column(k), cols - column(k), input[r][k], x[r][k]);
@@ -171,9 +172,9 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) 
     row_sum(sum, live, lanes, alone, scratch, turn);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * stride + slot;
+      const int64_t row = first + r * stride() + slot;
       if (row >= a.rows) continue;
-      const Scale s = F::scale(a, sum[r], row, row_offset(a.x_rows, row), alone, lane);
+      const Scale s = F::scale(a, sum[r], row, alone, lane);
       const int64_t offset = row_offset(a.y_rows, row);
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
@@ -206,9 +207,8 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void 
 
   int turn = 0;
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows; row += gridDim.x / cluster.size, ++turn) {
-    const int64_t x_offset = row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
     typename F::XChunk x[kForwardVectors];
-    Sum sum[1];
+    Sum total;
     for (Index tile = 0; tile < chunks; tile += step) {
       typename F::XChunk input[kForwardVectors];
 #pragma unroll
@@ -221,7 +221,7 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void 
         const Index chunk = tile + k * lanes + lane;
         F::add(a, row, column(chunk), count(chunk), input[k], x[k]);
       }
-      sum[0] = sum[0] + F::sum_of_squares(x);
+      total = total + Sum(F::sum_of_squares(x));
 #pragma unroll
       for (int k = 0; k < kForwardVectors; ++k) {
         const Index chunk = tile + k * lanes + lane;
@@ -238,8 +238,10 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void 
     };
     Index tile = (chunks - 1) / step * step;
     load_weights(tile);
+    Total<X> sum[] = {total};
     row_sum(sum, 1, lanes, cluster, scratch, turn);
-    const Scale s = F::scale(a, sum[0], row, x_offset, cluster, lane);
+    const Scale s = F::scale(a, sum[0], row, cluster, lane);
+    const int64_t x_offset = kKeep ? 0 : row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
     for (; tile >= 0; tile -= step) {
 #pragma unroll
       for (int k = 0; !kKeep && k < kForwardVectors; ++k) {

@@ -28,7 +28,7 @@ constexpr int kBackwardSliceThreads = 384;
 constexpr int kForwardRegisters = 80;
 constexpr int kForwardSliceRegisters = 64;
 constexpr int kForwardTwiceRegisters = 128;  // where a row is read twice
-constexpr int backward_registers(bool mixed) { return mixed ? 112 : 80; }  // mixed: fp32 dy or weight beside 16-bit x
+constexpr int backward_registers(bool mixed) { return mixed ? 120 : 80; }  // mixed: fp32 dy or weight beside 16-bit x
 constexpr int kBackwardSliceRegisters = 80;
 constexpr int kRegisterFile = 1 << 16;
 // Threads of a block that works on several short rows: small, so that blocks come and go evenly.

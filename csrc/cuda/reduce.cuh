@@ -12,19 +12,23 @@ namespace rmsnorm::cuda {
 
 // A sum with what its additions rounded off beside it (two-sum). Plain fp32 sums are too coarse for fp32 results:
 // the last levels of any tree are a few additions each of whose errors reaches y, and together they reach an ulp.
-struct Sum {
+struct alignas(8) Sum {
   float hi = 0, lo = 0;
+
+  Sum() = default;
+  __device__ explicit Sum(float hi, float lo = 0) : hi(hi), lo(lo) {}
+  __device__ operator float() const { return isfinite(hi) ? hi + lo : hi; }
 
   static __device__ Sum of_square(float v) {
     const float square = __fmul_rn(v, v);
-    return {square, __fmaf_rn(v, v, -square)};
+    return Sum(square, __fmaf_rn(v, v, -square));
   }
 };
 
 __device__ inline Sum operator+(Sum a, Sum b) {
   const float hi = a.hi + b.hi;
   const float part = hi - a.hi;
-  return {hi, a.lo + b.lo + ((a.hi - (hi - part)) + (b.hi - part))};
+  return Sum(hi, a.lo + b.lo + ((a.hi - (hi - part)) + (b.hi - part)));
 }
 
 // leaf(0) + .. + leaf(kLeaves - 1) as a balanced tree, of floats or Sums.
@@ -88,36 +92,43 @@ __device__ int live_rows(int64_t first, int64_t stride, int64_t rows) {
   return live;
 }
 
+// In which the sum of a row of X is formed. 16-bit results do not show what fp32 rounds off in the few additions of a tree;
+// what a thread sums up over a long row is a Sum for both.
+template <typename X>
+using Total = std::conditional_t<sizeof(X) == 4, Sum, float>;
+
+__device__ inline float of_lane(float v, int distance) { return __shfl_xor_sync(~0u, v, distance); }
+__device__ inline Sum of_lane(const Sum& s, int distance) {
+  return Sum(of_lane(s.hi, distance), of_lane(s.lo, distance));
+}
+
 // The sums over the lanes of the first `live` rows, in every one of them; all threads of the block take part. `turn`
-// counts the calls.
-template <int kRows>
-__device__ void row_sum(Sum (&v)[kRows], int live, int lanes, const Cluster& cluster, Scratch& scratch, int turn) {
-  const auto other = [](const Sum& s, int distance) {
-    return Sum{__shfl_xor_sync(~0u, s.hi, distance), __shfl_xor_sync(~0u, s.lo, distance)};
-  };
+// counts the calls. Rows that are taken several at a time are no longer than a warp (plan.h).
+template <typename T, int kRows>
+__device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& cluster, Scratch& scratch, int turn) {
+  if constexpr (kRows > 1) {
+#pragma unroll 1
+    for (int o = lanes / 2; o > 0; o /= 2) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r >= live) break;
-#pragma unroll
-    for (int o = 16; o > 0; o /= 2) {
-      const Sum sum = v[r] + other(v[r], o);
-      if (o < lanes) v[r] = sum;
+      for (int r = 0; r < kRows; ++r) {
+        if (r < live) v[r] = v[r] + of_lane(v[r], o);
+      }
     }
-  }
-  // Rows that are taken several at a time are no longer than a warp (plan.h).
-  if constexpr (kRows == 1) {
-    if (lanes <= 32) return;
-    const int warps = lanes / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp / warps * warps;
-    float2* const sums = scratch.warp_sum[turn % 2];
+  } else {
+    const auto over_warp = [&] {
+#pragma unroll
+      for (int o = 16; o > 0; o /= 2) v[0] = v[0] + of_lane(v[0], o);
+    };
+    over_warp();
+    if (lanes == kWarp) return;
+    const int warps = lanes / 32, thread = recomputed(threadIdx.x), warp = thread / 32, lane = thread % 32, first = warp / warps * warps;
+    T* const sums = reinterpret_cast<T*>(scratch.warp_sum[turn % 2]);
     if (cluster.size > 1 && turn == 0) Cluster::wait();
-    if (lane < cluster.size) {
-      *Cluster::of_block(sums + cluster.rank * warps + warp, cluster.size > 1 ? lane : 0) = {v[0].hi, v[0].lo};
-    }
+    if (lane < cluster.size) *Cluster::of_block(sums + cluster.rank * warps + warp, cluster.size > 1 ? lane : 0) = v[0];
     cluster.barrier();
-    v[0] = {0.0f, 0.0f};
-    for (int i = lane; i < cluster.size * warps; i += 32) v[0] = v[0] + Sum{sums[first + i].x, sums[first + i].y};
-#pragma unroll
-    for (int o = 16; o > 0; o /= 2) v[0] = v[0] + other(v[0], o);
+    v[0] = T{};
+    for (int i = lane; i < cluster.size * warps; i += 32) v[0] = v[0] + sums[first + i];
+    over_warp();
   }
 }
 
@@ -161,6 +172,15 @@ __device__ inline bool fast_scale(const Sum& sum, const Mean& m, Scale& out) {
   out.hi = r + step;
   out.lo = step - (out.hi - r);
   out.pre = 1.0f;
+  return true;
+}
+
+// The same of a plain sum, to a few units in the last place.
+__device__ inline bool fast_scale(float sum, const Mean& m, Scale& out) {
+  const float v = __fmaf_rn(sum, m.inv_hi, m.eps_hi);
+  if (v < kMinMeanSquare || v > kMaxMeanSquare) return false;
+  const float r = rsqrtf(v);
+  out = {__fmaf_rn(0.5f * r, __fmaf_rn(-v * r, r, 1.0f), r), 0.0f, 1.0f};
   return true;
 }
 

@@ -62,7 +62,8 @@ void check_forward(const Forward& f, int64_t rows, int64_t cols, Layout layout) 
   fill_normal(w, 0.5, f.offset != 0 ? 0 : 1);
   run_forward(f, x, w, y, &r);
   const std::string name = "forward " + f.name() + " " + std::to_string(rows) + "x" + std::to_string(cols);
-  compare_forward(f, x, w, y, r, name.c_str());
+  // rstd of 16-bit rows comes of plain fp32 sums: see Total in reduce.cuh.
+  compare_forward(f, x, w, y, r, name.c_str(), f.x_type == DType::kFloat32 ? 1 : 4);
 
   Tensor one(f.x_type, 1, cols), y_of_one(f.y_type(), 1, cols, Layout::kDense, kGuard);
   fill(one, [&](int64_t, int64_t col) { return x.get(rows - 1, col); });

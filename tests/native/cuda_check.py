@@ -325,7 +325,8 @@ def check_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, tolera
     if rstd is not None:
         rt = F64 if xt == F64 else F32
         off = ulps(rstd, encode(r, rt), rt).max()
-        assert off <= (4 if rt == F64 else 1), f"rstd is {off} ulp off"
+        # That of 16-bit rows comes of plain fp32 sums: see Total in reduce.cuh.
+        assert off <= (1 if xt == F32 else 4), f"rstd is {off} ulp off"
     return y, rstd
 
 
@@ -661,9 +662,29 @@ def shared_rows(gpu, rng, quick):
 
 
 def traffic(gpu, rng, quick):
-    """Each byte of a row is asked for once, and written once."""
+    """Each byte of a row is asked for once, and written once, with few instructions an element and no bank conflicts."""
     if not gpu.simulated:
         return
+
+    def work(stats, plan, rows, cols):
+        """Instructions an element, of the simulator's PTX, without moves between registers, which ptxas does away with."""
+        # A block writes its warps' sums into each block of its cluster at the same place: no conflict, but counted as one.
+        to_others = rows * plan.cluster * (plan.cluster - 1) * plan.lanes // 32
+        assert stats["bank_conflicts"] == to_others, ("bank conflicts", stats["bank_conflicts"], to_others)
+        moves = stats["by_category"]["mov"] / stats["warp_instructions"]
+        return stats["lane_instructions"] * (1 - moves) / (rows * cols)
+
+    for cols in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, 65536, 131072):
+        rows = max(2, (1 << (22 if cols <= 512 else 19)) // cols)  # of short ones a thread takes four, if they are many
+        for xt, wt, most in ((BF16, BF16, (25, 42)), (BF16, F32, (25, 42)), (F32, F32, (66, 60))):
+            with Case(op="instructions", x=NAMES[xt], w=NAMES[wt], cols=cols):
+                x, dy, w = random_values(rng, (rows, cols), xt), random_values(rng, (rows, cols), xt), random_values(rng, cols, wt)
+                run_forward(gpu, x, xt, w, wt, want_rstd=False)
+                forward = work(gpu.stats(), gpu.plan(False, cols, xt, xt), rows, cols)
+                run_backward(gpu, dy, xt, x, xt, w, wt, np.ones(rows, np.float32), want=(True, False))
+                backward = work(gpu.stats(), gpu.plan(True, cols, xt, xt), rows, cols)
+                print(f"  {NAMES[xt]}/{NAMES[wt]} {rows}x{cols}: {forward:.1f} and {backward:.1f} instructions an element")
+                assert forward <= most[0] and backward <= most[1], (forward, backward)
     for xt in (BF16, F32):
         size = RAW[xt]().nbytes
         for cols in (64, 96, 128, 256, 768, 1000, 4096, 5120, 12288, 40000, 65536, 131072):
