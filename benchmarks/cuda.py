@@ -1,7 +1,7 @@
 """RMSNorm on a GPU, forward and forward + backward, beside torch's own norms, torch.compile, other packages and a copy.
 
     python benchmarks/cuda.py [--dtypes bf16,fp32] [--shapes 4096x4096,...] [--no-compile] [--calls 30]
-                              [--minutes 5] [--json FILE] [--png FILE]
+                              [--minutes 4] [--json FILE] [--png FILE]
     python benchmarks/cuda.py --sanitize          # compute-sanitizer's four tools over the native CUDA test, nothing else
 
 Outputs are verified against fp64 before anything is timed. Each call finds a cold L2 cache: a copy larger than it runs in
@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--calls", type=int, default=30)
     parser.add_argument("--compile", default="F.rms_norm", help="formulas under torch.compile: F.rms_norm, llama")
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--only", default="", help="contenders whose name starts with one of these, besides ours and copy")
     parser.add_argument("--json")
