@@ -1,6 +1,7 @@
 """The kernels without torch: the CPU ones run natively, the CUDA ones are compiled wherever nvcc is."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,16 +49,40 @@ def test_cuda_kernels_from_cpp(tmp_path):
     assert last.endswith(" 0 failed") and int(last.split()[0]) > 1000, last
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
-def test_cuda_kernels_compile_without_spills():
-    """One architecture, by the package's own build; it is kept under build/, so a second run is quick."""
-    from ptxas_check import parse_ptxas
-
+@pytest.fixture(scope="module")
+def cuda_build():
+    """The objects for one architecture, by the package's own build; it is kept under build/, so a second run is quick."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not on PATH")
     build = ROOT / "build" / "cuda-9.0"
     environment = os.environ | {"RMSNORM_CUDA_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     command = ["build_ext", "--kernels-only", "--build-temp", build, "--build-lib", build / "lib"]
     run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment)
-    kernels = parse_ptxas("\n".join(path.read_text() for path in build.rglob("*.ptxas")))
+    return build
+
+
+def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
+    """Their machine code has 16-byte loads and stores of global memory, and no local memory."""
+    packages = [Path(folder) / "nvidia" for folder in sys.path]  # where nvidia-cuda-cuobjdump is installed to
+    found = [shutil.which("cuobjdump"), *(str(path) for folder in packages for path in folder.glob("*/bin/cuobjdump"))]
+    if not any(found):
+        pytest.skip("no cuobjdump, neither on PATH nor of the package nvidia-cuda-cuobjdump")
+    count = 0
+    for name in ("forward", "backward"):
+        text = run([next(filter(None, found)), "-sass", cuda_build / f"csrc/cuda/{name}.cu.o"])
+        for function, code in re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", text, re.S):
+            if "_rows" not in function and "_strips" not in function:
+                continue
+            count += 1
+            assert "LDG.E.128" in code and "STG.E.128" in code, function
+            assert not re.search(r"\b(LDL|STL)\b", code), function
+    assert count > 100
+
+
+def test_cuda_kernels_compile_without_spills(cuda_build):
+    from ptxas_check import parse_ptxas
+
+    kernels = parse_ptxas("\n".join(path.read_text() for path in cuda_build.rglob("*.ptxas")))
     assert len(kernels) > 40
     for kernel in kernels:
         assert kernel.spill_bytes == kernel.stack_bytes == 0, kernel
