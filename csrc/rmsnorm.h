@@ -49,11 +49,27 @@ struct Addends {
   Rows residual_rows;
 };
 
+enum class QType : int32_t { kFloat8E4M3, kFloat8E5M2, kInt8 };
+
+// y, rounded to y_dtype, once more in 8 bits: saturated and rounded to nearest even, NaN to NaN (to 0 in kInt8). With a
+// given scale s it is y * (1 / s). Else each row, or each `block` columns of it, has its own: with M the largest value of
+// `dtype` (448, 57344, 127), s = max(min(largest |y|, bound) / M, least), and it is y / s, in kInt8 y * (1 / s); all in fp32.
+struct Quant {
+  void* data;         // [rows, cols], dense; nullptr: not wanted
+  float* scale;       // given: one, read; else written, that of (row, block) at row * row_stride + block * block_stride
+  int64_t block;      // columns that share a scale, 64 or 128 or all; 0: the scale is given
+  int64_t row_stride;
+  int64_t block_stride;
+  float bound;        // of the largest |y|; infinite: none
+  float least;        // scale
+  QType dtype;
+};
+
 // y may be x itself, or the input of the addends (same pointer, same rows): a row is read before it is written.
 struct RmsNormForward {
   const void* x;       // [rows, cols], x_dtype, placed by x_rows; written first if it has addends
   const void* weight;  // [cols], w_dtype; nullptr: no weight (and weight_offset is not looked at)
-  void* y;             // [rows, cols], y_dtype, placed by y_rows
+  void* y;             // [rows, cols], y_dtype, placed by y_rows; nullptr if only quant is wanted
   void* rstd;          // [rows], 1 / sqrt(mean(x^2) + eps): double if x_dtype is kFloat64, else float; nullptr: not wanted
   Rows x_rows;
   Rows y_rows;
@@ -67,6 +83,7 @@ struct RmsNormForward {
   DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype; beside fp32 x a 16-bit input_dtype
   bool stream;    // a hint to the CPU: write y past the caches, which it would only pass through
   Addends addends;
+  Quant quant;  // not with kFloat64
 };
 
 // dx = rstd * (g - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,
@@ -99,7 +116,9 @@ struct RmsNormBackward {
 // parts of one stage in any order, at once. The bits do not depend on how it was split.
 namespace cpu {
 
-void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end);
+// workspace: 64-byte aligned, as many bytes as *_forward_workspace() says, of this call alone; nullptr if that is 0.
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, void* workspace = nullptr);
+int64_t rms_norm_forward_workspace(const RmsNormForward& p);
 
 // Backward in two stages over blocks of rows, numbered 0 .. blocks - 1. Stage two is needed where
 // dweight is wanted, after all of stage one; it finishes columns [col_begin, col_end).

@@ -92,7 +92,9 @@ bool set_isa(const char* name) {
   return true;
 }
 
-void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
+namespace {
+
+void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
   const Kernels& k = kernels();
   if (!wide(p)) {
     const bool other = p.x_dtype == DType::kFloat16 && !named.load(std::memory_order_relaxed) && avx2_is_better_for_half();
@@ -101,6 +103,31 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
   for (int64_t row = row_begin; row < row_end; ++row) {
     if (p.addends.input) add_row_fp64(p, row);
     forward_row_fp64(p, row);
+  }
+}
+
+int64_t quant_row_bytes(const RmsNormForward& p) { return p.cols * (p.y_dtype == DType::kFloat32 ? 4 : 2); }
+int64_t quant_rows(const RmsNormForward& p) { return std::max<int64_t>(1, kQuantBytes / quant_row_bytes(p)); }
+
+}  // namespace
+
+int64_t rms_norm_forward_workspace(const RmsNormForward& p) {
+  return p.quant.data && !p.y ? std::min(quant_rows(p), p.rows) * quant_row_bytes(p) : 0;
+}
+
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, void* workspace) {
+  if (!p.quant.data) return forward(p, row_begin, row_end);
+  RmsNormForward part = p;
+  const int64_t rows = quant_rows(p);
+  for (int64_t row = row_begin; row < row_end; row += rows) {
+    if (!p.y) {  // the workspace is these rows of it
+      part.y = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(workspace) - row * quant_row_bytes(p));
+      part.y_rows = {1, {}, {p.cols}};
+      part.stream = false;
+    }
+    const int64_t end = std::min(row + rows, row_end);
+    forward(part, row, end);
+    kernels().quantize(part, row, end);
   }
 }
 

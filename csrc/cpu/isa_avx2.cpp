@@ -141,7 +141,7 @@ struct Large {
 
 }  // namespace
 
-const Kernels kAvx2 = {kIsaNames[0], forward<false>, backward<false>, dweight};
+const Kernels kAvx2 = {kIsaNames[0], forward<false>, backward<false>, dweight, quantize};
 
 }  // namespace rmsnorm::cpu
 

@@ -163,8 +163,8 @@ INLINE void totals(const Doubles* d, double* sums) {
 
 }  // namespace
 
-const Kernels kAvx512 = {kIsaNames[false], forward<false>, backward<false>, dweight};
-const Kernels kAvx512Bf16 = {kIsaNames[true], forward<true>, backward<true>, dweight};
+const Kernels kAvx512 = {kIsaNames[false], forward<false>, backward<false>, dweight, quantize};
+const Kernels kAvx512Bf16 = {kIsaNames[true], forward<true>, backward<true>, dweight, quantize};
 
 }  // namespace rmsnorm::cpu
 

@@ -182,6 +182,6 @@ struct Large {
 
 }  // namespace
 
-const Kernels kScalar = {kIsaNames[0], forward<false>, backward<false>, dweight};
+const Kernels kScalar = {kIsaNames[0], forward<false>, backward<false>, dweight, quantize};
 
 }  // namespace rmsnorm::cpu

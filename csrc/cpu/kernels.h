@@ -45,12 +45,16 @@ constexpr int64_t kFarGroupBytes = 2 << 10;
 // A 16-bit weight of more than these is read as it is, not from a tile of floats.
 constexpr int64_t kDirectCols = 2048;
 
+// Rows that are normalized before they are put into 8 bits: a part of an L1 cache.
+constexpr int64_t kQuantBytes = 16 << 10;
+
 // One instruction set: everything but fp64, which has only the functions of fp64.cpp.
 struct Kernels {
   const char* name;
   void (*forward)(const RmsNormForward& p, int64_t row_begin, int64_t row_end);
   void (*backward)(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
   void (*dweight)(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
+  void (*quantize)(const RmsNormForward& p, int64_t row_begin, int64_t row_end);
 };
 extern const Kernels kScalar;
 extern const Kernels kAvx2;

@@ -809,3 +809,148 @@ void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) 
 void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
   with_type(p.w_dtype, [&](auto w) { sum_partials<decltype(w)>(p, col_begin, col_end); });
 }
+
+// ---------------------------------------------------------------- 8 bits
+
+typedef int32_t Bits __attribute__((vector_size(sizeof(V)), may_alias));
+typedef uint16_t Words __attribute__((vector_size(sizeof(V)), may_alias));
+typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
+
+INLINE V magnitude(V v) { return V(Bits(v) & 0x7fffffff); }
+
+// The format of a QType; and in the lower 8 bits of each lane v * a, or v / a, in it: saturated, to nearest even.
+template <int kFraction, int kBias>
+struct Float8 {
+  static constexpr bool kDivides = true;
+  static constexpr float kMost = kFraction == 3 ? 448.0f : 57344.0f;
+
+  template <class Scaled>
+  static INLINE Bits code(V v, Scaled scaled) {
+    constexpr int kShift = 23 - kFraction, kLeastNormal = (128 - kBias) << 23;
+    const V grid = set1(float(1 << (24 - kBias - kFraction)));  // its units are those of the denormals
+    const Bits limit = Bits(set1(kMost));
+    const V result = scaled(magnitude(v));
+    Bits bits = Bits(result);
+    bits = bits < limit ? bits : limit;
+    const Bits odd = bits >> kShift & 1;
+    const Bits normal = (bits + odd + ((1 << (kShift - 1)) - 1 - ((127 - kBias) << 23))) >> kShift;
+    const Bits tiny = Bits(add(V(bits), grid)) - Bits(grid);
+    const Bits finite = bits < kLeastNormal ? tiny : normal;
+    return (result == result ? finite : Bits{} + 0x7f) | (Bits(v) >> 24 & 0x80);
+  }
+};
+struct Int8 {
+  static constexpr bool kDivides = false;
+  static constexpr float kMost = 127.0f;
+
+  template <class Scaled>
+  static INLINE Bits code(V v, Scaled scaled) {
+    const V least = set1(-128.0f), most = set1(127.0f), grid = set1(0x1.8p23f);  // its units are 1
+    V result = scaled(v);
+    result = result < least ? least : result;
+    result = result > most ? most : result;
+    return result == result ? Bits(add(result, grid)) & 0xff : Bits{};
+  }
+};
+
+// The largest |p[i]|, NaN if there is one: as integers they are in the same order.
+template <class T>
+INLINE float largest(const T* p, int64_t n) {
+  if constexpr (kIsFloat<T>) {
+    Bits seen = {};
+    for_each_vector(0, n, [&](int64_t i, int m) INLINE_LAMBDA {
+      const Bits bits = Bits(magnitude(load(p + i, m)));
+      seen = bits > seen ? bits : seen;
+    });
+    int32_t most = 0;
+    for (int lane = 0; lane < kLanes; ++lane) most = seen[lane] > most ? seen[lane] : most;
+    float value;
+    __builtin_memcpy(&value, &most, sizeof value);
+    return value;
+  } else {
+    constexpr int kWords = 2 * kLanes;
+    Words seen = {};
+    int64_t i = 0;
+    for (; i + kWords <= n; i += kWords) {
+      Words words;
+      __builtin_memcpy(&words, p + i, sizeof words);
+      words &= 0x7fff;
+      seen = words > seen ? words : seen;
+    }
+    T most = {0};
+    for (int lane = 0; lane < kWords; ++lane) most.bits = seen[lane] > most.bits ? seen[lane] : most.bits;
+    for (; i < n; ++i) most.bits = (p[i].bits & 0x7fff) > most.bits ? p[i].bits & 0x7fff : most.bits;
+    return load(&most, 1)[0];
+  }
+}
+
+template <class F, class T, class Scaled>
+INLINE void quantize_span(const T* from, uint8_t* to, int64_t n, Scaled scaled) {
+  int64_t i = 0;
+  if constexpr (kIsBFloat16<T>) {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const Pair v = split(from + i);
+      const auto both = __builtin_convertvector(F::code(v.even, scaled) | F::code(v.odd, scaled) << 8, HalfWords);
+      __builtin_memcpy(to + i, &both, sizeof both);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int m = i + kLanes <= n ? kLanes : int(n - i);
+    const auto codes = __builtin_convertvector(F::code(load(from + i, m), scaled), Bytes);
+    m == kLanes ? __builtin_memcpy(to + i, &codes, kLanes) : __builtin_memcpy(to + i, &codes, m);
+  }
+}
+
+template <class F, class T>
+void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
+  const Quant& q = p.quant;
+  const int64_t width = q.block ? q.block : p.cols;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const T* from = static_cast<const T*>(p.y) + p.y_rows.offset(row);
+    uint8_t* to = static_cast<uint8_t*>(q.data) + row * p.cols;
+    for (int64_t begin = 0; begin < p.cols; begin += width) {
+      const int64_t n = begin + width < p.cols ? width : p.cols - begin;
+      float scale = *q.scale;
+      bool plain = false;  // neither is anything out of range, nor any result
+      if (q.block) {
+        const float most = largest(from + begin, n), bounded = most > q.bound ? q.bound : most;
+        plain = most <= q.bound && most < __builtin_inff();
+        scale = bounded / F::kMost;
+        scale = scale < q.least ? q.least : scale;
+        q.scale[row * q.row_stride + begin / width * q.block_stride] = scale;
+      }
+      const V s = set1(scale), inverse = set1(1.0f / scale);
+      if (!F::kDivides || !q.block) {
+        quantize_span<F>(from + begin, to + begin, n, [=](V v) INLINE_LAMBDA { return mul(v, inverse); });
+      } else if (kFma && plain) {
+        // Rounded as a division is: inverse is 1 / scale rounded once, and one step from there (Markstein 1990) is exact.
+        if constexpr (kFma) {
+          quantize_span<F>(from + begin, to + begin, n, [=](auto v) INLINE_LAMBDA {
+            const V near = mul(v, inverse);
+            return fma(fma(V(Bits(near) ^ int32_t(0x80000000)), s, v), inverse, near);
+          });
+        }
+      } else {
+        quantize_span<F>(from + begin, to + begin, n, [=](V v) INLINE_LAMBDA { return v / s; });
+      }
+    }
+  }
+}
+
+// Of y, which forward() wrote.
+void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
+  const auto as = [&](auto format) {
+    using F = decltype(format);
+    switch (p.y_dtype) {
+      case DType::kFloat32: return quantize_rows<F, float>(p, row_begin, row_end);
+      case DType::kFloat16: return quantize_rows<F, Half>(p, row_begin, row_end);
+      default: return quantize_rows<F, BFloat16>(p, row_begin, row_end);
+    }
+  };
+  switch (p.quant.dtype) {
+    case QType::kFloat8E4M3: return as(Float8<3, 7>());
+    case QType::kFloat8E5M2: return as(Float8<2, 15>());
+    case QType::kInt8: return as(Int8());
+  }
+}

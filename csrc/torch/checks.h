@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "../rmsnorm.h"
 
@@ -155,6 +156,14 @@ inline bool rows_overlap(const Rows& rows, int64_t cols) {
   return false;
 }
 
+// The addresses that the elements of t lie in.
+inline std::pair<const char*, const char*> span_of(const at::Tensor& t) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const char* const begin = static_cast<const char*>(t.const_data_ptr());
+  return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size())};
+}
+
 // An out= that is the input is fine, and so is one between the input's rows (two slices of one fused
 // projection); anything else that shares memory with it is refused, unless it is seen to be apart.
 inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out_rows, const at::Tensor& input,
@@ -162,15 +171,11 @@ inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out
   TORCH_CHECK(!rows_overlap(out_rows, cols), op, ": expected ", name, " with rows that do not overlap, but got strides ",
               out.strides(), " for shape ", out.sizes());
   if (!out.is_alias_of(input)) return;
-  const auto bytes = [](const at::Tensor& t) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    return (last + 1) * static_cast<int64_t>(t.element_size());
-  };
-  const auto begin = [](const at::Tensor& t) { return reinterpret_cast<int64_t>(t.const_data_ptr()); };
-  const int64_t gap = begin(out) - begin(input);
+  const auto [out_begin, out_end] = span_of(out);
+  const auto [input_begin, input_end] = span_of(input);
+  const int64_t gap = out_begin - input_begin;
   const bool same_layout = out.strides() == input.strides() && out.element_size() == input.element_size();
-  if (gap >= bytes(input) || -gap >= bytes(out) || (gap == 0 && same_layout)) return;
+  if (out_begin >= input_end || input_begin >= out_end || (gap == 0 && same_layout)) return;
   if (same_layout && rows_of(input, lead)) {
     int64_t extent = cols;  // of what repeats every out_rows.stride[0] elements
     for (int d = 1; d < out_rows.ndim; ++d) extent += (out_rows.size[d] - 1) * out_rows.stride[d];
@@ -182,16 +187,51 @@ inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out
   TORCH_CHECK(false, op, ": ", name, " partly overlaps input; expected ", name, " to be input itself or memory of its own");
 }
 
-// A weight within the memory that is written would be read while others overwrite it.
-inline void check_apart(const char* op, const char* name, const at::Tensor& out, const at::Tensor& weight) {
-  if (!out.is_alias_of(weight)) return;
-  const auto end = [](const at::Tensor& t) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    return static_cast<const char*>(t.const_data_ptr()) + (last + 1) * static_cast<int64_t>(t.element_size());
-  };
-  TORCH_CHECK(end(out) <= weight.const_data_ptr() || end(weight) <= out.const_data_ptr(), op, ": ", name,
-              " and weight share memory: some elements of the input tensor and the written-to tensor refer to a single location");
+// What is read while others write may not lie in the memory that is written; nor may two outputs share any.
+inline void check_apart(const char* op, const char* name, const at::Tensor& out, const at::Tensor& other,
+                        const char* other_name = "weight") {
+  if (out.numel() == 0 || other.numel() == 0 || !out.is_alias_of(other)) return;
+  const auto [out_begin, out_end] = span_of(out);
+  const auto [other_begin, other_end] = span_of(other);
+  TORCH_CHECK(out_end <= other_begin || other_end <= out_begin, op, ": ", name, " and ", other_name,
+              " share memory: some elements of the input tensor and the written-to tensor refer to a single location");
+}
+
+// How rms_norm_quant and its like are to quantize.
+struct QuantOptions {
+  at::ScalarType dtype;
+  std::optional<at::Tensor> scale;
+  std::optional<int64_t> block;
+  std::optional<double> scale_ub;
+  bool column_major;
+};
+
+inline std::optional<QType> as_qtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat8_e4m3fn: return QType::kFloat8E4M3;
+    case at::kFloat8_e5m2: return QType::kFloat8E5M2;
+    case at::kChar: return QType::kInt8;
+    default: return std::nullopt;
+  }
+}
+
+inline void check_quant(const char* op, const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                        const QuantOptions& q, int64_t cols) {
+  TORCH_CHECK_VALUE(as_qtype(q.dtype), op, ": expected dtype to be float8_e4m3fn, float8_e5m2 or int8, but got ", q.dtype);
+  TORCH_CHECK_NOT_IMPLEMENTED(input.scalar_type() != at::kDouble && !(weight && weight->scalar_type() == at::kDouble), op, ": \"",
+                              op, "\" not implemented for 'Double': expected input and weight to be float32, float16 or bfloat16");
+  if (q.scale) {
+    TORCH_CHECK(q.scale->scalar_type() == at::kFloat && q.scale->numel() == 1, op,
+                ": expected scale to be one float32, but got ", q.scale->scalar_type(), " of shape ", q.scale->sizes());
+    check_device(op, "scale", *q.scale, input);
+    TORCH_CHECK_VALUE(!q.block && !q.scale_ub, op, ": block and scale_ub are for scales that are found; expected neither beside a given scale");
+  }
+  if (q.block) {
+    TORCH_CHECK_VALUE(*q.block == 64 || *q.block == 128, op, ": expected block to be 64 or 128, but got ", *q.block);
+    TORCH_CHECK(cols % *q.block == 0, op, ": expected a last dimension that is a multiple of block=", *q.block, ", but got ", cols);
+  }
+  TORCH_CHECK_VALUE(!q.scale_ub || *q.scale_ub > 0, op, ": expected scale_ub to be positive, but got ", *q.scale_ub);
+  TORCH_CHECK_VALUE(!q.column_major || q.block, op, ": column-major scales are those of blocks; expected block to be given");
 }
 
 inline Rows dense_rows(int64_t cols) { return Rows{1, {1}, {cols}}; }

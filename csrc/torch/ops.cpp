@@ -10,9 +10,12 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <sys/mman.h>
 #include <torch/library.h>
+#include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <array>
+#include <memory>
+#include <new>
 #include <tuple>
 
 #include "checks.h"
@@ -80,16 +83,18 @@ void run_cuda(const char* op, const Tensor& t, const Launch& launch) {
 }
 
 // Forward into y, which is allocated or checked already; rstd may be undefined. With addends the input is written
-// first: see rmsnorm.h.
+// first: see rmsnorm.h. With quant, y may be undefined; it is of dtype y_type.
 void forward_into(const char* op, const Tensor& input, const Geometry& geometry, const OptionalTensor& weight,
                   std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& y,
-                  const Rows& y_rows, bool stream, const Tensor& rstd, const Addends& addends = {}) {
+                  const Rows& y_rows, bool stream, const Tensor& rstd, const Addends& addends = {},
+                  const Quant& quant = {}, at::ScalarType y_type = at::kFloat) {
+  if (y.defined()) y_type = y.scalar_type();
   const Placed x = place(input, static_cast<int64_t>(geometry.lead.size()));
   const Tensor w = weight ? weight->contiguous() : Tensor();
   RmsNormForward p{};
   p.x = x.tensor.const_data_ptr();
   p.weight = weight ? w.const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
+  p.y = y.defined() ? y.mutable_data_ptr() : nullptr;
   p.rstd = rstd.defined() ? rstd.mutable_data_ptr() : nullptr;
   p.x_rows = x.rows;
   p.y_rows = y_rows;
@@ -101,16 +106,24 @@ void forward_into(const char* op, const Tensor& input, const Geometry& geometry,
   p.stream = stream && p.x != p.y;
   p.x_dtype = dtype(input);
   p.w_dtype = weight ? dtype(w) : p.x_dtype;
-  p.y_dtype = dtype(y);
+  p.y_dtype = *as_dtype(y_type);
   p.addends = addends;
+  p.quant = quant;
   if (input.is_cpu()) {
     cpu::isa();  // throws here, outside the parallel region, if the environment asks for what is not there
     const int64_t row_elements = p.cols * (addends.input ? 2 : 1);
-    const int64_t bytes = row_elements * static_cast<int64_t>(input.element_size() + y.element_size());
+    const int64_t bytes = row_elements * static_cast<int64_t>(input.element_size() + c10::elementSize(y_type));
+    const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p);
+    const auto rows = [&](int64_t begin, int64_t end) {
+      constexpr std::align_val_t kAligned{64};
+      const auto free = [](void* memory) { ::operator delete(memory, kAligned); };
+      const std::unique_ptr<void, decltype(free)> workspace(workspace_bytes ? ::operator new(workspace_bytes, kAligned) : nullptr, free);
+      cpu::rms_norm_forward(p, begin, end, workspace.get());
+    };
     if (p.rows * bytes <= kGrainBytes) {
-      cpu::rms_norm_forward(p, 0, p.rows);
+      rows(0, p.rows);
     } else {
-      at::parallel_for(0, p.rows, grain(bytes), [&](int64_t begin, int64_t end) { cpu::rms_norm_forward(p, begin, end); });
+      at::parallel_for(0, p.rows, grain(bytes), rows);
     }
   } else {
     run_cuda(op, input, [&](void* stream) { return cuda::rms_norm_forward(p, stream); });
@@ -222,6 +235,192 @@ void fused_add_rms_norm_(const Tensor& input, const Tensor& residual, const Opti
                  *rows_of(input, lead), residual, false, Tensor());
 }
 
+void fused_add_rms_norm_out(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                            std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& out,
+                            const Tensor& residual_out) {
+  constexpr const char* op = "fused_add_rms_norm";
+  check_residual(op, input, input.sizes(), residual, residual.sizes());
+  const Geometry geometry = check_input(op, input, input.sizes().slice(input.dim() - 1), weight, eps, weight_offset);
+  const int64_t lead = static_cast<int64_t>(geometry.lead.size());
+  const std::tuple<const char*, const Tensor&, at::ScalarType, const Tensor&> results[] = {
+      {"out", out, output_type(input, weight, cast_before_weight), input},
+      {"residual_out", residual_out, residual.scalar_type(), residual}};
+  for (const auto& [name, t, type, replaced] : results) {
+    check_shape(op, name, t, input.sizes());
+    check_device(op, name, t, input);
+    TORCH_CHECK(t.scalar_type() == type, op, ": expected ", name, " of dtype ", type, ", but got ", t.scalar_type());
+    if (t.numel() == 0) continue;
+    const auto rows = rows_of(t, lead);
+    TORCH_CHECK(rows, op, ": expected ", name, " with dense rows (the last dimension contiguous), but got strides ", t.strides());
+    check_overlap(op, t, *rows, replaced, lead, geometry.cols, name);
+    if (weight) check_apart(op, name, t, *weight);
+  }
+  check_apart(op, "out", out, residual_out, "residual_out");
+  check_apart(op, "out", out, residual, "residual");
+  check_apart(op, "residual_out", residual_out, input, "input");
+  if (input.numel() == 0) return;
+  fused_add_into(op, input, residual, geometry, weight, eps, weight_offset, cast_before_weight, out, *rows_of(out, lead),
+                 residual_out, false, Tensor());
+}
+
+// In 8 bits. scale and norm have no elements where they are not wanted: a compiler that writes into its own buffers can
+// only do so if each result is a tensor.
+struct Quantized {
+  Tensor output, scale, sum, norm;
+};
+
+struct QuantCall {
+  const char* op;
+  const Tensor& input;
+  const Tensor* residual;  // nullptr: no addition
+  const OptionalTensor& weight;
+  std::optional<double> eps;
+  QuantOptions options;
+  bool keep_norm;
+  double weight_offset;
+  bool cast_before_weight;
+
+  Geometry geometry() const {
+    TORCH_CHECK_VALUE(input.dim() > 0, op, ": expected input with at least one dimension, but got a scalar");
+    if (residual) check_residual(op, input, input.sizes(), *residual, residual->sizes());
+    const Geometry result = check_input(op, input, input.sizes().slice(input.dim() - 1), weight, eps, weight_offset);
+    check_quant(op, input, weight, options, result.cols);
+    return result;
+  }
+  at::ScalarType norm_type() const { return output_type(input, weight, cast_before_weight); }
+
+  std::vector<int64_t> scale_shape(const Geometry& g) const {
+    if (options.scale) return {0};
+    std::vector<int64_t> shape = g.lead.vec();
+    shape.push_back(options.block ? g.cols / *options.block : 1);
+    return shape;
+  }
+  Tensor allocate_scale(const Geometry& g) const {
+    std::vector<int64_t> shape = scale_shape(g);
+    if (!options.column_major) return allocate(shape, input, at::kFloat);
+    std::rotate(shape.begin(), shape.end() - 1, shape.end());
+    return allocate(shape, input, at::kFloat).movedim(0, -1);
+  }
+  Quantized allocate_results(const Geometry& g) const {
+    const std::array<int64_t, 1> none{0};
+    return {allocate(input.sizes(), input, options.dtype), allocate_scale(g),
+            residual ? allocate(input.sizes(), input, residual->scalar_type()) : Tensor(),
+            allocate(keep_norm ? input.sizes() : IntArrayRef(none), input, norm_type())};
+  }
+
+  // Of results that the caller owns.
+  void check(const Geometry& g, const Quantized& to) const {
+    const auto own = [&](const char* name, const Tensor& t, IntArrayRef shape, at::ScalarType type, IntArrayRef strides) {
+      check_shape(op, name, t, shape);
+      check_device(op, name, t, input);
+      TORCH_CHECK(t.scalar_type() == type, op, ": expected ", name, " of dtype ", type, ", but got ", t.scalar_type());
+      TORCH_CHECK(t.numel() == 0 || (strides.empty() ? t.is_contiguous() : t.strides() == strides), op, ": expected ", name,
+                  strides.empty() ? " to be contiguous" : " to be column-major", ", but got strides ", t.strides());
+    };
+    own("out", to.output, input.sizes(), options.dtype, {});
+    own("scale_out", to.scale, scale_shape(g), at::kFloat, options.column_major ? allocate_scale(g).strides() : IntArrayRef());
+    if (residual) own("residual_out", to.sum, input.sizes(), residual->scalar_type(), {});
+    const std::array<int64_t, 1> none{0};
+    own("norm_out", to.norm, keep_norm ? input.sizes() : IntArrayRef(none), norm_type(), {});
+    const std::pair<const char*, const Tensor*> written[] = {
+        {"out", &to.output}, {"scale_out", &to.scale}, {"residual_out", &to.sum}, {"norm_out", &to.norm}};
+    for (const auto& [name, t] : written) {
+      if (!t->defined()) continue;
+      if (t != &to.sum) check_apart(op, name, *t, input, "input");
+      if (residual && t != &to.sum) check_apart(op, name, *t, *residual, "residual");
+      if (weight) check_apart(op, name, *t, *weight);
+      if (options.scale) check_apart(op, name, *t, *options.scale, "scale");
+      for (const auto& [other_name, other] : written) {
+        if (other < t && other->defined()) check_apart(op, name, *t, *other, other_name);
+      }
+    }
+    const int64_t lead = static_cast<int64_t>(g.lead.size());
+    if (residual && to.sum.numel() > 0) {
+      check_overlap(op, to.sum, dense_rows(g.cols), *residual, lead, g.cols, "residual_out");
+      check_apart(op, "residual_out", to.sum, input, "input");
+    }
+  }
+
+  void run(const Geometry& g, const Quantized& to) const {
+    const QType type = *as_qtype(options.dtype);
+    const float most = type == QType::kInt8 ? 127.0f : type == QType::kFloat8E4M3 ? 448.0f : 57344.0f;
+    const float least = type == QType::kInt8 ? std::numeric_limits<float>::epsilon() : 1.0f / (most * 512.0f);
+    if (input.numel() == 0) {
+      if (to.scale.numel() > 0) to.scale.fill_(least);
+      return;
+    }
+    Quant q{};
+    q.data = to.output.mutable_data_ptr();
+    q.dtype = type;
+    q.least = least;
+    q.bound = static_cast<float>(options.scale_ub.value_or(std::numeric_limits<double>::infinity()));
+    q.block = options.scale ? 0 : options.block.value_or(g.cols);
+    const int64_t blocks = options.block ? g.cols / *options.block : 1;
+    q.row_stride = options.column_major ? 1 : blocks;
+    q.block_stride = options.column_major ? g.rows : 1;
+    // The kernels only read a scale that is given.
+    q.scale = options.scale ? const_cast<float*>(options.scale->const_data_ptr<float>()) : to.scale.mutable_data_ptr<float>();
+    Addends addends{};
+    const int64_t lead = static_cast<int64_t>(g.lead.size());
+    Placed in, old;
+    if (residual) {
+      in = place(input, lead), old = place(*residual, lead);
+      addends = {in.tensor.const_data_ptr(), old.tensor.const_data_ptr(), dtype(input), in.rows, old.rows};
+    }
+    forward_into(op, residual ? to.sum : input, g, weight, eps, weight_offset, cast_before_weight,
+                 keep_norm ? to.norm : Tensor(), dense_rows(g.cols), false, Tensor(), addends, q, norm_type());
+  }
+  Quantized operator()() const {
+    const Geometry g = geometry();
+    Quantized results = allocate_results(g);
+    run(g, results);
+    return results;
+  }
+  void operator()(const Quantized& to) const {
+    const Geometry g = geometry();
+    check(g, to);
+    run(g, to);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quant(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& scale,
+                                                  std::optional<double> eps, at::ScalarType dtype, std::optional<int64_t> block,
+                                                  std::optional<double> scale_ub, bool column_major, bool keep_norm,
+                                                  double weight_offset, bool cast_before_weight) {
+  const QuantOptions options{dtype, scale, block, scale_ub, column_major};
+  const Quantized r = QuantCall{"rms_norm_quant", input, nullptr, weight, eps, options, keep_norm, weight_offset, cast_before_weight}();
+  return {r.output, r.scale, r.norm};
+}
+
+void rms_norm_quant_out(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& scale, std::optional<double> eps,
+                        at::ScalarType dtype, std::optional<int64_t> block, std::optional<double> scale_ub, bool column_major,
+                        bool keep_norm, double weight_offset, bool cast_before_weight, const Tensor& out,
+                        const Tensor& scale_out, const Tensor& norm_out) {
+  const QuantOptions options{dtype, scale, block, scale_ub, column_major};
+  QuantCall{"rms_norm_quant", input, nullptr, weight, eps, options, keep_norm, weight_offset, cast_before_weight}(
+      Quantized{out, scale_out, Tensor(), norm_out});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_add_rms_norm_quant(
+    const Tensor& input, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& scale,
+    std::optional<double> eps, at::ScalarType dtype, std::optional<int64_t> block, std::optional<double> scale_ub,
+    bool column_major, bool keep_norm, double weight_offset, bool cast_before_weight) {
+  const QuantOptions options{dtype, scale, block, scale_ub, column_major};
+  const Quantized r = QuantCall{"fused_add_rms_norm_quant", input, &residual, weight, eps, options, keep_norm, weight_offset,
+                                cast_before_weight}();
+  return {r.output, r.scale, r.sum, r.norm};
+}
+
+void fused_add_rms_norm_quant_out(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                  const OptionalTensor& scale, std::optional<double> eps, at::ScalarType dtype,
+                                  std::optional<int64_t> block, std::optional<double> scale_ub, bool column_major, bool keep_norm,
+                                  double weight_offset, bool cast_before_weight, const Tensor& out, const Tensor& scale_out,
+                                  const Tensor& residual_out, const Tensor& norm_out) {
+  const QuantOptions options{dtype, scale, block, scale_ub, column_major};
+  QuantCall{"fused_add_rms_norm_quant", input, &residual, weight, eps, options, keep_norm, weight_offset, cast_before_weight}(
+      Quantized{out, scale_out, residual_out, norm_out});
+}
+
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input,
                                              IntArrayRef normalized_shape, const OptionalTensor& weight,
                                              const Tensor& rstd, std::optional<double> eps,
@@ -303,6 +502,19 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
 
 }  // namespace
 
+namespace {
+
+// The tag lets Inductor (2.13) call it into its own buffers.
+void def_out(torch::Library& m, const std::string& schema) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+  m.def(schema.c_str(), {at::Tag::out});
+#else
+  m.def(schema.c_str());
+#endif
+}
+
+}  // namespace
+
 // .out returns nothing, so that functionalization takes it as it is: an op that returns its argument needs the tag
 // at::Tag::out for that, and then Inductor (2.13) rewrites rms_norm to .out with its arguments out of order.
 TORCH_LIBRARY(rmsnorm_cuda, m) {
@@ -319,6 +531,16 @@ TORCH_LIBRARY(rmsnorm_cuda, m) {
         "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor residual_out)");
   m.def("fused_add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor residual_out, Tensor rstd)");
+  const std::string quant = "float? eps=None, *, ScalarType dtype, int? block=None, float? scale_ub=None, "
+                            "bool column_major=False, bool keep_norm=False, float weight_offset=0.0, bool cast_before_weight=False";
+  const std::string fused = "fused_add_rms_norm_quant", rows = "Tensor? weight=None, Tensor? scale=None, " + quant;
+  m.def(("rms_norm_quant(Tensor input, " + rows + ") -> (Tensor output, Tensor scale, Tensor norm)").c_str());
+  m.def((fused + "(Tensor input, Tensor residual, " + rows + ") -> (Tensor output, Tensor scale, Tensor residual_out, Tensor norm)").c_str());
+  def_out(m, "fused_add_rms_norm.out(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
+             "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out, Tensor(b!) residual_out) -> ()");
+  def_out(m, "rms_norm_quant.out(Tensor input, " + rows + ", Tensor(a!) out, Tensor(b!) scale_out, Tensor(c!) norm_out) -> ()");
+  def_out(m, fused + ".out(Tensor input, Tensor residual, " + rows + ", Tensor(a!) out, Tensor(b!) scale_out, "
+             "Tensor(c!) residual_out, Tensor(d!) norm_out) -> ()");
   m.def("fused_add_rms_norm_(Tensor(a!) input, Tensor(b!) residual, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> ()");
 }
@@ -333,6 +555,11 @@ void register_kernels(torch::Library& m) {
   m.impl("fused_add_rms_norm", fused_add_rms_norm);
   m.impl("fused_add_rms_norm_forward", fused_add_rms_norm_forward);
   m.impl("fused_add_rms_norm_", fused_add_rms_norm_);
+  m.impl("fused_add_rms_norm.out", fused_add_rms_norm_out);
+  m.impl("rms_norm_quant", rms_norm_quant);
+  m.impl("rms_norm_quant.out", rms_norm_quant_out);
+  m.impl("fused_add_rms_norm_quant", fused_add_rms_norm_quant);
+  m.impl("fused_add_rms_norm_quant.out", fused_add_rms_norm_quant_out);
 }
 
 }  // namespace
