@@ -18,7 +18,10 @@
 //   outside(w, bits, seen)           has any w bit 30 set in its bits less these? For any_outside(seen)
 //   Large                            split(p), then any_small(): was any of them below 2^kLargeExponent?
 //   Doubles, accumulate(d, v...)     8 double lanes, plus the last 8 fp32 lanes of a sum
+//   kOddHalves                       has it odd_halves(v), as Half rounded to odd, in HalfWords?
+//   largest_lane(v)                  of the lanes as integers
 //   total(d)  totals(d, sums)        their sum by halving; those of kTotals of them
+// V and what it is cast to are the compiler's vectors, which have operators.
 // No std:: calls and no #ifdef in here: see "The ISA trap" in csrc/cpu/isa_avx2.cpp.
 
 template <class T>
@@ -814,90 +817,113 @@ void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
 
 typedef int32_t Bits __attribute__((vector_size(sizeof(V)), may_alias));
 typedef uint16_t Words __attribute__((vector_size(sizeof(V)), may_alias));
-typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
 
 INLINE V magnitude(V v) { return V(Bits(v) & 0x7fffffff); }
+INLINE Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 
-// The format of a QType; and in the lower 8 bits of each lane v * a, or v / a, in it: saturated, to nearest even.
+// The formats of a QType: code() takes values to words in which low() and high() put the code of each, saturated and
+// rounded to nearest even, into the lower and the upper byte (what is in the other is left over). kPlain: they are known
+// to be numbers that are in the range once rounded.
 template <int kFraction, int kBias>
 struct Float8 {
   static constexpr bool kDivides = true;
   static constexpr float kMost = kFraction == 3 ? 448.0f : 57344.0f;
+  // A Half has more bits of fraction, and in these units its denormals are those of the format.
+  static constexpr float kUnit = kOddHalves ? float(1 << (15 - kBias)) : 1.0f;
+  static constexpr int kExtra = kOddHalves ? 10 - kFraction : 0;  // bits below the format's
 
-  template <class Scaled>
-  static INLINE Bits code(V v, Scaled scaled) {
-    constexpr int kShift = 23 - kFraction, kLeastNormal = (128 - kBias) << 23;
-    const V grid = set1(float(1 << (24 - kBias - kFraction)));  // its units are those of the denormals
-    const Bits limit = Bits(set1(kMost));
-    const V result = scaled(magnitude(v));
-    Bits bits = Bits(result);
-    bits = bits < limit ? bits : limit;
-    const Bits odd = bits >> kShift & 1;
-    const Bits normal = (bits + odd + ((1 << (kShift - 1)) - 1 - ((127 - kBias) << 23))) >> kShift;
-    const Bits tiny = Bits(add(V(bits), grid)) - Bits(grid);
-    const Bits finite = bits < kLeastNormal ? tiny : normal;
-    return (result == result ? finite : Bits{} + 0x7f) | (Bits(v) >> 24 & 0x80);
+  template <bool kPlain>
+  static INLINE HalfWords code(V v) {
+    if constexpr (kOddHalves) {
+      constexpr uint16_t kLimit = kFraction == 3 ? 0x3f00 : 0x7b00, kAlmostHalf = (1 << (kExtra - 1)) - 1;
+      HalfWords bits = odd_halves(v);
+      HalfWords nan = {};
+      if constexpr (!kPlain) {
+        const HalfWords sign = bits & 0x8000;
+        bits &= 0x7fff;
+        nan = HalfWords(bits > 0x7c00) & uint16_t(0x7f << kExtra);
+        bits = (bits < kLimit ? bits : HalfWords{} + kLimit) | sign;
+      }
+      return (bits + (bits >> kExtra & 1) + kAlmostHalf) | nan;
+    } else {
+      constexpr int kShift = 23 - kFraction, kLeastNormal = (128 - kBias) << 23;
+      const V grid = set1(float(1 << (24 - kBias - kFraction)));  // its units are those of the denormals
+      const Bits limit = Bits(set1(kMost)), sign = Bits(v) >> 24 & 0x80;
+      Bits bits = Bits(magnitude(v));
+      bits = bits < limit ? bits : limit;
+      const Bits normal = (bits + (bits >> kShift & 1) + ((1 << (kShift - 1)) - 1 - ((127 - kBias) << 23))) >> kShift;
+      const Bits tiny = Bits(add(V(bits), grid)) - Bits(grid);
+      const Bits finite = bits < kLeastNormal ? tiny : normal;
+      return __builtin_convertvector((v == v ? finite : Bits{} + 0x7f) | sign, HalfWords);
+    }
+  }
+  static INLINE HalfWords low(HalfWords code) {
+    if constexpr (kExtra == 7) return (code >> 8 & 0x80) | (code >> 7 & 0x7f);  // one bit of exponent less
+    return code >> kExtra;
+  }
+  static INLINE HalfWords high(HalfWords code) {
+    if constexpr (kExtra == 7) return (code & 0x8000) | (code << 1 & 0x7fff);
+    return code << (8 - kExtra);
   }
 };
 struct Int8 {
   static constexpr bool kDivides = false;
-  static constexpr float kMost = 127.0f;
+  static constexpr float kMost = 127.0f, kUnit = 1.0f;
 
-  template <class Scaled>
-  static INLINE Bits code(V v, Scaled scaled) {
+  template <bool kPlain>
+  static INLINE HalfWords code(V v) {
     const V least = set1(-128.0f), most = set1(127.0f), grid = set1(0x1.8p23f);  // its units are 1
-    V result = scaled(v);
-    result = result < least ? least : result;
-    result = result > most ? most : result;
-    return result == result ? Bits(add(result, grid)) & 0xff : Bits{};
+    if constexpr (!kPlain) {
+      v = v < least ? least : v;
+      v = v > most ? most : v;
+      v = v == v ? v : zero();
+    }
+    return __builtin_convertvector(Bits(add(v, grid)), HalfWords);
   }
+  static INLINE HalfWords low(HalfWords code) { return code; }
+  static INLINE HalfWords high(HalfWords code) { return code << 8; }
 };
 
 // The largest |p[i]|, NaN if there is one: as integers they are in the same order.
 template <class T>
 INLINE float largest(const T* p, int64_t n) {
-  if constexpr (kIsFloat<T>) {
-    Bits seen = {};
-    for_each_vector(0, n, [&](int64_t i, int m) INLINE_LAMBDA {
-      const Bits bits = Bits(magnitude(load(p + i, m)));
-      seen = bits > seen ? bits : seen;
-    });
-    int32_t most = 0;
-    for (int lane = 0; lane < kLanes; ++lane) most = seen[lane] > most ? seen[lane] : most;
-    float value;
-    __builtin_memcpy(&value, &most, sizeof value);
-    return value;
-  } else {
-    constexpr int kWords = 2 * kLanes;
-    Words seen = {};
-    int64_t i = 0;
-    for (; i + kWords <= n; i += kWords) {
+  Bits seen = {};
+  int64_t i = 0;
+  if constexpr (!kIsFloat<T>) {
+    Words words_seen = {};
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
       Words words;
       __builtin_memcpy(&words, p + i, sizeof words);
       words &= 0x7fff;
-      seen = words > seen ? words : seen;
+      words_seen = words > words_seen ? words : words_seen;
     }
-    T most = {0};
-    for (int lane = 0; lane < kWords; ++lane) most.bits = seen[lane] > most.bits ? seen[lane] : most.bits;
-    for (; i < n; ++i) most.bits = (p[i].bits & 0x7fff) > most.bits ? p[i].bits & 0x7fff : most.bits;
-    return load(&most, 1)[0];
+    // Each half of a lane as a number of T.
+    const Bits both = Bits(words_seen), lanes = larger(both & 0xffff, both >> 16);
+    seen = Bits(widen(reinterpret_cast<decltype(load_bits(p, 0))>(__builtin_convertvector(lanes, HalfWords)), T()));
   }
+  for (; i < n; i += kLanes) seen = larger(seen, Bits(magnitude(load(p + i, i + kLanes <= n ? kLanes : int(n - i)))));
+  const int32_t most = largest_lane(V(seen));
+  float value;
+  __builtin_memcpy(&value, &most, sizeof value);
+  return value;
 }
 
-template <class F, class T, class Scaled>
+template <class F, bool kPlain, class T, class Scaled>
 INLINE void quantize_span(const T* from, uint8_t* to, int64_t n, Scaled scaled) {
   int64_t i = 0;
   if constexpr (kIsBFloat16<T>) {
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
       const Pair v = split(from + i);
-      const auto both = __builtin_convertvector(F::code(v.even, scaled) | F::code(v.odd, scaled) << 8, HalfWords);
+      const HalfWords even = F::template code<kPlain>(scaled(v.even)), odd = F::template code<kPlain>(scaled(v.odd));
+      const HalfWords both = (F::low(even) & 0xff) | (F::high(odd) & 0xff00);
       __builtin_memcpy(to + i, &both, sizeof both);
     }
   }
   for (; i < n; i += kLanes) {
     const int m = i + kLanes <= n ? kLanes : int(n - i);
-    const auto codes = __builtin_convertvector(F::code(load(from + i, m), scaled), Bytes);
+    const HalfWords code = F::template code<kPlain>(scaled(load(from + i, m)));
+    const Bytes codes = __builtin_convertvector(F::low(code), Bytes);
     m == kLanes ? __builtin_memcpy(to + i, &codes, kLanes) : __builtin_memcpy(to + i, &codes, m);
   }
 }
@@ -910,29 +936,37 @@ void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
     const T* from = static_cast<const T*>(p.y) + p.y_rows.offset(row);
     uint8_t* to = static_cast<uint8_t*>(q.data) + row * p.cols;
     for (int64_t begin = 0; begin < p.cols; begin += width) {
-      const int64_t n = begin + width < p.cols ? width : p.cols - begin;
       float scale = *q.scale;
-      bool plain = false;  // neither is anything out of range, nor any result
+      bool plain = false;
       if (q.block) {
-        const float most = largest(from + begin, n), bounded = most > q.bound ? q.bound : most;
+        const float most = largest(from + begin, width), bounded = most > q.bound ? q.bound : most;
         plain = most <= q.bound && most < __builtin_inff();
         scale = bounded / F::kMost;
         scale = scale < q.least ? q.least : scale;
         q.scale[row * q.row_stride + begin / width * q.block_stride] = scale;
       }
-      const V s = set1(scale), inverse = set1(1.0f / scale);
-      if (!F::kDivides || !q.block) {
-        quantize_span<F>(from + begin, to + begin, n, [=](V v) INLINE_LAMBDA { return mul(v, inverse); });
-      } else if (kFma && plain) {
-        // Rounded as a division is: inverse is 1 / scale rounded once, and one step from there (Markstein 1990) is exact.
-        if constexpr (kFma) {
-          quantize_span<F>(from + begin, to + begin, n, [=](auto v) INLINE_LAMBDA {
-            const V near = mul(v, inverse);
-            return fma(fma(V(Bits(near) ^ int32_t(0x80000000)), s, v), inverse, near);
-          });
-        }
+      // kUnit, a power of two, changes no rounding.
+      const float inverse = 1.0f / scale / F::kUnit;
+      const V s = set1(scale * F::kUnit), over_s = set1(inverse), minus_over_s = set1(-inverse), over_unit = set1(1 / F::kUnit);
+      const auto product = [=](V v) INLINE_LAMBDA { return mul(v, over_s); };
+      const auto span = [&](auto plain, auto scaled) {
+        quantize_span<F, plain.value>(from + begin, to + begin, width, scaled);
+      };
+      if (!q.block) {
+        span(Bool<false>(), product);
+      } else if (!F::kDivides) {
+        plain ? span(Bool<true>(), product) : span(Bool<false>(), product);
+      } else if (!plain) {
+        span(Bool<false>(), [=](V v) INLINE_LAMBDA { return mul(v / set1(scale), over_unit); });
+      } else if constexpr (kFma) {
+        // Rounded as a division is: over_s is 1 / s rounded once, and one step from there (Markstein 1990) is exact. In
+        // this order of signs 0 keeps its own.
+        span(Bool<true>(), [=](auto v) INLINE_LAMBDA {
+          const V near = mul(v, over_s);
+          return fma(fmsub(near, s, v), minus_over_s, near);
+        });
       } else {
-        quantize_span<F>(from + begin, to + begin, n, [=](V v) INLINE_LAMBDA { return v / s; });
+        span(Bool<true>(), [=](V v) INLINE_LAMBDA { return v / s; });
       }
     }
   }
