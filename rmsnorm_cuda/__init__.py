@@ -2,6 +2,7 @@
 
     rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out=None)
     fused_add_rms_norm(input, residual, weight=None, eps=None, *, ...) -> (output, residual_out)     and in place: ..._
+    rms_norm_quant(input, weight=None, eps=None, *, dtype, scale=None, block=None, ...) -> (output, scale)       and fused_add_...
     RMSNorm(normalized_shape, eps=None, elementwise_affine=True, ...)      the module, a torch.nn.RMSNorm
     replace_rms_norm(model)                                                 swaps a model's norms for ours
 
@@ -10,11 +11,19 @@
 
 import torch  # noqa: F401  (its libraries are loaded before ours)
 
-from .functional import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
+from .functional import fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from .modules import RMSNorm
 
 __version__ = "0.1.0"
-__all__ = ["RMSNorm", "fused_add_rms_norm", "fused_add_rms_norm_", "replace_rms_norm", "rms_norm"]
+__all__ = [
+    "RMSNorm",
+    "fused_add_rms_norm",
+    "fused_add_rms_norm_",
+    "fused_add_rms_norm_quant",
+    "replace_rms_norm",
+    "rms_norm",
+    "rms_norm_quant",
+]
 
 
 def __getattr__(name):

@@ -85,6 +85,7 @@ def fused_add_rms_norm(
     *,
     weight_offset: float = 0,
     cast_before_weight: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual addition before a norm and the norm, in one pass: `input + residual`, and the norm of that over the last
     dimension.
@@ -100,6 +101,8 @@ def fused_add_rms_norm(
         eps: added to the mean of the squares; None: the machine epsilon of the type that is computed in.
         weight_offset: added to the weight in fp32; 1.0 is the Gemma family.
         cast_before_weight: round to ``residual``'s dtype before the weight is multiplied in.
+        out: ``(output, residual_out)`` to write to and return instead of new tensors, with dense rows; they may be ``input``
+            and ``residual``. Refused where a gradient would be recorded.
 
     Returns:
         ``(output, residual_out)``: the norm, ``(*, N)`` in ``input``'s dtype (with ``cast_before_weight`` the promotion of
@@ -110,12 +113,16 @@ def fused_add_rms_norm(
         ValueError: ``eps`` or ``weight_offset`` is not finite, or ``eps`` negative; ``input`` is a scalar.
         RuntimeError: shapes, dtypes or devices do not match.
     """
-    if not is_dynamo_compiling():
+    if out is None and not is_dynamo_compiling():
         results = _C.fused_add_rms_norm(input, residual, weight, eps, weight_offset, cast_before_weight)
         if results is not NotImplemented:
             return results
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-    return _ops.fused_add_rms_norm(input, residual, weight, eps, **options)
+    if out is None:
+        return _ops.fused_add_rms_norm(input, residual, weight, eps, **options)
+    output, total = out
+    _ops.fused_add_rms_norm.out(input, residual, weight, eps, **options, out=output, residual_out=total)
+    return output, total
 
 
 def fused_add_rms_norm_(
@@ -141,6 +148,121 @@ def fused_add_rms_norm_(
             return
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     _ops.fused_add_rms_norm_(input, residual, weight, eps, **options)
+
+
+def rms_norm_quant(
+    input: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    block: int | None = None,
+    scale_ub: float | None = None,
+    column_major: bool = False,
+    return_norm: bool = False,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
+    r"""RMSNorm over the last dimension, quantized to 8 bits for the matrix product that follows. For inference.
+
+    The bits of the steps one by one: first the norm, rounded to its dtype as :func:`rms_norm` returns it; then, in fp32 from
+    that, with :math:`M` = 448 (``float8_e4m3fn``), 57344 (``float8_e5m2``) or 127 (``int8``),
+
+    * with a given ``scale``: :math:`q = y \cdot (1 / \mathrm{scale})`;
+    * without: :math:`\mathrm{scale} = \max(\min(\max|y|, \mathrm{scale\_ub}) / M, \mathrm{least})` for each row (token) or
+      ``block`` of columns, and :math:`q = y / \mathrm{scale}`, in ``int8`` :math:`q = y \cdot (1 / \mathrm{scale})`;
+
+    and ``q`` is saturated (``int8``: to -128..127) and rounded to nearest even. The least scale is ``1 / (512 * M)``, in
+    ``int8`` fp32's epsilon. NaN stays NaN, and is 0 in ``int8``. With ``cast_before_weight`` and all of one dtype these are
+    the conventions of vLLM's ``rms_norm_dynamic_per_token_quant`` and, with a given scale, ``rms_norm_static_fp8_quant``.
+
+    Args:
+        input: ``(*, N)``, fp32, fp16 or bf16; rows may be strided.
+        weight: ``(N,)`` in any of these dtypes, or None.
+        eps: added to the mean of the squares; None: fp32's epsilon.
+        dtype: ``torch.float8_e4m3fn``, ``torch.float8_e5m2`` or ``torch.int8``.
+        scale: one fp32 value for the whole tensor; None: scales are found and returned.
+        block: 64 or 128: consecutive columns with a scale of their own, where N is a multiple of it; None: all of a row.
+        scale_ub: an upper bound of the ``max|y|`` that a scale is found from.
+        column_major: the scales of blocks with those of one column of blocks side by side, as fp8 GEMMs ask for.
+        return_norm: also return the norm itself.
+        weight_offset, cast_before_weight: as of :func:`rms_norm`.
+        out: what to write to instead of new tensors: as many as are returned, contiguous (scales of ``column_major``: as
+            they would be returned); with a given ``scale`` its place is not looked at.
+
+    Returns:
+        ``(output, scale)`` or ``(output, scale, norm)``: ``(*, N)`` of ``dtype``; fp32 ``(*, 1)``, with ``block``
+        ``(*, N / block)``, or the given scale; ``(*, N)`` of the norm's dtype.
+
+    Raises:
+        NotImplementedError: another dtype of ``input`` or ``weight``.
+        ValueError: another ``dtype`` or ``block``; ``block`` or ``scale_ub`` beside ``scale``; ``eps`` or ``scale_ub`` out of
+            range.
+        RuntimeError: shapes or devices do not match; N is no multiple of ``block``; an argument requires grad; ``out`` does
+            not fit or overlaps what is read. Nothing is written then.
+    """
+    arguments = input, weight, scale, eps
+    options = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": return_norm}
+    options |= {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    if out is None:
+        output, found, norm = _ops.rms_norm_quant(*arguments, **options)
+    else:
+        output, found, norm = _check_out("rms_norm_quant", out, 2 + return_norm, input, weight, scale, cast_before_weight)
+        _ops.rms_norm_quant.out(*arguments, **options, out=output, scale_out=found, norm_out=norm)
+    results = output, found if scale is None else scale
+    return (*results, norm) if return_norm else results
+
+
+def fused_add_rms_norm_quant(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    block: int | None = None,
+    scale_ub: float | None = None,
+    column_major: bool = False,
+    return_norm: bool = False,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`rms_norm_quant` of ``input + residual``, the sum formed and rounded as in :func:`fused_add_rms_norm`.
+
+    Arguments and errors as of these two. ``out`` may hold ``residual`` itself in the place of ``residual_out``.
+
+    Returns:
+        ``(output, scale, residual_out)`` or ``(output, scale, residual_out, norm)``.
+    """
+    arguments = input, residual, weight, scale, eps
+    options = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": return_norm}
+    options |= {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    if out is None:
+        output, found, total, norm = _ops.fused_add_rms_norm_quant(*arguments, **options)
+    else:
+        name = "fused_add_rms_norm_quant"
+        output, found, total, norm = _check_out(name, out, 3 + return_norm, input, weight, scale, cast_before_weight)
+        _ops.fused_add_rms_norm_quant.out(
+            *arguments, **options, out=output, scale_out=found, residual_out=total, norm_out=norm
+        )
+    results = output, found if scale is None else scale, total
+    return (*results, norm) if return_norm else results
+
+
+def _check_out(op, out, count, input, weight, scale, cast_before_weight):
+    """`out` as the op takes it: what is not wanted is a tensor without elements."""
+    if len(out) != count:
+        raise ValueError(f"{op}: expected out to hold {count} tensors, but got {len(out)}")
+    output, found, *rest = out
+    if scale is not None:
+        found = input.new_empty(0, dtype=torch.float32)
+    if len(rest) == op.startswith("fused"):  # no norm
+        rest.append(input.new_empty(0, dtype=_output_dtype(input, weight, cast_before_weight)))
+    return output, found, *rest
 
 
 # Fakes: what the ops return, as shapes. Eager checks hold there too (see csrc/torch/checks.h); here it
@@ -278,3 +400,93 @@ def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_
         dtype == input.dtype,
         lambda: f"fused_add_rms_norm_: the result has dtype {dtype} and cannot take the place of input, which has {input.dtype}",
     )
+
+
+@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm.out")
+def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out, residual_out):
+    _check_fused(input, residual, weight)
+    for name, have, dtype in (
+        ("out", out, _output_dtype(input, weight, cast_before_weight)),
+        ("residual_out", residual_out, residual.dtype),
+    ):
+        _check_given("fused_add_rms_norm", name, have, input.shape, dtype, input.device)
+
+
+def _check_given(op, name, have, shape, dtype, device):
+    torch._check(have.dtype == dtype, lambda: f"{op}: expected {name} of dtype {dtype}, but got {have.dtype}")
+    _check_sizes(have.shape, shape, lambda: f"{op}: expected {name} of shape {list(shape)}, but got {list(have.shape)}")
+    torch._check(
+        have.device == device,
+        lambda: f"{op}: expected all tensors to be on the same device, but input is on {device} and {name} is on {have.device}",
+    )
+
+
+def _quant_results(op, input, residual, weight, scale, dtype, block, scale_ub, column_major, keep_norm, cast_before_weight):
+    """What a quantizing op returns: {name: tensor}."""
+    if residual is None:
+        torch._check(input.dim() > 0, lambda: f"{op}: expected input with at least one dimension, but got a scalar")
+        _check(input, input.shape[-1:], weight)
+    else:
+        _check_fused(input, residual, weight)
+    known = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+    if dtype not in known:
+        raise ValueError(f"{op}: expected dtype to be float8_e4m3fn, float8_e5m2 or int8, but got {dtype}")
+    if torch.float64 in (input.dtype, weight.dtype if weight is not None else None):
+        raise NotImplementedError(f'{op}: "{op}" not implemented for \'Double\'')
+    if scale is not None and (block is not None or scale_ub is not None):
+        raise ValueError(f"{op}: block and scale_ub are for scales that are found; expected neither beside a given scale")
+    if scale is not None:
+        torch._check(
+            scale.dtype == torch.float32 and scale.numel() == 1,
+            lambda: f"{op}: expected scale to be one float32, but got {scale.dtype} of shape {list(scale.shape)}",
+        )
+        torch._check(
+            scale.device == input.device,
+            lambda: f"{op}: expected all tensors to be on the same device, but input is on {input.device} and scale is on {scale.device}",
+        )
+    if block not in (None, 64, 128):
+        raise ValueError(f"{op}: expected block to be 64 or 128, but got {block}")
+    if column_major and block is None:
+        raise ValueError(f"{op}: column-major scales are those of blocks; expected block to be given")
+    lead, cols = input.shape[:-1], input.shape[-1]
+    if block is not None:
+        torch._check(cols % block == 0, lambda: f"{op}: expected a last dimension that is a multiple of block={block}, but got {cols}")
+    if scale is not None:
+        found = input.new_empty(0, dtype=torch.float32)
+    elif column_major:
+        found = input.new_empty((cols // block, *lead), dtype=torch.float32).movedim(0, -1)
+    else:
+        found = input.new_empty((*lead, 1 if block is None else cols // block), dtype=torch.float32)
+    norm = input.new_empty(input.shape if keep_norm else 0, dtype=_output_dtype(input, weight, cast_before_weight))
+    results = {"out": input.new_empty(input.shape, dtype=dtype), "scale_out": found}
+    return results | ({} if residual is None else {"residual_out": residual.new_empty(residual.shape)}) | {"norm_out": norm}
+
+
+@torch.library.register_fake("rmsnorm_cuda::rms_norm_quant")
+def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False, keep_norm=False,
+      weight_offset=0.0, cast_before_weight=False):  # fmt: skip
+    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    return tuple(_quant_results("rms_norm_quant", input, None, weight, scale, *options).values())
+
+
+@torch.library.register_fake("rmsnorm_cuda::rms_norm_quant.out")
+def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False, keep_norm=False,
+      weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
+    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    for name, want in _quant_results("rms_norm_quant", input, None, weight, scale, *options).items():
+        _check_given("rms_norm_quant", name, given[name], want.shape, want.dtype, want.device)
+
+
+@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_quant")
+def _(input, residual, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False,
+      keep_norm=False, weight_offset=0.0, cast_before_weight=False):  # fmt: skip
+    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    return tuple(_quant_results("fused_add_rms_norm_quant", input, residual, weight, scale, *options).values())
+
+
+@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_quant.out")
+def _(input, residual, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False,
+      keep_norm=False, weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
+    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    for name, want in _quant_results("fused_add_rms_norm_quant", input, residual, weight, scale, *options).items():
+        _check_given("fused_add_rms_norm_quant", name, given[name], want.shape, want.dtype, want.device)

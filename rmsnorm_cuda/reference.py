@@ -76,6 +76,30 @@ def rms_norm_backward_reference(
     return dx, (dy * seen).reshape(math.prod(input.shape[: input.dim() - len(dims)]), *weight.shape).sum(0)
 
 
+@torch.no_grad()
+def quantize_reference(
+    norm: Tensor, dtype: torch.dtype, scale: Tensor | None = None, block: int | None = None, scale_ub: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(output, scale) that rms_norm_quant makes of a norm, step by step, to the bit."""
+    most = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    # As the kernels have it: rounded to fp32.
+    least = torch.tensor(torch.finfo(torch.float32).eps if dtype == torch.int8 else 1 / (512 * most)).item()
+    y = norm.float()
+    if scale is not None:
+        q = y * (1 / scale)
+    else:
+        groups = y.unflatten(-1, (-1, block or y.shape[-1]))
+        largest = groups.abs().amax(-1, keepdim=True)
+        if scale_ub is not None:
+            largest = largest.clamp(max=scale_ub)
+        found = (largest / most).clamp(min=least)
+        q = (groups * (1 / found) if dtype == torch.int8 else groups / found).flatten(-2)
+        scale = found.squeeze(-1)
+    if dtype == torch.int8:
+        return q.nan_to_num(0.0).clamp(-128, 127).round().to(dtype), scale
+    return q.clamp(-most, most).to(dtype), scale
+
+
 def default_eps(input: Tensor) -> float:
     """The meaning of eps=None: the machine epsilon of the type that torch would compute in."""
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps

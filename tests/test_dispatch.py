@@ -70,6 +70,25 @@ def in_place_samples():
         yield (random(4, 32, dtype=torch.bfloat16), random(4, 32, dtype=residual_dtype), random_weight(32, torch.float32)), GEMMA
 
 
+def quant_samples(*more):
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, LLAMA | {"keep_norm": True})):
+        tensors = [random(4, 128, dtype=dtype) for _ in range(1 + len(more))]
+        for format, kind in ((torch.float8_e4m3fn, {}), (torch.int8, {"block": 64, "column_major": True, "scale_ub": 1.0})):
+            yield (*tensors, random_weight(128, torch.float32), None, 1e-6), {"dtype": format} | kind | options
+        yield (*tensors, None, torch.tensor([0.1])), {"dtype": torch.float8_e5m2} | options
+
+
+def with_out(op, samples, names):
+    """The same with what `op` returns, to be written to; int8 only, since opcheck multiplies what an op may write."""
+    for args, options in samples:
+        if "dtype" in options:
+            options |= {"dtype": torch.int8}
+        yield args, options | dict(zip(names, (torch.zeros_like(t) for t in op(*args, **options)), strict=True))
+
+
+QUANT_OUT = ("out", "scale_out", "norm_out")
+FUSED_QUANT_OUT = ("out", "scale_out", "residual_out", "norm_out")
+
 SAMPLES = [
     *((ops.rms_norm.default, sample) for sample in forward_samples()),
     *((ops.rms_norm_forward.default, sample) for sample in forward_samples()),
@@ -78,6 +97,14 @@ SAMPLES = [
     *((ops.fused_add_rms_norm.default, sample) for sample in fused_samples()),
     *((ops.fused_add_rms_norm_forward.default, sample) for sample in fused_samples()),
     *((ops.fused_add_rms_norm_.default, sample) for sample in in_place_samples()),
+    *((ops.fused_add_rms_norm.out, sample) for sample in with_out(ops.fused_add_rms_norm, list(fused_samples())[:-1], ("out", "residual_out"))),
+    *((ops.rms_norm_quant.default, sample) for sample in quant_samples()),
+    *((ops.rms_norm_quant.out, sample) for sample in with_out(ops.rms_norm_quant, quant_samples(), QUANT_OUT)),
+    *((ops.fused_add_rms_norm_quant.default, sample) for sample in quant_samples("residual")),
+    *(
+        (ops.fused_add_rms_norm_quant.out, sample)
+        for sample in with_out(ops.fused_add_rms_norm_quant, quant_samples("residual"), FUSED_QUANT_OUT)
+    ),
 ]
 
 

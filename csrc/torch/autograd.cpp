@@ -43,6 +43,21 @@ using FusedForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, 
                                                                  std::optional<double>, double, bool);
 using FusedInPlaceSignature = void(const Tensor&, const Tensor&, const OptionalTensor&, std::optional<double>, double, bool);
 
+using FusedOutSignature = void(const Tensor&, const Tensor&, const OptionalTensor&, std::optional<double>, double, bool,
+                               const Tensor&, const Tensor&);
+using QuantSignature = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, at::ScalarType, std::optional<int64_t>,
+    std::optional<double>, bool, bool, double, bool);
+using QuantOutSignature = void(const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, at::ScalarType,
+                               std::optional<int64_t>, std::optional<double>, bool, bool, double, bool, const Tensor&,
+                               const Tensor&, const Tensor&);
+using FusedQuantSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>, at::ScalarType,
+    std::optional<int64_t>, std::optional<double>, bool, bool, double, bool);
+using FusedQuantOutSignature = void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                    std::optional<double>, at::ScalarType, std::optional<int64_t>, std::optional<double>, bool,
+                                    bool, double, bool, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+
 template <class T>
 c10::TypedOperatorHandle<T> find(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<T>();
@@ -75,6 +90,27 @@ auto& fused_add_rms_norm_forward_op() {
 }
 auto& fused_add_rms_norm__op() {
   static const auto op = find<FusedInPlaceSignature>("rmsnorm_cuda::fused_add_rms_norm_");
+  return op;
+}
+
+auto& fused_add_rms_norm_out_op() {
+  static const auto op = find<FusedOutSignature>("rmsnorm_cuda::fused_add_rms_norm", "out");
+  return op;
+}
+auto& rms_norm_quant_op() {
+  static const auto op = find<QuantSignature>("rmsnorm_cuda::rms_norm_quant");
+  return op;
+}
+auto& rms_norm_quant_out_op() {
+  static const auto op = find<QuantOutSignature>("rmsnorm_cuda::rms_norm_quant", "out");
+  return op;
+}
+auto& fused_add_rms_norm_quant_op() {
+  static const auto op = find<FusedQuantSignature>("rmsnorm_cuda::fused_add_rms_norm_quant");
+  return op;
+}
+auto& fused_add_rms_norm_quant_out_op() {
+  static const auto op = find<FusedQuantOutSignature>("rmsnorm_cuda::fused_add_rms_norm_quant", "out");
   return op;
 }
 
@@ -342,21 +378,42 @@ void fused_add_rms_norm_(DispatchKeySet keys, const Tensor& input, const Tensor&
                                       cast_before_weight);
 }
 
-// What is overwritten gets a new version, in inference mode too, so that autograd notices if it had saved the old values.
-void bump_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-              std::optional<double> eps, double weight_offset, bool cast_before_weight, const Tensor& out) {
-  rms_norm_out_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, normalized_shape, weight, eps, weight_offset,
-                               cast_before_weight, out);
-  out.unsafeGetTensorImpl()->bump_version();
-}
+// An op without a gradient is refused where one would be recorded. What an op overwrites gets a new version, in inference
+// mode too, so that autograd notices if it had saved the old values.
+template <class Op>
+struct Inference;
+template <class R, class... Args>
+struct Inference<R(Args...)> {
+  template <auto op>
+  static R call(DispatchKeySet keys, Args... args) {
+    const auto differentiable = [](const auto& arg) {
+      using T = std::decay_t<decltype(arg)>;
+      if constexpr (std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>) return records_grad(arg) || has_tangent(arg);
+      return false;
+    };
+    TORCH_CHECK(!(differentiable(args) || ...), op().operator_name().name, ".", op().operator_name().overload_name,
+                ": it does not support automatic differentiation, but one of the arguments requires grad; call it under "
+                "torch.no_grad()");
+    return op().redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
+  }
+  template <auto op>
+  static R bump(DispatchKeySet keys, Args... args) {
+    const std::array<const Tensor*, sizeof...(Args)> tensors{address(args)...};
+    op().redispatch(keys & c10::after_ADInplaceOrView_keyset, std::forward<Args>(args)...);
+    const auto& arguments = op().schema().arguments();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const auto* alias = arguments[i].alias_info();
+      if (alias && alias->isWrite()) tensors[i]->unsafeGetTensorImpl()->bump_version();
+    }
+  }
 
-void bump_in_place(DispatchKeySet keys, const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                   std::optional<double> eps, double weight_offset, bool cast_before_weight) {
-  fused_add_rms_norm__op().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, residual, weight, eps, weight_offset,
-                                      cast_before_weight);
-  input.unsafeGetTensorImpl()->bump_version();
-  residual.unsafeGetTensorImpl()->bump_version();
-}
+ private:
+  static const Tensor* address(const Tensor& t) { return &t; }
+  template <class T>
+  static const Tensor* address(const T&) {
+    return nullptr;
+  }
+};
 
 void rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
                   const OptionalTensor& weight, std::optional<double> eps, double weight_offset,
@@ -379,9 +436,19 @@ TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
   m.impl("fused_add_rms_norm_forward", TORCH_FN(fused_add_rms_norm_forward));
   m.impl("fused_add_rms_norm_", TORCH_FN(fused_add_rms_norm_));
 }
+TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
+  m.impl("fused_add_rms_norm.out", TORCH_FN((Inference<FusedOutSignature>::call<fused_add_rms_norm_out_op>)));
+  m.impl("rms_norm_quant", TORCH_FN((Inference<QuantSignature>::call<rms_norm_quant_op>)));
+  m.impl("rms_norm_quant.out", TORCH_FN((Inference<QuantOutSignature>::call<rms_norm_quant_out_op>)));
+  m.impl("fused_add_rms_norm_quant", TORCH_FN((Inference<FusedQuantSignature>::call<fused_add_rms_norm_quant_op>)));
+  m.impl("fused_add_rms_norm_quant.out", TORCH_FN((Inference<FusedQuantOutSignature>::call<fused_add_rms_norm_quant_out_op>)));
+}
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, ADInplaceOrView, m) {
-  m.impl("rms_norm.out", TORCH_FN(bump_out));
-  m.impl("fused_add_rms_norm_", TORCH_FN(bump_in_place));
+  m.impl("fused_add_rms_norm.out", TORCH_FN((Inference<FusedOutSignature>::bump<fused_add_rms_norm_out_op>)));
+  m.impl("rms_norm_quant.out", TORCH_FN((Inference<QuantOutSignature>::bump<rms_norm_quant_out_op>)));
+  m.impl("fused_add_rms_norm_quant.out", TORCH_FN((Inference<FusedQuantOutSignature>::bump<fused_add_rms_norm_quant_out_op>)));
+  m.impl("rms_norm.out", TORCH_FN((Inference<OutSignature>::bump<rms_norm_out_op>)));
+  m.impl("fused_add_rms_norm_", TORCH_FN((Inference<FusedInPlaceSignature>::bump<fused_add_rms_norm__op>)));
 }
 
 }  // namespace rmsnorm

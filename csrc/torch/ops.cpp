@@ -10,7 +10,6 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <sys/mman.h>
 #include <torch/library.h>
-#include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <array>
@@ -502,21 +501,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
 
 }  // namespace
 
-namespace {
-
-// The tag lets Inductor (2.13) call it into its own buffers.
-void def_out(torch::Library& m, const std::string& schema) {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-  m.def(schema.c_str(), {at::Tag::out});
-#else
-  m.def(schema.c_str());
-#endif
-}
-
-}  // namespace
-
 // .out returns nothing, so that functionalization takes it as it is: an op that returns its argument needs the tag
-// at::Tag::out for that, and then Inductor (2.13) rewrites rms_norm to .out with its arguments out of order.
+// at::Tag::out for that, and then Inductor (2.13) calls .out into buffers of its own, but wrongly: that of rms_norm with its
+// arguments out of order, and those with several results with buffers that it never made, where one is not used.
 TORCH_LIBRARY(rmsnorm_cuda, m) {
   m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> Tensor");
@@ -536,11 +523,11 @@ TORCH_LIBRARY(rmsnorm_cuda, m) {
   const std::string fused = "fused_add_rms_norm_quant", rows = "Tensor? weight=None, Tensor? scale=None, " + quant;
   m.def(("rms_norm_quant(Tensor input, " + rows + ") -> (Tensor output, Tensor scale, Tensor norm)").c_str());
   m.def((fused + "(Tensor input, Tensor residual, " + rows + ") -> (Tensor output, Tensor scale, Tensor residual_out, Tensor norm)").c_str());
-  def_out(m, "fused_add_rms_norm.out(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
-             "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out, Tensor(b!) residual_out) -> ()");
-  def_out(m, "rms_norm_quant.out(Tensor input, " + rows + ", Tensor(a!) out, Tensor(b!) scale_out, Tensor(c!) norm_out) -> ()");
-  def_out(m, fused + ".out(Tensor input, Tensor residual, " + rows + ", Tensor(a!) out, Tensor(b!) scale_out, "
-             "Tensor(c!) residual_out, Tensor(d!) norm_out) -> ()");
+  m.def("fused_add_rms_norm.out(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
+        "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out, Tensor(b!) residual_out) -> ()");
+  m.def(("rms_norm_quant.out(Tensor input, " + rows + ", Tensor(a!) out, Tensor(b!) scale_out, Tensor(c!) norm_out) -> ()").c_str());
+  m.def((fused + ".out(Tensor input, Tensor residual, " + rows + ", Tensor(a!) out, Tensor(b!) scale_out, "
+         "Tensor(c!) residual_out, Tensor(d!) norm_out) -> ()").c_str());
   m.def("fused_add_rms_norm_(Tensor(a!) input, Tensor(b!) residual, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False) -> ()");
 }
