@@ -1,5 +1,6 @@
 // y = x * rstd * (weight + weight_offset), one reduction per row.
 #include "launch.h"
+#include "quant.cuh"
 #include "reduce.cuh"
 
 namespace rmsnorm::cuda {
@@ -18,6 +19,8 @@ struct ForwardArgs {
   int64_t slice;
   DType y_dtype;
   bool y_aligned;
+  bool cast_before_weight;
+  QuantArgs quant;
 };
 
 // W is the type the weight is held in (held_dtype in plan.h), and that of y after cast_before_weight. kAdd: x is a sum,
@@ -86,6 +89,63 @@ struct Forward {
     store_chunk(static_cast<Y*>(a.y) + index, y, count, a.y_aligned);
   }
 
+  // The norm as it is rounded before it is put into 8 bits, which all kernels share: cast and dtype are not known here.
+  static __device__ void norm(const ForwardArgs& a, const XChunk& x, const WChunk& w, const Scale& s, float2 (&v)[kElems / 2]) {
+#pragma unroll
+    for (int i = 0; i < kElems / 2; ++i) {
+      const float2 g = {w.get(i).x + a.weight_offset, w.get(i).y + a.weight_offset};
+      v[i] = a.cast_before_weight ? Forward<X, W, true, kAdd>::apply(x.get(i), g, s) : apply(x.get(i), g, s);
+      if (a.y_dtype == DType::kFloat16) v[i] = round_to<__half>(v[i]);
+      if (a.y_dtype == DType::kBFloat16) v[i] = round_to<__nv_bfloat16>(v[i]);
+    }
+  }
+
+  static __device__ Largest largest(const ForwardArgs& a, XChunk& x, WChunk& w, const Scale& s) {
+    x.stay_packed();
+    float2 v[kElems / 2];
+    norm(a, x, w, s, v);
+    Largest result;
+#pragma unroll
+    for (int i = 0; i < kElems / 2; ++i) result.take(v[i].x), result.take(v[i].y);
+    return result;
+  }
+
+  // largest: of the row, if it has a scale of its own.
+  static __device__ void store_quant(const ForwardArgs& a, int64_t row, int64_t col, int count, XChunk& x, WChunk& w,
+                                     const Scale& s, const Largest& largest) {
+    x.stay_packed();
+    float2 v[kElems / 2];
+    norm(a, x, w, s, v);
+    const auto store_as = [&](auto element) {
+      using T = decltype(element);
+      Chunk<T, kElems> y;
+#pragma unroll
+      for (int i = 0; i < kElems / 2; ++i) y.set(i, v[i]);
+      store_chunk(static_cast<T*>(a.y) + row_offset(a.y_rows, row) + col, y, count, a.y_aligned);
+    };
+    if (a.y != nullptr) {
+      if (a.y_dtype == DType::kFloat16) store_as(__half());
+      if (a.y_dtype == DType::kBFloat16) store_as(__nv_bfloat16());
+      if (a.y_dtype == DType::kFloat32) store_as(float());
+    }
+    const QuantArgs& q = a.quant;
+    const int64_t index = row * a.cols + col;
+    if (q.to.block == 0) return store_codes<kElems>(q, index, count, v, QuantScale(*q.to.scale));
+    Largest top = largest;
+    int64_t block = 0;
+    if (!q.per_row) {  // the threads of a block of columns are side by side in a warp
+      const int group = static_cast<int>(q.to.block) / kElems;
+      block = col / q.to.block;
+      top = Largest();
+#pragma unroll
+      for (int i = 0; i < kElems / 2; ++i) top.take(v[i].x), top.take(v[i].y);
+      for (int o = group / 2; o > 0; o /= 2) top = top + Largest{__shfl_xor_sync(group_mask(group), top.bits, o)};
+    }
+    const QuantScale scale(q, top);
+    if (col == block * q.to.block) q.to.scale[row * q.to.row_stride + block * q.to.block_stride] = scale.scale;
+    store_codes<kElems>(q, index, count, v, scale);
+  }
+
   // One chunk of x, or of the residual beside one of the input.
   static __device__ XChunk load(const ForwardArgs& a, int64_t row, int64_t col, int count, XChunk& input) {
     if constexpr (!kAdd) return load_chunk<X, kElems>(a.x, row_offset(a.x_rows, row) + col, count);
@@ -120,12 +180,12 @@ struct Forward {
 
 template <int kVectors>
 constexpr int kThreads = kVectors < kForwardVectors ? kForwardThreads : kMaxThreads;
-template <typename X, typename W, bool kAdd, int kVectors>  // a residual is as many bytes in flight again
-constexpr int kBlocks = kVectors < kForwardVectors ? 1 : kAdd && sizeof(W) > sizeof(X) ? 2 : 3;
+template <typename X, typename W, bool kAdd, int kVectors, bool kQuant>  // a residual is as many bytes in flight again
+constexpr int kBlocks = kVectors < kForwardVectors ? 1 : kQuant || (kAdd && sizeof(W) > sizeof(X)) ? 2 : 3;
 
 // Rows held in registers, kVectors chunks per thread.
-template <typename X, typename W, bool kCast, bool kAdd, int kVectors>
-__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) void forward_rows(const __grid_constant__ ForwardArgs a) {
+template <typename X, typename W, bool kCast, bool kAdd, int kVectors, bool kQuant>
+__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors, kQuant>) void forward_rows(const __grid_constant__ ForwardArgs a) {
   meet_neighbours();
   using F = Forward<X, W, kCast, kAdd>;
   constexpr int kElems = F::kElems;
@@ -170,6 +230,30 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) 
       sum[r] = F::sum_of_squares(x[r]);
     }
     row_sum(sum, live, lanes, alone, scratch, turn);
+    if constexpr (kQuant) {
+      Scale s[kRows];
+      Largest largest[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = first + r * stride() + slot;
+        if (row >= a.rows) continue;
+        s[r] = F::scale(a, sum[r], row, alone, lane);
+#pragma unroll
+        for (int k = 0; k < kVectors && a.quant.per_row; ++k) largest[r] = largest[r] + F::largest(a, x[r][k], w[k], s[r]);
+      }
+      if (a.quant.per_row) row_sum(largest, live, lanes, alone, scratch, ++turn);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = first + r * stride() + slot;
+        if (row >= a.rows) continue;
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) {
+          const int col = column(k);
+          if (col < cols) F::store_quant(a, row, col, cols - col, x[r][k], w[k], s[r], largest[r]);
+        }
+      }
+      continue;
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r * stride() + slot;
@@ -188,8 +272,8 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) 
 // Longer rows, a tile of kForwardVectors chunks per thread at a time. With kKeep they are held in shared memory, by several
 // blocks if need be. Without, they may be of any length and are read twice, the second time backward: what was read
 // last is the likeliest still to be in the cache.
-template <typename X, typename W, bool kCast, bool kAdd, bool kKeep>
-__global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void forward_long_rows(const __grid_constant__ ForwardArgs a) {
+template <typename X, typename W, bool kCast, bool kAdd, bool kKeep, bool kQuant>
+__global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd && !kQuant ? 2 : 1) void forward_long_rows(const __grid_constant__ ForwardArgs a) {
   meet_neighbours();
   using F = Forward<X, W, kCast, kAdd>;
   constexpr int kElems = F::kElems;
@@ -242,6 +326,19 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void 
     row_sum(sum, 1, lanes, cluster, scratch, turn);
     const Scale s = F::scale(a, sum[0], row, cluster, lane);
     const int64_t x_offset = kKeep ? 0 : row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
+    Largest largest[1];
+    if (kQuant && a.quant.per_row) {
+      for (Index chunk = lane; chunk < chunks; chunk += lanes) {
+        typename F::WChunk weight = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
+        if (kKeep) {
+          get_chunk(kept, chunks, chunk, x[0]);
+        } else {
+          x[0] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
+        }
+        largest[0] = largest[0] + F::largest(a, x[0], weight, s);
+      }
+      row_sum(largest, 1, lanes, cluster, scratch, ++turn);
+    }
     for (; tile >= 0; tile -= step) {
 #pragma unroll
       for (int k = 0; !kKeep && k < kForwardVectors; ++k) {
@@ -253,21 +350,32 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd ? 2 : 1) void 
         const Index chunk = tile + k * lanes + lane;
         if (chunk >= chunks) continue;
         if (kKeep) get_chunk(kept, chunks, chunk, x[k]);
-        F::store(a, y_offset + column(chunk), count(chunk), x[k], w[k], s);
+        if constexpr (kQuant) {
+          F::store_quant(a, row, column(chunk), count(chunk), x[k], w[k], s, largest[0]);
+        } else {
+          F::store(a, y_offset + column(chunk), count(chunk), x[k], w[k], s);
+        }
       }
       if (tile > 0) load_weights(tile - step);
     }
   }
 }
 
-template <typename X, typename W, bool kCast, bool kAdd>
+template <typename X, typename W, bool kCast, bool kAdd, bool kQuant = false>
 int launch_forward(const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
-  void (*kernel)(ForwardArgs) = plan.keep == Keep::kNowhere  ? forward_long_rows<X, W, kCast, kAdd, false>
-                                : plan.keep == Keep::kShared ? forward_long_rows<X, W, kCast, kAdd, true>
-                                : plan.vectors == 1          ? forward_rows<X, W, kCast, kAdd, 1>
-                                : plan.vectors == 2          ? forward_rows<X, W, kCast, kAdd, 2>
-                                                             : forward_rows<X, W, kCast, kAdd, 4>;
+  void (*kernel)(ForwardArgs) = plan.keep == Keep::kNowhere  ? forward_long_rows<X, W, kCast, kAdd, false, kQuant>
+                                : plan.keep == Keep::kShared ? forward_long_rows<X, W, kCast, kAdd, true, kQuant>
+                                : plan.vectors == 1          ? forward_rows<X, W, kCast, kAdd, 1, kQuant>
+                                : plan.vectors == 2          ? forward_rows<X, W, kCast, kAdd, 2, kQuant>
+                                                             : forward_rows<X, W, kCast, kAdd, 4, kQuant>;
   return launch(kernel, shape_of(plan), a, stream);
+}
+
+// In 8 bits: fewer kernels, in which the weight is held as fp32 and cast_before_weight is looked at.
+template <typename X>
+int launch_quant(const ForwardArgs& a, const Plan& plan, cudaStream_t stream) {
+  return a.input.data != nullptr ? launch_forward<X, float, false, true, true>(a, plan, stream)
+                                 : launch_forward<X, float, false, false, true>(a, plan, stream);
 }
 
 template <typename X, typename W>
@@ -298,7 +406,8 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   const Device here = device();
   if (here.multiprocessors == 0) return cudaErrorNoDevice;
 
-  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here);
+  const Quant& quant = p.quant;
+  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, quant.data != nullptr);
   const int elems = vector_elems(p.x_dtype);
   ForwardArgs a{};
   a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
@@ -324,6 +433,15 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   a.lanes = plan.lanes;
   a.cluster = plan.cluster;
   a.slice = plan.slice;
+  if (quant.data != nullptr) {
+    a.cast_before_weight = p.cast_before_weight && p.weight != nullptr;
+    const float most = quant.dtype == QType::kInt8 ? 127.0f : quant.dtype == QType::kFloat8E4M3 ? 448.0f : 57344.0f;
+    const bool aligned = p.cols % elems == 0 && reinterpret_cast<uintptr_t>(quant.data) % elems == 0;
+    a.quant = {quant, most, aligned, quant.block == p.cols};
+    return p.x_dtype == DType::kFloat32   ? launch_quant<float>(a, plan, s)
+           : p.x_dtype == DType::kFloat16 ? launch_quant<__half>(a, plan, s)
+                                          : launch_quant<__nv_bfloat16>(a, plan, s);
+  }
   const bool same = held_dtype(p.x_dtype, w_dtype) == p.x_dtype;
   switch (p.x_dtype) {
     case DType::kFloat32:

@@ -27,7 +27,7 @@ constexpr int kBackwardSliceThreads = 384;
 // Registers that a thread may take; tests/test_native.py compares with what the compiler took.
 constexpr int kForwardRegisters = 80;
 constexpr int kForwardSliceRegisters = 64;
-constexpr int kForwardTwiceRegisters = 128;  // where a row is read twice
+constexpr int kForwardTwiceRegisters = 128;  // where a row is read twice, or put into 8 bits
 constexpr int backward_registers(bool mixed) { return mixed ? 120 : 80; }  // mixed: fp32 dy or weight beside 16-bit x
 constexpr int kBackwardSliceRegisters = 80;
 constexpr int kRegisterFile = 1 << 16;
@@ -117,12 +117,12 @@ inline int64_t resident_rows(const Plan& plan, const Device& device) {
   return rows < 1 ? 1 : rows;
 }
 
-inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device) {
+inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device, bool quant = false) {
   Plan plan = plan_row(cols, x, kForwardVectors, kForwardThreads, kForwardSliceThreads, 16, device);
   if (plan.lanes > kWarp) plan.threads = plan.lanes;  // one row: its threads may meet at a barrier
-  plan.registers = plan.keep == Keep::kShared    ? kForwardSliceRegisters
-                   : plan.keep == Keep::kNowhere ? kForwardTwiceRegisters
-                                                 : kForwardRegisters;
+  plan.registers = quant || plan.keep == Keep::kNowhere ? kForwardTwiceRegisters
+                   : plan.keep == Keep::kShared         ? kForwardSliceRegisters
+                                                        : kForwardRegisters;
   plan.resident = resident_blocks(plan, device);
   // Threads with one or two vectors of a row take four or two rows at a time: that many waves fewer.
   const int waves = kForwardWaves * plan.vectors / kForwardVectors;

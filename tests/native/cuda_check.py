@@ -107,11 +107,16 @@ class Addends(ctypes.Structure):
     _fields_ = [("input", P), ("residual", P), ("input_dtype", ctypes.c_int32), ("input_rows", Rows), ("residual_rows", Rows)]
 
 
+class Quant(ctypes.Structure):
+    _fields_ = [("data", P), ("scale", P), ("block", I64), ("row_stride", I64), ("block_stride", I64), ("bound", ctypes.c_float),
+                ("least", ctypes.c_float), ("dtype", ctypes.c_int32)]
+
+
 class ForwardParams(ctypes.Structure):
     _fields_ = [("x", P), ("weight", P), ("y", P), ("rstd", P), ("x_rows", Rows), ("y_rows", Rows), ("rows", I64),
                 ("cols", I64), ("eps", ctypes.c_double), ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool),
                 ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("y_dtype", ctypes.c_int32),
-                ("stream", ctypes.c_bool), ("addends", Addends)]
+                ("stream", ctypes.c_bool), ("addends", Addends), ("quant", Quant)]
 
 
 class BackwardParams(ctypes.Structure):
@@ -275,6 +280,78 @@ def run_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, x_layout
     flat[y_layout.index] = nan_of(yt)
     assert (flat == nan_of(yt)).all(), "written between the rows"
     return y, rb.read() if rb else None, yt
+
+
+E4M3, E5M2, INT8 = range(3)  # QType
+MOST = [448.0, 57344.0, 127.0]
+
+
+def float8(dtype):
+    """The magnitudes of all codes."""
+    fraction, bias = ((3, 7), (2, 15))[dtype]
+    codes = np.arange(0x7F if dtype == E4M3 else 0x7C)
+    exponent, rest = codes >> fraction, codes & (1 << fraction) - 1
+    return np.where(exponent > 0, (1 << fraction | rest) * 2.0 ** (exponent - bias - fraction), rest * 2.0 ** (1 - bias - fraction))
+
+
+def quantize(y, yt, dtype, block, scale=None, bound=np.inf):
+    """Codes and scales of a norm, in numpy's fp32, as rmsnorm.h has it; by the table of all codes."""
+    f32, most = np.float32, np.float32(MOST[dtype])
+    v = decode(y, yt).astype(f32)
+    least = f32(np.finfo(f32).eps) if dtype == INT8 else f32(1) / (most * f32(512))
+    with np.errstate(all="ignore"):
+        if scale is None:
+            groups = v.reshape(len(v), -1, block)
+            scale = np.minimum(np.abs(groups).max(-1), f32(bound)) / most
+            scale = np.maximum(scale, least)
+            each = np.repeat(scale, block, 1)
+            q = v * (f32(1) / each) if dtype == INT8 else v / each
+        else:
+            scale = f32(scale)
+            q = v * (f32(1) / scale)
+        if dtype == INT8:
+            return np.rint(np.clip(np.nan_to_num(q, nan=0.0), -128, 127)).astype(np.int8).view(np.uint8), scale
+        table = float8(dtype)
+        size = np.minimum(np.abs(np.nan_to_num(q, nan=0.0)).astype(np.float64), table[-1])
+        above = np.clip(np.searchsorted(table, size), 1, len(table) - 1)
+        below = above - 1
+        down, up = size - table[below], table[above] - size
+        code = np.where((down < up) | ((down == up) & (below % 2 == 0)), below, above)
+        code = np.where(np.isnan(q), 0x7F, code) | np.signbit(v) * 0x80
+        return code.astype(np.uint8), scale
+
+
+def run_quant(gpu, x, xt, w, wt, dtype, block, *, scale=None, bound=np.inf, column_major=False, keep_norm=False, cast=False,
+              offset=0.0, residual=None, shift=0, eps=1e-6):
+    """(codes, scales, norm, sum): block 0 stands for a row; residual, of dtype rt = fp32 or xt."""
+    rows, cols = x.shape
+    rt = xt if residual is None else residual[1]
+    yt = promoted(xt, wt if w is not None else xt) if cast else xt
+    xb, wb = Buffer(gpu, x), Buffer(gpu, w) if w is not None else None
+    qb = Buffer(gpu, np.full((rows, cols), 0xAA, np.uint8), shift)
+    block = block or cols
+    blocks = cols // block
+    sb = Buffer(gpu, np.full(rows * blocks, nan_of(F32), RAW[F32]) if scale is None else np.float32([scale]).view(np.uint32))
+    yb = Buffer(gpu, np.full((rows, cols), nan_of(yt), RAW[yt])) if keep_norm else None
+    place = dense(rows, cols).rows
+    most = np.float32(MOST[dtype])
+    least = np.finfo(np.float32).eps if dtype == INT8 else np.float32(1) / (most * np.float32(512))
+    strides = (1, rows) if column_major else (blocks, 1)
+    quant = Quant(qb.address, sb.address, block if scale is None else 0, *strides, bound, least, dtype)
+    p = ForwardParams(xb.address, wb and wb.address, yb and yb.address, None, place, place, rows, cols, eps, offset, cast, rt,
+                      wt if w is not None else xt, yt, False, Addends(), quant)
+    if residual is not None:
+        total, old = Buffer(gpu, np.full((rows, cols), nan_of(rt), RAW[rt])), Buffer(gpu, residual[0])
+        p.x, p.addends = total.address, Addends(xb.address, old.address, xt, place, place)
+    gpu.check(gpu.k.forward(ctypes.byref(p)))
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    assert (xb.read() == x).all(), "x was written"
+    scales = sb.read().view(np.float32)
+    if scale is None:
+        scales = scales.reshape(blocks, rows).T if column_major else scales.reshape(rows, blocks)
+    norm = yb.read().reshape(rows, cols) if keep_norm else None
+    total = total.read().reshape(rows, cols) if residual is not None else None
+    return qb.read().reshape(rows, cols), scales, norm, total
 
 
 def wide(raw, dtype):
@@ -661,6 +738,46 @@ def shared_rows(gpu, rng, quick):
                         assert (dx2 == dx).all() and (dw2 == dw).all(), "other bits in reverse order"
 
 
+def quantized(gpu, rng, quick):
+    """The bits of the norm, then the steps one by one: every format, way of scales and kernel."""
+    lengths = (1, 7, 64, 96, 128, 384, 576, 1000, 1024, 4096, 5120, 16384, 40960, 300_032)
+    turn = 0
+    for xt, wt in ((BF16, BF16), (F32, F32), (F16, F32), (BF16, None)):
+        for cols in lengths:
+            rows = 37 if cols < 600 else 3
+            x = random_values(rng, (rows, cols), xt, 3.0)
+            w = None if wt is None else random_values(rng, cols, wt)
+            if rows > 2:
+                x[1] = encode(decode(x[1], xt) * (1e25 if xt != F16 else 1e-4), xt)
+                x[2] = 0
+            for dtype in (E4M3, E5M2, INT8):
+                for kind in ({"block": 0}, {"block": 0, "bound": 1.5}, {"block": 64}, {"block": 128, "column_major": True},
+                             {"block": 0, "scale": 0.013}):
+                    turn += 1
+                    if kind["block"] and cols % kind["block"] or (quick and cols > 600 and turn % 3):
+                        continue
+                    cast, with_add = turn % 4 == 1 and wt is not None, turn % 2 == 0
+                    offset = 1.0 if turn % 4 == 3 and wt is not None else 0.0
+                    with Case(op="quantized", x=NAMES[xt], cols=cols, dtype=dtype, cast=cast, add=with_add, offset=offset, **kind):
+                        residual = (random_values(rng, x.shape, F32 if turn % 8 == 0 else xt), F32 if turn % 8 == 0 else xt)
+                        how = kind | {"cast": cast, "offset": offset}
+                        codes, scales, norm, total = run_quant(gpu, x, xt, w, wt, dtype, keep_norm=turn % 5 == 0, shift=turn % 7 % 3,
+                                                               residual=residual if with_add else None, **how)
+                        source, st = (total, residual[1]) if with_add else (x, xt)
+                        if with_add:
+                            sums = (decode(x, xt).astype(np.float32) + decode(residual[0], st).astype(np.float32))
+                            assert (total == encode(sums.astype(np.float64), st)).all(), "sum"
+                        y, _, yt = run_forward(gpu, source, st, w, wt, cast=cast, offset=offset, want_rstd=False)
+                        narrow = promoted(xt, wt if w is not None else xt) if cast else xt
+                        if narrow != yt:  # a wider residual: its norm is rounded to the input's dtype, once
+                            continue
+                        if norm is not None:
+                            assert (norm == y).all(), "norm"
+                        want, want_scales = quantize(y, yt, dtype, kind["block"] or cols, kind.get("scale"), kind.get("bound", np.inf))
+                        assert (scales == want_scales).all(), "scales"
+                        assert (codes == want).all(), f"{(codes != want).sum()} codes differ"
+
+
 def traffic(gpu, rng, quick):
     """Each byte of a row is asked for once, and written once, with few instructions an element and no bank conflicts."""
     if not gpu.simulated:
@@ -699,6 +816,12 @@ def traffic(gpu, rng, quick):
                     assert cols * size % 32 or stats["load_efficiency"] == 1, "sectors are loaded in part"
                     widths = {width for width, count in stats["load_instr_by_width"].items() if count}
                     assert cols * size % 16 or widths == {"16"}, f"loads of {widths} bytes"
+                if gpu.plan(False, cols, xt, xt).keep != NOWHERE:  # scales of rows, and with a residual that is added
+                    run_quant(gpu, x, xt, None, None, E4M3, 0)
+                    assert gpu.traffic() == (bytes_of_x, rows * cols + 4 * rows), ("quantized", gpu.traffic(), bytes_of_x)
+                    run_quant(gpu, x, xt, None, None, INT8, 0, residual=(dy, xt))
+                    stored = bytes_of_x + rows * cols + 4 * rows
+                    assert gpu.traffic() == (2 * bytes_of_x, stored), ("added, quantized", gpu.traffic(), bytes_of_x)
                 rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
                 run_backward(gpu, dy, xt, x, xt, None, None, rstd, want=(True, False))
                 plan = gpu.plan(True, cols, xt, xt)
@@ -726,7 +849,7 @@ def main():
     gpu = Gpu(args.lib)
     started, failed = time.time(), 0
     for part in (forward_mixes, forward_every_length, invariance, extremes, backward_mixes, backward_every_length, backward_forms,
-                 many_rows, shared_rows, traffic):
+                 many_rows, shared_rows, quantized, traffic):
         if args.only and args.only not in part.__name__:
             continue
         before, t = Case.passed, time.time()
