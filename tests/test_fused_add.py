@@ -253,3 +253,53 @@ def test_threads_give_the_same_bits(threads):
 
 def test_public():
     assert {"fused_add_rms_norm", "fused_add_rms_norm_"} <= set(rmsnorm_cuda.__all__)
+
+
+class DecoderLayer(torch.nn.Module):
+    """Of the Llama family, in two ways: with the residual added by itself, and by the norm that follows."""
+
+    def __init__(self, width, heads, dtype):
+        super().__init__()
+        self.heads = heads
+        self.input_norm, self.post_norm = (RMSNorm(width, 1e-6, dtype=dtype, cast_before_weight=True) for _ in range(2))
+        self.qkv = torch.nn.Linear(width, 3 * width, bias=False, dtype=dtype)
+        self.out = torch.nn.Linear(width, width, bias=False, dtype=dtype)
+        self.up = torch.nn.Linear(width, 4 * width, bias=False, dtype=dtype)
+        self.down = torch.nn.Linear(2 * width, width, bias=False, dtype=dtype)
+
+    def attention(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim(-2, 1).unbind(-2)
+        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+
+    def feed_forward(self, x):
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(torch.nn.functional.silu(gate) * up)
+
+    def forward(self, x):
+        x = x + self.attention(self.input_norm(x))
+        return x + self.feed_forward(self.post_norm(x))
+
+    def fused(self, x, residual):
+        x, residual = (self.input_norm(x), x) if residual is None else self.input_norm(x, residual)
+        x, residual = self.post_norm(self.attention(x), residual)
+        return self.feed_forward(x), residual
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((FP64, 1e-12), (FP32, 1e-5), (BF16, 0.03)), ids=str)
+def test_decoder_layers(dtype, tolerance):
+    """The bits of the layers as they were, and their gradients, whose sums are rounded once less: eps of dtype, a few times."""
+    layers = torch.nn.ModuleList(DecoderLayer(64, 4, dtype) for _ in range(3))
+    final = RMSNorm(64, 1e-6, dtype=dtype, cast_before_weight=True)
+    leaves = [torch.randn(2, 9, 64, dtype=FP64).to(dtype).requires_grad_(), *layers.parameters(), *final.parameters()]
+    plain = leaves[0]
+    for layer in layers:
+        plain = layer(plain)
+    plain = final(plain)
+    hidden, residual = leaves[0], None
+    for layer in layers:
+        hidden, residual = layer.fused(hidden, residual)
+    fused, _ = final(hidden, residual)
+    assert torch.equal(plain, fused)
+    upstream = torch.randn_like(plain)
+    for got, want in zip(torch.autograd.grad(fused, leaves, upstream), torch.autograd.grad(plain, leaves, upstream), strict=True):
+        assert (got - want).abs().max() <= tolerance * want.abs().max()

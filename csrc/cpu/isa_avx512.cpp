@@ -124,6 +124,12 @@ struct Large {
   INLINE bool any_small() const { return _mm512_testn_epi16_mask(seen, _mm512_set1_epi16(1 << 14)) != 0; }
 };
 
+INLINE bool any_denormal(Pair a, Pair b) {
+  constexpr int kDenormal = 0x20;
+  return (_mm512_fpclass_ps_mask(a.even, kDenormal) | _mm512_fpclass_ps_mask(a.odd, kDenormal) |
+          _mm512_fpclass_ps_mask(b.even, kDenormal) | _mm512_fpclass_ps_mask(b.odd, kDenormal)) != 0;
+}
+
 INLINE V outside(V weight, uint32_t bits, V seen) {
   const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(weight), _mm512_set1_epi32(int(bits)));
   return _mm512_castsi512_ps(_mm512_or_si512(above, _mm512_castps_si512(seen)));

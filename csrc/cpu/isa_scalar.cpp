@@ -147,6 +147,8 @@ INLINE void join(BFloat16* p, Pair v) {
   store_bytes(reinterpret_cast<uint32_t*>(p), both, kLanes);
 }
 
+INLINE bool any_denormal(Pair, Pair) { return true; }
+
 INLINE V outside(V weight, uint32_t bits, V seen) { return as_float((as_bits(weight) - bits) | as_bits(seen)); }
 INLINE bool any_outside(V seen) {
   const U bits = as_bits(seen);

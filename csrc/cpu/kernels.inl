@@ -16,6 +16,7 @@
 //                                    which takes denormals for 0) not for denormals
 //   round_to_bfloat16(v)             in fp32, not for NaN
 //   outside(w, bits, seen)           has any w bit 30 set in its bits less these? For any_outside(seen)
+//   any_denormal(pair, pair)         with kUnit
 //   Large                            split(p), then any_small(): was any of them below 2^kLargeExponent?
 //   Doubles, accumulate(d, v...)     8 double lanes, plus the last 8 fp32 lanes of a sum
 //   kOddHalves                       has it odd_halves(v), as Half rounded to odd, in HalfWords?
@@ -341,19 +342,29 @@ INLINE void with_type(DType dtype, F f) {
 
 // ---------------------------------------------------------------- forward
 
-// A row of x as the sum of its addends.
-template <class Tin, class Tx>
-void add_row(const RmsNormForward& p, int64_t row) {
-  const Tin* input = static_cast<const Tin*>(p.addends.input) + p.addends.input_rows.offset(row);
+// A row of x as the sum of its addends; next_row, if there is one, is fetched meanwhile. kUnit: BFloat16 is rounded by the machine where no sum is denormal.
+template <class Tin, class Tx, bool kUnit>
+void add_row(const RmsNormForward& p, int64_t row, int64_t next_row) {
+  const auto row_of_input = [&](int64_t r) { return static_cast<const Tin*>(p.addends.input) + p.addends.input_rows.offset(r); };
+  const Tin* input = row_of_input(row);
+  const Tin* next = next_row >= 0 ? row_of_input(next_row) : nullptr;
   const Tx* residual = static_cast<const Tx*>(p.addends.residual) + p.addends.residual_rows.offset(row);
   Tx* x = static_cast<Tx*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
   const auto one = [&](int64_t i, int n) INLINE_LAMBDA { store(x + i, add(load(input + i, n), load(residual + i, n)), n); };
   const auto step = [&](int64_t i) INLINE_LAMBDA {
+    if (next) {
+      for (int j = 0; j < kStep; j += kLine / int(sizeof(Tin))) __builtin_prefetch(next + i + j, 0, 2);
+    }
     if constexpr (kIsBFloat16<Tin> && kIsBFloat16<Tx>) {
-#pragma GCC unroll 2
-      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+      const auto sum = [&](int64_t j) INLINE_LAMBDA {
         const Pair a = split(input + j), b = split(residual + j);
-        join<false, false>(x + j, {add(a.even, b.even), add(a.odd, b.odd)});
+        return Pair{add(a.even, b.even), add(a.odd, b.odd)};
+      };
+      const Pair low = sum(i), high = sum(i + 2 * kLanes);
+      if (kUnit && !any_denormal(low, high)) {
+        join<false, kUnit>(x + i, low), join<false, kUnit>(x + i + 2 * kLanes, high);
+      } else {
+        join<false, false>(x + i, low), join<false, false>(x + i + 2 * kLanes, high);
       }
     } else {
       for_each_vector_of_step(i, one);
@@ -362,13 +373,14 @@ void add_row(const RmsNormForward& p, int64_t row) {
   for_each_step<kIsBFloat16<Tin> && kIsBFloat16<Tx> ? kBlock : kStep>(0, p.cols, step, one);
 }
 
-using AddRow = void (*)(const RmsNormForward& p, int64_t row);
+using AddRow = void (*)(const RmsNormForward& p, int64_t row, int64_t next_row);
 
 // nullptr: x is no sum.
-template <class Tx>
+template <class Tx, bool kUnit>
 AddRow add_row_of(const RmsNormForward& p) {
-  AddRow result = p.addends.input ? add_row_fp64 : nullptr;
-  if (result) with_type(p.addends.input_dtype, [&](auto in) { result = add_row<decltype(in), Tx>; });
+  AddRow result = nullptr;
+  if (p.addends.input) result = [](const RmsNormForward& p, int64_t row, int64_t) { add_row_fp64(p, row); };
+  if (result) with_type(p.addends.input_dtype, [&](auto in) { result = add_row<decltype(in), Tx, kUnit>; });
   return result;
 }
 
@@ -438,12 +450,12 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
   const bool ahead = group > 1 && !far, in_halves = group == 1 && row_bytes >= kFetchInHalves;
   Doubles sums[kGroup];
   Large large;
-  const AddRow add_addends = add_row_of<Tx>(p);
+  const AddRow add_addends = add_row_of<Tx, kUnit>(p);
   const auto fetched = [&](int64_t row) INLINE_LAMBDA {
     return Fetch<Tx>{fetch && row < row_end ? row_of_x(row) : nullptr, cols, in_halves};
   };
   const auto sum_row = [&](int64_t row, int64_t j) INLINE_LAMBDA {
-    if (add_addends) add_addends(p, row);
+    if (add_addends) add_addends(p, row, in_halves && fetch && row + 1 < row_end ? row + 1 : -1);
     Doubles sum = {};
     const Fetch<Tx> next = in_halves ? fetched(row + 1) : Fetch<Tx>{};
     add_products(sum, 0, cols, Squares<Tx, kUnit>{row_of_x(row), large, next});
@@ -540,9 +552,9 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
     }
     if (!ordinary) {
       if constexpr (kUnit) return rows(Bool<false>(), weight);
-      const AddRow add_addends = add_row_of<Tx>(p);
+      const AddRow add_addends = add_row_of<Tx, kUnit>(p);
       for (int64_t row = row_begin; row < row_end; ++row) {
-        if (add_addends) add_addends(p, row);
+        if (add_addends) add_addends(p, row, -1);
         forward_row_fp64(p, row);
       }
       return;
