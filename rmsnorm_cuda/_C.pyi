@@ -21,6 +21,35 @@ def fused_add_rms_norm(
 def fused_add_rms_norm_(
     input: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, weight_offset: float, cast_before_weight: bool, /
 ) -> None: ...
+def rms_norm_quant(
+    input: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float | None,
+    dtype: dtype,
+    block: int | None,
+    scale_ub: float | None,
+    column_major: bool,
+    return_norm: bool,
+    weight_offset: float,
+    cast_before_weight: bool,
+    /,
+) -> tuple[Tensor, ...]: ...  # NotImplemented: for torch.ops
+def fused_add_rms_norm_quant(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float | None,
+    dtype: dtype,
+    block: int | None,
+    scale_ub: float | None,
+    column_major: bool,
+    return_norm: bool,
+    weight_offset: float,
+    cast_before_weight: bool,
+    /,
+) -> tuple[Tensor, ...]: ...
 def isas() -> dict[str, bool]: ...
 def isa() -> str: ...
 def set_isa(name: str | None) -> None: ...

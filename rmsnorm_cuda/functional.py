@@ -203,6 +203,12 @@ def rms_norm_quant(
         RuntimeError: shapes or devices do not match; N is no multiple of ``block``; an argument requires grad; ``out`` does
             not fit or overlaps what is read. Nothing is written then.
     """
+    if out is None and not is_dynamo_compiling():
+        results = _C.rms_norm_quant(
+            input, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight
+        )
+        if results is not NotImplemented:
+            return results
     arguments = input, weight, scale, eps
     options = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": return_norm}
     options |= {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
@@ -238,6 +244,11 @@ def fused_add_rms_norm_quant(
     Returns:
         ``(output, scale, residual_out)`` or ``(output, scale, residual_out, norm)``.
     """
+    if out is None and not is_dynamo_compiling():
+        options = column_major, return_norm, weight_offset, cast_before_weight
+        results = _C.fused_add_rms_norm_quant(input, residual, weight, scale, eps, dtype, block, scale_ub, *options)
+        if results is not NotImplemented:
+            return results
     arguments = input, residual, weight, scale, eps
     options = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": return_norm}
     options |= {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}

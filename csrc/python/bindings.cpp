@@ -6,6 +6,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_arg_parser.h>
@@ -86,9 +87,10 @@ bool plain(PyObject* object, bool& value) {
   value = object == Py_True;
   return PyBool_Check(object);
 }
-template <class T>
-bool plain(PyObject* object, std::optional<T>& value) {
-  return Py_IsNone(object) || plain(object, value.emplace());
+bool plain(PyObject* object, at::ScalarType& value) {
+  if (!THPDtype_Check(object)) return false;
+  value = reinterpret_cast<THPDtype*>(object)->scalar_type;
+  return true;
 }
 // A shape of one dimension, which nearly all are.
 bool plain(PyObject* object, int64_t& value) {
@@ -98,7 +100,10 @@ bool plain(PyObject* object, int64_t& value) {
   value = PyLong_AsLongLongAndOverflow(object, &overflow);
   return overflow == 0 && value >= 0;
 }
-
+template <class T>
+bool plain(PyObject* object, std::optional<T>& value) {
+  return Py_IsNone(object) || plain(object, value.emplace());
+}
 // rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out): the Python
 // function of the same name passes all seven by position.
 PyObject* rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
@@ -152,6 +157,68 @@ PyObject* fused_add_rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssi
   END_HANDLE_TH_ERRORS
 }
 
+// Arguments of the plainest types, one after the other.
+struct Plain {
+  PyObject* const* args;
+  bool all = !at::impl::torch_function_mode_enabled();
+
+  template <class T>
+  T next() {
+    T value{};
+    all = all && plain(*args++, value);
+    return value;
+  }
+};
+
+// rms_norm_quant(input, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset,
+// cast_before_weight), and fused_add_rms_norm_quant with residual after input: what the public functions return, or
+// NotImplemented as above.
+template <bool kFused>
+PyObject* rms_norm_quant(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 11 + kFused) Py_RETURN_NOTIMPLEMENTED;
+  Plain in{args};
+  const auto input = in.next<Tensor>();
+  const auto residual = kFused ? in.next<Tensor>() : Tensor();
+  const auto weight = in.next<OptionalTensor>(), scale = in.next<OptionalTensor>();
+  const auto eps = in.next<std::optional<double>>();
+  const auto dtype = in.next<at::ScalarType>();
+  const auto block = in.next<std::optional<int64_t>>();
+  const auto scale_ub = in.next<std::optional<double>>();
+  const auto column_major = in.next<bool>(), return_norm = in.next<bool>();
+  const auto weight_offset = in.next<double>();
+  const auto cast = in.next<bool>();
+  if (!in.all) Py_RETURN_NOTIMPLEMENTED;
+  using Options = std::optional<int64_t>;
+  std::array<Tensor, 4> results;  // output, scale, norm; residual_out
+  std::optional<py::gil_scoped_release> no_gil;
+  if (input.sym_numel().maybe_as_int().value_or(kBriefElements) >= kBriefElements) no_gil.emplace();
+  if constexpr (kFused) {
+    static const auto op =
+        find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                        std::optional<double>, at::ScalarType, Options, std::optional<double>, bool,
+                                                        bool, double, bool)>("rmsnorm_cuda::fused_add_rms_norm_quant");
+    std::tie(results[0], results[1], results[3], results[2]) = op.call(
+        input, residual, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast);
+  } else {
+    static const auto op =
+        find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
+                                                at::ScalarType, Options, std::optional<double>, bool, bool, double, bool)>(
+            "rmsnorm_cuda::rms_norm_quant");
+    std::tie(results[0], results[1], results[2]) =
+        op.call(input, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast);
+  }
+  no_gil.reset();
+  if (scale) results[1] = *scale;
+  py::list all;
+  all.append(std::move(results[0]));
+  all.append(std::move(results[1]));
+  if (kFused) all.append(std::move(results[3]));
+  if (return_norm) all.append(std::move(results[2]));
+  return py::tuple(std::move(all)).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef kEntryPoints[] = {
     {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm)), METH_FASTCALL,
      "Eager entry point of rmsnorm_cuda.rms_norm."},
@@ -159,6 +226,10 @@ PyMethodDef kEntryPoints[] = {
      "Eager entry point of rmsnorm_cuda.fused_add_rms_norm, for plain arguments."},
     {"fused_add_rms_norm_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_add_rms_norm<true>)), METH_FASTCALL,
      "The same in place."},
+    {"rms_norm_quant", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm_quant<false>)), METH_FASTCALL,
+     "Eager entry point of rmsnorm_cuda.rms_norm_quant, for plain arguments."},
+    {"fused_add_rms_norm_quant", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm_quant<true>)), METH_FASTCALL,
+     "Eager entry point of rmsnorm_cuda.fused_add_rms_norm_quant, for plain arguments."},
     {nullptr, nullptr, 0, nullptr},
 };
 
