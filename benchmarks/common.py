@@ -54,6 +54,35 @@ def fused_adds(cols, weight, compiled):
     return result
 
 
+def quantized(cols, weight, compiled):
+    """Name: a function of x, to the norm in float8_e4m3fn (or int8) and a scale for each row; and one that leaves it as it is."""
+
+    def then_torch(norm, dtype=torch.float8_e4m3fn, most=448.0):
+        y = norm.float()
+        scale = (y.abs().amax(-1, keepdim=True) / most).clamp(min=1 / (512 * most))
+        return (y / scale).clamp(-most, most).to(dtype), scale
+
+    def steps(x):
+        return then_torch(F.rms_norm(x, cols, weight, EPS))
+
+    given = torch.tensor([0.02]).to(weight.device)
+    e4m3 = torch.float8_e4m3fn
+    result = {
+        "ours": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=e4m3),
+        "ours int8": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=torch.int8),
+        "ours blocks of 128": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=e4m3, block=128),
+        "ours scale given": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=e4m3, scale=given),
+        "ours fused add": lambda x: rmsnorm_cuda.fused_add_rms_norm_quant(x, x, weight, EPS, dtype=e4m3),
+        "ours unquantized": lambda x: rmsnorm_cuda.rms_norm(x, cols, weight, EPS),
+        "ours, then torch": lambda x: then_torch(rmsnorm_cuda.rms_norm(x, cols, weight, EPS)),
+        "F.rms_norm, then torch": steps,
+    }
+    if "F.rms_norm" in compiled:
+        torch._dynamo.reset()
+        result["compile(F.rms_norm)"] = torch.compile(steps, dynamic=False)
+    return result
+
+
 def training_step(norm, parameters, gradients):
     """A run of forward and backward; `gradients` maps the id of an x to its dy."""
     leaves = {}

@@ -8,7 +8,8 @@ over buffers that rotate once they are large; what is shown is the median, and r
 machine and take differences under 10 % for noise. GB/s counts x read and y written, for a training step x, dy and x
 again read and y and dx written, for a fused addition x and the residual read and both results written; empty_like is the
 allocation of y alone. The floor is a copy of x into a buffer that is there already, for a training step that and an
-addition of x and dy, for a fused addition that of x and the residual into such a buffer and a copy of it.
+addition of x and dy, for a fused addition that of x and the residual into such a buffer and a copy of it, for 8 bits a copy
+that moves as many bytes.
 """
 
 import argparse
@@ -25,10 +26,10 @@ sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, FORMULAS, chart, fused_adds, norms, training_step, verify
+from benchmarks.common import DTYPES, EPS, FORMULAS, chart, fused_adds, norms, quantized, training_step, verify
 
 ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
-PASSES = {"forward": 2, "training": 5, "fused": 4}  # over x: see above
+PASSES = {"forward": 2, "training": 5, "fused": 4, "quantized": 1.5}  # over x (of 16 bits): see above
 
 
 class Cell:
@@ -71,6 +72,12 @@ class Cell:
         # In place the values drift, but stay numbers: the sum grows by a norm with each call.
         runs["ours in place"] = lambda x: rmsnorm_cuda.fused_add_rms_norm_(own[id(x)][1], own[id(x)][0], self.weight, EPS)
         return runs | {"floor": floor}
+
+    def quantized(self, compiled):
+        count = self.bytes * (1 + self.x[0].itemsize) // (2 * self.x[0].itemsize)
+        parts = {id(x): x.view(torch.uint8).view(-1)[:count] for x in self.x}
+        to = torch.empty(count, dtype=torch.uint8)
+        return quantized(self.cols, self.weight, compiled) | {"floor": lambda x: to.copy_(parts[id(x)])}
 
     def training(self, compiled):
         gradients = dict(zip(map(id, self.x), self.dy, strict=True))
@@ -121,6 +128,7 @@ def main():
     parser.add_argument("--shapes", default="1x4096,32x4096,2048x4096,8192x128")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each contender in a cell")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
+    parser.add_argument("--modes", default=",".join(PASSES))
     parser.add_argument("--json")
     parser.add_argument("--png", help="a bar chart; needs matplotlib")
     args = parser.parse_args()
@@ -132,7 +140,7 @@ def main():
             for shape in args.shapes.split(","):
                 cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype])
                 verify(cell.x[0][:64], cell.cols, cell.weight)
-                for mode in PASSES:
+                for mode in args.modes.split(","):
                     us = measure(getattr(cell, mode)(() if args.no_compile else FORMULAS), cell.x, args.seconds)
                     show(mode, dtype, shape, cell.bytes, us)
                     results.append({"mode": mode, "dtype": dtype, "shape": shape, "threads": threads, "us": us})

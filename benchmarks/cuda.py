@@ -7,7 +7,8 @@
 Outputs are verified against fp64 before anything is timed. Each call finds a cold L2 cache: a copy larger than it runs in
 between, during which the host queues the call. Times are medians of CUDA events, contenders interleaved. GB/s counts each
 byte that has to move once: x and y, for a training step x, dy and x again and y and dx (what is in between stays in the
-L2 cache or not, as it may), for a fused addition x and the residual read and both results written. The roof is a device
+L2 cache or not, as it may), for a fused addition x and the residual read and both results written, for 8 bits x read and as
+many bytes as elements written. The roof is a device
 copy that moves as many bytes, measured in the same way.
 
 It ends in --minutes: torch.compile, which takes seconds a cell, is left out from half of them on, and the cells that are
@@ -32,10 +33,10 @@ sys.path = [*sys.path[1:], str(ROOT)]
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, chart, fused_adds, norms, training_step, verify
+from benchmarks.common import DTYPES, EPS, chart, fused_adds, norms, quantized, training_step, verify
 
 SHAPES = "1x4096,64x4096,65536x64,65536x128,32768x256,16384x512,16384x1024,8192x2048,8192x4096,4096x8192,4096x16384,2048x32768,1024x65536,1024x131072"
-PASSES = {"forward": 2, "training": 5, "fused": 4}  # over x: see above
+PASSES = {"forward": 2, "training": 5, "fused": 4, "quantized": 1.5}  # over x (of 16 bits): see above
 
 
 def others(cols, weight):
@@ -73,7 +74,7 @@ class Cell:
         self.rows = rows
 
     def copy(self, passes):
-        half = torch.empty(max(1, self.bytes * passes // 2), dtype=torch.uint8, device=self.x.device)
+        half = torch.empty(max(1, int(self.bytes * passes) // 2), dtype=torch.uint8, device=self.x.device)
         to = torch.empty_like(half)
         return lambda x: to.copy_(half)
 
@@ -81,6 +82,8 @@ class Cell:
         if mode == "fused":
             adds = fused_adds(self.cols, self.weight, compiled)
             return {name: lambda x, run=run: run(x, self.dy) for name, run in adds.items()} | {"copy": self.copy(PASSES[mode])}
+        if mode == "quantized":
+            return quantized(self.cols, self.weight, compiled) | {"copy": self.copy(1 + 1 / self.x.itemsize)}
         weight, bias = self.weight, self.bias
         if mode == "training":
             weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()

@@ -118,15 +118,6 @@ INLINE bool any_outside(V seen) {
   return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(seen), 1))) != 0;
 }
 
-typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
-// Cut, and odd where it was not exact: of the two neighbours the odd one.
-constexpr bool kOddHalves = true;
-INLINE HalfWords odd_halves(V v) {
-  const auto below = HalfWords(_mm256_cvtps_ph(v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
-  const V magnitude = _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
-  return below | (HalfWords(_mm256_cvtps_ph(magnitude, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)) & 1);
-}
-
 INLINE int32_t largest_lane(V v) {
   const __m256i eight = _mm256_castps_si256(v);
   const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));

@@ -138,15 +138,6 @@ INLINE bool any_outside(V seen) {
   return _mm512_test_epi32_mask(_mm512_castps_si512(seen), _mm512_set1_epi32(0x40000000)) != 0;
 }
 
-typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
-// Cut, and odd where it was not exact: of the two neighbours the odd one.
-constexpr bool kOddHalves = true;
-INLINE HalfWords odd_halves(V v) {
-  const auto below = HalfWords(_mm512_cvtps_ph(v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
-  const V magnitude = _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff)));
-  return below | (HalfWords(_mm512_cvtps_ph(magnitude, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)) & 1);
-}
-
 INLINE int32_t largest_lane(V v) { return _mm512_reduce_max_epi32(_mm512_castps_si512(v)); }
 
 struct Doubles {

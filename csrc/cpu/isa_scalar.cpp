@@ -160,10 +160,6 @@ INLINE void stream(float*, V) {}
 INLINE void stream_bits(void*, uint64_t) {}
 INLINE void fence() {}
 
-typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
-constexpr bool kOddHalves = false;
-INLINE HalfWords odd_halves(V) { return HalfWords{}; }
-
 INLINE int32_t largest_lane(V v) {
   const I bits = I(v);
   const int32_t a = bits[0] > bits[1] ? bits[0] : bits[1], b = bits[2] > bits[3] ? bits[2] : bits[3];

@@ -19,7 +19,6 @@
 //   any_denormal(pair, pair)         with kUnit
 //   Large                            split(p), then any_small(): was any of them below 2^kLargeExponent?
 //   Doubles, accumulate(d, v...)     8 double lanes, plus the last 8 fp32 lanes of a sum
-//   kOddHalves                       has it odd_halves(v), as Half rounded to odd, in HalfWords?
 //   largest_lane(v)                  of the lanes as integers
 //   total(d)  totals(d, sums)        their sum by halving; those of kTotals of them
 // V and what it is cast to are the compiler's vectors, which have operators.
@@ -829,72 +828,54 @@ void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
 
 typedef int32_t Bits __attribute__((vector_size(sizeof(V)), may_alias));
 typedef uint16_t Words __attribute__((vector_size(sizeof(V)), may_alias));
+typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
 
 INLINE V magnitude(V v) { return V(Bits(v) & 0x7fffffff); }
 INLINE Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 
-// The formats of a QType: code() takes values to words in which low() and high() put the code of each, saturated and
-// rounded to nearest even, into the lower and the upper byte (what is in the other is left over). kPlain: they are known
-// to be numbers that are in the range once rounded.
+// The formats of a QType: the codes of v, saturated and rounded to nearest even, in the lower bytes, with kOffset added; and
+// two of them side by side. kPlain: v is known to be a number that is in the range once rounded.
 template <int kFraction, int kBias>
 struct Float8 {
   static constexpr bool kDivides = true;
   static constexpr float kMost = kFraction == 3 ? 448.0f : 57344.0f;
-  // A Half has more bits of fraction, and in these units its denormals are those of the format.
-  static constexpr float kUnit = kOddHalves ? float(1 << (15 - kBias)) : 1.0f;
-  static constexpr int kExtra = kOddHalves ? 10 - kFraction : 0;  // bits below the format's
+  static constexpr int kLeastExponent = 128 - kBias;  // of a float, of the least normal number and of what is below
+  static constexpr int32_t kOffset = ((23 - kFraction) << 23) + (kLeastExponent << kFraction);
 
   template <bool kPlain>
-  static INLINE HalfWords code(V v) {
-    if constexpr (kOddHalves) {
-      constexpr uint16_t kLimit = kFraction == 3 ? 0x3f00 : 0x7b00, kAlmostHalf = (1 << (kExtra - 1)) - 1;
-      HalfWords bits = odd_halves(v);
-      HalfWords nan = {};
-      if constexpr (!kPlain) {
-        const HalfWords sign = bits & 0x8000;
-        bits &= 0x7fff;
-        nan = HalfWords(bits > 0x7c00) & uint16_t(0x7f << kExtra);
-        bits = (bits < kLimit ? bits : HalfWords{} + kLimit) | sign;
-      }
-      return (bits + (bits >> kExtra & 1) + kAlmostHalf) | nan;
-    } else {
-      constexpr int kShift = 23 - kFraction, kLeastNormal = (128 - kBias) << 23;
-      const V grid = set1(float(1 << (24 - kBias - kFraction)));  // its units are those of the denormals
-      const Bits limit = Bits(set1(kMost)), sign = Bits(v) >> 24 & 0x80;
-      Bits bits = Bits(magnitude(v));
+  static INLINE Bits code(V v) {
+    const Bits sign = Bits(v) >> 24 & 0x80;
+    Bits bits = Bits(magnitude(v));
+    if constexpr (!kPlain) {
+      const Bits limit = Bits(set1(kMost));
       bits = bits < limit ? bits : limit;
-      const Bits normal = (bits + (bits >> kShift & 1) + ((1 << (kShift - 1)) - 1 - ((127 - kBias) << 23))) >> kShift;
-      const Bits tiny = Bits(add(V(bits), grid)) - Bits(grid);
-      const Bits finite = bits < kLeastNormal ? tiny : normal;
-      return __builtin_convertvector((v == v ? finite : Bits{} + 0x7f) | sign, HalfWords);
     }
+    // The sum with a number so much greater is rounded in units of the code, which it counts in its lowest bits.
+    const Bits exponent = larger(bits & 0x7f800000, Bits{} + (kLeastExponent << 23));
+    const Bits sum = Bits(add(V(bits), V(exponent + ((23 - kFraction) << 23))));
+    const Bits code = sum - exponent + (exponent >> (23 - kFraction));
+    if constexpr (!kPlain) return (v == v ? code : Bits{} + (0x7f + kOffset)) + sign;
+    return code + sign;
   }
-  static INLINE HalfWords low(HalfWords code) {
-    if constexpr (kExtra == 7) return (code >> 8 & 0x80) | (code >> 7 & 0x7f);  // one bit of exponent less
-    return code >> kExtra;
-  }
-  static INLINE HalfWords high(HalfWords code) {
-    if constexpr (kExtra == 7) return (code & 0x8000) | (code << 1 & 0x7fff);
-    return code << (8 - kExtra);
-  }
+  static INLINE Bits pair(Bits low, Bits high) { return low + (high << 8) - int32_t(uint32_t(kOffset) * 0x101); }
 };
 struct Int8 {
   static constexpr bool kDivides = false;
-  static constexpr float kMost = 127.0f, kUnit = 1.0f;
+  static constexpr float kMost = 127.0f;
+  static constexpr int32_t kOffset = 0x4b400000;  // of 1.5 * 2^23, whose units are 1
 
   template <bool kPlain>
-  static INLINE HalfWords code(V v) {
-    const V least = set1(-128.0f), most = set1(127.0f), grid = set1(0x1.8p23f);  // its units are 1
+  static INLINE Bits code(V v) {
     if constexpr (!kPlain) {
+      const V least = set1(-128.0f), most = set1(127.0f);
       v = v < least ? least : v;
       v = v > most ? most : v;
       v = v == v ? v : zero();
     }
-    return __builtin_convertvector(Bits(add(v, grid)), HalfWords);
+    return Bits(add(v, set1(0x1.8p23f)));
   }
-  static INLINE HalfWords low(HalfWords code) { return code; }
-  static INLINE HalfWords high(HalfWords code) { return code << 8; }
+  static INLINE Bits pair(Bits low, Bits high) { return (low & 0xff) | high << 8; }
 };
 
 // The largest |p[i]|, NaN if there is one: as integers they are in the same order.
@@ -927,15 +908,15 @@ INLINE void quantize_span(const T* from, uint8_t* to, int64_t n, Scaled scaled) 
   if constexpr (kIsBFloat16<T>) {
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
       const Pair v = split(from + i);
-      const HalfWords even = F::template code<kPlain>(scaled(v.even)), odd = F::template code<kPlain>(scaled(v.odd));
-      const HalfWords both = (F::low(even) & 0xff) | (F::high(odd) & 0xff00);
+      const Bits even = F::template code<kPlain>(scaled(v.even)), odd = F::template code<kPlain>(scaled(v.odd));
+      const HalfWords both = __builtin_convertvector(F::pair(even, odd), HalfWords);
       __builtin_memcpy(to + i, &both, sizeof both);
     }
   }
   for (; i < n; i += kLanes) {
     const int m = i + kLanes <= n ? kLanes : int(n - i);
-    const HalfWords code = F::template code<kPlain>(scaled(load(from + i, m)));
-    const Bytes codes = __builtin_convertvector(F::low(code), Bytes);
+    const Bits code = F::template code<kPlain>(scaled(load(from + i, m))) - F::kOffset;
+    const Bytes codes = __builtin_convertvector(code, Bytes);
     m == kLanes ? __builtin_memcpy(to + i, &codes, kLanes) : __builtin_memcpy(to + i, &codes, m);
   }
 }
@@ -957,9 +938,8 @@ void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
         scale = scale < q.least ? q.least : scale;
         q.scale[row * q.row_stride + begin / width * q.block_stride] = scale;
       }
-      // kUnit, a power of two, changes no rounding.
-      const float inverse = 1.0f / scale / F::kUnit;
-      const V s = set1(scale * F::kUnit), over_s = set1(inverse), minus_over_s = set1(-inverse), over_unit = set1(1 / F::kUnit);
+      const float inverse = 1.0f / scale;
+      const V s = set1(scale), over_s = set1(inverse), minus_over_s = set1(-inverse);
       const auto product = [=](V v) INLINE_LAMBDA { return mul(v, over_s); };
       const auto span = [&](auto plain, auto scaled) {
         quantize_span<F, plain.value>(from + begin, to + begin, width, scaled);
@@ -969,7 +949,7 @@ void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
       } else if (!F::kDivides) {
         plain ? span(Bool<true>(), product) : span(Bool<false>(), product);
       } else if (!plain) {
-        span(Bool<false>(), [=](V v) INLINE_LAMBDA { return mul(v / set1(scale), over_unit); });
+        span(Bool<false>(), [=](V v) INLINE_LAMBDA { return v / s; });
       } else if constexpr (kFma) {
         // Rounded as a division is: over_s is 1 / s rounded once, and one step from there (Markstein 1990) is exact. In
         // this order of signs 0 keeps its own.
