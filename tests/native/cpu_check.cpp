@@ -189,6 +189,84 @@ void check_fused_mixes() {
   check_fused(Fused(odd, DType::kBFloat16, 3, 70, Layout::kDense, false));
 }
 
+// 8 bits: of every instruction set the codes and scales that plain C++ makes of its own norm, and nothing beside them.
+uint8_t code_of(QType type, float v) {
+  if (type == QType::kInt8) return uint8_t(int8_t(v != v ? 0 : std::nearbyint(std::fmin(std::fmax(v, -128.0f), 127.0f))));
+  const bool e4m3 = type == QType::kFloat8E4M3;
+  const int fraction = e4m3 ? 3 : 2, bias = e4m3 ? 7 : 15;
+  const uint8_t sign = std::signbit(v) ? 0x80 : 0;
+  if (v != v) return sign | 0x7f;
+  const Real size = std::fmin(std::fabs(Real(v)), e4m3 ? 448.0L : 57344.0L);
+  const int exponent = size == 0 ? 1 - bias : std::max(std::ilogb(size), 1 - bias);
+  const int units = int(std::nearbyint(std::ldexp(size, fraction - exponent)));
+  return sign | uint8_t(units + ((exponent + bias - 1) << fraction));
+}
+
+void check_quant() {
+  int turn = 0;
+  const float kMost[] = {448, 57344, 127};
+  for (const DType x_type : kFast)
+    for (const bool cast : {false, true})
+      for (const QType type : {QType::kFloat8E4M3, QType::kFloat8E5M2, QType::kInt8})
+        for (const int64_t cols : {1, 7, 33, 64, 128, 300, 4224, 9000})
+          for (const int way : {0, 1, 2, 3}) {  // a given scale, rows, bounded rows, blocks in columns
+            if (way == 3 && cols % 64) continue;
+            ++turn;
+            const Forward f = {x_type, turn % 2 ? x_type : DType::kFloat32, true, cast};
+            const int64_t rows = cols < 200 ? 21 : 3, block = way == 3 ? 64 : cols, blocks = cols / block;
+            Tensor x(f.x_type, rows, cols, kLayouts[turn % 4]), w(f.w_type, 1, cols);
+            fill_normal(x);
+            fill_normal(w, 0.5, 1);
+            for (int64_t i = 0; i < cols && rows > 2; ++i) x.set(1, i, x.get(1, i) * (x_type == DType::kFloat16 ? 1e-4L : 1e30L)), x.set(2, i, 0);
+            if (rows > 3 && turn % 3 == 0) x.set(3, cols / 2, NAN);
+            for (const std::string& isa : instruction_sets()) {
+              use(isa);
+              Tensor norm(f.y_type(), rows, cols), y(f.y_type(), rows, cols, Layout::kDense, kGuard);
+              cpu::rms_norm_forward(params(f, x, w, norm, nullptr), 0, rows);
+              std::vector<uint8_t> codes(rows * cols + 2 * kGuard, 0xa5);
+              std::vector<float> scales(way ? rows * blocks + 2 : 3, -1.0f);
+              if (!way) scales[1] = 0.0137f;
+              RmsNormForward p = params(f, x, w, y, nullptr);
+              if (turn % 3) p.y = nullptr;
+              const bool int8 = type == QType::kInt8;
+              const float most = kMost[int(type)], bound = way == 2 ? 1.5f : INFINITY, least = int8 ? 0x1p-23f : 1 / (512 * most);
+              p.quant = {codes.data() + kGuard, scales.data() + 1, way ? block : 0, way == 3 ? 1 : blocks, way == 3 ? rows : 1, bound, least, type};
+              const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p);
+              std::vector<uint8_t> workspace(workspace_bytes + 64 + kGuard, 0xa5);
+              uint8_t* const space = workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64;
+              for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{1, rows}, {0, 1}}) {
+                if (begin < end) cpu::rms_norm_forward(p, begin, end, workspace_bytes ? space : nullptr);
+              }
+              bool same = true;
+              for (int64_t row = 0; row < rows; ++row)
+                for (int64_t b = 0; b < blocks; ++b) {
+                  float largest = 0;
+                  for (int64_t i = b * block; i < (b + 1) * block; ++i) {
+                    const float v = std::fabs(float(norm.get(row, i)));
+                    if (!(v <= largest)) largest = largest != largest ? largest : v;
+                  }
+                  float scale = (largest > bound ? bound : largest) / most;
+                  scale = way ? (scale < least ? least : scale) : 0.0137f;
+                  const float there = scales[1 + (way == 3 ? b * rows + row : way ? row : 0)];
+                  same &= there == scale || (there != there && scale != scale);
+                  for (int64_t i = b * block; i < (b + 1) * block; ++i) {
+                    const float v = float(norm.get(row, i)), q = way && !int8 ? v / scale : v * (1 / scale);
+                    const uint8_t code = codes[kGuard + row * cols + i], want = code_of(type, q);
+                    same &= code == want || (q != q && !int8 && (code & 0x7f) == 0x7f);
+                  }
+                }
+              const std::string name = isa + " " + f.name() + " " + std::to_string(rows) + "x" + std::to_string(cols) + " format " +
+                                       std::to_string(int(type)) + " way " + std::to_string(way);
+              check(same, "quant: %s", name.c_str());
+              check(!p.y || y.same_bits(norm), "quant: %s: norm", name.c_str());
+              bool intact = scales.front() == -1 && scales.back() == -1 && y.guards_intact();
+              for (size_t i = 0; i < kGuard; ++i) intact &= codes[i] == 0xa5 && codes[codes.size() - 1 - i] == 0xa5;
+              for (const uint8_t* at = space + workspace_bytes; at < workspace.data() + workspace.size(); ++at) intact &= *at == 0xa5;
+              check(intact, "quant: %s: wrote outside", name.c_str());
+            }
+          }
+}
+
 // A row has the same bits wherever it lies and whatever is done with the rows beside it.
 void check_forward_invariance(const std::string& isa) {
   use(isa);
@@ -322,6 +400,7 @@ int main() {
   check_forward_extremes();
   check_forward_all_values();
   check_fused_mixes();
+  check_quant();
   for (const std::string& isa : instruction_sets()) check_forward_invariance(isa);
   check_backward_sizes();
   check_backward_extremes();
