@@ -13,7 +13,13 @@ import torch
 
 import rmsnorm_cuda
 from rmsnorm_cuda import _C, explain
-from rmsnorm_cuda.reference import rms_norm_backward_reference, rms_norm_reference, round_once, ulp_distance
+from rmsnorm_cuda.reference import (
+    quantize_reference,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+    round_once,
+    ulp_distance,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPE = (7, 1031)  # odd: full vectors and a tail
@@ -87,6 +93,20 @@ def checks(device, generator):
                 ulps = (error.amax() / want.abs().amax() / torch.finfo(got.dtype).eps).item()
                 yield f"rms_norm_backward {op} {name}", ulps, 4
 
+    # What is fused has the bits of the steps.
+    for dtype, eight in itertools.product(DTYPES, (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)):
+        x, residual, weight = (randn(*shape, dtype=dtype) for shape in (SHAPE, SHAPE, cols))
+        there = [t.to(device) for t in (x, residual, weight)]
+        total = (x.float() + residual.float()).to(dtype)
+        norm = rmsnorm_cuda.rms_norm(total.to(device), cols, there[2], 1e-6).cpu()
+        name = f"{str(dtype)[6:]} {str(eight)[6:]}"
+        for got, want in zip(rmsnorm_cuda.fused_add_rms_norm(*there, 1e-6), (norm, total), strict=True):
+            yield f"fused_add_rms_norm {name}", ulp_distance(got.cpu(), want).max().item(), 0
+        output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*there, 1e-6, dtype=eight)
+        want, want_scale = quantize_reference(norm, eight)
+        yield f"rms_norm_quant {name}", (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item(), 0
+        yield f"rms_norm_quant scale {name}", ulp_distance(scale.cpu(), want_scale).max().item(), 0
+
 
 def self_check():
     generator = torch.Generator().manual_seed(0)
@@ -101,6 +121,7 @@ def self_check():
         for what, ulps, limit in checks(device, generator):
             count += 1
             kind = what.split()[1] if "backward" in what else "cast_before_weight" if "cast" in what else "forward"
+            kind = "fused" if "fused" in what else "8 bits" if "quant" in what else kind
             worst[kind] = max(worst.get(kind, (0.0, limit)), (ulps, limit))
             if not ulps <= limit or (isa and _C.last_isa() != isa):
                 failures += 1
