@@ -33,6 +33,7 @@ def rms_norm_quant(
     return_norm: bool,
     weight_offset: float,
     cast_before_weight: bool,
+    out: tuple[Tensor, ...] | None,
     /,
 ) -> tuple[Tensor, ...]: ...  # NotImplemented: for torch.ops
 def fused_add_rms_norm_quant(
@@ -48,6 +49,7 @@ def fused_add_rms_norm_quant(
     return_norm: bool,
     weight_offset: float,
     cast_before_weight: bool,
+    out: tuple[Tensor, ...] | None,
     /,
 ) -> tuple[Tensor, ...]: ...
 def isas() -> dict[str, bool]: ...

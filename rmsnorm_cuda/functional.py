@@ -203,22 +203,8 @@ def rms_norm_quant(
         RuntimeError: shapes or devices do not match; N is no multiple of ``block``; an argument requires grad; ``out`` does
             not fit or overlaps what is read. Nothing is written then.
     """
-    if out is None and not is_dynamo_compiling():
-        results = _C.rms_norm_quant(
-            input, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight
-        )
-        if results is not NotImplemented:
-            return results
-    arguments = input, weight, scale, eps
-    options = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": return_norm}
-    options |= {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-    if out is None:
-        output, found, norm = _ops.rms_norm_quant(*arguments, **options)
-    else:
-        output, found, norm = _check_out("rms_norm_quant", out, 2 + return_norm, input, weight, scale, cast_before_weight)
-        _ops.rms_norm_quant.out(*arguments, **options, out=output, scale_out=found, norm_out=norm)
-    results = output, found if scale is None else scale
-    return (*results, norm) if return_norm else results
+    options = (dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight)
+    return _quantized("rms_norm_quant", (input,), weight, scale, eps, options, out)
 
 
 def fused_add_rms_norm_quant(
@@ -244,36 +230,38 @@ def fused_add_rms_norm_quant(
     Returns:
         ``(output, scale, residual_out)`` or ``(output, scale, residual_out, norm)``.
     """
-    if out is None and not is_dynamo_compiling():
-        options = column_major, return_norm, weight_offset, cast_before_weight
-        results = _C.fused_add_rms_norm_quant(input, residual, weight, scale, eps, dtype, block, scale_ub, *options)
+    options = (dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight)
+    return _quantized("fused_add_rms_norm_quant", (input, residual), weight, scale, eps, options, out)
+
+
+_QUANT_OPTIONS = ("dtype", "block", "scale_ub", "column_major", "keep_norm", "weight_offset", "cast_before_weight")
+
+
+def _quantized(op, tensors, weight, scale, eps, options, out):
+    """What both functions do: `tensors` is the input and, if one is added, the residual."""
+    if not is_dynamo_compiling():
+        results = getattr(_C, op)(*tensors, weight, scale, eps, *options, out)
         if results is not NotImplemented:
             return results
-    arguments = input, residual, weight, scale, eps
-    options = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": return_norm}
-    options |= {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    arguments, keywords = (*tensors, weight, scale, eps), dict(zip(_QUANT_OPTIONS, options))
+    added = len(tensors) - 1
     if out is None:
-        output, found, total, norm = _ops.fused_add_rms_norm_quant(*arguments, **options)
+        output, found, *rest = getattr(_ops, op)(*arguments, **keywords)
     else:
-        name = "fused_add_rms_norm_quant"
-        output, found, total, norm = _check_out(name, out, 3 + return_norm, input, weight, scale, cast_before_weight)
-        _ops.fused_add_rms_norm_quant.out(
-            *arguments, **options, out=output, scale_out=found, residual_out=total, norm_out=norm
-        )
-    results = output, found if scale is None else scale, total
-    return (*results, norm) if return_norm else results
-
-
-def _check_out(op, out, count, input, weight, scale, cast_before_weight):
-    """`out` as the op takes it: what is not wanted is a tensor without elements."""
-    if len(out) != count:
-        raise ValueError(f"{op}: expected out to hold {count} tensors, but got {len(out)}")
-    output, found, *rest = out
-    if scale is not None:
-        found = input.new_empty(0, dtype=torch.float32)
-    if len(rest) == op.startswith("fused"):  # no norm
-        rest.append(input.new_empty(0, dtype=_output_dtype(input, weight, cast_before_weight)))
-    return output, found, *rest
+        count = 2 + added + keywords["keep_norm"]
+        if len(out) != count:
+            raise ValueError(f"{op}: expected out to hold {count} tensors, but got {len(out)}")
+        output, found, *rest = out
+        # What is not wanted is a tensor without elements.
+        if scale is not None:
+            found = tensors[0].new_empty(0, dtype=torch.float32)
+        if len(rest) == added:
+            rest.append(tensors[0].new_empty(0, dtype=_output_dtype(tensors[0], weight, keywords["cast_before_weight"])))
+        names = ("scale_out", *(("residual_out",) if added else ()), "norm_out")
+        getattr(_ops, op).out(*arguments, **keywords, out=output, **dict(zip(names, (found, *rest))))
+    if not keywords["keep_norm"]:
+        rest = rest[:added]
+    return output, found if scale is None else scale, *rest
 
 
 # Fakes: what the ops return, as shapes. Eager checks hold there too (see csrc/torch/checks.h); here it

@@ -4,7 +4,6 @@
 // are taken as they are; any others go to torch's own parser, as those of torch.nn.functional do. It is a plain C
 // function in a pybind11 module: a pybind11 function with an at::Tensor caster costs more than the rest of the call.
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -12,28 +11,21 @@
 #include <torch/csrc/utils/python_arg_parser.h>
 
 #include "../torch/checks.h"
+#include "../torch/signatures.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-template <class T>
-c10::TypedOperatorHandle<T> find(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<T>();
-}
+using namespace rmsnorm;
 
 // To let go of the GIL and take it back costs 60 ns, and the kernels take a few us for so many elements.
 constexpr int64_t kBriefElements = 16 << 10;
 
 PyObject* call(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                std::optional<double> eps, double weight_offset, bool cast_before_weight, const OptionalTensor& out) {
-  static const auto op = find<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, std::optional<double>,
-                                     double, bool)>("rmsnorm_cuda::rms_norm");
-  static const auto out_op = find<void(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
-                                       std::optional<double>, double, bool, const Tensor&)>("rmsnorm_cuda::rms_norm", "out");
+  static const auto op = find<Signature>("rmsnorm_cuda::rms_norm");
+  static const auto out_op = find<OutSignature>("rmsnorm_cuda::rms_norm", "out");
   Tensor result;
   {
     std::optional<py::gil_scoped_release> no_gil;
@@ -131,8 +123,7 @@ PyObject* rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count
 template <bool kInPlace>
 PyObject* fused_add_rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  using Result = std::conditional_t<kInPlace, void, std::tuple<Tensor, Tensor>>;
-  static const auto op = find<Result(const Tensor&, const Tensor&, const OptionalTensor&, std::optional<double>, double, bool)>(
+  static const auto op = find<std::conditional_t<kInPlace, FusedInPlaceSignature, FusedSignature>>(
       kInPlace ? "rmsnorm_cuda::fused_add_rms_norm_" : "rmsnorm_cuda::fused_add_rms_norm");
   Tensor input, residual;
   OptionalTensor weight;
@@ -171,12 +162,12 @@ struct Plain {
 };
 
 // rms_norm_quant(input, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset,
-// cast_before_weight), and fused_add_rms_norm_quant with residual after input: what the public functions return, or
+// cast_before_weight, out), and fused_add_rms_norm_quant with residual after input: what the public functions return, or
 // NotImplemented as above.
 template <bool kFused>
 PyObject* rms_norm_quant(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 11 + kFused) Py_RETURN_NOTIMPLEMENTED;
+  if (count != 12 + kFused) Py_RETURN_NOTIMPLEMENTED;
   Plain in{args};
   const auto input = in.next<Tensor>();
   const auto residual = kFused ? in.next<Tensor>() : Tensor();
@@ -189,33 +180,52 @@ PyObject* rms_norm_quant(PyObject* /*module*/, PyObject* const* args, Py_ssize_t
   const auto weight_offset = in.next<double>();
   const auto cast = in.next<bool>();
   if (!in.all) Py_RETURN_NOTIMPLEMENTED;
-  using Options = std::optional<int64_t>;
-  std::array<Tensor, 4> results;  // output, scale, norm; residual_out
+
+  std::array<Tensor, 4> results;  // in order: output, scale, residual_out if kFused, norm
+  PyObject* const out = args[count - 1];
+  const size_t wanted = 2 + kFused + return_norm;
+  if (out != Py_None) {
+    if (!PyTuple_CheckExact(out) || PyTuple_GET_SIZE(out) != static_cast<Py_ssize_t>(wanted)) Py_RETURN_NOTIMPLEMENTED;
+    for (size_t i = 0; i < wanted; ++i) {
+      if (!plain(PyTuple_GET_ITEM(out, i), results[i])) Py_RETURN_NOTIMPLEMENTED;
+    }
+    // What is not wanted is a tensor without elements.
+    if (scale) results[1] = at::empty({0}, input.options().dtype(at::kFloat));
+    if (!return_norm) results[wanted] = at::empty({0}, input.options().dtype(output_type(input, weight, cast)));
+  }
   std::optional<py::gil_scoped_release> no_gil;
   if (input.sym_numel().maybe_as_int().value_or(kBriefElements) >= kBriefElements) no_gil.emplace();
+  constexpr const char* name = kFused ? "rmsnorm_cuda::fused_add_rms_norm_quant" : "rmsnorm_cuda::rms_norm_quant";
+  auto& [output, found, third, fourth] = results;
+  const auto run = [&](const auto&... tensors) {
+    if (out == Py_None) {
+      static const auto op = find<std::conditional_t<kFused, FusedQuantSignature, QuantSignature>>(name);
+      auto made = op.call(tensors..., weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast);
+      std::tie(output, found, third) = std::tie(std::get<0>(made), std::get<1>(made), std::get<2>(made));
+      if constexpr (kFused) fourth = std::get<3>(made);
+    } else {
+      static const auto op = find<std::conditional_t<kFused, FusedQuantOutSignature, QuantOutSignature>>(name, "out");
+      const auto to = [&](const auto&... more) {
+        op.call(tensors..., weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast, output,
+                found, third, more...);
+      };
+      if constexpr (kFused) {
+        to(fourth);
+      } else {
+        to();
+      }
+    }
+  };
   if constexpr (kFused) {
-    static const auto op =
-        find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                        std::optional<double>, at::ScalarType, Options, std::optional<double>, bool,
-                                                        bool, double, bool)>("rmsnorm_cuda::fused_add_rms_norm_quant");
-    std::tie(results[0], results[1], results[3], results[2]) = op.call(
-        input, residual, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast);
+    run(input, residual);
   } else {
-    static const auto op =
-        find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
-                                                at::ScalarType, Options, std::optional<double>, bool, bool, double, bool)>(
-            "rmsnorm_cuda::rms_norm_quant");
-    std::tie(results[0], results[1], results[2]) =
-        op.call(input, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset, cast);
+    run(input);
   }
   no_gil.reset();
-  if (scale) results[1] = *scale;
-  py::list all;
-  all.append(std::move(results[0]));
-  all.append(std::move(results[1]));
-  if (kFused) all.append(std::move(results[3]));
-  if (return_norm) all.append(std::move(results[2]));
-  return py::tuple(std::move(all)).release().ptr();
+  if (scale) found = *scale;
+  py::tuple all(wanted);
+  for (size_t i = 0; i < wanted; ++i) all[i] = std::move(results[i]);
+  return all.release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -235,17 +245,17 @@ PyMethodDef kEntryPoints[] = {
 
 py::dict isas() {
   py::dict result;
-  for (int i = 0; i < rmsnorm::cpu::isa_count(); ++i) {
-    result[rmsnorm::cpu::isa_name(i)] = rmsnorm::cpu::isa_supported(i);
+  for (int i = 0; i < cpu::isa_count(); ++i) {
+    result[cpu::isa_name(i)] = cpu::isa_supported(i);
   }
   return result;
 }
 
 void set_isa(const std::optional<std::string>& name) {
-  if (rmsnorm::cpu::set_isa(name ? name->c_str() : nullptr)) return;
+  if (cpu::set_isa(name ? name->c_str() : nullptr)) return;
   std::string message = "unknown or unsupported instruction set '" + name.value_or("") + "': expected one of";
-  for (int i = 0; i < rmsnorm::cpu::isa_count(); ++i) {
-    if (rmsnorm::cpu::isa_supported(i)) message += std::string(" ") + rmsnorm::cpu::isa_name(i);
+  for (int i = 0; i < cpu::isa_count(); ++i) {
+    if (cpu::isa_supported(i)) message += std::string(" ") + cpu::isa_name(i);
   }
   throw py::value_error(message);
 }
@@ -253,15 +263,15 @@ void set_isa(const std::optional<std::string>& name) {
 py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy, at::ScalarType x, at::ScalarType w,
                    int arch, int multiprocessors, int64_t shared_bytes) {
   if (rows < 1 || cols < 1) throw py::value_error("cuda_plan: expected at least one row and one column");
-  const rmsnorm::cuda::Device device{arch, multiprocessors, shared_bytes};
+  const cuda::Device device{arch, multiprocessors, shared_bytes};
   const auto dtype = [](at::ScalarType type) {
-    const auto known = rmsnorm::as_dtype(type);
-    if (!known || *known == rmsnorm::DType::kFloat64) throw py::value_error("cuda_plan: expected float32, float16 or bfloat16");
+    const auto known = as_dtype(type);
+    if (!known || *known == DType::kFloat64) throw py::value_error("cuda_plan: expected float32, float16 or bfloat16");
     return *known;
   };
-  const rmsnorm::cuda::Plan plan =
-      backward ? rmsnorm::cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), dtype(w), device)
-               : rmsnorm::cuda::rms_norm_forward_plan(rows, cols, dtype(x), device);
+  const cuda::Plan plan =
+      backward ? cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), dtype(w), device)
+               : cuda::rms_norm_forward_plan(rows, cols, dtype(x), device);
   using namespace py::literals;
   return py::dict("keep"_a = static_cast<int>(plan.keep), "vectors"_a = plan.vectors, "lanes"_a = plan.lanes,
                   "threads"_a = plan.threads, "registers"_a = plan.registers, "cluster"_a = plan.cluster,
@@ -275,11 +285,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of rmsnorm_cuda.";
   if (PyModule_AddFunctions(m.ptr(), kEntryPoints) != 0) throw py::error_already_set();
   m.def("isas", isas, "Instruction sets built in, best last, and whether this machine has them.");
-  m.def("isa", rmsnorm::cpu::isa, "The instruction set in use.");
+  m.def("isa", cpu::isa, "The instruction set in use.");
   m.def("set_isa", set_isa, py::arg("name").none(true), "Use this instruction set; None: the best there is.");
-  m.def("last_isa", rmsnorm::cpu::last_isa, "The instruction set whose kernel ran last on this thread.");
-  m.def("cuda_built", rmsnorm::cuda::built, "Whether CUDA kernels were compiled in.");
-  m.def("cuda_architectures", rmsnorm::cuda::architectures, "Their architectures, or why there are none.");
+  m.def("last_isa", cpu::last_isa, "The instruction set whose kernel ran last on this thread.");
+  m.def("cuda_built", cuda::built, "Whether CUDA kernels were compiled in.");
+  m.def("cuda_architectures", cuda::architectures, "Their architectures, or why there are none.");
   m.def("cuda_plan", cuda_plan, "The layout of a CUDA launch, in the terms of rmsnorm.h's Plan; needs no GPU.");
   m.attr("torch_version") = RMSNORM_TORCH_VERSION;
   m.attr("compiler") = "g++ " __VERSION__;
