@@ -225,7 +225,8 @@ def fused_add_rms_norm_quant(
 ) -> tuple[Tensor, ...]:
     """:func:`rms_norm_quant` of ``input + residual``, the sum formed and rounded as in :func:`fused_add_rms_norm`.
 
-    Arguments and errors as of these two. ``out`` may hold ``residual`` itself in the place of ``residual_out``.
+    Arguments and errors as of these two. ``out`` may hold ``residual`` itself in the place of
+    ``residual_out`` if that is contiguous.
 
     Returns:
         ``(output, scale, residual_out)`` or ``(output, scale, residual_out, norm)``.

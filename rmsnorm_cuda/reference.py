@@ -90,7 +90,7 @@ def quantize_reference(
     else:
         groups = y.unflatten(-1, (-1, block or y.shape[-1]))
         largest = groups.abs().amax(-1, keepdim=True)
-        if scale_ub is not None:
+        if scale_ub is not None and scale_ub <= torch.finfo(torch.float32).max:
             largest = largest.clamp(max=scale_ub)
         found = (largest / most).clamp(min=least)
         q = (groups * (1 / found) if dtype == torch.int8 else groups / found).flatten(-2)

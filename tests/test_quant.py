@@ -181,6 +181,7 @@ X = torch.ones(2, 128)
         ({"input": X.double()}, NotImplementedError, "not implemented for 'Double'"),
         ({"weight": torch.ones(128).double()}, NotImplementedError, "not implemented for 'Double'"),
         ({"weight": torch.ones(64)}, RuntimeError, r"weight of shape \[64\]"),
+        ({"block": (64,)}, RuntimeError, "block"),
         ({"block": 32}, ValueError, "block to be 64 or 128, but got 32"),
         ({"input": torch.ones(2, 100), "block": 64}, RuntimeError, "a multiple of block=64, but got 100"),
         ({"scale": torch.ones(2)}, RuntimeError, r"scale to be one float32, but got Float of shape \[2\]"),
@@ -225,6 +226,36 @@ def test_overlaps():
     with pytest.raises(RuntimeError, match="share memory"):
         fused_add_rms_norm(x, x.clone(), out=(torch.ones(2, 128), x))
     assert (memory == 1).all() and (x == 1).all()
+
+
+def test_memory_that_is_apart():
+    """Rows of input and residual in turns, and layouts that differ only where there is one row."""
+    whole = random(4, 256)
+    x, residual = whole[:, :128], whole[:, 128:]
+    want = fused_add_rms_norm(x, residual)
+    got = fused_add_rms_norm(x, residual, out=(x, residual))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and torch.equal(whole[:, :128], want[0])
+    with pytest.raises(RuntimeError, match="residual_out partly overlaps residual; expected residual_out to be residual itself"):
+        fused_add_rms_norm(x.clone(), whole[:3].view(-1)[:512].view(4, 128), out=(x.clone(), whole.view(-1)[64:576].view(4, 128)))
+    memory = random(1, 300)
+    one, x = memory[:1, :128], random(1, 128)
+    want = fused_add_rms_norm_quant(x, one, dtype=E4M3)
+    out = torch.empty(1, 128).to(E4M3), torch.empty(1, 1), memory[0, :128].view(1, 128)
+    got = fused_add_rms_norm_quant(x, one, dtype=E4M3, out=out)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, want, strict=True))
+    rms_norm_quant(x, dtype=E4M3, block=64, column_major=True, out=(out[0], torch.empty(1, 2)))
+
+
+def test_negative_bit():
+    negative = torch._neg_view(torch.ones(2, 128))
+    assert torch.equal(rms_norm_quant(negative, dtype=INT8)[0], rms_norm_quant(-torch.ones(2, 128), dtype=INT8)[0])
+    for call in (
+        lambda: rms_norm(torch.ones(2, 128), 128, out=negative),
+        lambda: fused_add_rms_norm(torch.ones(2, 128), torch.ones(2, 128), out=(negative, torch.ones(2, 128))),
+        lambda: rms_norm_quant(negative, dtype=INT8, out=(torch.ones(2, 128, dtype=INT8), torch.ones(2, 1))),
+    ):
+        with pytest.raises(RuntimeError, match="without the negative bit"):
+            call()
 
 
 def test_what_is_overwritten_gets_a_new_version():

@@ -84,13 +84,15 @@ bool plain(PyObject* object, at::ScalarType& value) {
   value = reinterpret_cast<THPDtype*>(object)->scalar_type;
   return true;
 }
-// A shape of one dimension, which nearly all are.
 bool plain(PyObject* object, int64_t& value) {
-  if (PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 1) object = PyTuple_GET_ITEM(object, 0);
   if (!PyLong_CheckExact(object)) return false;
   int overflow = 0;
   value = PyLong_AsLongLongAndOverflow(object, &overflow);
   return overflow == 0 && value >= 0;
+}
+// A shape of one dimension, which nearly all are.
+bool plain_shape(PyObject* object, int64_t& value) {
+  return plain(PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 1 ? PyTuple_GET_ITEM(object, 0) : object, value);
 }
 template <class T>
 bool plain(PyObject* object, std::optional<T>& value) {
@@ -107,7 +109,7 @@ PyObject* rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count
   double weight_offset = 0;
   bool cast_before_weight = false;
   if (count == kArguments && !at::impl::torch_function_mode_enabled() && plain(args[0], input) &&
-      plain(args[1], cols) && plain(args[2], weight) && plain(args[3], eps) && plain(args[4], weight_offset) &&
+      plain_shape(args[1], cols) && plain(args[2], weight) && plain(args[3], eps) && plain(args[4], weight_offset) &&
       plain(args[5], cast_before_weight) && plain(args[6], out)) {
     const c10::SymInt normalized_shape(cols);
     return call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out);

@@ -356,7 +356,7 @@ struct Inference<R(Args...)> {
       if constexpr (std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>) return records_grad(arg) || has_tangent(arg);
       return false;
     };
-    TORCH_CHECK(!(differentiable(args) || ...), op().operator_name().name, ".", op().operator_name().overload_name,
+    TORCH_CHECK(!(differentiable(args) || ...), op().operator_name(),
                 ": it does not support automatic differentiation, but one of the arguments requires grad; call it under "
                 "torch.no_grad()");
     return op().redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
@@ -371,8 +371,19 @@ struct Inference<R(Args...)> {
       if (alias && alias->isWrite()) tensors[i]->unsafeGetTensorImpl()->bump_version();
     }
   }
+  // torch's own way with lazily negated tensors expects an op that writes to return what it wrote.
+  template <auto op>
+  static R negative(DispatchKeySet keys, Args... args) {
+    const std::array<const Tensor*, sizeof...(Args)> tensors{address(args)...};
+    for (const Tensor* t : tensors) {
+      TORCH_CHECK(!t || !t->defined() || !t->is_neg(), op().operator_name(),
+                  ": expected tensors without the negative bit; call resolve_neg() on them first");
+    }
+    return op().redispatch(keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative), std::forward<Args>(args)...);
+  }
 
  private:
+  static const Tensor* address(const OptionalTensor& t) { return t ? &*t : nullptr; }
   static const Tensor* address(const Tensor& t) { return &t; }
   template <class T>
   static const Tensor* address(const T&) {
@@ -414,6 +425,14 @@ TORCH_LIBRARY_IMPL(rmsnorm_cuda, ADInplaceOrView, m) {
   m.impl("fused_add_rms_norm_quant.out", TORCH_FN((Inference<FusedQuantOutSignature>::bump<fused_add_rms_norm_quant_out_op>)));
   m.impl("rms_norm.out", TORCH_FN((Inference<OutSignature>::bump<rms_norm_out_op>)));
   m.impl("fused_add_rms_norm_", TORCH_FN((Inference<FusedInPlaceSignature>::bump<fused_add_rms_norm__op>)));
+}
+
+TORCH_LIBRARY_IMPL(rmsnorm_cuda, Negative, m) {
+  m.impl("rms_norm.out", TORCH_FN((Inference<OutSignature>::negative<rms_norm_out_op>)));
+  m.impl("fused_add_rms_norm_", TORCH_FN((Inference<FusedInPlaceSignature>::negative<fused_add_rms_norm__op>)));
+  m.impl("fused_add_rms_norm.out", TORCH_FN((Inference<FusedOutSignature>::negative<fused_add_rms_norm_out_op>)));
+  m.impl("rms_norm_quant.out", TORCH_FN((Inference<QuantOutSignature>::negative<rms_norm_quant_out_op>)));
+  m.impl("fused_add_rms_norm_quant.out", TORCH_FN((Inference<FusedQuantOutSignature>::negative<fused_add_rms_norm_quant_out_op>)));
 }
 
 }  // namespace rmsnorm

@@ -164,36 +164,44 @@ inline std::pair<const char*, const char*> span_of(const at::Tensor& t) {
   return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size())};
 }
 
-// An out= that is the input is fine, and so is one between the input's rows (two slices of one fused
-// projection); anything else that shares memory with it is refused, unless it is seen to be apart.
+inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes() || a.element_size() != b.element_size()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// Are a and b seen to share no element? They may lie in the same memory if their rows do in turns, as two slices of one
+// fused projection; that is looked at where the rows have `cols` columns after `lead` dimensions.
+inline bool apart(const at::Tensor& a, const at::Tensor& b, int64_t lead = 0, int64_t cols = 0) {
+  if (a.numel() == 0 || b.numel() == 0 || !a.is_alias_of(b)) return true;
+  const auto [a_begin, a_end] = span_of(a);
+  const auto [b_begin, b_end] = span_of(b);
+  if (a_begin >= b_end || b_begin >= a_end) return true;
+  const auto rows = rows_of(a, lead);
+  if (cols == 0 || !rows || !same_layout(a, b)) return false;
+  int64_t extent = cols;  // of what repeats every rows->stride[0] elements
+  for (int d = 1; d < rows->ndim; ++d) extent += (rows->size[d] - 1) * rows->stride[d];
+  const int64_t size = static_cast<int64_t>(a.element_size()), period = rows->stride[0] * size;
+  const int64_t phase = period > 0 ? (((a_begin - b_begin) % period) + period) % period : 0;
+  return phase >= extent * size && period - phase >= extent * size;
+}
+
+// An out= that is what it replaces is fine, and so is one that is apart from it.
 inline void check_overlap(const char* op, const at::Tensor& out, const Rows& out_rows, const at::Tensor& input,
-                          int64_t lead, int64_t cols, const char* name = "out") {
+                          int64_t lead, int64_t cols, const char* name = "out", const char* input_name = "input") {
   TORCH_CHECK(!rows_overlap(out_rows, cols), op, ": expected ", name, " with rows that do not overlap, but got strides ",
               out.strides(), " for shape ", out.sizes());
-  if (!out.is_alias_of(input)) return;
-  const auto [out_begin, out_end] = span_of(out);
-  const auto [input_begin, input_end] = span_of(input);
-  const int64_t gap = out_begin - input_begin;
-  const bool same_layout = out.strides() == input.strides() && out.element_size() == input.element_size();
-  if (out_begin >= input_end || input_begin >= out_end || (gap == 0 && same_layout)) return;
-  if (same_layout && rows_of(input, lead)) {
-    int64_t extent = cols;  // of what repeats every out_rows.stride[0] elements
-    for (int d = 1; d < out_rows.ndim; ++d) extent += (out_rows.size[d] - 1) * out_rows.stride[d];
-    const int64_t period = out_rows.stride[0] * static_cast<int64_t>(out.element_size());
-    extent *= static_cast<int64_t>(out.element_size());
-    const int64_t phase = period > 0 ? ((gap % period) + period) % period : 0;
-    if (phase >= extent && period - phase >= extent) return;
-  }
-  TORCH_CHECK(false, op, ": ", name, " partly overlaps input; expected ", name, " to be input itself or memory of its own");
+  const bool same = out.const_data_ptr() == input.const_data_ptr() && same_layout(out, input);
+  TORCH_CHECK(same || apart(out, input, lead, cols), op, ": ", name, " partly overlaps ", input_name, "; expected ", name, " to be ",
+              input_name, " itself or memory of its own");
 }
 
 // What is read while others write may not lie in the memory that is written; nor may two outputs share any.
 inline void check_apart(const char* op, const char* name, const at::Tensor& out, const at::Tensor& other,
-                        const char* other_name = "weight") {
-  if (out.numel() == 0 || other.numel() == 0 || !out.is_alias_of(other)) return;
-  const auto [out_begin, out_end] = span_of(out);
-  const auto [other_begin, other_end] = span_of(other);
-  TORCH_CHECK(out_end <= other_begin || other_end <= out_begin, op, ": ", name, " and ", other_name,
+                        const char* other_name = "weight", int64_t lead = 0, int64_t cols = 0) {
+  TORCH_CHECK(apart(out, other, lead, cols), op, ": ", name, " and ", other_name,
               " share memory: some elements of the input tensor and the written-to tensor refer to a single location");
 }
 

@@ -241,22 +241,22 @@ void fused_add_rms_norm_out(const Tensor& input, const Tensor& residual, const O
   check_residual(op, input, input.sizes(), residual, residual.sizes());
   const Geometry geometry = check_input(op, input, input.sizes().slice(input.dim() - 1), weight, eps, weight_offset);
   const int64_t lead = static_cast<int64_t>(geometry.lead.size());
-  const std::tuple<const char*, const Tensor&, at::ScalarType, const Tensor&> results[] = {
-      {"out", out, output_type(input, weight, cast_before_weight), input},
-      {"residual_out", residual_out, residual.scalar_type(), residual}};
-  for (const auto& [name, t, type, replaced] : results) {
+  const std::tuple<const char*, const Tensor&, at::ScalarType, const char*, const Tensor&> results[] = {
+      {"out", out, output_type(input, weight, cast_before_weight), "input", input},
+      {"residual_out", residual_out, residual.scalar_type(), "residual", residual}};
+  for (const auto& [name, t, type, replaced_name, replaced] : results) {
     check_shape(op, name, t, input.sizes());
     check_device(op, name, t, input);
     TORCH_CHECK(t.scalar_type() == type, op, ": expected ", name, " of dtype ", type, ", but got ", t.scalar_type());
     if (t.numel() == 0) continue;
     const auto rows = rows_of(t, lead);
     TORCH_CHECK(rows, op, ": expected ", name, " with dense rows (the last dimension contiguous), but got strides ", t.strides());
-    check_overlap(op, t, *rows, replaced, lead, geometry.cols, name);
+    check_overlap(op, t, *rows, replaced, lead, geometry.cols, name, replaced_name);
     if (weight) check_apart(op, name, t, *weight);
   }
-  check_apart(op, "out", out, residual_out, "residual_out");
-  check_apart(op, "out", out, residual, "residual");
-  check_apart(op, "residual_out", residual_out, input, "input");
+  check_apart(op, "out", out, residual_out, "residual_out", lead, geometry.cols);
+  check_apart(op, "out", out, residual, "residual", lead, geometry.cols);
+  check_apart(op, "residual_out", residual_out, input, "input", lead, geometry.cols);
   if (input.numel() == 0) return;
   fused_add_into(op, input, residual, geometry, weight, eps, weight_offset, cast_before_weight, out, *rows_of(out, lead),
                  residual_out, false, Tensor());
@@ -309,18 +309,18 @@ struct QuantCall {
 
   // Of results that the caller owns.
   void check(const Geometry& g, const Quantized& to) const {
-    const auto own = [&](const char* name, const Tensor& t, IntArrayRef shape, at::ScalarType type, IntArrayRef strides) {
+    const auto own = [&](const char* name, const Tensor& t, IntArrayRef shape, at::ScalarType type, bool column_major = false) {
       check_shape(op, name, t, shape);
       check_device(op, name, t, input);
       TORCH_CHECK(t.scalar_type() == type, op, ": expected ", name, " of dtype ", type, ", but got ", t.scalar_type());
-      TORCH_CHECK(t.numel() == 0 || (strides.empty() ? t.is_contiguous() : t.strides() == strides), op, ": expected ", name,
-                  strides.empty() ? " to be contiguous" : " to be column-major", ", but got strides ", t.strides());
+      TORCH_CHECK((column_major ? t.movedim(-1, 0) : t).is_contiguous(), op, ": expected ", name,
+                  column_major ? " to be column-major" : " to be contiguous", ", but got strides ", t.strides());
     };
-    own("out", to.output, input.sizes(), options.dtype, {});
-    own("scale_out", to.scale, scale_shape(g), at::kFloat, options.column_major ? allocate_scale(g).strides() : IntArrayRef());
-    if (residual) own("residual_out", to.sum, input.sizes(), residual->scalar_type(), {});
+    own("out", to.output, input.sizes(), options.dtype);
+    own("scale_out", to.scale, scale_shape(g), at::kFloat, options.column_major);
+    if (residual) own("residual_out", to.sum, input.sizes(), residual->scalar_type());
     const std::array<int64_t, 1> none{0};
-    own("norm_out", to.norm, keep_norm ? input.sizes() : IntArrayRef(none), norm_type(), {});
+    own("norm_out", to.norm, keep_norm ? input.sizes() : IntArrayRef(none), norm_type());
     const std::pair<const char*, const Tensor*> written[] = {
         {"out", &to.output}, {"scale_out", &to.scale}, {"residual_out", &to.sum}, {"norm_out", &to.norm}};
     for (const auto& [name, t] : written) {
@@ -335,7 +335,7 @@ struct QuantCall {
     }
     const int64_t lead = static_cast<int64_t>(g.lead.size());
     if (residual && to.sum.numel() > 0) {
-      check_overlap(op, to.sum, dense_rows(g.cols), *residual, lead, g.cols, "residual_out");
+      check_overlap(op, to.sum, dense_rows(g.cols), *residual, lead, g.cols, "residual_out", "residual");
       check_apart(op, "residual_out", to.sum, input, "input");
     }
   }
@@ -352,7 +352,9 @@ struct QuantCall {
     q.data = to.output.mutable_data_ptr();
     q.dtype = type;
     q.least = least;
-    q.bound = static_cast<float>(options.scale_ub.value_or(std::numeric_limits<double>::infinity()));
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    const double bound = options.scale_ub.value_or(kInfinity);
+    q.bound = static_cast<float>(bound > std::numeric_limits<float>::max() ? kInfinity : bound);
     q.block = options.scale ? 0 : options.block.value_or(g.cols);
     const int64_t blocks = options.block ? g.cols / *options.block : 1;
     q.row_stride = options.column_major ? 1 : blocks;
