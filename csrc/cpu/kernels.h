@@ -42,6 +42,9 @@ constexpr int kLargeExponent = -31;
 constexpr int64_t kGroupBytes = 16 << 10;
 constexpr int64_t kFarGroupBytes = 2 << 10;
 
+// Columns of addends that are added at a time: a part of an L1 cache.
+constexpr int64_t kAddTile = 1024;
+
 // A 16-bit weight of more than these is read as it is, not from a tile of floats.
 constexpr int64_t kDirectCols = 2048;
 

@@ -278,7 +278,7 @@ struct Bool {
 class WeightTiles {
  public:
   static constexpr int64_t kTile = 8192;  // 32 KB of stack
-  static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0 && kBlock % kStep == 0, "see add_products and for_each_step");
+  static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0 && kAddTile % kFold == 0 && kBlock % kStep == 0, "see add_products and for_each_step");
   static INLINE int64_t tile_end(int64_t begin, int64_t cols) { return begin + kTile < cols ? begin + kTile : cols; }
 
   template <class P>
@@ -341,9 +341,9 @@ INLINE void with_type(DType dtype, F f) {
 
 // ---------------------------------------------------------------- forward
 
-// A row of x as the sum of its addends; next_row, if there is one, is fetched meanwhile. kUnit: BFloat16 is rounded by the machine where no sum is denormal.
+// Columns begin to end of a row of x as the sum of its addends; those of next_row, if there is one, are fetched meanwhile. kUnit: BFloat16 is rounded by the machine where no sum is denormal.
 template <class Tin, class Tx, bool kUnit>
-void add_row(const RmsNormForward& p, int64_t row, int64_t next_row) {
+void add_row(const RmsNormForward& p, int64_t row, int64_t begin, int64_t end, int64_t next_row) {
   const auto row_of_input = [&](int64_t r) { return static_cast<const Tin*>(p.addends.input) + p.addends.input_rows.offset(r); };
   const Tin* input = row_of_input(row);
   const Tin* next = next_row >= 0 ? row_of_input(next_row) : nullptr;
@@ -369,16 +369,16 @@ void add_row(const RmsNormForward& p, int64_t row, int64_t next_row) {
       for_each_vector_of_step(i, one);
     }
   };
-  for_each_step<kIsBFloat16<Tin> && kIsBFloat16<Tx> ? kBlock : kStep>(0, p.cols, step, one);
+  for_each_step<kIsBFloat16<Tin> && kIsBFloat16<Tx> ? kBlock : kStep>(begin, end, step, one);
 }
 
-using AddRow = void (*)(const RmsNormForward& p, int64_t row, int64_t next_row);
+using AddRow = void (*)(const RmsNormForward& p, int64_t row, int64_t begin, int64_t end, int64_t next_row);
 
 // nullptr: x is no sum.
 template <class Tx, bool kUnit>
 AddRow add_row_of(const RmsNormForward& p) {
   AddRow result = nullptr;
-  if (p.addends.input) result = [](const RmsNormForward& p, int64_t row, int64_t) { add_row_fp64(p, row); };
+  if (p.addends.input) result = [](const RmsNormForward& p, int64_t row, int64_t begin, int64_t, int64_t) { begin ? void() : add_row_fp64(p, row); };
   if (result) with_type(p.addends.input_dtype, [&](auto in) { result = add_row<decltype(in), Tx, kUnit>; });
   return result;
 }
@@ -454,10 +454,18 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
     return Fetch<Tx>{fetch && row < row_end ? row_of_x(row) : nullptr, cols, in_halves};
   };
   const auto sum_row = [&](int64_t row, int64_t j) INLINE_LAMBDA {
-    if (add_addends) add_addends(p, row, in_halves && fetch && row + 1 < row_end ? row + 1 : -1);
     Doubles sum = {};
     const Fetch<Tx> next = in_halves ? fetched(row + 1) : Fetch<Tx>{};
-    add_products(sum, 0, cols, Squares<Tx, kUnit>{row_of_x(row), large, next});
+    const Squares<Tx, kUnit> squares{row_of_x(row), large, next};
+    if (!add_addends) {
+      add_products(sum, 0, cols, squares);
+    } else {  // a part is summed up while it is in the L1 cache
+      for (int64_t begin = 0; begin < cols; begin += kAddTile) {
+        const int64_t end = begin + kAddTile < cols ? begin + kAddTile : cols;
+        add_addends(p, row, begin, end, in_halves && fetch && row + 1 < row_end ? row + 1 : -1);
+        add_products(sum, begin, end, squares);
+      }
+    }
     sums[j] = sum;
   };
   for (int64_t first = row_begin; first < row_end; first += group) {
@@ -553,7 +561,7 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
       if constexpr (kUnit) return rows(Bool<false>(), weight);
       const AddRow add_addends = add_row_of<Tx, kUnit>(p);
       for (int64_t row = row_begin; row < row_end; ++row) {
-        if (add_addends) add_addends(p, row, -1);
+        if (add_addends) add_addends(p, row, 0, p.cols, -1);
         forward_row_fp64(p, row);
       }
       return;
