@@ -252,18 +252,18 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors, k
           if (col < cols) F::store_quant(a, row, col, cols - col, x[r][k], w[k], s[r], largest[r]);
         }
       }
-      continue;
-    }
+    } else {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * stride() + slot;
-      if (row >= a.rows) continue;
-      const Scale s = F::scale(a, sum[r], row, alone, lane);
-      const int64_t offset = row_offset(a.y_rows, row);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = first + r * stride() + slot;
+        if (row >= a.rows) continue;
+        const Scale s = F::scale(a, sum[r], row, alone, lane);
+        const int64_t offset = row_offset(a.y_rows, row);
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const int col = column(k);
-        F::store(a, offset + col, cols - col, x[r][k], w[k], s);
+        for (int k = 0; k < kVectors; ++k) {
+          const int col = column(k);
+          F::store(a, offset + col, cols - col, x[r][k], w[k], s);
+        }
       }
     }
   }
