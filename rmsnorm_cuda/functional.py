@@ -91,7 +91,8 @@ def fused_add_rms_norm(
     dimension.
 
     The same bits as the two steps: the sum is formed in fp32 (fp64 if both are fp64), rounded once to the dtype of
-    ``residual``, and this rounded sum is normalized as :func:`rms_norm` would. Differentiable in all three tensors; the
+    ``residual``, and this rounded sum is normalized as :func:`rms_norm` would, and rounded once, to the dtype of ``input``
+    also where ``residual`` is wider. Differentiable in all three tensors; the
     gradient that flows into the sum is added in the pass that forms that of the norm, and rounded once with it.
 
     Args:
@@ -120,6 +121,7 @@ def fused_add_rms_norm(
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
         return _ops.fused_add_rms_norm(input, residual, weight, eps, **options)
+    _check_count("fused_add_rms_norm", out, 2)
     output, total = out
     _ops.fused_add_rms_norm.out(input, residual, weight, eps, **options, out=output, residual_out=total)
     return output, total
@@ -183,9 +185,9 @@ def rms_norm_quant(
         weight: ``(N,)`` in any of these dtypes, or None.
         eps: added to the mean of the squares; None: fp32's epsilon.
         dtype: ``torch.float8_e4m3fn``, ``torch.float8_e5m2`` or ``torch.int8``.
-        scale: one fp32 value for the whole tensor; None: scales are found and returned.
+        scale: a tensor of one fp32 value, for all of the output; None: scales are found and returned.
         block: 64 or 128: consecutive columns with a scale of their own, where N is a multiple of it; None: all of a row.
-        scale_ub: an upper bound of the ``max|y|`` that a scale is found from.
+        scale_ub: an upper bound, above 0, of the ``max|y|`` that a scale is found from.
         column_major: the scales of blocks with those of one column of blocks side by side, as fp8 GEMMs ask for.
         return_norm: also return the norm itself.
         weight_offset, cast_before_weight: as of :func:`rms_norm`.
@@ -198,9 +200,10 @@ def rms_norm_quant(
 
     Raises:
         NotImplementedError: another dtype of ``input`` or ``weight``.
-        ValueError: another ``dtype`` or ``block``; ``block`` or ``scale_ub`` beside ``scale``; ``eps`` or ``scale_ub`` out of
-            range.
-        RuntimeError: shapes or devices do not match; N is no multiple of ``block``; an argument requires grad; ``out`` does
+        TypeError: ``out`` is no tuple.
+        ValueError: another ``dtype`` or ``block``; ``block`` or ``scale_ub`` beside ``scale``; ``column_major`` without
+            ``block``; ``eps`` or ``scale_ub`` out of range; ``out`` holds another number of tensors.
+        RuntimeError: shapes or devices do not match; N is no multiple of ``block``; a gradient would be recorded; ``out`` does
             not fit or overlaps what is read. Nothing is written then.
     """
     options = (dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight)
@@ -235,6 +238,13 @@ def fused_add_rms_norm_quant(
     return _quantized("fused_add_rms_norm_quant", (input, residual), weight, scale, eps, options, out)
 
 
+def _check_count(op, out, count):
+    if not isinstance(out, (tuple, list)):
+        raise TypeError(f"{op}: expected out to be a tuple of {count} tensors, but got {type(out).__name__}")
+    if len(out) != count:
+        raise ValueError(f"{op}: expected out to hold {count} tensors, but got {len(out)}")
+
+
 _QUANT_OPTIONS = ("dtype", "block", "scale_ub", "column_major", "keep_norm", "weight_offset", "cast_before_weight")
 
 
@@ -250,8 +260,7 @@ def _quantized(op, tensors, weight, scale, eps, options, out):
         output, found, *rest = getattr(_ops, op)(*arguments, **keywords)
     else:
         count = 2 + added + keywords["keep_norm"]
-        if len(out) != count:
-            raise ValueError(f"{op}: expected out to hold {count} tensors, but got {len(out)}")
+        _check_count(op, out, count)
         output, found, *rest = out
         # What is not wanted is a tensor without elements.
         if scale is not None:

@@ -194,6 +194,7 @@ X = torch.ones(2, 128)
         ({"eps": -1.0}, ValueError, "eps"),
         ({"input": torch.ones(())}, ValueError, "scalar"),
         ({"input": X.clone().requires_grad_()}, RuntimeError, "does not support automatic differentiation"),
+        ({"out": X}, TypeError, "out to be a tuple of 2 tensors, but got Tensor"),
         ({"out": (X,)}, ValueError, "out to hold 2 tensors, but got 1"),
         ({"out": (X, torch.ones(2, 1))}, RuntimeError, "out of dtype Float8_e4m3fn, but got Float"),
         ({"out": (X.to(E4M3), torch.ones(2))}, RuntimeError, r"scale_out of shape \[2, 1\], but got \[2\]"),

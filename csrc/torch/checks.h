@@ -232,7 +232,8 @@ inline void check_quant(const char* op, const at::Tensor& input, const std::opti
     TORCH_CHECK(q.scale->scalar_type() == at::kFloat && q.scale->numel() == 1, op,
                 ": expected scale to be one float32, but got ", q.scale->scalar_type(), " of shape ", q.scale->sizes());
     check_device(op, "scale", *q.scale, input);
-    TORCH_CHECK_VALUE(!q.block && !q.scale_ub, op, ": block and scale_ub are for scales that are found; expected neither beside a given scale");
+    TORCH_CHECK_VALUE(!q.block && !q.scale_ub, op, ": block and scale_ub are for scales that are found; expected neither beside a given scale, but got ",
+                      q.block ? "block" : "scale_ub");
   }
   if (q.block) {
     TORCH_CHECK_VALUE(*q.block == 64 || *q.block == 128, op, ": expected block to be 64 or 128, but got ", *q.block);
