@@ -325,7 +325,7 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd && !kQuant ? 2
     Total<X> sum[] = {total};
     row_sum(sum, 1, lanes, cluster, scratch, turn);
     const Scale s = F::scale(a, sum[0], row, cluster, lane);
-    const int64_t x_offset = kKeep ? 0 : row_offset(a.x_rows, row), y_offset = row_offset(a.y_rows, row);
+    const int64_t x_offset = kKeep ? 0 : row_offset(a.x_rows, row);
     Largest largest[1];
     if (kQuant && a.quant.per_row) {
       for (Index chunk = lane; chunk < chunks; chunk += lanes) {
@@ -340,6 +340,7 @@ __global__ __launch_bounds__(kForwardSliceThreads, kKeep && !kAdd && !kQuant ? 2
       row_sum(largest, 1, lanes, cluster, scratch, ++turn);
     }
     for (; tile >= 0; tile -= step) {
+      const int64_t y_offset = row_offset(a.y_rows, row);  // here, where it costs no register during the reduction
 #pragma unroll
       for (int k = 0; !kKeep && k < kForwardVectors; ++k) {
         const Index chunk = tile + k * lanes + lane;
