@@ -11,12 +11,15 @@
 
 import torch  # noqa: F401  (its libraries are loaded before ours)
 
-from .functional import fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
+from . import config, vmap  # noqa: F401  (vmap: its batching rules are registered)
+from .functional import decompositions, fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from .modules import RMSNorm
 
 __version__ = "0.1.0"
 __all__ = [
     "RMSNorm",
+    "config",
+    "decompositions",
     "fused_add_rms_norm",
     "fused_add_rms_norm_",
     "fused_add_rms_norm_quant",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+
+from . import config
 
 try:
     from . import _C  # also registers torch.ops.rmsnorm_cuda
@@ -72,7 +75,7 @@ def rms_norm(
     arguments = input, normalized_shape, weight, eps
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
-        return _ops.rms_norm(*arguments, **options)
+        return (_ops.rms_norm_formula if config.decompose else _ops.rms_norm)(*arguments, **options)
     _ops.rms_norm.out(*arguments, **options, out=out)
     return out
 
@@ -120,7 +123,9 @@ def fused_add_rms_norm(
             return results
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
-        return _ops.fused_add_rms_norm(input, residual, weight, eps, **options)
+        decompose = config.decompose and is_dynamo_compiling()
+        op = _ops.fused_add_rms_norm_formula if decompose else _ops.fused_add_rms_norm
+        return op(input, residual, weight, eps, **options)
     _check_count("fused_add_rms_norm", out, 2)
     output, total = out
     _ops.fused_add_rms_norm.out(input, residual, weight, eps, **options, out=output, residual_out=total)
@@ -274,6 +279,18 @@ def _quantized(op, tensors, weight, scale, eps, options, out):
     return output, found if scale is None else scale, *rest
 
 
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """The ops as formulas of ATen ops, for `ExportedProgram.run_decompositions` and other compilers that take such a table.
+
+    Holds the differentiable ops, their forwards and the backward; those that write to their arguments and those that quantize
+    have no entry, and stay as they are. Within 1 ulp of the kernels where no intermediate result is out of fp32's range.
+    """
+    names = ("rms_norm", "rms_norm_forward", "rms_norm_backward", "fused_add_rms_norm", "fused_add_rms_norm_forward")
+    # Past the dispatcher, where torch.export keeps composite ops whole.
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return {getattr(_ops, name).default: partial(getattr(_ops, f"{name}_formula").default._op_dk, composite) for name in names}
+
+
 # Fakes: what the ops return, as shapes. Eager checks hold there too (see csrc/torch/checks.h); here it
 # is enough that a wrong program does not trace.
 
@@ -352,10 +369,10 @@ def _(
     rstd,
     eps,
     output_mask,
+    grad_residual=None,
     *,
     weight_offset=0.0,
     cast_before_weight=False,
-    grad_residual=None,
 ):
     _check(input, normalized_shape, weight)
     grad_input = input.new_empty(input.shape) if output_mask[0] else None

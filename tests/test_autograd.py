@@ -5,7 +5,7 @@ import torch
 from cases import GEMMA, LLAMA, formula, name, ops, random, random_weight, same_bits
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from rmsnorm_cuda import rms_norm
+from rmsnorm_cuda import fused_add_rms_norm, rms_norm
 
 SHAPE = (2, 3)  # the normalized one; in fp64 cast_before_weight rounds nothing, and has a derivative
 VARIANTS = {
@@ -49,6 +49,45 @@ def test_gradgradcheck(case):
     assert gradgradcheck(ours, leaves(args), check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
+def raw_ops():
+    """{id: (function of fp64 tensors, those tensors)} of the ops beside rms_norm, each with every option."""
+    x, residual, dy, weight = (random(3, 5, dtype=torch.float64) for _ in range(4))
+    weight = weight[0] + 1
+    rstd = ops.rms_norm_forward(x, (5,), None, 1e-3)[1]
+    cases = {}
+    for key, options in {"plain": {}, "offset": GEMMA, "cast": LLAMA}.items():
+        def bind(op, *rest, options=options, results=slice(None)):
+            return lambda *tensors: op(*tensors, *rest, 1e-3, **options)[results]
+
+        def backward(mask, options=options):
+            def function(dy, x, weight=None, grad_residual=None):
+                # Where a gradient is recorded, rstd is found again from x: the derivative is that of the whole.
+                results = ops.rms_norm_backward(dy, x, (5,), weight, rstd, 1e-3, mask, grad_residual, **options)
+                return tuple(r for r, want in zip(results, mask) if want)
+
+            return function
+
+        cases |= {
+            f"forward-{key}": (lambda x, w, f=options: ops.rms_norm_forward(x, (5,), w, 1e-3, **f)[0], (x, weight)),
+            f"fused-{key}": (bind(fused_add_rms_norm), (x, residual, weight)),
+            f"fused without weight-{key}": (bind(fused_add_rms_norm, None), (x, residual)),
+            f"fused forward-{key}": (bind(ops.fused_add_rms_norm_forward, results=slice(2)), (x, residual, weight)),
+            f"backward-{key}": (backward((True, True)), (dy, x, weight, residual)),
+            f"backward, dx only-{key}": (backward((True, False)), (dy, x)),
+        }
+    return cases
+
+
+RAW = raw_ops()
+
+
+@pytest.mark.parametrize("function, args", RAW.values(), ids=RAW)
+def test_gradcheck_of_every_op(function, args):
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(function, leaves(args), check_forward_ad=True, **batched)
+    assert gradgradcheck(function, leaves(args), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
 def test_double_backward(case):
     ours, want, args = case
     dy, ddx = random(4, *SHAPE, dtype=torch.float64).requires_grad_(), random(4, *SHAPE, dtype=torch.float64)
@@ -73,7 +112,6 @@ def test_third_derivative():
     close(third(rms_norm), third(formula))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap alone calls the kernel once per slice
 def test_functorch(case):
     """grad, vjp, jvp, hessian, vmap, vmap of grad, jacrev, jacfwd and compositions."""
     ours, want, args = case
@@ -104,7 +142,6 @@ def test_functorch(case):
         close(transform(ours), transform(want), kind)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_weights():
     """An ensemble: a weight per member, with one input and with an input per member."""
     x, weights = random(3, 5, 6, dtype=torch.float64), random_weight((3, 6), torch.float64)

@@ -42,8 +42,8 @@ def backward_samples():
     x = random(3, 8)
     yield (random(8).expand(3, 8), x, (8,), None, rstd_of(x, (8,)), None, (True, False)), {}
     x = random(3, 8, dtype=torch.bfloat16)
-    other = {"grad_residual": random(3, 8, dtype=torch.bfloat16)}
-    yield (random(3, 8), x, (8,), random_weight(8, torch.float32), rstd_of(x, (8,)), None, (True, True)), other
+    other = random(3, 8, dtype=torch.bfloat16)
+    yield (random(3, 8), x, (8,), random_weight(8, torch.float32), rstd_of(x, (8,)), None, (True, True), other), {}
     x = random(3, 8, dtype=torch.float64)
     weight = leaf(random_weight(8, torch.float64))
     yield (leaf(random(3, 8, dtype=torch.float64)), leaf(x), (8,), weight, rstd_of(x, (8,)), None, (True, True)), GEMMA
@@ -89,13 +89,17 @@ def with_out(op, samples, names):
 QUANT_OUT = ("out", "scale_out", "norm_out")
 FUSED_QUANT_OUT = ("out", "scale_out", "residual_out", "norm_out")
 
+DIFFERENTIABLE = {
+    "rms_norm": forward_samples,
+    "rms_norm_forward": forward_samples,
+    "rms_norm_backward": backward_samples,
+    "fused_add_rms_norm": fused_samples,
+    "fused_add_rms_norm_forward": fused_samples,
+}
 SAMPLES = [
-    *((ops.rms_norm.default, sample) for sample in forward_samples()),
-    *((ops.rms_norm_forward.default, sample) for sample in forward_samples()),
-    *((ops.rms_norm_backward.default, sample) for sample in backward_samples()),
+    *((getattr(ops, op).default, sample) for op, samples in DIFFERENTIABLE.items() for sample in samples()),
+    *((getattr(ops, f"{op}_formula").default, sample) for op, samples in DIFFERENTIABLE.items() for sample in samples()),
     *((ops.rms_norm.out, sample) for sample in out_samples()),
-    *((ops.fused_add_rms_norm.default, sample) for sample in fused_samples()),
-    *((ops.fused_add_rms_norm_forward.default, sample) for sample in fused_samples()),
     *((ops.fused_add_rms_norm_.default, sample) for sample in in_place_samples()),
     *((ops.fused_add_rms_norm.out, sample) for sample in with_out(ops.fused_add_rms_norm, list(fused_samples())[:-1], ("out", "residual_out"))),
     *((ops.rms_norm_quant.default, sample) for sample in quant_samples()),

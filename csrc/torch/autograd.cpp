@@ -1,7 +1,7 @@
 // Gradients of the ops, in C++ so that they cost little and work without Python. Each has three ways:
-//   1. under a functorch transform or with a forward-mode tangent: the formula in ATen ops, which
-//      torch differentiates and batches itself, in any nesting;
-//   2. nothing requires grad: straight to the kernel;
+//   1. no gradient is recorded: straight to the kernel, or to what a functorch transform has below (vmap: vmap.py);
+//   2. one is by a functorch transform, or there is a forward-mode tangent: the formula in ATen ops, which torch
+//      differentiates and batches itself, in any nesting;
 //   3. else an autograd::Function over rms_norm_forward and rms_norm_backward. The backward op has a
 //      gradient of its own (the formula again), so that second derivatives are right.
 #include <ATen/FuncTorchTLS.h>
@@ -134,6 +134,49 @@ struct Formula {
   }
 };
 
+// What the ops compute, as ops of their own (rms_norm_formula, ...), for compilers that are to fuse it with its neighbours.
+Tensor rms_norm_formula(const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                        std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  return Formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
+      .output(input, weight, cast_before_weight);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_forward_formula(const Tensor& input, SymIntArrayRef normalized_shape,
+                                                    const OptionalTensor& weight, std::optional<double> eps,
+                                                    double weight_offset, bool cast_before_weight) {
+  const Formula formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+  return {formula.output(input, weight, cast_before_weight), formula.saved_rstd(input).detach()};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward_formula(const Tensor& grad_output, const Tensor& input,
+                                                     SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                                     const Tensor& /*rstd*/, std::optional<double> eps,
+                                                     std::array<bool, 2> output_mask, const OptionalTensor& grad_residual,
+                                                     double weight_offset, bool cast_before_weight) {
+  return Formula("rms_norm_backward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
+      .backward(grad_output, input, weight, output_mask, grad_residual);
+}
+
+// Only the narrower dtype of the output differs from the norm of the sum.
+std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward_formula(const Tensor& input, const Tensor& residual,
+                                                                      const OptionalTensor& weight, std::optional<double> eps,
+                                                                      double weight_offset, bool cast_before_weight) {
+  constexpr const char* op = "fused_add_rms_norm";
+  check_residual(op, input, input.sym_sizes(), residual, residual.sym_sizes());
+  const at::ScalarType compute = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor sum = (input.to(compute) + residual.to(compute)).to(residual.scalar_type());
+  const Formula formula(op, sum, sum.sym_sizes().slice(sum.dim() - 1), weight, eps, weight_offset, cast_before_weight);
+  return {formula.output(sum, weight, cast_before_weight).to(output_type(input, weight, cast_before_weight)), sum,
+          formula.saved_rstd(sum).detach()};
+}
+
+std::tuple<Tensor, Tensor> fused_add_rms_norm_formula(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
+                                                      std::optional<double> eps, double weight_offset, bool cast_before_weight) {
+  const auto [output, sum, rstd] =
+      fused_add_rms_norm_forward_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
+  return {output, sum};
+}
+
 bool requires_grad(const Tensor& t) { return t.requires_grad(); }
 bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
@@ -156,9 +199,13 @@ bool in_functorch_transform() {
   }
 }
 
+// Which of the three ways a call takes.
+enum class Way { kKernel, kFormula, kFunction };
 template <class... Tensors>
-bool needs_formula(const Tensors&... tensors) {
-  return (has_tangent(tensors) || ...) || in_functorch_transform();
+Way way(const Tensors&... tensors) {
+  if ((has_tangent(tensors) || ...)) return Way::kFormula;
+  if (!records_grad(tensors...)) return Way::kKernel;
+  return in_functorch_transform() ? Way::kFormula : Way::kFunction;
 }
 
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
@@ -195,34 +242,34 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     auto [dx, dweight] = rms_norm_backward_op().call(
         grads[0], input, input.sym_sizes().slice(lead), weight, saved[2],
         eps ? std::optional<double>(eps->toDouble()) : std::nullopt, mask,
-        weight_offset ? weight_offset->toDouble() : 0.0, kept("cast_before_weight").has_value(), std::nullopt);
+        std::nullopt, weight_offset ? weight_offset->toDouble() : 0.0, kept("cast_before_weight").has_value());
     return {dx, dweight, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
 Tensor rms_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                 std::optional<double> eps, double weight_offset, bool cast_before_weight) {
-  if (needs_formula(input, weight)) {
-    return Formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
-        .output(input, weight, cast_before_weight);
+  switch (way(input, weight)) {
+    case Way::kKernel:
+      return rms_norm_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps, weight_offset,
+                                      cast_before_weight);
+    case Way::kFormula:
+      return rms_norm_formula(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+    default:
+      return RmsNorm::apply(input, weight, normalized_shape, eps, weight_offset, cast_before_weight, nullptr);
   }
-  if (!records_grad(input, weight)) {
-    return rms_norm_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps,
-                                    weight_offset, cast_before_weight);
-  }
-  return RmsNorm::apply(input, weight, normalized_shape, eps, weight_offset, cast_before_weight, nullptr);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_forward(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
                                             const OptionalTensor& weight, std::optional<double> eps,
                                             double weight_offset, bool cast_before_weight) {
-  if (needs_formula(input, weight)) {
-    const Formula formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
-    return {formula.output(input, weight, cast_before_weight), formula.saved_rstd(input).detach()};
-  }
-  if (!records_grad(input, weight)) {
+  const Way taken = way(input, weight);
+  if (taken == Way::kKernel) {
     return rms_norm_forward_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps,
                                             weight_offset, cast_before_weight);
+  }
+  if (taken == Way::kFormula) {
+    return rms_norm_forward_formula(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
   }
   Tensor rstd;
   const Tensor output =
@@ -233,32 +280,14 @@ std::tuple<Tensor, Tensor> rms_norm_forward(DispatchKeySet keys, const Tensor& i
 std::tuple<Tensor, Tensor> rms_norm_backward(DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
                                              SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                                              const Tensor& rstd, std::optional<double> eps,
-                                             std::array<bool, 2> output_mask, double weight_offset,
-                                             bool cast_before_weight, const OptionalTensor& grad_residual) {
-  if (needs_formula(grad_output, input, weight, grad_residual) || records_grad(grad_output, input, weight, grad_residual)) {
-    return Formula("rms_norm_backward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
-        .backward(grad_output, input, weight, output_mask, grad_residual);
+                                             std::array<bool, 2> output_mask, const OptionalTensor& grad_residual,
+                                             double weight_offset, bool cast_before_weight) {
+  if (way(grad_output, input, weight, grad_residual) != Way::kKernel) {
+    return rms_norm_backward_formula(grad_output, input, normalized_shape, weight, rstd, eps, output_mask, grad_residual,
+                                     weight_offset, cast_before_weight);
   }
   return rms_norm_backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, input, normalized_shape, weight,
-                                           rstd, eps, output_mask, weight_offset, cast_before_weight, grad_residual);
-}
-
-// residual_out, as the kernels round it.
-Tensor sum_of(const Tensor& input, const Tensor& residual) {
-  check_residual("fused_add_rms_norm", input, input.sym_sizes(), residual, residual.sym_sizes());
-  const at::ScalarType compute = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return (input.to(compute) + residual.to(compute)).to(residual.scalar_type());
-}
-
-// The formula for output and residual_out. Only the narrower dtype of the output differs from the norm of the sum.
-std::tuple<Tensor, Tensor> fused_formula(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                                         std::optional<double> eps, double weight_offset, bool cast_before_weight,
-                                         Tensor* rstd = nullptr) {
-  const Tensor sum = sum_of(input, residual);
-  const Formula formula("fused_add_rms_norm", sum, sum.sym_sizes().slice(sum.dim() - 1), weight, eps, weight_offset,
-                        cast_before_weight);
-  if (rstd) *rstd = formula.saved_rstd(sum).detach();
-  return {formula.output(sum, weight, cast_before_weight).to(output_type(input, weight, cast_before_weight)), sum};
+                                           rstd, eps, output_mask, grad_residual, weight_offset, cast_before_weight);
 }
 
 struct FusedAddRmsNorm : torch::autograd::Function<FusedAddRmsNorm> {
@@ -292,8 +321,8 @@ struct FusedAddRmsNorm : torch::autograd::Function<FusedAddRmsNorm> {
       std::tie(dsum, dweight) = rms_norm_backward_op().call(
           grads[0], sum, sum.sym_sizes().slice(sum.dim() - 1), weight, saved[2],
           eps == ctx->saved_data.end() ? std::nullopt : std::optional<double>(eps->second.toDouble()), mask,
-          ctx->saved_data["weight_offset"].toDouble(), ctx->saved_data["cast_before_weight"].toBool(),
-          grads[1].defined() ? OptionalTensor(grads[1]) : std::nullopt);
+          grads[1].defined() ? OptionalTensor(grads[1]) : std::nullopt, ctx->saved_data["weight_offset"].toDouble(),
+          ctx->saved_data["cast_before_weight"].toBool());
     }
     const auto input_dtype = static_cast<at::ScalarType>(ctx->saved_data["input_dtype"].toInt());
     return {dsum.defined() && ctx->needs_input_grad(0) ? dsum.to(input_dtype) : Tensor(), dsum, dweight, Tensor(), Tensor(),
@@ -304,12 +333,13 @@ struct FusedAddRmsNorm : torch::autograd::Function<FusedAddRmsNorm> {
 std::tuple<Tensor, Tensor> fused_add_rms_norm(DispatchKeySet keys, const Tensor& input, const Tensor& residual,
                                               const OptionalTensor& weight, std::optional<double> eps,
                                               double weight_offset, bool cast_before_weight) {
-  if (needs_formula(input, residual, weight)) {
-    return fused_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
+  const Way taken = way(input, residual, weight);
+  if (taken == Way::kKernel) {
+    return fused_add_rms_norm_op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps, weight_offset,
+                                              cast_before_weight);
   }
-  if (!records_grad(input, residual, weight)) {
-    return fused_add_rms_norm_op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps,
-                                              weight_offset, cast_before_weight);
+  if (taken == Way::kFormula) {
+    return fused_add_rms_norm_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
   }
   const variable_list results =
       FusedAddRmsNorm::apply(input, residual, weight, eps, weight_offset, cast_before_weight, nullptr);
@@ -320,15 +350,15 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward(DispatchKeySet key
                                                               const Tensor& residual, const OptionalTensor& weight,
                                                               std::optional<double> eps, double weight_offset,
                                                               bool cast_before_weight) {
-  Tensor rstd;
-  if (needs_formula(input, residual, weight)) {
-    const auto [output, sum] = fused_formula(input, residual, weight, eps, weight_offset, cast_before_weight, &rstd);
-    return {output, sum, rstd};
-  }
-  if (!records_grad(input, residual, weight)) {
+  const Way taken = way(input, residual, weight);
+  if (taken == Way::kKernel) {
     return fused_add_rms_norm_forward_op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps,
                                                       weight_offset, cast_before_weight);
   }
+  if (taken == Way::kFormula) {
+    return fused_add_rms_norm_forward_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
+  }
+  Tensor rstd;
   const variable_list results =
       FusedAddRmsNorm::apply(input, residual, weight, eps, weight_offset, cast_before_weight, &rstd);
   return {results[0], results[1], rstd};
@@ -403,6 +433,13 @@ void rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef norma
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(rmsnorm_cuda, CompositeImplicitAutograd, m) {
+  m.impl("rms_norm_formula", TORCH_FN(rms_norm_formula));
+  m.impl("rms_norm_forward_formula", TORCH_FN(rms_norm_forward_formula));
+  m.impl("rms_norm_backward_formula", TORCH_FN(rms_norm_backward_formula));
+  m.impl("fused_add_rms_norm_formula", TORCH_FN(fused_add_rms_norm_formula));
+  m.impl("fused_add_rms_norm_forward_formula", TORCH_FN(fused_add_rms_norm_forward_formula));
+}
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
   m.impl("rms_norm", TORCH_FN(rms_norm));
   m.impl("rms_norm.out", TORCH_FN(rms_norm_out));

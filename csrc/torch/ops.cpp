@@ -425,8 +425,8 @@ void fused_add_rms_norm_quant_out(const Tensor& input, const Tensor& residual, c
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input,
                                              IntArrayRef normalized_shape, const OptionalTensor& weight,
                                              const Tensor& rstd, std::optional<double> eps,
-                                             std::array<bool, 2> output_mask, double weight_offset,
-                                             bool cast_before_weight, const OptionalTensor& grad_residual) {
+                                             std::array<bool, 2> output_mask, const OptionalTensor& grad_residual,
+                                             double weight_offset, bool cast_before_weight) {
   constexpr const char* op = "rms_norm_backward";
   const Geometry geometry = check_input(op, input, normalized_shape, weight, eps, weight_offset);
   check_dtype(op, "grad_output", grad_output);
@@ -507,19 +507,22 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
 // at::Tag::out for that, and then Inductor (2.13) calls .out into buffers of its own, but wrongly: that of rms_norm with its
 // arguments out of order, and those with several results with buffers that it never made, where one is not used.
 TORCH_LIBRARY(rmsnorm_cuda, m) {
-  m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
-        "float weight_offset=0.0, bool cast_before_weight=False) -> Tensor");
+  // Each also as _formula: ATen ops instead of a kernel.
+  for (const std::string formula : {"", "_formula"}) {
+    const auto def = [&](const char* name, const char* arguments, const char* results) {
+      m.def((name + formula + "(" + arguments + ", float weight_offset=0.0, bool cast_before_weight=False) -> " + results).c_str());
+    };
+    const char* norm = "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *";
+    const char* fused = "Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *";
+    def("rms_norm", norm, "Tensor");
+    def("rms_norm_forward", norm, "(Tensor output, Tensor rstd)");
+    def("rms_norm_backward", "Tensor grad_output, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor rstd, "
+        "float? eps, bool[2] output_mask, Tensor? grad_residual=None, *", "(Tensor grad_input, Tensor grad_weight)");
+    def("fused_add_rms_norm", fused, "(Tensor output, Tensor residual_out)");
+    def("fused_add_rms_norm_forward", fused, "(Tensor output, Tensor residual_out, Tensor rstd)");
+  }
   m.def("rms_norm.out(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
         "float weight_offset=0.0, bool cast_before_weight=False, Tensor(a!) out) -> ()");
-  m.def("rms_norm_forward(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, "
-        "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor rstd)");
-  m.def("rms_norm_backward(Tensor grad_output, Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor rstd, "
-        "float? eps, bool[2] output_mask, *, float weight_offset=0.0, bool cast_before_weight=False, "
-        "Tensor? grad_residual=None) -> (Tensor grad_input, Tensor grad_weight)");
-  m.def("fused_add_rms_norm(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
-        "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor residual_out)");
-  m.def("fused_add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight=None, float? eps=None, *, "
-        "float weight_offset=0.0, bool cast_before_weight=False) -> (Tensor output, Tensor residual_out, Tensor rstd)");
   const std::string quant = "float? eps=None, *, ScalarType dtype, int? block=None, float? scale_ub=None, "
                             "bool column_major=False, bool keep_norm=False, float weight_offset=0.0, bool cast_before_weight=False";
   const std::string fused = "fused_add_rms_norm_quant", rows = "Tensor? weight=None, Tensor? scale=None, " + quant;

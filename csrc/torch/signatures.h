@@ -19,8 +19,8 @@ using OutSignature = void(const Tensor&, SymIntArrayRef, const OptionalTensor&, 
 using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, SymIntArrayRef, const OptionalTensor&,
                                                     std::optional<double>, double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, SymIntArrayRef, const OptionalTensor&,
-                                                     const Tensor&, std::optional<double>, std::array<bool, 2>, double,
-                                                     bool, const OptionalTensor&);
+                                                     const Tensor&, std::optional<double>, std::array<bool, 2>,
+                                                     const OptionalTensor&, double, bool);
 using FusedSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
                                                   std::optional<double>, double, bool);
 using FusedForwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,

@@ -1,0 +1,251 @@
+"""torch.func.vmap: one call for all samples, equal to a loop over them. torch's own loop is switched off."""
+
+import pytest
+import torch
+from cases import GEMMA, LLAMA, name, ops, random, random_weight, same_bits
+
+from rmsnorm_cuda import fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
+from rmsnorm_cuda.vmap import RULES
+
+SAMPLES, SHAPE = 3, (2, 5, 8)
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+def loop(function, in_dims, *args):
+    slices = [
+        [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)] for i in range(SAMPLES)
+    ]
+    results = [function(*s) for s in slices]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results)
+    return tuple(None if r[0] is None else torch.stack(r) for r in zip(*results, strict=True))
+
+
+def batched(tensor_shape, dim, dtype, mean=0.0):
+    """Of `tensor_shape` for each sample, the samples side by side in `dim`; None: one for all."""
+    if dim is None:
+        return random(*tensor_shape, dtype=dtype, mean=mean)
+    return random(SAMPLES, *tensor_shape, dtype=dtype, mean=mean).movedim(0, dim)
+
+
+def ulps_apart(got, want):
+    """Where every sample has a weight of its own the formula is split between kernel and ATen: 2 ulp in fp32, 1 in 16 bits."""
+    got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype and a.shape == b.shape
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=2 * eps, atol=2 * eps)
+
+
+def exact(got, want):
+    got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+IN_DIMS = [(0, None), (2, None), (0, 0), (1, 1), (None, 0), (3, 0)]
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float64)]
+
+
+@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
+@pytest.mark.parametrize("dtype, weight_dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("in_dims", IN_DIMS)
+def test_rms_norm(in_dims, dtype, weight_dtype, options):
+    x, weight = batched(SHAPE, in_dims[0], dtype), batched(SHAPE[-1:], in_dims[1], weight_dtype, mean=1.0)
+    for op in (rms_norm, ops.rms_norm_forward):
+        def function(x, weight):
+            return op(x, SHAPE[-1:], weight, 1e-5, **options)  # noqa: B023
+
+        close = exact if in_dims[1] is None else ulps_apart
+        close(torch.vmap(function, in_dims)(x, weight), loop(function, in_dims, x, weight))
+
+
+def test_without_weight_and_eps():
+    x = random(SAMPLES, *SHAPE)
+    exact(torch.vmap(lambda x: rms_norm(x, SHAPE[1:]))(x), rms_norm(x, SHAPE[1:]))
+
+
+def test_several_normalized_dimensions_and_a_weight_for_each_sample():
+    x, weight = random(SAMPLES, *SHAPE), random_weight((SAMPLES, *SHAPE[1:]), torch.float32)
+
+    def function(x, weight):
+        return rms_norm(x, SHAPE[1:], weight)
+
+    ulps_apart(torch.vmap(function)(x, weight), loop(function, (0, 0), x, weight))
+
+
+def test_one_row_for_each_sample():
+    x, weight = random(SAMPLES, 8), random_weight((SAMPLES, 8), torch.float32)
+    exact(torch.vmap(lambda x: rms_norm(x, 8))(x), rms_norm(x, 8))
+    ulps_apart(torch.vmap(lambda x, w: rms_norm(x, 8, w))(x, weight), loop(lambda x, w: rms_norm(x, 8, w), (0, 0), x, weight))
+
+
+def test_nested():
+    x, weight = random(SAMPLES, 4, 6, 8), random_weight((4, 8), torch.float32)
+    got = torch.vmap(torch.vmap(lambda x, w: rms_norm(x, 8, w)), (0, None))(x, weight)
+    ulps_apart(got, torch.stack([torch.stack([rms_norm(a, 8, w) for a, w in zip(b, weight)]) for b in x]))
+
+
+@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
+@pytest.mark.parametrize("mask", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dim, dy_dim, x_dim", [(None, 0, None), (None, 1, 0), (0, 0, 0), (0, None, None), (None, None, 2)])
+def test_backward(weight_dim, dy_dim, x_dim, dtype, mask, options):
+    x, dy = batched(SHAPE, x_dim, dtype), batched(SHAPE, dy_dim, dtype)
+    weight, other = batched(SHAPE[-1:], weight_dim, torch.float32, mean=1.0), batched(SHAPE, dy_dim, dtype)
+
+    def function(dy, x, weight, other):
+        rstd = ops.rms_norm_forward(x, SHAPE[-1:], None, 1e-5)[1]
+        return ops.rms_norm_backward(dy, x, SHAPE[-1:], weight, rstd, 1e-5, mask, other, **options)
+
+    in_dims, args = (dy_dim, x_dim, weight_dim, dy_dim), (dy, x, weight, other)
+
+    def wanted(*args):  # an absent gradient cannot leave vmap
+        return tuple(t for t, want in zip(function(*args), mask) if want)
+
+    got, want = torch.vmap(wanted, in_dims)(*args), loop(wanted, in_dims, *args)
+    for a, b in zip(got, want, strict=True):
+        # Sums of some ten terms of size 1 in other orders, and one more rounding of fp32 terms in 16 bits.
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=16 * torch.finfo(a.dtype).eps)
+
+
+def test_batched_gradients_of_autograd():
+    """is_grads_batched: the backward op alone is under vmap."""
+    x, weight = random(4, 8).requires_grad_(), random_weight(8, torch.float32).requires_grad_()
+    dy = random(SAMPLES, 4, 8)
+    got = torch.autograd.grad(rms_norm(x, 8, weight), (x, weight), dy, is_grads_batched=True)
+    want = loop(lambda dy: torch.autograd.grad(rms_norm(x, 8, weight), (x, weight), dy), (0,), dy)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
+@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("in_dims", [(0, 0, None), (1, None, None), (None, 2, None), (0, 0, 0), (None, None, 0)])
+def test_fused_add(in_dims, residual_dtype, options):
+    x, residual = batched(SHAPE, in_dims[0], torch.bfloat16), batched(SHAPE, in_dims[1], residual_dtype)
+    weight = batched(SHAPE[-1:], in_dims[2], torch.bfloat16, mean=1.0)
+    for op in (fused_add_rms_norm, ops.fused_add_rms_norm_forward):
+        def function(x, residual, weight):
+            return op(x, residual, weight, 1e-5, **options)  # noqa: B023
+
+        close = exact if in_dims[2] is None else ulps_apart
+        close(torch.vmap(function, in_dims)(x, residual, weight), loop(function, in_dims, x, residual, weight))
+
+
+@pytest.mark.parametrize("weight_dim", [None, 0])
+def test_fused_add_in_place(weight_dim):
+    weight = batched((8,), weight_dim, torch.float32, mean=1.0)
+    x, residual = batched(SHAPE, 1, torch.float32), batched(SHAPE, 0, torch.float32)
+    want = loop(fused_add_rms_norm, (1, 0, weight_dim), x, residual, weight)
+
+
+    def function(*args):
+        fused_add_rms_norm_(*args)
+        return args[:2]
+
+    got = torch.vmap(function, (1, 0, weight_dim))(x, residual, weight)
+    for written in (got, (x.movedim(1, 0), residual)):
+        (exact if weight_dim is None else ulps_apart)(written, want)
+
+
+def test_fused_add_in_place_needs_both_batched():
+    x, residual = random(SAMPLES, 4, 8), random(4, 8)
+    before = residual.clone()
+    with pytest.raises(RuntimeError, match="not batched"):
+        torch.vmap(fused_add_rms_norm_, (0, None))(x, residual)
+    assert same_bits(residual, before)
+
+
+@pytest.mark.parametrize("kind", [{}, {"block": 64, "column_major": True}, {"scale": torch.tensor([0.05])}, {"return_norm": True}])
+@pytest.mark.parametrize("added", [False, True])
+def test_quantized(added, kind):
+    x, residual, weight = random(SAMPLES, 4, 128), random(4, 128), random_weight(128, torch.float32)
+
+    def function(x, residual):
+        tensors = (x, residual) if added else (x,)
+        op = fused_add_rms_norm_quant if added else rms_norm_quant
+        results = op(*tensors, weight, 1e-5, dtype=torch.int8, **kind)
+        return results[:1] + results[2:] if "scale" in kind else results
+
+    got, want = torch.vmap(function, (0, None))(x, residual), loop(function, (0, None), x, residual)
+    exact(got, want)
+
+
+def test_quantized_with_a_weight_for_each_sample_is_refused():
+    x, weights = random(4, 8), random(SAMPLES, 8)
+    with pytest.raises(NotImplementedError, match="rms_norm_quant: vmap over weight or scale"):
+        torch.vmap(lambda w: rms_norm_quant(x, w, dtype=torch.int8))(weights)
+
+
+def test_per_sample_gradients():
+    """Of the weight, as for differential privacy, by functional_call on a module."""
+    from rmsnorm_cuda import RMSNorm
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), RMSNorm(16), torch.nn.Linear(16, 2)).double()
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+    x, target = random(SAMPLES, 8, dtype=torch.float64), random(SAMPLES, 2, dtype=torch.float64)
+
+    def loss(parameters, x, target):
+        return (torch.func.functional_call(model, parameters, (x,)) - target).square().sum()
+
+    got = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, target)
+    for i in range(SAMPLES):
+        want = torch.autograd.grad(loss(dict(model.named_parameters()), x[i], target[i]), list(model.parameters()))
+        for key, w in zip(parameters, want, strict=True):
+            torch.testing.assert_close(got[key][i], w, rtol=1e-11, atol=1e-12)
+
+
+def test_ensemble_in_training():
+    """The leaves are outside, under plain autograd: stacked weights of several models."""
+    x, weights = random(4, 8, dtype=torch.float64), random_weight((SAMPLES, 8), torch.float64).requires_grad_()
+
+    def losses(function):
+        return function(lambda w: rms_norm(x, 8, w, 1e-5).square().sum())
+
+    got = torch.autograd.grad(losses(lambda f: torch.vmap(f)(weights)).sum(), weights)
+    want = torch.autograd.grad(losses(lambda f: torch.stack([f(w) for w in weights])).sum(), weights)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+def test_the_kernel_runs_once():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.ours = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.ours += [func] if func.namespace == "rmsnorm_cuda" else []
+            return func(*args, **(kwargs or {}))
+
+    x, weights = random(SAMPLES, 4, 8), random_weight((SAMPLES, 8), torch.float32)
+    with Calls() as calls:
+        torch.vmap(lambda x: rms_norm(x, 8, weights[0]))(x)
+        torch.vmap(lambda x, w: fused_add_rms_norm(x, x, w))(x, weights)
+    assert calls.ours == [ops.rms_norm.default, ops.rms_norm_forward.default]
+
+
+def test_compiled():
+    x, weights = random(SAMPLES, 4, 8), random_weight((SAMPLES, 8), torch.float32)
+
+    def function(x, weights):
+        return torch.vmap(lambda x, w: rms_norm(x, 8, w))(x, weights), torch.vmap(lambda x: rms_norm(x, 8))(x)
+
+    torch._dynamo.reset()
+    ulps_apart(torch.compile(function, fullgraph=True, backend="aot_eager")(x, weights), function(x, weights))
+
+
+def test_every_op_but_those_with_out_has_a_rule():
+    names = {op.removeprefix("rmsnorm_cuda::") for op in torch._C._dispatch_get_all_op_names() if op.startswith("rmsnorm_cuda::")}
+    assert {op for op in names if "." not in op and not op.endswith("_formula")} == set(RULES)
+    with pytest.raises(RuntimeError, match="vmap|[Bb]atching"):
+        torch.vmap(lambda x, out: rms_norm(x, 8, out=out))(random(SAMPLES, 4, 8), random(SAMPLES, 4, 8))
