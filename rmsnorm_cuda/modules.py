@@ -56,7 +56,7 @@ class RMSNorm(torch.nn.RMSNorm):
         if residual is not None:
             if len(shape) != 1:
                 raise ValueError(f"RMSNorm: a residual needs a normalized_shape of one dimension, but it is {tuple(shape)}")
-            if x.shape[-1:] != shape:
+            if weight is None and x.shape[-1:] != shape:  # else the weight tells, and torch.fx cannot trace a comparison
                 raise RuntimeError(
                     f"RMSNorm: given normalized_shape={list(shape)}, expected input with that shape at the end, but got input of "
                     f"size {list(x.shape)}"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import GEMMA, LLAMA, name, ops, random, random_weight, same_bits
+from cases import GEMMA, LLAMA, Calls, name, ops, random, random_weight, same_bits
 
 from rmsnorm_cuda import fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from rmsnorm_cuda.vmap import RULES
@@ -216,17 +216,6 @@ def test_ensemble_in_training():
 
 
 def test_the_kernel_runs_once():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Calls(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.ours = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.ours += [func] if func.namespace == "rmsnorm_cuda" else []
-            return func(*args, **(kwargs or {}))
-
     x, weights = random(SAMPLES, 4, 8), random_weight((SAMPLES, 8), torch.float32)
     with Calls() as calls:
         torch.vmap(lambda x: rms_norm(x, 8, weights[0]))(x)
