@@ -108,6 +108,17 @@ def test_typed():
     assert not [name for name in public if not re.search(rf"^(def )?{name}\b", declared, re.M)]
 
 
+def test_readme_names_tests_that_exist():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = readme[readme.index("## Works with") :].split("\n\n")[2].splitlines()[2:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(\w+\.py)::(\w+)`", row)
+        assert named, row
+        for file, function in named:
+            assert re.search(rf"^def {function}\(", (Path(__file__).parent / file).read_text(), re.M), (file, function)
+
+
 def test_unbuilt_sources_say_so(tmp_path):
     """Python started inside the source tree of an installed package imports the sources."""
     package = Path(rmsnorm_cuda.__file__).parent

@@ -338,15 +338,20 @@ def test_compile_of_transform():
     torch.testing.assert_close(got, loss_grad(x, weight), rtol=1e-12, atol=1e-12)
 
 
-def test_compiled_autograd():
-    """The backward graph as a whole: the Function is traceable."""
-    x, weight, dy = random(6, 40), random_weight(40, torch.float32), random(6, 40)
-    want = train(lambda x, w: rms_norm(x, 40, w, 1e-5), x, weight, dy)[1:]
-    leaf_x, leaf_w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    y = rms_norm(leaf_x, 40, leaf_w, 1e-5)
+@pytest.mark.parametrize("function", [FUNCTIONS["function"], FUNCTIONS["fused"], Block.forward], ids=["function", "fused", "block"])
+def test_compiled_autograd(function):
+    """The backward graph as a whole: the Functions are traceable."""
+    if function is Block.forward:
+        block, x = Block(), random(2, 5, 32).requires_grad_()
+        y, leaves = block(x), (x, *block.parameters())
+    else:
+        leaves = random(6, 40).requires_grad_(), random_weight(40, torch.float32).requires_grad_()
+        y = function(*leaves)
+    dy = torch.randn_like(y)
+    want = torch.autograd.grad(y, leaves, dy, retain_graph=True)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         y.backward(dy)
-    assert same_bits(leaf_x.grad, want[0]) and same_bits(leaf_w.grad, want[1])
+    assert all(same_bits(leaf.grad, w) for leaf, w in zip(leaves, want, strict=True))
 
 
 def test_export():

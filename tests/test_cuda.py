@@ -1,25 +1,106 @@
-"""What only a GPU shows: capture into CUDA graphs, streams, launches that overlap. Skipped where torch's own kernels do not run."""
+"""What only a GPU shows: CUDA graphs, streams, several devices, launches that overlap. Most needs torch's own kernels."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+from cases import random, random_weight, same_bits
 
-from rmsnorm_cuda import _C, rms_norm
+from rmsnorm_cuda import RMSNorm, _C, fused_add_rms_norm, fused_add_rms_norm_, rms_norm, rms_norm_quant
 
 pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(autouse=True)
-def real_gpu(torch_kernels):
+def gpu():
     if not (torch.cuda.is_available() and _C.cuda_built()):
         pytest.skip("no CUDA device or no CUDA kernels")
+
+
+@pytest.fixture
+def real_gpu(torch_kernels):
     torch_kernels("cuda")
 
 
+def every_function(x, residual, weight):
+    y = rms_norm(x, x.shape[-1:], weight)
+    both = fused_add_rms_norm(x, residual, weight)
+    return y, *both, *rms_norm_quant(x, weight, dtype=torch.int8)
+
+
+def test_streams_without_kernels_of_torch():
+    """On a stream of their own, made on another; the host copy waits for it."""
+    x, residual, weight = random(5, 300), random(5, 300), random_weight(300, torch.float32)
+    on_device = [t.cuda() for t in (x, residual, weight)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    want = [t.cpu() for t in every_function(*on_device)]
+    with torch.cuda.stream(stream):
+        got = every_function(*on_device)
+        event = stream.record_event()
+    event.synchronize()
+    assert all(map(same_bits, got, want))
+
+
+def test_current_device_is_kept():
+    """The kernels run where the tensors are, and leave the current device as it was."""
+    before = torch.cuda.current_device()
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    x, residual, weight = (t.to(last) for t in (random(5, 300), random(5, 300), random_weight(300, torch.float32)))
+    results = every_function(x, residual, weight)
+    assert {t.device for t in results} == {last} and torch.cuda.current_device() == before
+    if last.index == before:
+        return  # the rest needs two devices
+    first = every_function(*(t.to("cuda:0") for t in (x, residual, weight)))
+    assert all(map(same_bits, results, first))
+
+
+def test_devices_that_differ():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    x, weight = random(5, 300).to("cuda:0"), random_weight(300, torch.float32).to("cuda:1")
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        rms_norm(x, 300, weight)
+
+
+def test_autocast_on_cuda():
+    x, weight = random(5, 300, dtype=torch.bfloat16).cuda(), random_weight(300, torch.float32).cuda()
+    want = every_function(x, x, weight)
+    with torch.autocast("cuda", torch.float16):
+        got = every_function(x, x, weight)
+    assert all(map(same_bits, got, want))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_reduce_overhead(real_gpu, training):
+    """Inductor records CUDA graphs of the whole: no op of ours keeps it from that."""
+    norms = torch.nn.ModuleList(RMSNorm(512, device="cuda") for _ in range(2))
+
+    def function(x):
+        y, x = norms[1](norms[0](x) * 2, x)
+        if not training:
+            fused_add_rms_norm_(y, x)
+        return y + x
+
+    def run(function, x):
+        y = function(x)
+        return (y.clone(), *(g.clone() for g in torch.autograd.grad(y.sum(), [x, *norms.parameters()]))) if training else (y.clone(),)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    with torch.set_grad_enabled(training):
+        for _ in range(4):
+            x = torch.randn(32, 512, device="cuda").requires_grad_(training)
+            torch.compiler.cudagraph_mark_step_begin()
+            for a, b in zip(run(compiled, x), run(function, x), strict=True):
+                torch.testing.assert_close(a, b)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
 @pytest.mark.parametrize("cols", (64, 4096, 12_000, 100_000))
-def test_graph_capture_and_replay(cols):
+def test_graph_capture_and_replay(real_gpu, cols):
     x = torch.randn(33, cols, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(cols, device="cuda").requires_grad_()
     dy = torch.randn_like(x)
@@ -45,7 +126,7 @@ def test_graph_capture_and_replay(cols):
             assert torch.equal(got, want)
 
 
-def test_runs_on_the_current_stream():
+def test_runs_on_the_current_stream(real_gpu):
     x = torch.randn(4096, 4096, device="cuda")
     want = rms_norm(x, 4096)
     stream = torch.cuda.Stream()
@@ -71,7 +152,7 @@ print(hashlib.sha256(y.cpu().view(torch.uint8).numpy().tobytes()).hexdigest())
 """
 
 
-def test_overlapping_launches_wait_for_their_input(monkeypatch):
+def test_overlapping_launches_wait_for_their_input(real_gpu, monkeypatch):
     """Each of 200 norms reads what the one before it wrote: the bits are those of launches that do not overlap."""
     results = []
     for overlap in ("0", "1"):
