@@ -141,7 +141,7 @@ def main():
         metavar=("ROWS", "COLS", "DTYPE"),
         help="how the CUDA kernels would be laid out, on several GPUs; DTYPE is fp32, fp16 or bf16; needs no GPU",
     )
-    parser.add_argument("--cmake-dir", action="store_true", help="print the rmsnorm_cuda_DIR of CMake's find_package(rmsnorm_cuda)")
+    parser.add_argument("--cmake-dir", action="store_true", help="print the rmsnorm_cuda_DIR for CMake's find_package")
     args = parser.parse_args()
     if args.cmake_dir:
         print(rmsnorm_cuda.cmake_dir())
