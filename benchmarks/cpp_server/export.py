@@ -11,10 +11,11 @@ import torch
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm_, rms_norm, rms_norm_quant
 
 BATCHES = (1, 2, 3, 8)
+QUANTIZED = torch.__version__ >= "2.12"  # the AOTInductor of 2.11 hands an op another dtype than it was given (pytorch#173562)
 
 
 class Model(torch.nn.Module):
-    """Feed-forward layers between norms of every kind, the last one in 8 bits. Returns that, its scales, and the residual."""
+    """Feed-forward layers between norms of every kind. Returns the last norm, in 8 bits and its scales, and the residual."""
 
     def __init__(self, hidden, layers):
         super().__init__()
@@ -29,7 +30,8 @@ class Model(torch.nn.Module):
             y = layer(y).relu()
             fused_add_rms_norm_(y, residual, self.weight, 1e-6)
         y = rms_norm(y * 2, y.shape[-1:], self.weight, 1e-6)
-        return *rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8), residual
+        last = rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8) if QUANTIZED else (y,)
+        return *last, residual
 
 
 def export_model(folder, hidden, layers, **inductor_configs):
