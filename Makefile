@@ -40,6 +40,6 @@ $(VENV)/demo-ready: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info rmsnorm_cuda/lib rmsnorm_cuda/_C.*.so
+	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib rmsnorm_cuda/_C.*.so
 
 .PHONY: demo test build bench bench-cuda clean

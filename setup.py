@@ -4,6 +4,8 @@
     rmsnorm_cuda/lib/librmsnorm_torch.so  torch ops          csrc/torch              no Python
     rmsnorm_cuda/_C.*.so                  Python binding     csrc/python
 
+and rmsnorm_cuda/include/rmsnorm.h, a copy of the contract in csrc/, for C++ programs that call the kernels.
+
 ninja does the work, incrementally and in parallel. Environment:
 
     RMSNORM_CUDA_BUILD     1: compile the CUDA kernels, also against a CPU-only torch; 0: leave them out;
@@ -46,6 +48,9 @@ rule nvcc
 rule link
   command = $linker -shared -o $out $in $flags
   description = LINK $out
+rule copy
+  command = cp $in $out
+  description = COPY $out
 """
 
 
@@ -178,7 +183,8 @@ class BuildExt(build_ext):
     def outputs(self):
         package = self.package_dir()
         binding = package / Path(self.get_ext_filename("rmsnorm_cuda._C")).name
-        return package / "lib" / "librmsnorm.so", package / "lib" / "librmsnorm_torch.so", binding
+        libraries = package / "lib" / "librmsnorm.so", package / "lib" / "librmsnorm_torch.so"
+        return package / "include" / "rmsnorm.h", *libraries, binding
 
     def get_outputs(self):
         return [str(path) for path in self.outputs()]
@@ -187,13 +193,14 @@ class BuildExt(build_ext):
         return {}
 
     def build_extensions(self):
-        kernels, ops, binding = self.outputs()
+        header, kernels, ops, binding = self.outputs()
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         (kernels.parent).mkdir(parents=True, exist_ok=True)
         file = NinjaFile(build_dir)
         torch = None if self.kernels_only else find_torch()
         self.cxx = find_compiler()
+        file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
         self.add_kernels(file, kernels, torch)
         if torch:
             self.add_torch_layers(file, kernels, ops, binding, torch)

@@ -5,6 +5,7 @@
     rms_norm_quant(input, weight=None, eps=None, *, dtype, scale=None, block=None, ...) -> (output, scale)       and fused_add_...
     RMSNorm(normalized_shape, eps=None, elementwise_affine=True, ...)      the module, a torch.nn.RMSNorm
     replace_rms_norm(model)                                                 swaps a model's norms for ours
+    include_dir(), library_dir(), cmake_dir()                               what a C++ program is built with
 
 `python -m rmsnorm_cuda` shows what is built and checks it.
 """
@@ -14,15 +15,19 @@ import torch  # noqa: F401  (its libraries are loaded before ours)
 from . import config, vmap  # noqa: F401  (vmap: its batching rules are registered)
 from .functional import decompositions, fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from .modules import RMSNorm
+from .paths import cmake_dir, include_dir, library_dir
 
 __version__ = "0.1.0"
 __all__ = [
     "RMSNorm",
+    "cmake_dir",
     "config",
     "decompositions",
     "fused_add_rms_norm",
     "fused_add_rms_norm_",
     "fused_add_rms_norm_quant",
+    "include_dir",
+    "library_dir",
     "replace_rms_norm",
     "rms_norm",
     "rms_norm_quant",

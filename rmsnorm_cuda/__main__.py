@@ -1,6 +1,7 @@
 """python -m rmsnorm_cuda: what is built and loaded, and a self-check against fp64. Paste it into a bug report.
 
-The exit status is 1 if a check fails. `--explain ROWS COLS DTYPE` shows instead how the CUDA kernels would be laid out.
+The exit status is 1 if a check fails. `--explain ROWS COLS DTYPE` shows instead how the CUDA kernels would be laid out,
+`--cmake-dir` where CMake finds the package.
 """
 
 import argparse
@@ -140,7 +141,11 @@ def main():
         metavar=("ROWS", "COLS", "DTYPE"),
         help="how the CUDA kernels would be laid out, on several GPUs; DTYPE is fp32, fp16 or bf16; needs no GPU",
     )
+    parser.add_argument("--cmake-dir", action="store_true", help="print the rmsnorm_cuda_DIR for CMake's find_package")
     args = parser.parse_args()
+    if args.cmake_dir:
+        print(rmsnorm_cuda.cmake_dir())
+        return 0
     if args.explain:
         rows, cols, dtype = args.explain
         if not (rows.isdigit() and cols.isdigit() and int(rows) and int(cols) and dtype in explain.DTYPES):

@@ -74,6 +74,15 @@ def test_vector_code_is_in_local_functions_alone():
             assert not VECTOR.search(block), match[1]
 
 
+def test_header_is_the_contract():
+    """rmsnorm_cuda/include holds a copy, which a build keeps fresh."""
+    header = Path(rmsnorm_cuda.include_dir(), "rmsnorm.h").read_text()
+    assert header == (Path(__file__).parent.parent / "csrc" / "rmsnorm.h").read_text()
+    assert Path(rmsnorm_cuda.library_dir()) == LIBRARIES.resolve()
+    printed = output(sys.executable, "-m", "rmsnorm_cuda", "--cmake-dir")
+    assert Path(printed.strip(), "rmsnorm_cuda-config.cmake").exists()
+
+
 def test_import_is_quick_and_light():
     """Less than 100 ms on top of `import torch` (the quickest of five), and none of the heavy optional packages."""
     code = """if True:

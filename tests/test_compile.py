@@ -352,24 +352,3 @@ def test_compiled_autograd(function):
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         y.backward(dy)
     assert all(same_bits(leaf.grad, w) for leaf, w in zip(leaves, want, strict=True))
-
-
-def test_export():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(random_weight(40, torch.float32))
-
-        def forward(self, x):
-            return rms_norm(x, 40, self.weight, 1e-5)
-
-    model, x = Model(), random(6, 40)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-
-    def nodes(program):
-        return [node.target for node in program.graph.nodes if "rmsnorm_cuda" in str(node.target)]
-
-    assert nodes(program) == nodes(program.run_decompositions()) == [ops.rms_norm.default]
-    for batch in (6, 9):
-        x = random(batch, 40)
-        assert same_bits(program.module()(x).detach(), model(x).detach())

@@ -4,6 +4,7 @@
 // are taken as they are; any others go to torch's own parser, as those of torch.nn.functional do. It is a plain C
 // function in a pybind11 module: a pybind11 function with an at::Tensor caster costs more than the rest of the call.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>

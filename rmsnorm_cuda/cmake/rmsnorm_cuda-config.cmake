@@ -1,0 +1,33 @@
+# find_package(rmsnorm_cuda CONFIG) in a C++ project; `python -m rmsnorm_cuda --cmake-dir` prints the rmsnorm_cuda_DIR for it.
+#
+#   rmsnorm_cuda::rmsnorm        librmsnorm.so and rmsnorm.h: the kernels; neither torch nor Python
+#   rmsnorm_cuda::rmsnorm_torch  librmsnorm_torch.so: torch's ops, for a server on libtorch, which it links itself
+#
+# Paths are relative to this file: in a wheel, an editable install and the source tree alike.
+if(TARGET rmsnorm_cuda::rmsnorm)
+  return()
+endif()
+get_filename_component(_rmsnorm_cuda "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
+foreach(_file include/rmsnorm.h lib/librmsnorm.so)
+  if(NOT EXISTS "${_rmsnorm_cuda}/${_file}")
+    set(rmsnorm_cuda_FOUND FALSE)
+    set(rmsnorm_cuda_NOT_FOUND_MESSAGE "${_rmsnorm_cuda}/${_file} is not there: rmsnorm_cuda is not built.")
+    return()
+  endif()
+endforeach()
+
+add_library(rmsnorm_cuda::rmsnorm SHARED IMPORTED)
+set_target_properties(rmsnorm_cuda::rmsnorm PROPERTIES
+  IMPORTED_LOCATION "${_rmsnorm_cuda}/lib/librmsnorm.so"
+  IMPORTED_SONAME librmsnorm.so
+  INTERFACE_INCLUDE_DIRECTORIES "${_rmsnorm_cuda}/include"
+  INTERFACE_COMPILE_FEATURES cxx_std_17)
+
+# No symbol of it is asked for, since ops register themselves when it is loaded: the linker must not leave it out for that.
+add_library(rmsnorm_cuda::rmsnorm_torch SHARED IMPORTED)
+set_target_properties(rmsnorm_cuda::rmsnorm_torch PROPERTIES
+  IMPORTED_LOCATION "${_rmsnorm_cuda}/lib/librmsnorm_torch.so"
+  IMPORTED_SONAME librmsnorm_torch.so
+  IMPORTED_LINK_DEPENDENT_LIBRARIES rmsnorm_cuda::rmsnorm
+  INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed")
+unset(_rmsnorm_cuda)

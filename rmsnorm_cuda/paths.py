@@ -1,0 +1,20 @@
+"""Where a C++ program finds what this package was built into; no Python is needed to run one."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def include_dir() -> str:
+    """The folder of `rmsnorm.h`, by which C++ calls the kernels in `librmsnorm.so`."""
+    return str(_PACKAGE / "include")
+
+
+def library_dir() -> str:
+    """The folder of `librmsnorm.so` (the kernels: no torch) and `librmsnorm_torch.so` (torch's ops: no Python)."""
+    return str(_PACKAGE / "lib")
+
+
+def cmake_dir() -> str:
+    """The `rmsnorm_cuda_DIR` of CMake's `find_package(rmsnorm_cuda)`."""
+    return str(_PACKAGE / "cmake")
