@@ -5,6 +5,7 @@
     rms_norm_quant(input, weight=None, eps=None, *, dtype, scale=None, block=None, ...) -> (output, scale)       and fused_add_...
     RMSNorm(normalized_shape, eps=None, elementwise_affine=True, ...)      the module, a torch.nn.RMSNorm
     replace_rms_norm(model)                                                 swaps a model's norms for ours
+    rms_norm_sharded(input, normalized_size, weight=None, eps=None, *, group=None, ...)      rows spread over ranks
     include_dir(), library_dir(), cmake_dir()                               what a C++ program is built with
 
 `python -m rmsnorm_cuda` shows what is built and checks it.
@@ -14,6 +15,7 @@ import torch  # noqa: F401  (its libraries are loaded before ours)
 
 from . import config, vmap  # noqa: F401  (vmap: its batching rules are registered)
 from .functional import decompositions, fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
+from .integrations.dtensor import register_when_imported
 from .modules import RMSNorm
 from .paths import cmake_dir, include_dir, library_dir
 
@@ -31,17 +33,24 @@ __all__ = [
     "replace_rms_norm",
     "rms_norm",
     "rms_norm_quant",
+    "rms_norm_sharded",
 ]
+
+register_when_imported()
 
 
 def __getattr__(name):
-    # Model integrations are imported when they are first used: `import rmsnorm_cuda` stays quick.
+    # Integrations are imported when they are first used: `import rmsnorm_cuda` stays quick.
     if name == "replace_rms_norm":
         from .integrations.transformers import replace_rms_norm
 
         return replace_rms_norm
+    if name == "rms_norm_sharded":
+        from .integrations.sharded import rms_norm_sharded
+
+        return rms_norm_sharded
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), "replace_rms_norm"])
+    return sorted([*globals(), "replace_rms_norm", "rms_norm_sharded"])

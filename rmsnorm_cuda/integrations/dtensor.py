@@ -1,0 +1,109 @@
+"""How DTensor shards the ops. Registered by itself, as soon as both torch.distributed.tensor and this package are imported.
+
+A norm mixes the elements of a row and nothing else. So the leading dimensions may be sharded in any way, and the result is
+sharded alike; the weight is whole everywhere, and its gradient a sum over the ranks. Any other input (sharded in a normalized
+dimension, or a sum that is still to be formed) is redistributed by DTensor first. The overloads with out= have no rule:
+DTensor redistributes no keyword argument, and expects what was written to be returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import warnings
+
+import torch
+
+_DTENSOR = "torch.distributed.tensor"
+_OPS = (
+    "rms_norm",
+    "rms_norm_forward",
+    "rms_norm_backward",
+    "fused_add_rms_norm",
+    "fused_add_rms_norm_forward",
+    "fused_add_rms_norm_",
+    "rms_norm_quant",
+    "fused_add_rms_norm_quant",
+)
+
+
+def register() -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def rule(op):
+        arguments, results = op._schema.arguments, op._schema.returns
+
+        def sharding(*args, **kwargs):
+            """[(placements of the results, of the arguments)] on one dimension of the mesh."""
+            given = {a.name: a.default_value for a in arguments} | dict(zip([a.name for a in arguments], args)) | kwargs
+            input, residual = given["input"], given.get("residual")
+            if op._schema.is_mutable and residual.placements != input.placements:  # a copy of it would be written to
+                raise ValueError(
+                    f"{op}: expected residual to be placed as input is, {input.placements}, but it is {residual.placements}"
+                )
+            # What was not asked for is a tensor without elements.
+            empty = ["norm"] * (not given.get("keep_norm")) + ["scale"] * (given.get("scale") is not None)
+            lead = input.ndim - len(given.get("normalized_shape", "1"))
+            choices = []
+            for rows in (Replicate(), *map(Shard, range(lead))):
+                of_result = dict.fromkeys(empty, Replicate())
+                of_result["grad_weight"] = rows if rows.is_replicate() else Partial()
+                of_tensor = {"weight": Replicate(), "scale": Replicate()}
+                placed = [of_tensor.get(n, rows) if hasattr(v, "placements") else None for n, v in given.items()]
+                choices.append(([of_result.get(r.name, rows) for r in results], placed))
+            return choices
+
+        return sharding
+
+    for name in _OPS:
+        op = getattr(torch.ops.rmsnorm_cuda, name).default
+        register_sharding(op)(rule(op))
+        # Decisions are cached by the arguments that this names; register_sharding names integers only, but normalized_shape,
+        # output_mask, cast_before_weight and keep_norm decide too.
+        info = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op]
+        info.static_argnum = 0
+        info.static_kwargkey = [a.name for a in op._schema.arguments if a.kwarg_only]
+    with contextlib.suppress(ValueError):
+        sys.meta_path.remove(_hook)
+
+
+class _Hook:
+    """A finder that has register() called once torch.distributed.tensor has been executed, and then leaves sys.meta_path."""
+
+    def find_spec(self, name, path=None, target=None):
+        # The second name: where a thread is importing that one, it holds a lock that register() needs in the thread that
+        # imports the first, which gives up then.
+        if name not in (_DTENSOR, _DTENSOR + ".experimental"):
+            return None
+        # Not importlib.util.find_spec, which imports the parent: this is called under the lock of all imports.
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None:
+            self.after_exec(spec.loader)
+        return spec
+
+    def after_exec(self, loader):
+        def exec_module(module):
+            del loader.exec_module  # the method of its class again
+            loader.exec_module(module)
+            try:
+                register()
+            except Exception as error:  # that is no reason for torch's module not to be imported
+                if "deadlock" not in str(error):
+                    warnings.warn(f"rmsnorm_cuda: no DTensor sharding rules: {type(error).__name__}: {error}", stacklevel=2)
+
+        loader.exec_module = exec_module
+
+
+_hook = _Hook()
+
+
+def register_when_imported() -> None:
+    """register(), now or when torch.distributed.tensor is imported: that takes a while, and most do not need it."""
+    if _hook not in sys.meta_path:
+        sys.meta_path.insert(0, _hook)
+    if _DTENSOR in sys.modules:
+        importlib.import_module(_DTENSOR)  # waits for a thread that is importing it
+        register()
