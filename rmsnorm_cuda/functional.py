@@ -271,7 +271,8 @@ def _quantized(op, tensors, weight, scale, eps, options, out):
         if scale is not None:
             found = tensors[0].new_empty(0, dtype=torch.float32)
         if len(rest) == added:
-            rest.append(tensors[0].new_empty(0, dtype=_output_dtype(tensors[0], weight, keywords["cast_before_weight"])))
+            norm_dtype = _output_dtype(tensors[0], weight, keywords["cast_before_weight"])
+            rest = *rest, tensors[0].new_empty(0, dtype=norm_dtype)
         names = ("scale_out", *(("residual_out",) if added else ()), "norm_out")
         getattr(_ops, op).out(*arguments, **keywords, out=output, **dict(zip(names, (found, *rest))))
     if not keywords["keep_norm"]:

@@ -50,6 +50,11 @@ def register() -> None:
             for rows in (Replicate(), *map(Shard, range(lead))):
                 of_result = dict.fromkeys(empty, Replicate())
                 of_result["grad_weight"] = rows if rows.is_replicate() else Partial()
+                wanted = given.get("output_mask", (True, True))
+                if not wanted[0]:
+                    of_result["grad_input"] = None
+                if not wanted[1] or given["weight"] is None:
+                    of_result["grad_weight"] = None
                 of_tensor = {"weight": Replicate(), "scale": Replicate()}
                 placed = [of_tensor.get(n, rows) if hasattr(v, "placements") else None for n, v in given.items()]
                 choices.append(([of_result.get(r.name, rows) for r in results], placed))
