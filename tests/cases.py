@@ -15,6 +15,7 @@ from rmsnorm_cuda.reference import (
 
 ops = torch.ops.rmsnorm_cuda
 
+TORCH_2_11 = torch.__version__ < "2.12"  # for what it does otherwise than later ones
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WEIGHT_DTYPES = [*DTYPES, None]  # None: no weight
 GEMMA, LLAMA = {"weight_offset": 1.0}, {"cast_before_weight": True}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import GEMMA, LLAMA, assert_forward, ops, random, random_weight, same_bits
+from cases import GEMMA, LLAMA, TORCH_2_11, assert_forward, ops, random, random_weight, same_bits
 from torch import nn
 
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
@@ -549,7 +549,7 @@ def hidden_sharded(rank, world, folder):
         return rms_norm_sharded(x * 1.0, 64 * world, weight, 1e-6) * 2
 
     leaves = [random(2, 4, 64).requires_grad_(), random_weight(64, FP32).requires_grad_()]
-    results = [f(*leaves) for f in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True))]
+    results = [f(*leaves) for f in (layer, torch.compile(layer, backend="aot_eager", fullgraph=not TORCH_2_11))]
     grads = [torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True) for y in results]
     assert torch.equal(*results) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GEMMA, LLAMA, name, random, random_weight, same_bits
+from cases import GEMMA, LLAMA, TORCH_2_11, name, random, random_weight, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, parametrizations
 
@@ -67,7 +67,7 @@ def autocast_to_bf16():
 def test_autocast_table(case, dtypes, autocast_to_bf16):
     """On fake tensors, which need no GPU: dtypes, and that no cast stands beside the norm."""
     device, x_dtype, weight_dtype = case
-    if device == "cuda" and torch.__version__ < "2.12":
+    if device == "cuda" and TORCH_2_11:
         dtypes = (x_dtype, *dtypes[1:])
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype")  # F.rms_norm's
