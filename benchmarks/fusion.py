@@ -60,7 +60,9 @@ def contenders(function, inputs, weight):
         return compiled(*pair, weight)
 
     runs = {"op": partial(run, False), "formula": partial(run, True)}
-    torch.testing.assert_close(*(run(inputs[0]) for run in runs.values()))
+    # Inductor leaves out the roundings between the steps, each half an eps of values below 8.
+    tolerance = {"rtol": 0.02, "atol": 16 * torch.finfo(inputs[0][0].dtype).eps}
+    torch.testing.assert_close(*(run(inputs[0]) for run in runs.values()), **tolerance)
     return runs
 
 
