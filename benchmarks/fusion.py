@@ -2,8 +2,8 @@
 
     python benchmarks/fusion.py [--threads 1,2] [--dtypes fp32,bf16] [--shapes 1x4096,...] [--json FILE]
 
-Each pattern is compiled twice: with our op, and with rmsnorm_cuda.config.decompose. Results are verified against each
-other, then timed interleaved in one process over buffers that rotate once they are large; medians, and ratios of medians.
+Each pattern is compiled twice: with our op, and with rmsnorm_cuda.config.decompose; "eager" is not compiled at all, with our
+op. Results are verified against each other, then timed interleaved in one process over buffers that rotate once they are large; medians, and ratios of medians.
 On a CUDA device (--device cuda) the same, each call waited for.
 """
 
@@ -59,10 +59,12 @@ def contenders(function, inputs, weight):
         rmsnorm_cuda.config.decompose = decompose
         return compiled(*pair, weight)
 
-    runs = {"op": partial(run, False), "formula": partial(run, True)}
+    runs = {"op": partial(run, False), "formula": partial(run, True), "eager": lambda pair: function(*pair, weight)}
     # Inductor leaves out the roundings between the steps, each half an eps of values below 8.
     tolerance = {"rtol": 0.02, "atol": 16 * torch.finfo(inputs[0][0].dtype).eps}
-    torch.testing.assert_close(*(run(inputs[0]) for run in runs.values()), **tolerance)
+    want, *others = (run(inputs[0]) for run in runs.values())
+    for other in others:
+        torch.testing.assert_close(other, want, **tolerance)
     return runs
 
 
@@ -71,7 +73,7 @@ def main():
     parser.add_argument("--threads", default="1")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--shapes", default="1x4096,32x4096,2048x4096,8192x128")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each of the two in a cell")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each contender in a cell")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -94,7 +96,7 @@ def main():
                             runs = {key: lambda pair, run=run: (run(pair), torch.cuda.synchronize()) for key, run in runs.items()}
                         us = measure(runs, inputs, args.seconds)
                     results.append({"pattern": name, "dtype": dtype, "shape": shape, "threads": threads, "us": us})
-                    print(f"{dtype} {shape:>9} {name:22} op {us['op']:9.1f}  formula {us['formula']:9.1f}"
+                    print(f"{dtype} {shape:>9} {name:22} op {us['op']:9.1f}  formula {us['formula']:9.1f}  eager {us['eager']:9.1f}"
                           f"  formula over op {us['formula'] / us['op']:.2f}", flush=True)  # fmt: skip
     if args.json:
         with open(args.json, "w") as file:
