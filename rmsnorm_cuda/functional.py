@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import config
+from .reference import compute_dtype
 
 try:
     from . import _C  # also registers torch.ops.rmsnorm_cuda
@@ -354,10 +355,9 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
 @torch.library.register_fake("rmsnorm_cuda::rms_norm_forward")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
     lead = _check(input, normalized_shape, weight)
-    rstd_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight)),
-        input.new_empty(input.shape[:lead], dtype=rstd_dtype),
+        input.new_empty(input.shape[:lead], dtype=compute_dtype(input)),
     )
 
 
@@ -411,11 +411,10 @@ def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_
 @torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_forward")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
     _check_fused(input, residual, weight)
-    rstd_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight)),
         residual.new_empty(residual.shape),
-        input.new_empty(input.shape[:-1], dtype=rstd_dtype),
+        input.new_empty(input.shape[:-1], dtype=compute_dtype(input)),
     )
 
 

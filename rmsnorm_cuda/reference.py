@@ -100,9 +100,14 @@ def quantize_reference(
     return q.clamp(-most, most).to(dtype), scale
 
 
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The type that operators on these tensors compute in: fp64 if one of them is fp64, else fp32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def default_eps(input: Tensor) -> float:
     """The meaning of eps=None: the machine epsilon of the type that torch would compute in."""
-    return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    return torch.finfo(compute_dtype(input)).eps
 
 
 @torch.no_grad()
@@ -158,7 +163,7 @@ def _rstd(x: Tensor, dims: list[int], eps: float) -> Tensor:
 
 def _gain(input: Tensor, weight: Tensor, weight_offset: float) -> Tensor:
     """weight + weight_offset: in fp32, or in fp64 where any operand is fp64, as the operators add it."""
-    return weight.to(torch.float64 if torch.float64 in (input.dtype, weight.dtype) else torch.float32) + weight_offset
+    return weight.to(compute_dtype(input, weight)) + weight_offset
 
 
 def _output_dtype(input: Tensor, weight: Tensor, cast_before_weight: bool) -> torch.dtype:

@@ -7,18 +7,14 @@ the kernels compute in: as they do, it rounds once.
 
 import torch
 
-from .functional import _ops
-from .reference import default_eps
+from .functional import _ops, _output_dtype
+from .reference import compute_dtype, default_eps, quantize_reference
 
 
 def _front(tensor, dim, size):
     if tensor is None:
         return None
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def _compute_dtype(*tensors):
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _gain(weight, dim, lead, weight_offset, dtype):
@@ -32,7 +28,7 @@ def _unscaled(input, normalized_shape, eps, cast_before_weight, dtype):
     xhat, rstd = _ops.rms_norm_forward(input.to(dtype), normalized_shape, None, default_eps(input) if eps is None else eps)
     if cast_before_weight:
         xhat = xhat.to(input.dtype).to(dtype)
-    return xhat, rstd.to(_compute_dtype(input))
+    return xhat, rstd.to(compute_dtype(input))
 
 
 def _rms_norm_forward(info, in_dims, input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0,
@@ -43,12 +39,11 @@ def _rms_norm_forward(info, in_dims, input, normalized_shape, weight=None, eps=N
     if weight is None or weight_dim is None:
         options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
         return _ops.rms_norm_forward(input, normalized_shape, weight, eps, **options), (0, 0)
-    dtype = _compute_dtype(input, weight)
+    dtype = compute_dtype(input, weight)
     xhat, rstd = _unscaled(input, normalized_shape, eps, cast_before_weight, dtype)
     lead = rstd.dim() - (input_dim is not None)
     output = xhat * _gain(weight, weight_dim, lead, weight_offset, dtype)
-    result = torch.promote_types(input.dtype, weight.dtype) if cast_before_weight else input.dtype
-    return (output.to(result), rstd), (0, input_dim and 0)
+    return (output.to(_output_dtype(input, weight, cast_before_weight)), rstd), (0, input_dim and 0)
 
 
 def _rms_norm(info, in_dims, input, normalized_shape, weight=None, eps=None, **options):
@@ -63,7 +58,7 @@ def _rms_norm_backward(info, in_dims, grad_output, input, normalized_shape, weig
     dims = (*in_dims, None)
     tensors = (grad_output, dims[0]), (input, dims[1]), (rstd, dims[4]), (grad_residual, dims[7])
     grad_output, input, rstd, grad_residual = (_front(t, dim, info.batch_size) for t, dim in tensors)
-    dtype, lead = _compute_dtype(input, weight), rstd.dim() - 1
+    dtype, lead = compute_dtype(input, weight), rstd.dim() - 1
     grad_input = grad_weight = None
     if output_mask[1] and weight is not None:
         xhat, _ = _unscaled(input, normalized_shape, eps, cast_before_weight, dtype)
@@ -84,12 +79,11 @@ def _fused_add_rms_norm_forward(info, in_dims, input, residual, weight=None, eps
     input, residual = _front(input, input_dim, info.batch_size), _front(residual, residual_dim, info.batch_size)
     if weight is None or weight_dim is None:
         return _ops.fused_add_rms_norm_forward(input, residual, weight, eps, **options), (0, 0, 0)
-    dtype = _compute_dtype(input)
+    dtype = compute_dtype(input)
     total = (input.to(dtype) + residual.to(dtype)).to(residual.dtype)
     dims = 0, None, weight_dim
     (output, rstd), _ = _rms_norm_forward(info, dims, total, total.shape[-1:], weight, eps, **options)
-    result = torch.promote_types(input.dtype, weight.dtype) if options.get("cast_before_weight") else input.dtype
-    return (output.to(result), total, rstd), (0, 0, 0)
+    return (output.to(_output_dtype(input, weight, options.get("cast_before_weight"))), total, rstd), (0, 0, 0)
 
 
 def _fused_add_rms_norm(info, in_dims, *args, **options):
@@ -114,14 +108,37 @@ def _fused_add_rms_norm_(info, in_dims, input, residual, weight=None, eps=None, 
 
 def _quant(op, tensors):
     def rule(info, in_dims, *args, **options):
-        if any(dim is not None for dim in in_dims[tensors:]):
-            raise NotImplementedError(f"{op.__name__}: vmap over weight or scale is not supported, only over the other tensors")
-        front = (_front(t, dim, info.batch_size) for t, dim in zip(args[:tensors], in_dims))
-        results = op(*front, *args[tensors:], **options)
+        front = [_front(t, dim, info.batch_size) for t, dim in zip(args[:tensors], in_dims)]
+        weight, scale, eps, *_ = *args[tensors:], None, None, None
+        weight_dim, scale_dim, *_ = *in_dims[tensors:], None, None
+        if weight_dim is None and scale_dim is None:
+            results = op(*front, weight, scale, eps, **options)
+        else:
+            results = _quant_by_steps(op, info, front, weight, weight_dim, scale, scale_dim, eps, **options)
         # What is not wanted has no elements, and no batch.
         return results, tuple(None if result.dim() == 1 and not len(result) else 0 for result in results)
 
     return rule
+
+
+def _quant_by_steps(op, info, front, weight, weight_dim, scale, scale_dim, eps, *, dtype, block=None, scale_ub=None,
+                    column_major=False, keep_norm=False, **options):  # fmt: skip
+    """Where samples have weights or scales of their own: the norm, and then the quantization in ATen ops, to the same bits."""
+    # Of no rows, for one sample: every check and refusal of the op, and the results that are not wanted.
+    sample = [t if dim is None else t.select(dim, 0) for t, dim in ((weight, weight_dim), (scale, scale_dim))]
+    kinds = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": keep_norm}
+    _, no_scale, *_, no_norm = op(*(t[:0] for t in front), *sample, eps, **kinds, **options)
+    if len(front) == 1:
+        (norm, _), _ = _rms_norm_forward(info, (0, None, weight_dim), *front, front[0].shape[-1:], weight, eps, **options)
+        total = []
+    else:
+        (norm, *total, _), _ = _fused_add_rms_norm_forward(info, (0, 0, weight_dim), *front, weight, eps, **options)
+    if scale is not None:  # one number for each sample, or for all
+        scale = (scale if scale_dim is None else scale.movedim(scale_dim, 0)).reshape(-1, *(1,) * (norm.dim() - 1))
+    output, found = quantize_reference(norm, dtype, scale, block, scale_ub)
+    if column_major:
+        found = found.movedim(-1, 0).contiguous().movedim(0, -1)
+    return output, no_scale if scale is not None else found, *total, norm if keep_norm else no_norm
 
 
 RULES = {
@@ -131,8 +148,8 @@ RULES = {
     "fused_add_rms_norm": _fused_add_rms_norm,
     "fused_add_rms_norm_forward": _fused_add_rms_norm_forward,
     "fused_add_rms_norm_": _fused_add_rms_norm_,
-    "rms_norm_quant": _quant(_ops.rms_norm_quant, 1),
-    "fused_add_rms_norm_quant": _quant(_ops.fused_add_rms_norm_quant, 2),
+    "rms_norm_quant": _quant(_ops.rms_norm_quant.default, 1),
+    "fused_add_rms_norm_quant": _quant(_ops.fused_add_rms_norm_quant.default, 2),
 }
 for _name, _rule in RULES.items():
     torch.library.register_vmap(f"rmsnorm_cuda::{_name}", _rule)

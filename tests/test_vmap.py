@@ -5,6 +5,7 @@ import torch
 from cases import GEMMA, LLAMA, Calls, name, ops, random, random_weight, same_bits
 
 from rmsnorm_cuda import fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
+from rmsnorm_cuda.reference import quantize_reference
 from rmsnorm_cuda.vmap import RULES
 
 SAMPLES, SHAPE = 3, (2, 5, 8)
@@ -179,10 +180,54 @@ def test_quantized(added, kind):
     exact(got, want)
 
 
-def test_quantized_with_a_weight_for_each_sample_is_refused():
+def codes(q):
+    return q.view(torch.uint8) if q.dtype.is_floating_point else q
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=name)
+@pytest.mark.parametrize("added", [False, True])
+def test_quantized_with_a_scale_for_each_sample(added, dtype):
+    x, residual, weight, scales = random(SAMPLES, 4, 64), random(4, 64), random_weight(64, torch.float32), torch.rand(SAMPLES, 1) + 0.01
+
+    def function(x, scale):
+        options = {"scale": scale, "dtype": dtype, "return_norm": True}
+        q, _, *rest = fused_add_rms_norm_quant(x, residual, weight, **options) if added else rms_norm_quant(x, weight, **options)
+        return codes(q), *rest
+
+    for by_scale in (scales, scales[:, 0]):
+        exact(torch.vmap(function)(x, by_scale), loop(function, (0, 0), x, by_scale))
+
+
+@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
+@pytest.mark.parametrize("kind", [{}, {"block": 64, "column_major": True}, {"scale": torch.tensor([0.05])}, {"scale_ub": 1.0}])
+@pytest.mark.parametrize("added", [False, True])
+def test_quantized_with_a_weight_for_each_sample(added, kind, options):
+    """The codes and scales are, to the bit, those of the norms that come out beside them."""
+    x, residual, weights = random(SAMPLES, 4, 128), random(4, 128), random_weight((SAMPLES, 128), torch.float32)
+
+    def function(x, weight):
+        tensors = (x, residual) if added else (x,)
+        op = fused_add_rms_norm_quant if added else rms_norm_quant
+        q, scale, *rest = op(*tensors, weight, 1e-5, dtype=torch.int8, return_norm=True, **kind, **options)
+        return q, *([] if "scale" in kind else [scale]), *rest
+
+    q, *scale, norm = (got := torch.vmap(function)(x, weights))[:1] + got[1 : -1 - added] + got[-1:]
+    want = loop(function, (0, 0), x, weights)
+    ulps_apart(got[1:], want[1:])
+    found = quantize_reference(norm, torch.int8, kind.get("scale"), kind.get("block"), kind.get("scale_ub"))
+    exact((q, *scale), found[: 1 + len(scale)])
+    if "column_major" in kind:
+        assert scale[0].movedim(-1, 0).is_contiguous()
+
+
+def test_quantized_under_vmap_refuses_as_it_does_without():
     x, weights = random(4, 8), random(SAMPLES, 8)
-    with pytest.raises(NotImplementedError, match="rms_norm_quant: vmap over weight or scale"):
-        torch.vmap(lambda w: rms_norm_quant(x, w, dtype=torch.int8))(weights)
+    with pytest.raises(RuntimeError, match="automatic differentiation"):
+        torch.vmap(lambda w: rms_norm_quant(x, w, dtype=torch.int8))(weights.clone().requires_grad_())
+    with pytest.raises(ValueError, match="expected block to be 64 or 128"):
+        torch.vmap(lambda w: rms_norm_quant(x, w, dtype=torch.int8, block=2))(weights)
+    with pytest.raises(RuntimeError, match="rms_norm_quant"):
+        torch.vmap(lambda w: rms_norm_quant(x, w[:4], dtype=torch.int8))(weights)
 
 
 def test_per_sample_gradients():

@@ -43,19 +43,15 @@ def register() -> None:
                 raise ValueError(
                     f"{op}: expected residual to be placed as input is, {input.placements}, but it is {residual.placements}"
                 )
-            # What was not asked for is a tensor without elements.
-            empty = ["norm"] * (not given.get("keep_norm")) + ["scale"] * (given.get("scale") is not None)
+            # What was not asked for: a tensor without elements, of a backward None.
+            unasked = dict.fromkeys(["norm"] * (not given.get("keep_norm")) + ["scale"] * (given.get("scale") is not None), Replicate())
+            dx, dweight = given.get("output_mask", (True, True))
+            unasked |= dict.fromkeys(["grad_input"] * (not dx) + ["grad_weight"] * (not dweight or given["weight"] is None))
+            of_tensor = {"weight": Replicate(), "scale": Replicate()}
             lead = input.ndim - len(given.get("normalized_shape", "1"))
             choices = []
             for rows in (Replicate(), *map(Shard, range(lead))):
-                of_result = dict.fromkeys(empty, Replicate())
-                of_result["grad_weight"] = rows if rows.is_replicate() else Partial()
-                wanted = given.get("output_mask", (True, True))
-                if not wanted[0]:
-                    of_result["grad_input"] = None
-                if not wanted[1] or given["weight"] is None:
-                    of_result["grad_weight"] = None
-                of_tensor = {"weight": Replicate(), "scale": Replicate()}
+                of_result = {"grad_weight": rows if rows.is_replicate() else Partial()} | unasked
                 placed = [of_tensor.get(n, rows) if hasattr(v, "placements") else None for n, v in given.items()]
                 choices.append(([of_result.get(r.name, rows) for r in results], placed))
             return choices

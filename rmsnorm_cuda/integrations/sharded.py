@@ -8,6 +8,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, group as groups
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
+from ..functional import _output_dtype
+from ..reference import compute_dtype, default_eps
+
 
 def rms_norm_sharded(
     input: Tensor,
@@ -53,10 +56,8 @@ def _sum_over(group, terms):
 class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, size, eps, group, weight_offset, cast_before_weight):
-        double = torch.float64 in (input.dtype, None if weight is None else weight.dtype)
-        compute = torch.float64 if double else torch.float32
-        if eps is None:
-            eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+        compute = compute_dtype(input, weight)
+        eps = default_eps(input) if eps is None else eps
         x = input.to(compute)
         rstd = torch.rsqrt(_sum_over(group, x * x) / size + eps)
         ctx.save_for_backward(input, weight, rstd)
@@ -66,8 +67,7 @@ class _Sharded(torch.autograd.Function):
             return xhat.to(input.dtype)
         if cast_before_weight:
             xhat = xhat.to(input.dtype).to(compute)
-        dtype = torch.promote_types(input.dtype, weight.dtype) if cast_before_weight else input.dtype
-        return (xhat * (weight.to(compute) + weight_offset)).to(dtype)
+        return (xhat * (weight.to(compute) + weight_offset)).to(_output_dtype(input, weight, cast_before_weight))
 
     @staticmethod
     @once_differentiable
