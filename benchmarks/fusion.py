@@ -3,8 +3,8 @@
     python benchmarks/fusion.py [--threads 1,2] [--dtypes fp32,bf16] [--shapes 1x4096,...] [--json FILE]
 
 Each pattern is compiled twice: with our op, and with rmsnorm_cuda.config.decompose; "eager" is not compiled at all, with our
-op. Results are verified against each other, then timed interleaved in one process over buffers that rotate once they are large; medians, and ratios of medians.
-On a CUDA device (--device cuda) the same, each call waited for.
+op. Results are verified against each other, then timed interleaved in one process over buffers that rotate once they are
+large; medians, and ratios of medians. On a CUDA device (--device cuda) the same, each call waited for.
 """
 
 import argparse

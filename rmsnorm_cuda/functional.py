@@ -293,8 +293,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     return {getattr(_ops, name).default: partial(getattr(_ops, f"{name}_formula").default._op_dk, composite) for name in names}
 
 
-# Fakes: what the ops return, as shapes. Eager checks hold there too (see csrc/torch/checks.h); here it
-# is enough that a wrong program does not trace.
+# Fakes: what the ops return, as shapes. What csrc/torch/checks.h refuses, they refuse: a wrong program does not trace.
 
 
 def _check_sizes(have, want, message):
@@ -303,7 +302,21 @@ def _check_sizes(have, want, message):
         torch._check(a == b, message)
 
 
-def _check(input, normalized_shape, weight):
+def _check_dtype(name, tensor):
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise NotImplementedError(
+            f'rms_norm: "rms_norm" not implemented for {tensor.dtype}: expected {name} to be float32, float16, bfloat16 or float64'
+        )
+
+
+def _check(input, normalized_shape, weight, eps, weight_offset):
+    _check_dtype("input", input)
+    if weight is not None:
+        _check_dtype("weight", weight)
+    if eps is not None and not 0 <= eps < float("inf"):
+        raise ValueError(f"rms_norm: expected eps to be finite and not negative, but got {eps}")
+    if not abs(weight_offset) < float("inf"):
+        raise ValueError(f"rms_norm: expected weight_offset to be finite, but got {weight_offset}")
     lead = input.dim() - len(normalized_shape)
     torch._check(len(normalized_shape) > 0 and lead >= 0, lambda: "rms_norm: input has too few dimensions")
     _check_sizes(
@@ -333,13 +346,13 @@ def _output_dtype(input, weight, cast_before_weight):
 
 @torch.library.register_fake("rmsnorm_cuda::rms_norm")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
-    _check(input, normalized_shape, weight)
+    _check(input, normalized_shape, weight, eps, weight_offset)
     return input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight))
 
 
 @torch.library.register_fake("rmsnorm_cuda::rms_norm.out")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out):
-    _check(input, normalized_shape, weight)
+    _check(input, normalized_shape, weight, eps, weight_offset)
     dtype = _output_dtype(input, weight, cast_before_weight)
     torch._check(out.dtype == dtype, lambda: f"rms_norm: expected out of dtype {dtype}, but got {out.dtype}")
     _check_sizes(
@@ -354,7 +367,7 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
 
 @torch.library.register_fake("rmsnorm_cuda::rms_norm_forward")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
-    lead = _check(input, normalized_shape, weight)
+    lead = _check(input, normalized_shape, weight, eps, weight_offset)
     return (
         input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight)),
         input.new_empty(input.shape[:lead], dtype=compute_dtype(input)),
@@ -375,13 +388,21 @@ def _(
     weight_offset=0.0,
     cast_before_weight=False,
 ):
-    _check(input, normalized_shape, weight)
+    lead = _check(input, normalized_shape, weight, eps, weight_offset)
+    for name, tensor, shape in (
+        ("grad_output", grad_output, input.shape),
+        ("rstd", rstd, input.shape[:lead]),
+        ("grad_residual", grad_residual, input.shape),
+    ):
+        if tensor is not None:
+            message = f"rms_norm_backward: expected {name} of shape {list(shape)}, but got {list(tensor.shape)}"
+            _check_sizes(tensor.shape, shape, lambda message=message: message)
     grad_input = input.new_empty(input.shape) if output_mask[0] else None
     grad_weight = weight.new_empty(weight.shape) if output_mask[1] and weight is not None else None
     return grad_input, grad_weight
 
 
-def _check_fused(input, residual, weight):
+def _check_fused(input, residual, weight, eps, weight_offset):
     torch._check(input.dim() > 0, lambda: "fused_add_rms_norm: expected input with at least one dimension, but got a scalar")
     _check_sizes(
         residual.shape,
@@ -398,19 +419,19 @@ def _check_fused(input, residual, weight):
         lambda: "fused_add_rms_norm: expected all tensors to be on the same device, but input is on "
         f"{input.device} and residual is on {residual.device}",
     )
-    _check(input, input.shape[-1:], weight)
+    _check(input, input.shape[-1:], weight, eps, weight_offset)
 
 
 @torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
-    _check_fused(input, residual, weight)
+    _check_fused(input, residual, weight, eps, weight_offset)
     output = input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight))
     return output, residual.new_empty(residual.shape)
 
 
 @torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_forward")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
-    _check_fused(input, residual, weight)
+    _check_fused(input, residual, weight, eps, weight_offset)
     return (
         input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight)),
         residual.new_empty(residual.shape),
@@ -420,7 +441,7 @@ def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_
 
 @torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
-    _check_fused(input, residual, weight)
+    _check_fused(input, residual, weight, eps, weight_offset)
     dtype = _output_dtype(input, weight, cast_before_weight)
     torch._check(
         dtype == input.dtype,
@@ -430,7 +451,7 @@ def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_
 
 @torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm.out")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out, residual_out):
-    _check_fused(input, residual, weight)
+    _check_fused(input, residual, weight, eps, weight_offset)
     for name, have, dtype in (
         ("out", out, _output_dtype(input, weight, cast_before_weight)),
         ("residual_out", residual_out, residual.dtype),
@@ -447,13 +468,15 @@ def _check_given(op, name, have, shape, dtype, device):
     )
 
 
-def _quant_results(op, input, residual, weight, scale, dtype, block, scale_ub, column_major, keep_norm, cast_before_weight):
+def _quant_results(
+    op, input, residual, weight, scale, eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
+):
     """What a quantizing op returns: {name: tensor}."""
     if residual is None:
         torch._check(input.dim() > 0, lambda: f"{op}: expected input with at least one dimension, but got a scalar")
-        _check(input, input.shape[-1:], weight)
+        _check(input, input.shape[-1:], weight, eps, weight_offset)
     else:
-        _check_fused(input, residual, weight)
+        _check_fused(input, residual, weight, eps, weight_offset)
     known = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
     if dtype not in known:
         raise ValueError(f"{op}: expected dtype to be float8_e4m3fn, float8_e5m2 or int8, but got {dtype}")
@@ -472,6 +495,8 @@ def _quant_results(op, input, residual, weight, scale, dtype, block, scale_ub, c
         )
     if block not in (None, 64, 128):
         raise ValueError(f"{op}: expected block to be 64 or 128, but got {block}")
+    if scale_ub is not None and not scale_ub > 0:
+        raise ValueError(f"{op}: expected scale_ub to be positive, but got {scale_ub}")
     if column_major and block is None:
         raise ValueError(f"{op}: column-major scales are those of blocks; expected block to be given")
     lead, cols = input.shape[:-1], input.shape[-1]
@@ -491,14 +516,14 @@ def _quant_results(op, input, residual, weight, scale, dtype, block, scale_ub, c
 @torch.library.register_fake("rmsnorm_cuda::rms_norm_quant")
 def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False, keep_norm=False,
       weight_offset=0.0, cast_before_weight=False):  # fmt: skip
-    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     return tuple(_quant_results("rms_norm_quant", input, None, weight, scale, *options).values())
 
 
 @torch.library.register_fake("rmsnorm_cuda::rms_norm_quant.out")
 def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False, keep_norm=False,
       weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
-    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     for name, want in _quant_results("rms_norm_quant", input, None, weight, scale, *options).items():
         _check_given("rms_norm_quant", name, given[name], want.shape, want.dtype, want.device)
 
@@ -506,13 +531,13 @@ def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=N
 @torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_quant")
 def _(input, residual, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False,
       keep_norm=False, weight_offset=0.0, cast_before_weight=False):  # fmt: skip
-    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     return tuple(_quant_results("fused_add_rms_norm_quant", input, residual, weight, scale, *options).values())
 
 
 @torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_quant.out")
 def _(input, residual, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False,
       keep_norm=False, weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
-    options = dtype, block, scale_ub, column_major, keep_norm, cast_before_weight
+    options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     for name, want in _quant_results("fused_add_rms_norm_quant", input, residual, weight, scale, *options).items():
         _check_given("fused_add_rms_norm_quant", name, given[name], want.shape, want.dtype, want.device)

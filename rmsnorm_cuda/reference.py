@@ -1,4 +1,4 @@
-"""What the operators compute, in plain ATen ops: the yardstick of the tests and of the self-check.
+"""What the operators compute, in plain ATen ops: the yardstick of the tests and of the self-check, and what vmap quantizes by.
 
 Nothing here is fast, differentiable or dependent on the extension. fp64 inputs whose squares leave the range of
 fp64 (|x| beyond 1e154, or below 1e-162 with eps = 0) are outside what this formula can judge.

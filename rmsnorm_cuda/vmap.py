@@ -17,6 +17,18 @@ def _front(tensor, dim, size):
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+def _one(tensor, dim):
+    """The tensor as the first sample sees it."""
+    if tensor is None or dim is None:
+        return tensor
+    return tensor.select(dim, 0) if tensor.shape[dim] else tensor.new_empty(tensor.movedim(dim, 0).shape[1:])
+
+
+def _no_rows(tensor, dim):
+    """No rows of one sample. An op that is called on them checks and refuses what it does for a sample, and computes nothing."""
+    return tensor if tensor is None else _one(tensor, dim).unsqueeze(0)[:0]
+
+
 def _gain(weight, dim, lead, weight_offset, dtype):
     """weight + weight_offset as (batch, 1, ..., 1, *normalized_shape), with `lead` ones."""
     gain = weight.movedim(dim, 0).to(dtype) + weight_offset
@@ -34,11 +46,13 @@ def _unscaled(input, normalized_shape, eps, cast_before_weight, dtype):
 def _rms_norm_forward(info, in_dims, input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0,
                       cast_before_weight=False):  # fmt: skip
     input_dim, _, weight_dim, *_ = *in_dims, None
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    sample = _no_rows(input, input_dim)
     if input_dim is not None:
         input = input.movedim(input_dim, 0)
     if weight is None or weight_dim is None:
-        options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
         return _ops.rms_norm_forward(input, normalized_shape, weight, eps, **options), (0, 0)
+    _ops.rms_norm_forward(sample, normalized_shape, _one(weight, weight_dim), eps, **options)
     dtype = compute_dtype(input, weight)
     xhat, rstd = _unscaled(input, normalized_shape, eps, cast_before_weight, dtype)
     lead = rstd.dim() - (input_dim is not None)
@@ -57,6 +71,9 @@ def _rms_norm_backward(info, in_dims, grad_output, input, normalized_shape, weig
                        *, weight_offset=0.0, cast_before_weight=False):  # fmt: skip
     dims = (*in_dims, None)
     tensors = (grad_output, dims[0]), (input, dims[1]), (rstd, dims[4]), (grad_residual, dims[7])
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    dy, x, row_rstd, dsum = (_no_rows(*of) for of in tensors)
+    _ops.rms_norm_backward(dy, x, normalized_shape, _one(weight, dims[3]), row_rstd, eps, output_mask, dsum, **options)
     grad_output, input, rstd, grad_residual = (_front(t, dim, info.batch_size) for t, dim in tensors)
     dtype, lead = compute_dtype(input, weight), rstd.dim() - 1
     grad_input = grad_weight = None
@@ -65,7 +82,6 @@ def _rms_norm_backward(info, in_dims, grad_output, input, normalized_shape, weig
         product = grad_output.to(dtype) * xhat
         grad_weight = (product.sum(tuple(range(1, 1 + lead))) if lead else product).to(weight.dtype)
     if output_mask[0]:
-        options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
         if weight is not None and dims[3] is not None:
             grad_output = grad_output.to(dtype) * _gain(weight, dims[3], lead, weight_offset, dtype)
             weight, options = None, {}
@@ -76,9 +92,11 @@ def _rms_norm_backward(info, in_dims, grad_output, input, normalized_shape, weig
 
 def _fused_add_rms_norm_forward(info, in_dims, input, residual, weight=None, eps=None, **options):
     input_dim, residual_dim, weight_dim, *_ = *in_dims, None
+    sample = _no_rows(input, input_dim), _no_rows(residual, residual_dim), _one(weight, weight_dim)
     input, residual = _front(input, input_dim, info.batch_size), _front(residual, residual_dim, info.batch_size)
     if weight is None or weight_dim is None:
         return _ops.fused_add_rms_norm_forward(input, residual, weight, eps, **options), (0, 0, 0)
+    _ops.fused_add_rms_norm_forward(*sample, eps, **options)
     dtype = compute_dtype(input)
     total = (input.to(dtype) + residual.to(dtype)).to(residual.dtype)
     dims = 0, None, weight_dim
@@ -101,6 +119,12 @@ def _fused_add_rms_norm_(info, in_dims, input, residual, weight=None, eps=None, 
     if in_dims[2:3] in ((), (None,)):
         _ops.fused_add_rms_norm_(input, residual, weight, eps, **options)
     else:
+        _ops.fused_add_rms_norm_(_no_rows(input, 0), _no_rows(residual, 0), _one(weight, in_dims[2]), eps, **options)
+        if any(torch._C._is_alias_of(a, b) for a, b in ((input, residual), (input, weight), (residual, weight))):
+            raise RuntimeError(
+                "fused_add_rms_norm_: under vmap over weight, expected input, residual and weight to have memory of their own, but "
+                "two of them share theirs; use fused_add_rms_norm"
+            )
         results, _ = _fused_add_rms_norm(info, (0, 0, in_dims[2]), input, residual, weight, eps, **options)
         input.copy_(results[0]), residual.copy_(results[1])
     return None, None
@@ -124,10 +148,12 @@ def _quant(op, tensors):
 def _quant_by_steps(op, info, front, weight, weight_dim, scale, scale_dim, eps, *, dtype, block=None, scale_ub=None,
                     column_major=False, keep_norm=False, **options):  # fmt: skip
     """Where samples have weights or scales of their own: the norm, and then the quantization in ATen ops, to the same bits."""
-    # Of no rows, for one sample: every check and refusal of the op, and the results that are not wanted.
-    sample = [t if dim is None else t.select(dim, 0) for t, dim in ((weight, weight_dim), (scale, scale_dim))]
+    # Its checks, and the results that are not wanted; without columns neither weights nor scales matter.
+    sample = _one(weight, weight_dim), _one(scale, scale_dim)
     kinds = {"dtype": dtype, "block": block, "scale_ub": scale_ub, "column_major": column_major, "keep_norm": keep_norm}
-    _, no_scale, *_, no_norm = op(*(t[:0] for t in front), *sample, eps, **kinds, **options)
+    _, no_scale, *_, no_norm = op(*(_no_rows(t, 0) for t in front), *sample, eps, **kinds, **options)
+    if not front[0].shape[-1]:
+        return op(*front, *sample, eps, **kinds, **options)
     if len(front) == 1:
         (norm, _), _ = _rms_norm_forward(info, (0, None, weight_dim), *front, front[0].shape[-1:], weight, eps, **options)
         total = []

@@ -15,7 +15,6 @@ from rmsnorm_cuda.reference import (
 
 ops = torch.ops.rmsnorm_cuda
 
-TORCH_2_11 = torch.__version__ < "2.12"  # for what it does otherwise than later ones
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WEIGHT_DTYPES = [*DTYPES, None]  # None: no weight
 GEMMA, LLAMA = {"weight_offset": 1.0}, {"cast_before_weight": True}
@@ -66,14 +65,14 @@ def same_bits(a, b):
 
 
 class Calls(TorchDispatchMode):
-    """`with Calls() as calls`: calls.ours are this package's ops that ran, below autograd."""
+    """`with Calls() as calls`: calls.ours are this package's ops that ran on something, below autograd."""
 
     def __init__(self):
         super().__init__()
         self.ours = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ours += [func] if func.namespace == "rmsnorm_cuda" else []
+        self.ours += [func] if func.namespace == "rmsnorm_cuda" and args[0].numel() else []
         return func(*args, **(kwargs or {}))
 
 

@@ -6,6 +6,7 @@ from cases import GEMMA, LLAMA, formula, name, ops, random, random_weight, same_
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from rmsnorm_cuda import fused_add_rms_norm, rms_norm
+from rmsnorm_cuda.reference import rms_norm_backward_reference, rms_norm_reference
 
 SHAPE = (2, 3)  # the normalized one; in fp64 cast_before_weight rounds nothing, and has a derivative
 VARIANTS = {
@@ -243,3 +244,57 @@ def test_input_overwritten_after_the_forward():
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+# Every way to a derivative of a function of x and weight, as (value, gradients of its sum).
+def by_kernel(function, x, weight):
+    y = function(x, weight)
+    return y, *torch.autograd.grad(y.sum(), (x, weight))
+
+
+def by_create_graph(function, x, weight):
+    y = function(x, weight)
+    return y, *torch.autograd.grad(y.sum(), (x, weight), create_graph=True)
+
+
+def by_vjp(function, x, weight):
+    y, pull = torch.func.vjp(function, x, weight)
+    return y, *pull(torch.ones_like(y))
+
+
+def by_jvp(function, x, weight):
+    y, _ = torch.func.jvp(function, (x, weight), (torch.ones_like(x), torch.ones_like(weight)))
+    return y, *by_kernel(function, x, weight)[1:]
+
+
+@pytest.mark.parametrize("way", [by_kernel, by_create_graph, by_vjp, by_jvp])
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-30])
+def test_rows_whose_squares_leave_fp32(way, eps):
+    """The formula is rescaled there as the kernels are: values and first derivatives do not depend on the way to them."""
+    powers = torch.tensor([0.0, 20.0, 30.0, 37.0, -20.0, -30.0, 7.0, -7.0])
+    x = torch.randn(8, 64).mul(10 ** powers[:, None]).requires_grad_()
+    weight = torch.randn(64, requires_grad=True)
+    for function in (lambda x, w: rms_norm(x, 64, w, eps), lambda x, w: fused_add_rms_norm(x, torch.zeros(8, 64), w, eps)[0]):
+        y, dx, dweight = way(function, x, weight)
+        want_dx, want_dweight = rms_norm_backward_reference(torch.ones_like(y), x, 64, weight, eps)
+        want = rms_norm_reference(x, 64, weight, eps)
+        # Some eps of fp32; dx cancels, so beside the largest of its row.
+        torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-30)
+        assert ((dx - want_dx).abs() <= 1e-5 * want_dx.abs().amax(1, keepdim=True)).all()
+        torch.testing.assert_close(dweight.double(), want_dweight, rtol=1e-5, atol=1e-5)
+
+
+def test_tangents_where_squares_leave_fp32():
+    x, weight = torch.randn(3, 64) * 1e25, torch.randn(64)
+    with forward_ad.dual_level():
+        y, tangent = forward_ad.unpack_dual(rms_norm(forward_ad.make_dual(x, x), 64, weight, 0.0))
+    torch.testing.assert_close(y, rms_norm(x, 64, weight, 0.0))
+    assert tangent.abs().max() <= 1e-5  # a longer x has the same norm
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="does not support automatic differentiation"):
+        rms_norm(x, 64, weight, out=forward_ad.make_dual(torch.empty_like(x), x))
+
+
+def test_formula_without_columns_or_rows():
+    for shape in ((3, 0), (0, 4)):
+        y, pull = torch.func.vjp(lambda x: rms_norm(x, shape[-1]), torch.empty(shape))  # noqa: B023
+        assert y.shape == shape and pull(y)[0].shape == shape

@@ -117,6 +117,28 @@ def test_opcheck(op, sample):
     torch.library.opcheck(op, *sample)
 
 
+X, W = torch.empty(3, 8), torch.empty(8)
+BAD_ON_META = {
+    "input's dtype": (ops.rms_norm.default, (X.long(), [8]), {}, NotImplementedError),
+    "weight's dtype": (ops.rms_norm.default, (X, [8], W.int()), {}, NotImplementedError),
+    "eps": (ops.rms_norm.default, (X, [8], W, -1.0), {}, ValueError),
+    "nan eps": (ops.fused_add_rms_norm.default, (X, X, W, float("nan")), {}, ValueError),
+    "offset": (ops.rms_norm_quant.default, (X, W), {"dtype": torch.int8, "weight_offset": float("inf")}, ValueError),
+    "scale_ub": (ops.rms_norm_quant.default, (X, W), {"dtype": torch.int8, "scale_ub": 0.0}, ValueError),
+    "grad_output": (ops.rms_norm_backward.default, (X[:2], X, [8], W, X[:, 0], None, (True, True)), {}, RuntimeError),
+    "rstd": (ops.rms_norm_backward.default, (X, X, [8], W, X[0], None, (True, True)), {}, RuntimeError),
+    "grad_residual": (ops.rms_norm_backward.default, (X, X, [8], W, X[:, 0], None, (True, True), X[:1]), {}, RuntimeError),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ON_META)
+def test_fakes_refuse_what_the_ops_refuse(what):
+    op, args, options, error = BAD_ON_META[what]
+    for device in ("cpu", "meta"):
+        with pytest.raises(error):
+            op(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in args), **options)
+
+
 def test_every_op_is_checked():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rmsnorm_cuda::")}
     assert names == {op._name.removesuffix(".default") for op, _ in SAMPLES}

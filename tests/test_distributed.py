@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import GEMMA, LLAMA, TORCH_2_11, assert_forward, ops, random, random_weight, same_bits
+from cases import GEMMA, LLAMA, assert_forward, ops, random, random_weight, same_bits
 from torch import nn
 
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
+from rmsnorm_cuda.versions import TRACES_FUNCTIONS_OVER_COLLECTIVES
 
 pytestmark = pytest.mark.distributed
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -442,7 +443,7 @@ def blocks():
     return nn.Sequential(Block(), Block(), RMSNorm(32))
 
 
-@check(2)
+@check(2, 4)
 def data_parallel(rank, world, folder):
     """Two steps, each process on its part of the batch; gradients are averaged in another order: some eps."""
     from torch.distributed.fsdp import fully_shard
@@ -461,7 +462,7 @@ def data_parallel(rank, world, folder):
         torch.testing.assert_close(full(sharded[name]), value, rtol=1e-5, atol=1e-6)
 
 
-@check(2)
+@check(2, 4)
 def fully_sharded_in_bfloat16(rank, world, folder):
     """Forward: the bits of the model in bfloat16. Gradients: the average of those, in fp32. Then to a checkpoint and back."""
     import torch.distributed.checkpoint as checkpoint
@@ -496,24 +497,32 @@ def fully_sharded_in_bfloat16(rank, world, folder):
     assert all(torch.equal(full(t), full(saved[name])) for name, t in sharded.state_dict().items())
 
 
-@check(2)
+@check(2, 4)
 def context_parallel_shards(rank, world, folder):
     """The sequence is split by torch's context_parallel, in its own order; a norm needs nothing of the other processes."""
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
     mesh, norm, x = mesh_of(world), RMSNorm(32), random(2, 8, 32)
-    want, buffer = norm(x).detach(), x.clone()
+    want, buffer = norm(x), x.clone()
     with no_communication(), context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[1]):
         assert buffer.shape == (2, 8 // world, 32)
-        local = norm(buffer).detach()
-    assert same_bits(context_parallel_unshard(mesh, [local], [1])[0], want)
+        leaf = buffer.clone().requires_grad_()
+        local = norm(leaf)
+        local.square().sum().backward()
+    assert same_bits(context_parallel_unshard(mesh, [local.detach()], [1])[0], want.detach())
+    whole = x.clone().requires_grad_()
+    dx, dweight = torch.autograd.grad(norm(whole).square().sum(), (whole, norm.weight))
+    assert same_bits(context_parallel_unshard(mesh, [leaf.grad], [1])[0], dx)
+    dist.all_reduce(norm.weight.grad)  # each process has seen its part of the sequence
+    torch.testing.assert_close(norm.weight.grad, dweight, rtol=1e-5, atol=1e-5)
 
 
 @check(2, 4)
 def hidden_sharded(rank, world, folder):
     """rms_norm_sharded: one all-reduce each way. In 16 bits within 1 ulp of fp64 rounded once. In fp32 within 4, as F.rms_norm
     is: each of sum, mean, rsqrt, weight + offset and two products rounds by half an ulp. Gradients: some eps."""
+    from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
     from rmsnorm_cuda import rms_norm_sharded
@@ -549,15 +558,23 @@ def hidden_sharded(rank, world, folder):
         return rms_norm_sharded(x * 1.0, 64 * world, weight, 1e-6) * 2
 
     leaves = [random(2, 4, 64).requires_grad_(), random_weight(64, FP32).requires_grad_()]
-    results = [f(*leaves) for f in (layer, torch.compile(layer, backend="aot_eager", fullgraph=not TORCH_2_11))]
+    results = [f(*leaves) for f in (layer, torch.compile(layer, backend="aot_eager", fullgraph=TRACES_FUNCTIONS_OVER_COLLECTIVES))]
     grads = [torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True) for y in results]
     assert torch.equal(*results) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grads[0][0].sum().backward()
     with pytest.raises(ValueError, match="normalized_size to be at least input's 64 columns, but got 32"):
         rms_norm_sharded(leaves[0], 32)
-    with pytest.raises(RuntimeError, match=r"weight of shape \[64\], but got \[32\]"):
+    with pytest.raises(RuntimeError, match=r"weight of shape \[32\] and normalized_shape=\[64\]"):
         rms_norm_sharded(leaves[0], 64 * world, leaves[1][:32])
+    with pytest.raises(ValueError, match="eps to be finite and not negative"):
+        rms_norm_sharded(leaves[0], 64 * world, eps=-5.0)
+    with pytest.raises(NotImplementedError, match="'Long'"):
+        rms_norm_sharded(leaves[0].long(), 64 * world)
+    with pytest.raises(ValueError, match="scalar"):
+        rms_norm_sharded(torch.tensor(1.0), 64 * world)
+    with pytest.raises(TypeError, match="DTensor"):
+        rms_norm_sharded(distribute_tensor(random(3, 64), mesh_of(world), [Shard(1)]), 64)
 
 
 @pytest.mark.parametrize("world, name", [(world, check.__name__) for world, checks in CHECKS.items() for check in checks])
@@ -614,7 +631,7 @@ def test_import(order):
 def test_import_in_threads():
     """torch's modules import each other, and threads may see them half done and fail; but none waits for another for ever."""
     code = """if True:
-        import contextlib, importlib, threading, rmsnorm_cuda
+        import contextlib, importlib, threading, torch, rmsnorm_cuda
         def load(name):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
@@ -622,5 +639,10 @@ def test_import_in_threads():
         threads = [threading.Thread(target=load, args=(name,)) for name in names]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
+        import torch.distributed.tensor.experimental
+        from torch.distributed.tensor import DTensor
+        op = torch.ops.rmsnorm_cuda.rms_norm.default
+        assert op in DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr

@@ -8,11 +8,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GEMMA, LLAMA, TORCH_2_11, name, random, random_weight, same_bits
+from cases import GEMMA, LLAMA, name, random, random_weight, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, parametrizations
 
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, rms_norm, rms_norm_quant
+from rmsnorm_cuda.versions import AUTOCASTS_RMS_NORM
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -67,7 +68,7 @@ def autocast_to_bf16():
 def test_autocast_table(case, dtypes, autocast_to_bf16):
     """On fake tensors, which need no GPU: dtypes, and that no cast stands beside the norm."""
     device, x_dtype, weight_dtype = case
-    if device == "cuda" and TORCH_2_11:
+    if device == "cuda" and not AUTOCASTS_RMS_NORM:
         dtypes = (x_dtype, *dtypes[1:])
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype")  # F.rms_norm's
@@ -101,11 +102,15 @@ def test_autocast_keeps_the_bits(device, autocast_to_bf16):
 
 
 def test_model_under_autocast():
-    """Linear layers hand on bf16, the norm keeps it: no cast of activations but those of torch's own ops."""
-    model, x = Model(), random(4, 16)
+    """Linear layers hand on bf16, and the norm takes and returns it."""
+    model, x, seen = Model(), random(4, 16), []
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     with torch.autocast("cpu", BF16):
         y = model(x)
-    assert y.dtype == BF16
+    (first, normed), (second, (output, total)) = seen
+    assert [t.dtype for t in (first, normed, second, output, total, y)] == [FP32, FP32, BF16, BF16, FP32, BF16]
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == FP32 for p in model.parameters())
 

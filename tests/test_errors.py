@@ -94,7 +94,7 @@ def test_out_over_the_weight():
 def test_out_under_grad(which):
     tensors = {"input": torch.ones(3, 8), "weight": torch.ones(8), "out": torch.full((3, 8), NAN)}
     tensors[which].requires_grad_()
-    message = re.escape("functions with out=... arguments don't support automatic differentiation")
+    message = "rms_norm.*: it does not support automatic differentiation"
     with pytest.raises(RuntimeError, match=message):
         rms_norm(tensors["input"], 8, tensors["weight"], out=tensors["out"])
     assert tensors["out"].isnan().all()

@@ -181,6 +181,14 @@ def test_torch_server_says_what_is_wrong(exported, servers):
     assert "usage: torch_server" in run(arguments[0], status=1)
 
 
+def test_torch_server_survives_a_bad_request(exported, servers, tmp_path):
+    """What its threads throw is reported."""
+    folder, _ = exported
+    torch.save([(torch.randn(2, 5), torch.randn(2, 5))], tmp_path / "bad.pt")
+    message = run(servers / "torch_server", folder / "model.pt2", tmp_path / "bad.pt", 2, 2, status=1)
+    assert "\ntorch_server: " in message and "terminate" not in message
+
+
 @pytest.mark.parametrize("dtype, name", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")], ids=["fp32", "bf16"])
 def test_kernel_server(dtype, name, servers, tmp_path):
     from export import save_bits
@@ -213,8 +221,12 @@ def test_kernel_server_says_what_is_wrong(message, servers, tmp_path):
     assert message in run(servers / "kernel_server", *BAD_KERNEL_ARGUMENTS[message], status=1, cwd=tmp_path)
 
 
-def test_servers_have_no_python(servers):
-    """Nor anything that they load in turn."""
+def test_servers_have_no_python(exported, servers):
+    """Nor do the ops and the model that one of them loads as it runs: the dynamic linker tells of every file."""
+    folder, _ = exported
+    arguments = servers / "torch_server", folder / "model.pt2", folder / "requests.pt"
+    told = subprocess.run(arguments, env=os.environ | {"LD_DEBUG": "files"}, capture_output=True, text=True, check=True).stderr
+    assert "librmsnorm_torch.so" in told and "wrapper.so" in told and "libpython" not in told
     torch_server, kernel_server = (run("ldd", servers / name) for name in ("torch_server", "kernel_server"))
     assert "libtorch_cpu" in torch_server and "libpython" not in torch_server
     assert "librmsnorm.so" in kernel_server and not re.search("lib(torch|c10|python)", kernel_server)

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -16,12 +17,24 @@ inline int64_t positive(const std::string& name, const char* text) {
   return value;
 }
 
-// Runs work(i) in threads i = 0 .. count - 1; the seconds until the last has ended.
+// Runs work(i) in threads i = 0 .. count - 1; the seconds until the last has ended. What one of them throws is thrown then.
 template <class Work>
 double in_threads(int64_t count, const Work& work) {
   const auto begin = std::chrono::steady_clock::now();
   std::vector<std::thread> threads;
-  for (int64_t i = 0; i < count; ++i) threads.emplace_back(work, i);
+  std::vector<std::exception_ptr> thrown(count);
+  for (int64_t i = 0; i < count; ++i) {
+    threads.emplace_back([&, i]() {
+      try {
+        work(i);
+      } catch (...) {
+        thrown[i] = std::current_exception();
+      }
+    });
+  }
   for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& error : thrown) {
+    if (error) std::rethrow_exception(error);
+  }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm_, rms_norm, rms_norm_quant
+from rmsnorm_cuda.versions import AOTI_KEEPS_DTYPE_ARGUMENTS
 
 BATCHES = (1, 2, 3, 8)
-QUANTIZED = torch.__version__ >= "2.12"  # the AOTInductor of 2.11 hands an op another dtype than it was given (pytorch#173562)
 
 
 class Model(torch.nn.Module):
@@ -30,7 +30,7 @@ class Model(torch.nn.Module):
             y = layer(y).relu()
             fused_add_rms_norm_(y, residual, self.weight, 1e-6)
         y = rms_norm(y * 2, y.shape[-1:], self.weight, 1e-6)
-        last = rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8) if QUANTIZED else (y,)
+        last = rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8) if AOTI_KEEPS_DTYPE_ARGUMENTS else (y,)
         return *last, residual
 
 

@@ -6,13 +6,20 @@
 //      gradient of its own (the formula again), so that second derivatives are right.
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/mean.h>
+#include <ATen/ops/reciprocal.h>
 #include <ATen/ops/rsqrt.h>
+#include <ATen/ops/square.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 #include <tuple>
 
@@ -79,13 +86,26 @@ auto& fused_add_rms_norm_quant_out_op() {
   return op;
 }
 
-// The formula. Everything is in the type that the kernels compute in; the range of that type is all
-// there is here (the kernels rescale rows whose squares leave it).
+// For rows whose squares leave the range of the type: about what brings their largest element to 1. All others keep 1, and
+// with it their bits. A constant to every derivative. `most` keeps eps * scale^2 finite.
+Tensor row_scale(const Tensor& x, at::IntArrayRef dims, double eps) {
+  const bool fp64 = x.scalar_type() == at::kDouble;
+  const double edge = fp64 ? 1e150 : 1e15, range = fp64 ? 1e300 : 1e30;
+  const double most = std::min(range, 0.5 * std::sqrt((fp64 ? 1e307 : 1e38) / std::max(eps, 1e-320)));
+  const Tensor largest = at::amax(x.detach().abs(), dims, /*keepdim=*/true);
+  const Tensor inside = largest.gt(1 / edge).logical_and(largest.lt(edge)).logical_or(at::isfinite(largest).logical_not());
+  return at::where(inside, 1.0, at::reciprocal(largest).clamp(1 / range, most)).to(x.scalar_type());
+}
+
+// The formula, in the type that the kernels compute in. For transforms and second derivatives it is rescaled: as the kernels,
+// it then does rows whose squares leave the range of that type. Compilers that are to fuse it have it without.
+template <bool rescaled>
 struct Formula {
   at::ScalarType compute;
   std::vector<int64_t> normalized_dims;  // from the end: -1, -2, ...
   std::vector<int64_t> lead_dims;
-  Tensor x, rstd, xhat, weight;  // xhat: what the weight multiplies; weight undefined if there is none
+  Tensor x, inverse_rms, rstd;  // x is scaled, as is inverse_rms, which is that of this x; rstd is that of the input
+  Tensor xhat, weight;          // xhat: what the weight multiplies; weight undefined if there is none
 
   Formula(const char* op, const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& w,
           std::optional<double> eps, double weight_offset, bool cast_before_weight)
@@ -97,8 +117,17 @@ struct Formula {
     for (size_t i = 0; i < normalized_dims.size(); ++i) normalized_dims[i] = -1 - static_cast<int64_t>(i);
     std::iota(lead_dims.begin(), lead_dims.end(), 0);
     x = input.to(compute);
-    rstd = at::rsqrt(at::mean(x * x, normalized_dims, /*keepdim=*/true) + eps_or_default(eps, input));
-    xhat = x * rstd;
+    const double epsilon = eps_or_default(eps, input);
+    const bool any = std::none_of(normalized_shape.begin(), normalized_shape.end(), [](const auto& size) { return size == 0; });
+    if (rescaled && any) {
+      const Tensor scale = row_scale(x, normalized_dims, epsilon);
+      x = x * scale;
+      inverse_rms = at::rsqrt(at::mean(x * x, normalized_dims, /*keepdim=*/true) + at::square(scale * std::sqrt(epsilon)));
+      rstd = inverse_rms * scale;
+    } else {
+      rstd = inverse_rms = at::rsqrt(at::mean(x * x, normalized_dims, /*keepdim=*/true) + epsilon);
+    }
+    xhat = x * inverse_rms;
     if (cast_before_weight) xhat = xhat.to(input.scalar_type()).to(compute);
     if (w) weight = w->to(compute) + weight_offset;
   }
@@ -121,7 +150,7 @@ struct Formula {
     Tensor dx, dweight;
     if (output_mask[0]) {
       const Tensor g = weight.defined() ? dy * weight : dy;
-      const Tensor unrounded = x * rstd;
+      const Tensor unrounded = x * inverse_rms;
       dx = rstd * (g - unrounded * at::mean(g * unrounded, normalized_dims, true));
       if (grad_residual) dx = dx + grad_residual->to(compute);
       dx = dx.to(input.scalar_type());
@@ -135,29 +164,33 @@ struct Formula {
 };
 
 // What the ops compute, as ops of their own (rms_norm_formula, ...), for compilers that are to fuse it with its neighbours.
+template <bool rescaled>
 Tensor rms_norm_formula(const Tensor& input, SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                         std::optional<double> eps, double weight_offset, bool cast_before_weight) {
-  return Formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
+  return Formula<rescaled>("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
       .output(input, weight, cast_before_weight);
 }
 
+template <bool rescaled>
 std::tuple<Tensor, Tensor> rms_norm_forward_formula(const Tensor& input, SymIntArrayRef normalized_shape,
                                                     const OptionalTensor& weight, std::optional<double> eps,
                                                     double weight_offset, bool cast_before_weight) {
-  const Formula formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+  const Formula<rescaled> formula("rms_norm", input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
   return {formula.output(input, weight, cast_before_weight), formula.saved_rstd(input).detach()};
 }
 
+template <bool rescaled>
 std::tuple<Tensor, Tensor> rms_norm_backward_formula(const Tensor& grad_output, const Tensor& input,
                                                      SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                                                      const Tensor& /*rstd*/, std::optional<double> eps,
                                                      std::array<bool, 2> output_mask, const OptionalTensor& grad_residual,
                                                      double weight_offset, bool cast_before_weight) {
-  return Formula("rms_norm_backward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
+  return Formula<rescaled>("rms_norm_backward", input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
       .backward(grad_output, input, weight, output_mask, grad_residual);
 }
 
 // Only the narrower dtype of the output differs from the norm of the sum.
+template <bool rescaled>
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward_formula(const Tensor& input, const Tensor& residual,
                                                                       const OptionalTensor& weight, std::optional<double> eps,
                                                                       double weight_offset, bool cast_before_weight) {
@@ -165,15 +198,16 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward_formula(const Tens
   check_residual(op, input, input.sym_sizes(), residual, residual.sym_sizes());
   const at::ScalarType compute = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor sum = (input.to(compute) + residual.to(compute)).to(residual.scalar_type());
-  const Formula formula(op, sum, sum.sym_sizes().slice(sum.dim() - 1), weight, eps, weight_offset, cast_before_weight);
+  const Formula<rescaled> formula(op, sum, sum.sym_sizes().slice(sum.dim() - 1), weight, eps, weight_offset, cast_before_weight);
   return {formula.output(sum, weight, cast_before_weight).to(output_type(input, weight, cast_before_weight)), sum,
           formula.saved_rstd(sum).detach()};
 }
 
+template <bool rescaled>
 std::tuple<Tensor, Tensor> fused_add_rms_norm_formula(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
                                                       std::optional<double> eps, double weight_offset, bool cast_before_weight) {
   const auto [output, sum, rstd] =
-      fused_add_rms_norm_forward_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
+      fused_add_rms_norm_forward_formula<rescaled>(input, residual, weight, eps, weight_offset, cast_before_weight);
   return {output, sum};
 }
 
@@ -254,7 +288,7 @@ Tensor rms_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normali
       return rms_norm_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps, weight_offset,
                                       cast_before_weight);
     case Way::kFormula:
-      return rms_norm_formula(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+      return rms_norm_formula<true>(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
     default:
       return RmsNorm::apply(input, weight, normalized_shape, eps, weight_offset, cast_before_weight, nullptr);
   }
@@ -269,7 +303,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(DispatchKeySet keys, const Tensor& i
                                             weight_offset, cast_before_weight);
   }
   if (taken == Way::kFormula) {
-    return rms_norm_forward_formula(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
+    return rms_norm_forward_formula<true>(input, normalized_shape, weight, eps, weight_offset, cast_before_weight);
   }
   Tensor rstd;
   const Tensor output =
@@ -283,7 +317,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(DispatchKeySet keys, const Tensor& 
                                              std::array<bool, 2> output_mask, const OptionalTensor& grad_residual,
                                              double weight_offset, bool cast_before_weight) {
   if (way(grad_output, input, weight, grad_residual) != Way::kKernel) {
-    return rms_norm_backward_formula(grad_output, input, normalized_shape, weight, rstd, eps, output_mask, grad_residual,
+    return rms_norm_backward_formula<true>(grad_output, input, normalized_shape, weight, rstd, eps, output_mask, grad_residual,
                                      weight_offset, cast_before_weight);
   }
   return rms_norm_backward_op().redispatch(keys & c10::after_autograd_keyset, grad_output, input, normalized_shape, weight,
@@ -339,7 +373,7 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm(DispatchKeySet keys, const Tensor&
                                               cast_before_weight);
   }
   if (taken == Way::kFormula) {
-    return fused_add_rms_norm_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
+    return fused_add_rms_norm_formula<true>(input, residual, weight, eps, weight_offset, cast_before_weight);
   }
   const variable_list results =
       FusedAddRmsNorm::apply(input, residual, weight, eps, weight_offset, cast_before_weight, nullptr);
@@ -356,21 +390,12 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward(DispatchKeySet key
                                                       weight_offset, cast_before_weight);
   }
   if (taken == Way::kFormula) {
-    return fused_add_rms_norm_forward_formula(input, residual, weight, eps, weight_offset, cast_before_weight);
+    return fused_add_rms_norm_forward_formula<true>(input, residual, weight, eps, weight_offset, cast_before_weight);
   }
   Tensor rstd;
   const variable_list results =
       FusedAddRmsNorm::apply(input, residual, weight, eps, weight_offset, cast_before_weight, &rstd);
   return {results[0], results[1], rstd};
-}
-
-void fused_add_rms_norm_(DispatchKeySet keys, const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
-                         std::optional<double> eps, double weight_offset, bool cast_before_weight) {
-  TORCH_CHECK(!records_grad(input, residual, weight) && !has_tangent(input) && !has_tangent(residual) && !has_tangent(weight),
-              "fused_add_rms_norm_: it overwrites input and residual and does not support automatic differentiation, but one "
-              "of the arguments requires grad; use fused_add_rms_norm");
-  fused_add_rms_norm__op().redispatch(keys & c10::after_autograd_keyset, input, residual, weight, eps, weight_offset,
-                                      cast_before_weight);
 }
 
 // An op without a gradient is refused where one would be recorded. What an op overwrites gets a new version, in inference
@@ -421,35 +446,23 @@ struct Inference<R(Args...)> {
   }
 };
 
-void rms_norm_out(DispatchKeySet keys, const Tensor& input, SymIntArrayRef normalized_shape,
-                  const OptionalTensor& weight, std::optional<double> eps, double weight_offset,
-                  bool cast_before_weight, const Tensor& out) {
-  TORCH_CHECK(!records_grad(input, weight, out) && !has_tangent(input) && !has_tangent(weight),
-              "rms_norm: functions with out=... arguments don't support automatic differentiation, but one of the "
-              "arguments requires grad");
-  rms_norm_out_op().redispatch(keys & c10::after_autograd_keyset, input, normalized_shape, weight, eps, weight_offset,
-                               cast_before_weight, out);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, CompositeImplicitAutograd, m) {
-  m.impl("rms_norm_formula", TORCH_FN(rms_norm_formula));
-  m.impl("rms_norm_forward_formula", TORCH_FN(rms_norm_forward_formula));
-  m.impl("rms_norm_backward_formula", TORCH_FN(rms_norm_backward_formula));
-  m.impl("fused_add_rms_norm_formula", TORCH_FN(fused_add_rms_norm_formula));
-  m.impl("fused_add_rms_norm_forward_formula", TORCH_FN(fused_add_rms_norm_forward_formula));
+  m.impl("rms_norm_formula", TORCH_FN(rms_norm_formula<false>));
+  m.impl("rms_norm_forward_formula", TORCH_FN(rms_norm_forward_formula<false>));
+  m.impl("rms_norm_backward_formula", TORCH_FN(rms_norm_backward_formula<false>));
+  m.impl("fused_add_rms_norm_formula", TORCH_FN(fused_add_rms_norm_formula<false>));
+  m.impl("fused_add_rms_norm_forward_formula", TORCH_FN(fused_add_rms_norm_forward_formula<false>));
 }
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
   m.impl("rms_norm", TORCH_FN(rms_norm));
-  m.impl("rms_norm.out", TORCH_FN(rms_norm_out));
   m.impl("rms_norm_forward", TORCH_FN(rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_FN(rms_norm_backward));
   m.impl("fused_add_rms_norm", TORCH_FN(fused_add_rms_norm));
   m.impl("fused_add_rms_norm_forward", TORCH_FN(fused_add_rms_norm_forward));
-  m.impl("fused_add_rms_norm_", TORCH_FN(fused_add_rms_norm_));
-}
-TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
+  m.impl("fused_add_rms_norm_", TORCH_FN((Inference<FusedInPlaceSignature>::call<fused_add_rms_norm__op>)));
+  m.impl("rms_norm.out", TORCH_FN((Inference<OutSignature>::call<rms_norm_out_op>)));
   m.impl("fused_add_rms_norm.out", TORCH_FN((Inference<FusedOutSignature>::call<fused_add_rms_norm_out_op>)));
   m.impl("rms_norm_quant", TORCH_FN((Inference<QuantSignature>::call<rms_norm_quant_op>)));
   m.impl("rms_norm_quant.out", TORCH_FN((Inference<QuantOutSignature>::call<rms_norm_quant_out_op>)));

@@ -226,10 +226,10 @@ void fused_add_rms_norm_(const Tensor& input, const Tensor& residual, const Opti
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"input", input}, {"residual", residual}}) {
     const auto rows = rows_of(t, lead);
     TORCH_CHECK(rows, op, ": expected ", name, " with dense rows (the last dimension contiguous), but got strides ", t.strides());
-    check_overlap(op, t, *rows, input, lead, geometry.cols, name);
+    check_overlap(op, t, *rows, t, lead, geometry.cols, name, name);
     if (weight) check_apart(op, name, t, *weight);
   }
-  TORCH_CHECK(input.const_data_ptr() != residual.const_data_ptr(), op, ": input and residual are the same memory");
+  check_apart(op, "input", input, residual, "residual", lead, geometry.cols);
   fused_add_into(op, input, residual, geometry, weight, eps, weight_offset, cast_before_weight, input,
                  *rows_of(input, lead), residual, false, Tensor());
 }

@@ -23,11 +23,13 @@ set_target_properties(rmsnorm_cuda::rmsnorm PROPERTIES
   INTERFACE_INCLUDE_DIRECTORIES "${_rmsnorm_cuda}/include"
   INTERFACE_COMPILE_FEATURES cxx_std_17)
 
-# No symbol of it is asked for, since ops register themselves when it is loaded: the linker must not leave it out for that.
-add_library(rmsnorm_cuda::rmsnorm_torch SHARED IMPORTED)
-set_target_properties(rmsnorm_cuda::rmsnorm_torch PROPERTIES
-  IMPORTED_LOCATION "${_rmsnorm_cuda}/lib/librmsnorm_torch.so"
-  IMPORTED_SONAME librmsnorm_torch.so
-  IMPORTED_LINK_DEPENDENT_LIBRARIES rmsnorm_cuda::rmsnorm
-  INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed")
+if(EXISTS "${_rmsnorm_cuda}/lib/librmsnorm_torch.so")  # not where only the kernels were built
+  # No symbol of it is asked for, since ops register themselves when it is loaded: the linker must not leave it out for that.
+  add_library(rmsnorm_cuda::rmsnorm_torch SHARED IMPORTED)
+  set_target_properties(rmsnorm_cuda::rmsnorm_torch PROPERTIES
+    IMPORTED_LOCATION "${_rmsnorm_cuda}/lib/librmsnorm_torch.so"
+    IMPORTED_SONAME librmsnorm_torch.so
+    IMPORTED_LINK_DEPENDENT_LIBRARIES rmsnorm_cuda::rmsnorm
+    INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed")
+endif()
 unset(_rmsnorm_cuda)

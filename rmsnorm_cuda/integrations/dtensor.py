@@ -58,6 +58,8 @@ def register() -> None:
 
         return sharding
 
+    if _hook.registered:
+        return
     for name in _OPS:
         op = getattr(torch.ops.rmsnorm_cuda, name).default
         register_sharding(op)(rule(op))
@@ -66,12 +68,15 @@ def register() -> None:
         info = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op]
         info.static_argnum = 0
         info.static_kwargkey = [a.name for a in op._schema.arguments if a.kwarg_only]
+    _hook.registered = True
     with contextlib.suppress(ValueError):
         sys.meta_path.remove(_hook)
 
 
 class _Hook:
     """A finder that has register() called once torch.distributed.tensor has been executed, and then leaves sys.meta_path."""
+
+    registered = False
 
     def find_spec(self, name, path=None, target=None):
         # The second name: where a thread is importing that one, it holds a lock that register() needs in the thread that
@@ -92,8 +97,11 @@ class _Hook:
             try:
                 register()
             except Exception as error:  # that is no reason for torch's module not to be imported
-                if "deadlock" not in str(error):
-                    warnings.warn(f"rmsnorm_cuda: no DTensor sharding rules: {type(error).__name__}: {error}", stacklevel=2)
+                warnings.warn(
+                    f"rmsnorm_cuda: no DTensor sharding rules until {_DTENSOR}.experimental is imported, which failed: "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
 
         loader.exec_module = exec_module
 
@@ -103,6 +111,8 @@ _hook = _Hook()
 
 def register_when_imported() -> None:
     """register(), now or when torch.distributed.tensor is imported: that takes a while, and most do not need it."""
+    if _hook.registered:
+        return
     if _hook not in sys.meta_path:
         sys.meta_path.insert(0, _hook)
     if _DTENSOR in sys.modules:

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, group as groups
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
+from torch.distributed.tensor import DTensor
 
-from ..functional import _output_dtype
+from ..functional import _output_dtype, rms_norm
 from ..reference import compute_dtype, default_eps
+from ..versions import TRACES_FUNCTIONS_OVER_COLLECTIVES
 
 
 def rms_norm_sharded(
@@ -34,17 +36,26 @@ def rms_norm_sharded(
         input: ``(*, n)``, this rank's columns.
         normalized_size: how many columns all ranks have together.
         weight: ``(n,)``, the weights of these columns.
-        group: of the ranks that share the rows; None: all.
+        group: of the ranks that share the rows (ProcessGroup, or DeviceMesh of one dimension); None: all.
         eps, weight_offset, cast_before_weight: as of :func:`rms_norm`.
 
     Returns:
-        ``(*, n)``, this rank's columns of the norm. Differentiable once, in ``input`` and ``weight``.
+        ``(*, n)``, this rank's columns of the norm. Differentiable once, in ``input`` and ``weight``, by autograd; not by the
+        transforms of torch.func.
+
+    Errors: as of :func:`rms_norm`; TypeError if given a DTensor, whose own rules are another way.
     """
-    columns = input.shape[-1] if input.dim() else 0
+    if isinstance(input, DTensor) or isinstance(weight, DTensor):
+        raise TypeError("rms_norm_sharded: expected this rank's columns as a plain tensor, but got a DTensor; call rms_norm, or to_local() first")
+    if not input.dim():
+        raise ValueError("rms_norm_sharded: expected input with at least one dimension, but got a scalar")
+    columns = input.shape[-1]
+    # On no rows, for the checks that both have.
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    with torch.no_grad():
+        rms_norm(input.new_empty((0, columns)), (columns,), weight, eps, **options)
     if columns > normalized_size:
         raise ValueError(f"rms_norm_sharded: expected normalized_size to be at least input's {columns} columns, but got {normalized_size}")
-    if weight is not None and weight.shape != (columns,):
-        raise RuntimeError(f"rms_norm_sharded: expected weight of shape {[columns]}, but got {list(weight.shape)}")
     group = groups.WORLD if group is None else group
     return _apply(input, weight, normalized_size, eps, group, weight_offset, cast_before_weight)
 
@@ -85,5 +96,4 @@ class _Sharded(torch.autograd.Function):
         return dx, dweight, None, None, None, None, None
 
 
-# The Dynamo of torch 2.11 makes zeros of these gradients: there it breaks the graph instead.
-_apply = _Sharded.apply if torch.__version__ >= "2.12" else torch.compiler.disable(_Sharded.apply)
+_apply = _Sharded.apply if TRACES_FUNCTIONS_OVER_COLLECTIVES else torch.compiler.disable(_Sharded.apply)
