@@ -1,36 +1,34 @@
 """replace_rms_norm(model): puts this package's RMSNorm in place of the norms of a model that already exists.
 
-Classes are recognised by their name, so nothing here imports transformers.
+Nothing here imports transformers but patch_transformers(), which has it build models with ours from the start.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import nn
 
 from ..modules import RMSNorm
-
-# Exact classes only: a subclass may have a forward of its own. tests/test_replace.py compares every row with
-# the class it names. The last two columns: is the normalized value rounded to the input's dtype before it is
-# multiplied by the weight, and which attribute holds eps.
-_KNOWN = {
-    "torch.nn.modules.normalization.RMSNorm": (False, "eps"),
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm": (True, "variance_epsilon"),
-    "transformers.models.mistral.modeling_mistral.MistralRMSNorm": (True, "variance_epsilon"),
-    "transformers.models.mixtral.modeling_mixtral.MixtralRMSNorm": (True, "variance_epsilon"),
-    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm": (True, "variance_epsilon"),
-    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeRMSNorm": (True, "variance_epsilon"),
-    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm": (True, "variance_epsilon"),
-    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeRMSNorm": (True, "variance_epsilon"),
-}
+from .families import Family, Recognized, recognize, twin
+from .fuse_residual import fuse, unfuse
 
 
 class Replaced(NamedTuple):
     name: str  # as in model.named_modules(); a module that sits in two places is listed twice, with one `new`
     old: nn.Module
     new: RMSNorm
+    family: Family
+
+
+class Fused(NamedTuple):
+    name: str
+    layer: nn.Module
+    norms: tuple[str, ...]  # the attributes of the layer that take the residual now
 
 
 class Skipped(NamedTuple):
@@ -42,18 +40,22 @@ class Skipped(NamedTuple):
 class Replacement(list):
     """The swaps that were made, a list of Replaced, and in `.skipped` the RMSNorm look-alikes left alone.
 
-    restore() undoes the swap, as does leaving a `with` block. Old and new module share their parameters,
-    hooks and training flag, so what happened to one in the meantime holds for the other.
+    `.fused` are the layers whose residual additions happen in our norms. restore() undoes all of it, as does leaving a
+    `with` block. Old and new module share their parameters, hooks and training flag, so what happened to one in the
+    meantime holds for the other.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.skipped: list[Skipped] = []
+        self.fused: list[Fused] = []
         self._model = model
 
     def restore(self) -> None:
         """Puts the original modules back, except where somebody else has replaced ours since. Idempotent."""
-        for name, old, new in self:
+        for _, layer, _ in self.fused:
+            unfuse(layer)
+        for name, old, new, _ in self:
             parent, child = _slot(self._model, name)
             if parent is not None and parent._modules.get(child) is new:
                 vars(old).update((key, value) for key, value in vars(new).items() if key in vars(old))
@@ -66,18 +68,31 @@ class Replacement(list):
         self.restore()
 
     def __repr__(self) -> str:
-        kinds = Counter(type(old).__name__ for _, old, _ in self)
+        kinds = Counter(type(old).__name__ for _, old, _, _ in self)
         swapped = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nothing"
-        return f"<Replacement: {swapped} replaced, {len(self.skipped)} skipped>"
+        fused = f", {len(self.fused)} layers fused" if self.fused else ""
+        return f"<Replacement: {swapped} replaced{fused}, {len(self.skipped)} skipped>"
 
 
-def replace_rms_norm(model: nn.Module) -> Replacement:
+def replace_rms_norm(
+    model: nn.Module, match: Callable[[str, nn.Module], bool] | None = None, *, fuse_residual: bool = False
+) -> Replacement:
     """Swaps, in place, the norms of `model` for rmsnorm_cuda.RMSNorm with the same parameters and rounding order.
 
-    Swapped are torch.nn.RMSNorm and the norms of the Llama, Mistral, Mixtral, Qwen2 and Qwen3 models of
-    transformers, q/k norms included. Parameters stay the same objects: an optimizer keeps working, and
-    state_dict() keeps its keys. Any other module that is named like an RMSNorm stays and is listed in
-    `.skipped`. A model without such norms, or swapped before, gives an empty result.
+    Which family's norm a module is, and its eps, is found by trying a copy of it, whatever its class is called: rounding
+    order, offset and dtypes are those of `rmsnorm_cuda.integrations.families.FAMILIES`. That covers the RMSNorms of
+    transformers (Llama, Mistral, Qwen, Gemma, Olmo, T5, Phi-3, GLM, DeepSeek and those that are built like them),
+    torch.nn.RMSNorm and most that people write themselves. Parameters stay the same objects: an optimizer keeps working, and
+    state_dict() keeps its keys. What is named like an RMSNorm and computes something else stays, and is listed in `.skipped`
+    with the reason. A model without such norms, or swapped before, gives an empty result.
+
+    Args:
+        model: changed in place; compiled or not.
+        match: ``match(name, module)`` says which modules are meant, for classes that are not called ...RMSNorm. Each of them
+            is tried in the same way, and swapped or skipped.
+        fuse_residual: also let the norms of decoder layers add the residual themselves, where the layer's forward is seen to
+            do ``h = residual + h; residual = h; h = self.norm(h)``. The same bits, two passes over memory less. A layer whose
+            forward has no such place is listed in `.skipped`.
 
         swap = replace_rms_norm(model)        # or: with replace_rms_norm(model): ...
         swap.restore()
@@ -86,13 +101,15 @@ def replace_rms_norm(model: nn.Module) -> Replacement:
         raise TypeError(f"replace_rms_norm: expected a torch.nn.Module, got {type(model).__name__}")
     result = Replacement(model)
     new_of: dict[nn.Module, RMSNorm] = {}
+    known: dict[tuple, Recognized | str] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, RMSNorm) or not _looks_like_rms_norm(module):
+        if isinstance(module, RMSNorm) or not (match(name, module) if match else _may_be_rms_norm(module)):
             continue
         parent, child = _slot(model, name)
-        reason = _reason_to_skip(module, parent)
-        if reason:
-            result.skipped.append(Skipped(name, module, reason))
+        found = _reason_to_skip(module, parent) or _recognize_once(module, known)
+        if isinstance(found, str):
+            if match or _named_rms_norm(module):
+                result.skipped.append(Skipped(name, module, found))
         elif parent is None:
             raise ValueError(
                 f"replace_rms_norm: the model is itself a {type(module).__name__}, and a module can only be replaced "
@@ -100,10 +117,55 @@ def replace_rms_norm(model: nn.Module) -> Replacement:
             )
         else:
             if module not in new_of:
-                new_of[module] = _twin(module)
+                new_of[module] = twin(module, *found)
             setattr(parent, child, new_of[module])
-            result.append(Replaced(name, module, new_of[module]))
+            result.append(Replaced(name, module, new_of[module], found.family))
+    if fuse_residual:
+        for name, layer in model.named_modules():
+            fused = fuse(layer)
+            if isinstance(fused, str):
+                result.skipped.append(Skipped(name, layer, fused))
+            elif fused:
+                result.fused.append(Fused(name, layer, fused))
     return result
+
+
+@contextlib.contextmanager
+def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
+    """Within the block, from_pretrained() and from_config() of transformers build models of these types with our norms.
+
+        with patch_transformers("llama", "gemma3"):
+            model = AutoModelForCausalLM.from_pretrained(...)
+
+    Uses transformers' own register_patch_mapping(). Yields the mapping: every class of the types' modeling modules that is
+    found to be of a known family, by name. A norm that is not recognized as it is built stays the original.
+    """
+    from transformers import monkey_patching
+
+    mapping = {}
+    for model_type in model_types:
+        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        for name, cls in vars(module).items():
+            if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module.__name__ and "Norm" in name:
+                mapping[name] = _building_twins(cls)
+    monkey_patching.register_patch_mapping(mapping)
+    try:
+        yield mapping
+    finally:
+        monkey_patching.unregister_patch_mapping(list(mapping))
+
+
+def _building_twins(original: type) -> type:
+    """A class to call in place of `original`: builds one, and returns its twin if it is of a known family."""
+
+    class Builder(original):
+        def __new__(cls, *args, **kwargs):
+            old = original(*args, **kwargs)
+            found = recognize(old)
+            return old if isinstance(found, str) else twin(old, *found)
+
+    Builder.__name__, Builder.__qualname__ = original.__name__, original.__qualname__
+    return Builder
 
 
 def _slot(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
@@ -117,17 +179,17 @@ def _slot(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
     return parent, child
 
 
-def _qualified_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _looks_like_rms_norm(module: nn.Module) -> bool:
+def _named_rms_norm(module: nn.Module) -> bool:
     return any(cls.__name__.endswith("RMSNorm") for cls in type(module).__mro__)
 
 
+def _may_be_rms_norm(module: nn.Module) -> bool:
+    """Named so, or a norm with no bias that torch does not bring: T5 calls its RMSNorm a LayerNorm."""
+    own = not type(module).__module__.startswith("torch.")
+    return _named_rms_norm(module) or (own and "Norm" in type(module).__name__ and not list(module.children()))
+
+
 def _reason_to_skip(module: nn.Module, parent: nn.Module | None) -> str:
-    if _qualified_name(module) not in _KNOWN:
-        return f"{_qualified_name(module)} is not a known class, and its rounding order would be a guess"
     if "forward" in vars(module):
         return "its forward was replaced on this instance (accelerate hooks, kernels, Liger, ...)"
     if getattr(module, "_compiled_call_impl", None) is not None or type(parent).__name__ == "OptimizedModule":
@@ -135,19 +197,11 @@ def _reason_to_skip(module: nn.Module, parent: nn.Module | None) -> str:
     return ""
 
 
-def _twin(old: nn.Module) -> RMSNorm:
-    """Our module on the very state of `old`: the same dictionaries of parameters and hooks, not copies.
-
-    So a hook handle taken from either one removes the hook from both, and a parameter assigned to one
-    (load_state_dict(assign=True), to_empty()) is there in the other.
-    """
-    cast_before_weight, eps_name = _KNOWN[_qualified_name(old)]
-    new = RMSNorm.__new__(RMSNorm)
-    vars(new).update(vars(old))
-    vars(new).pop("variance_epsilon", None)
-    new.normalized_shape = getattr(old, "normalized_shape", None) or tuple(old.weight.shape)
-    new.eps = getattr(old, eps_name)
-    new.elementwise_affine = old.weight is not None
-    new.weight_offset = 0.0
-    new.cast_before_weight = cast_before_weight
-    return new
+def _recognize_once(module: nn.Module, known: dict[tuple, Recognized | str]) -> Recognized | str:
+    """recognize(), once for all modules of a class that have the same settings and shape."""
+    weight = getattr(module, "weight", None)
+    simple = tuple((key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str, tuple, type(None))))
+    key = (type(module), simple, None if weight is None else tuple(weight.shape))
+    if key not in known:
+        known[key] = recognize(module)
+    return known[key]

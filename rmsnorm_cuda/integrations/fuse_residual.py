@@ -1,0 +1,132 @@
+"""Lets the norms of a model's layers add the residual: the layer's forward, as its source reads, with three lines made one.
+
+    hidden_states = residual + hidden_states
+    residual = hidden_states                        ->  hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
+    hidden_states = self.norm(hidden_states)
+
+Names are what they are, and anything may be added to the residual. Any other form is left alone.
+"""
+
+from __future__ import annotations
+
+import __future__
+import ast
+import functools
+import inspect
+import textwrap
+import types
+
+from torch import Tensor, nn
+
+from ..modules import RMSNorm
+
+
+def fuse(layer: nn.Module) -> tuple[str, ...] | str:
+    """Gives the layer a class whose norms add the residual. Returns the names of these norms, () if there is nothing of the
+    kind to be done, or why it was not."""
+    ours = {name for name, child in layer.named_children() if type(child) is RMSNorm and len(child.normalized_shape) == 1}
+    if len(ours) < 2 or issubclass(type(layer), _AddsInNorms):
+        return ()
+    if "forward" in vars(layer):
+        return "its forward was replaced on this instance, and its norms do not add the residual"
+    hooked = {name for name in ours if layer._modules[name]._forward_hooks or layer._modules[name]._forward_pre_hooks}
+    fused = _fused_class(type(layer), frozenset(ours - hooked))
+    if not isinstance(fused, type):
+        return fused and fused + (f" that has no hooks ({', '.join(sorted(hooked))} has)" if hooked else "")
+    layer.__class__ = fused
+    return fused._fused
+
+
+def unfuse(layer: nn.Module) -> None:
+    if isinstance(layer, _AddsInNorms):
+        layer.__class__ = type(layer)._original
+
+
+class _AddsInNorms:
+    """A base of the classes made here. They have the name of the original, and are copied and pickled by way of it."""
+
+    _original: type
+    _fused: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self._original, self._fused), vars(self)
+
+    @staticmethod
+    def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if type(norm) is RMSNorm and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
+            return norm(hidden, residual)
+        total = residual + hidden  # promoted or broadcast as torch does it; or another norm has been put there
+        return norm(total), total
+
+
+def _rebuild(original: type, norms: tuple[str, ...]) -> nn.Module:
+    cls = _fused_class(original, frozenset(norms))
+    cls = cls if isinstance(cls, type) else original  # of another version, whose source is another
+    return cls.__new__(cls)
+
+
+@functools.cache  # one class for all layers of a model: torch.compile compiles its forward once
+def _fused_class(cls: type, norms: frozenset[str]) -> type | str | tuple[()]:
+    # A base class may wrap what its subclasses define (transformers does, for checkpointing). It then wraps ours too.
+    forward = getattr(cls.forward, "__wrapped__", cls.forward)
+    if not isinstance(forward, types.FunctionType) or forward.__closure__ or hasattr(forward, "__wrapped__"):
+        return "its forward is decorated or calls super(), and its norms do not add the residual"
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return "the source of its forward is not there, and its norms do not add the residual"
+    rewriter = _Rewriter(norms)
+    rewriter.visit(tree)
+    if not rewriter.fused:
+        named = any(isinstance(node, ast.Name) and "residual" in node.id for node in ast.walk(tree))
+        return "its forward has no addition to the residual right before a norm" if named else ()
+    body = {"forward": _compiled(tree, forward), "_original": cls, "_fused": tuple(rewriter.fused)}
+    fused = type(cls)(cls.__name__, (_AddsInNorms, cls), body | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    if fused.forward.__code__ is not cls.forward.__code__ and forward is not cls.forward:
+        return "its forward is decorated, and its norms do not add the residual"
+    return fused
+
+
+def _compiled(tree: ast.Module, original: types.FunctionType) -> types.FunctionType:
+    ast.increment_lineno(tree, original.__code__.co_firstlineno - 1)  # tracebacks show the original's lines
+    flags = original.__code__.co_flags & __future__.annotations.compiler_flag
+    scope: dict = {}
+    exec(compile(tree, original.__code__.co_filename, "exec", flags=flags, dont_inherit=True), original.__globals__, scope)
+    return functools.update_wrapper(scope[original.__name__], original, updated=())
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, norms: frozenset[str]) -> None:
+        self.norms, self.fused = norms, []
+
+    def generic_visit(self, node):
+        for field in ("body", "orelse", "finalbody"):
+            if isinstance(getattr(node, field, None), list):
+                setattr(node, field, self._block(getattr(node, field)))
+        return super().generic_visit(node)
+
+    def _block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        result = []
+        while statements:
+            new = self._fuse(*statements[:3]) if len(statements) >= 3 else None
+            result.append(new or statements[0])
+            statements = statements[3 if new else 1 :]
+        return result
+
+    def _fuse(self, add: ast.stmt, keep: ast.stmt, norm: ast.stmt) -> ast.stmt | None:
+        match add, keep, norm:
+            case (
+                ast.Assign([ast.Name(total)], ast.BinOp(left, ast.Add(), right)),
+                ast.Assign([ast.Name(residual)], ast.Name(kept)),
+                ast.Assign([ast.Name(output)], ast.Call(ast.Attribute(ast.Name("self"), attribute), [ast.Name(argument)], [])),
+            ) if kept == argument == total and residual not in (total, output) and attribute in self.norms:
+                for one, other in ((left, right), (right, left)):
+                    if isinstance(one, ast.Name) and one.id == residual:
+                        self.fused.append(attribute)
+                        new = ast.parse(f"{output}, {residual} = self._add_norm(self.{attribute}, other, {residual})").body[0]
+                        for node in ast.walk(new):
+                            ast.copy_location(node, add)
+                        new.value.args[1] = other
+                        # `total` is not `output` where the sum has a name of its own, which may be read later.
+                        return new if total == output else None
+        return None

@@ -1,0 +1,205 @@
+"""Which RMSNorm a module is: the families against the classes that transformers and others have, and what is refused."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import rmsnorm_cuda
+from rmsnorm_cuda.integrations.families import FAMILIES, recognize, twin
+from rmsnorm_cuda.reference import ulp_distance
+
+# (family, class, arguments beside the width)
+CLASSES = [
+    ("torch", "torch.nn.modules.normalization.RMSNorm", {"eps": 1e-3}),
+    ("torch", "torch.nn.modules.normalization.RMSNorm", {}),
+    ("torch", "torch.nn.modules.normalization.RMSNorm", {"eps": 1e-3, "elementwise_affine": False}),
+    ("torch", "transformers.olmo2.Olmo2RMSNorm", {"eps": 1e-3}),
+    ("torch", "transformers.olmo3.Olmo3RMSNorm", {"eps": 1e-3}),
+    ("torch", "transformers.gpt_oss.GptOssRMSNorm", {"eps": 1e-3}),
+    ("torch", "transformers.helium.HeliumRMSNorm", {"eps": 1e-3}),
+    ("torch", "transformers.moshi.MoshiRMSNorm", {"eps": 1e-3}),
+    ("torch", "transformers.gemma3n.Gemma3nRMSNorm", {"eps": 1e-3}),
+    ("torch", "transformers.gemma3n.Gemma3nRMSNorm", {"eps": 1e-3, "with_scale": False}),
+    ("llama", "transformers.llama.LlamaRMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.mistral.MistralRMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.mixtral.MixtralRMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.qwen2.Qwen2RMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.qwen2_moe.Qwen2MoeRMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.qwen3.Qwen3RMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.qwen3_moe.Qwen3MoeRMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.phi3.Phi3RMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.glm.GlmRMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.deepseek_v3.DeepseekV3RMSNorm", {"eps": 1e-3}),
+    ("llama", "transformers.llama4.Llama4TextRMSNorm", {"eps": 1e-3}),
+    ("gemma", "transformers.gemma.GemmaRMSNorm", {"eps": 1e-3}),
+    ("gemma", "transformers.gemma2.Gemma2RMSNorm", {"eps": 1e-3}),
+    ("gemma", "transformers.gemma3.Gemma3RMSNorm", {"eps": 1e-3}),
+    ("gemma", "transformers.qwen3_next.Qwen3NextRMSNorm", {"eps": 1e-3}),
+    ("t5", "transformers.t5.T5LayerNorm", {"eps": 1e-3}),
+    ("t5", "transformers.umt5.UMT5LayerNorm", {"eps": 1e-3}),
+    ("t5", "transformers.idefics.IdeficsRMSNorm", {"eps": 1e-3}),
+]
+REFUSED = {
+    "transformers.cohere.CohereLayerNorm": "it computes what no known family computes",  # a mean is subtracted
+    "transformers.qwen3_next.Qwen3NextRMSNormGated": "Qwen3NextRMSNormGated.forward takes more than the input: hidden_states, gate",
+    "torch.nn.modules.normalization.LayerNorm": "LayerNorm has bias, and RMSNorm has a weight only",
+    "torch.nn.modules.linear.Linear": "it computes what no known family|has bias",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(path):
+    """The class: transformers.MODEL.CLASS, or any other by its full name."""
+    if path.startswith("transformers."):
+        pytest.importorskip("transformers")
+        _, model, name = path.split(".")
+        path = f"transformers.models.{model}.modeling_{model}.{name}"
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        pytest.skip(f"this transformers has no {name}")
+
+
+@pytest.mark.parametrize("dtypes", ["fp32 fp32", "bf16 bf16", "fp16 fp16", "bf16 fp32", "fp16 fp32", "fp32 bf16", "fp32 fp16"])
+@pytest.mark.parametrize("family, path, options", CLASSES, ids=[f"{path.split('.')[-1]}-{len(options)}" for _, path, options in CLASSES])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of torch.nn.RMSNorm
+def test_class(family, path, options, dtypes):
+    """The twin computes what the class computes, to the last bit but for near-ties of its roundings."""
+    x_dtype, w_dtype = (DTYPES[name] for name in dtypes.split())
+    old = load(path)(96, **options).to(w_dtype)
+    if getattr(old, "weight", None) is not None:
+        nn.init.normal_(old.weight, mean=0.0 if family == "gemma" else 1.0, std=0.25)
+    found = recognize(old)
+    assert (found.family.name, found.eps) == (family, options.get("eps"))
+    new = twin(old, *found)
+    assert isinstance(new, rmsnorm_cuda.RMSNorm) and new.weight is getattr(old, "weight", None)
+
+    x = torch.randn(512, 96).to(x_dtype)
+    x[:8] *= 1e-3  # where eps is as large as the mean of squares and larger
+    want, got = old(x).detach(), new(x).detach()
+    assert got.dtype == want.dtype
+    if want.dtype == torch.float32 and x_dtype != torch.float32 and new.cast_before_weight and family != "t5":
+        # a near-tie of the first rounding is an ulp of the input's dtype
+        torch.testing.assert_close(got, want, rtol=torch.finfo(x_dtype).eps, atol=0)
+    else:
+        # 16 bits: one rounding can fall the other way, and a product carries that to 2 ulp. fp32: theirs rounds the mean
+        # (half of it reaches the root), the root, two products and 1 + weight; ours is within 1 or 2.
+        assert ulp_distance(got, want).max() <= (5 if want.dtype == torch.float32 else 2)
+    if want.dtype != torch.float32:
+        assert (got == want).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_refused(path):
+    arguments = (96, 96) if path.endswith("Linear") else (96,)
+    reason = recognize(load(path)(*arguments))
+    assert isinstance(reason, str) and any(text in reason for text in REFUSED[path].split("|")), reason
+
+
+def test_families_differ():
+    """Each family's module is recognized as itself, and its name tells."""
+    for family in FAMILIES:
+        norm = nn.Module()
+        norm.weight, norm.variance_epsilon, norm.eps = nn.Parameter(torch.ones(40)), 1e-5, 1e-5
+        ours = twin(norm, family, 1e-5)
+        found = recognize(Wrapped(lambda self, x, ours=ours: run(ours, self.weight, x), eps=1e-5, variance_epsilon=1e-5))
+        assert found.family is family
+
+
+def run(ours, weight, x):
+    ours._parameters["weight"] = weight
+    return ours(x)
+
+
+# What people write themselves
+
+
+class Wrapped(nn.Module):
+    """A norm whose forward is `function(self, x)`."""
+
+    def __init__(self, function, width=40, **attributes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.function = function
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def rms(x, eps):
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
+OWN = {
+    "as in Llama's own code": (lambda self, x: (x.float() * rms(x, self.eps)).type_as(x) * self.weight, {"eps": 1e-5}, ("llama", 1e-5)),
+    "another name for eps": (lambda self, x: (x * rms(x, self.epsilon) * self.weight).to(x.dtype), {"epsilon": 1e-6}, ("torch", 1e-6)),
+    "two numbers": (
+        lambda self, x: (x * rms(x, self.small) * self.weight).to(x.dtype),
+        {"eps": 0.9, "dropout": 0.1, "small": 1e-5},
+        ("torch", 1e-5),
+    ),
+    "large eps": (lambda self, x: (x * rms(x, self.eps) * self.weight).to(x.dtype), {"eps": 0.5}, ("torch", 0.5)),
+    "no eps": (lambda self, x: (x * rms(x, self.eps) * self.weight).to(x.dtype), {"eps": 0.0}, ("torch", 0.0)),
+}
+NOT_OURS = {
+    "no such attribute": (lambda self, x: (x * rms(x, 1e-5) * self.weight).to(x.dtype), {}, "no attribute that could be its eps"),
+    "another eps than it says": (lambda self, x: (x * rms(x, 1e-5) * self.weight).to(x.dtype), {"eps": 1e-6}, "with eps=1e-06"),
+    "eps outside of the root": (
+        lambda self, x: (x / (x.float().pow(2).mean(-1, keepdim=True).sqrt() + self.eps) * self.weight).to(x.dtype),
+        {"eps": 1e-5},
+        "no known family",
+    ),
+    "in the input's dtype": (lambda self, x: x * rms(x, self.eps).to(x.dtype) * self.weight, {"eps": 1e-5}, "no known family"),
+    "of another dimension": (lambda self, x: x * rms(x.mT, self.eps).mT * self.weight, {"eps": 1e-5}, "could not be tried|no known family"),
+    "part of a row": (lambda self, x: (x * rms(x[..., :20], self.eps) * self.weight).to(x.dtype), {"eps": 1e-5}, "no known family"),
+    "scaled": (lambda self, x: (x * rms(x, self.eps) * self.weight * 2).to(x.dtype), {"eps": 1e-5}, "100% of its values"),
+    "L2": (lambda self, x: (nn.functional.normalize(x.float(), dim=-1) * self.weight).to(x.dtype), {"eps": 1e-12}, "no known family"),
+    "raises": (lambda self, x: x.nothing, {"eps": 1e-5}, "could not be tried on the CPU: AttributeError: 'Tensor' object"),
+    "no tensor": (lambda self, x: (x, x), {"eps": 1e-5}, "100% of its values"),
+}
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_own_class(what):
+    function, attributes, want = OWN[what]
+    found = recognize(Wrapped(function, **attributes))
+    assert (found.family.name, found.eps) == want
+
+
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_what_is_not_ours(what):
+    function, attributes, reason = NOT_OURS[what]
+    found = recognize(Wrapped(function, **attributes))
+    assert isinstance(found, str) and any(text in found for text in reason.split("|")), found
+
+
+def test_structure_that_is_not_ours():
+    norm = Wrapped(OWN["large eps"][0], eps=0.5)
+    norm.child = nn.Linear(2, 2)
+    assert recognize(norm) == "Wrapped has submodules"
+    norm = Wrapped(OWN["large eps"][0], eps=0.5)
+    norm.register_buffer("scale", torch.ones(()))
+    assert recognize(norm) == "Wrapped has scale, and RMSNorm has a weight only"
+    norm = Wrapped(OWN["large eps"][0], eps=0.5)
+    del norm.weight
+    norm.weight = torch.ones(40)
+    assert recognize(norm) == "the weight of Wrapped is not a parameter"
+
+
+def test_the_module_itself_takes_no_part():
+    """Neither its weights nor its hooks nor where it lies matter, and nothing of it changes."""
+    norm = Wrapped(OWN["as in Llama's own code"][0], eps=1e-5)
+    norm.register_forward_hook(lambda *_: pytest.fail("the hook ran"))
+    nn.init.constant_(norm.weight, torch.nan)
+    state = dict(vars(norm)), norm.weight._version, torch.get_rng_state()
+    assert recognize(norm).family.name == "llama"
+    assert (dict(vars(norm)), norm.weight._version) == state[:2] and torch.equal(torch.get_rng_state(), state[2])
+    with torch.device("meta"):
+        assert recognize(Wrapped(OWN["large eps"][0], eps=0.5)).eps == 0.5
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert recognize(norm).family.name == "llama"
