@@ -4,12 +4,15 @@
     fused_add_rms_norm(input, residual, weight=None, eps=None, *, ...) -> (output, residual_out)     and in place: ..._
     rms_norm_quant(input, weight=None, eps=None, *, dtype, scale=None, block=None, ...) -> (output, scale)       and fused_add_...
     RMSNorm(normalized_shape, eps=None, elementwise_affine=True, ...)      the module, a torch.nn.RMSNorm
-    replace_rms_norm(model)                                                 swaps a model's norms for ours
+    replace_rms_norm(model, *, fuse_residual=False)                         swaps a model's norms for ours; patch_transformers(*types)
+    monitor(model)                                                          watches what a model's norms are given
     rms_norm_sharded(input, normalized_size, weight=None, eps=None, *, group=None, ...)      rows spread over ranks
     include_dir(), library_dir(), cmake_dir()                               what a C++ program is built with
 
 `python -m rmsnorm_cuda` shows what is built and checks it.
 """
+
+import importlib
 
 import torch  # noqa: F401  (its libraries are loaded before ours)
 
@@ -30,6 +33,8 @@ __all__ = [
     "fused_add_rms_norm_quant",
     "include_dir",
     "library_dir",
+    "monitor",
+    "patch_transformers",
     "replace_rms_norm",
     "rms_norm",
     "rms_norm_quant",
@@ -39,18 +44,20 @@ __all__ = [
 register_when_imported()
 
 
+# Imported when they are first used: `import rmsnorm_cuda` stays quick.
+_LATER = {
+    "monitor": ".monitoring",
+    "patch_transformers": ".integrations.transformers",
+    "replace_rms_norm": ".integrations.transformers",
+    "rms_norm_sharded": ".integrations.sharded",
+}
+
+
 def __getattr__(name):
-    # Integrations are imported when they are first used: `import rmsnorm_cuda` stays quick.
-    if name == "replace_rms_norm":
-        from .integrations.transformers import replace_rms_norm
-
-        return replace_rms_norm
-    if name == "rms_norm_sharded":
-        from .integrations.sharded import rms_norm_sharded
-
-        return rms_norm_sharded
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name], __name__), name)
 
 
 def __dir__():
-    return sorted([*globals(), "replace_rms_norm", "rms_norm_sharded"])
+    return sorted([*globals(), *_LATER])

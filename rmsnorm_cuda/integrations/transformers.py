@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -145,14 +146,18 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
     mapping = {}
     for model_type in model_types:
         module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-        for name, cls in vars(module).items():
-            if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module.__name__ and "Norm" in name:
-                mapping[name] = _building_twins(cls)
+        mapping |= {name: _building_twins(cls) for name, cls in norm_classes(module).items()}
     monkey_patching.register_patch_mapping(mapping)
     try:
         yield mapping
     finally:
         monkey_patching.unregister_patch_mapping(list(mapping))
+
+
+def norm_classes(module: types.ModuleType) -> dict[str, type]:
+    """The classes that a modeling module defines and calls a norm."""
+    classes = {name: cls for name, cls in vars(module).items() if isinstance(cls, type) and issubclass(cls, nn.Module)}
+    return {name: cls for name, cls in classes.items() if cls.__module__ == module.__name__ and "Norm" in name}
 
 
 def _building_twins(original: type) -> type:
