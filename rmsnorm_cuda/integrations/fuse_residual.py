@@ -46,10 +46,11 @@ class _AddsInNorms:
     """A base of the classes made here. They have the name of the original, and are copied and pickled by way of it."""
 
     _original: type
-    _fused: tuple[str, ...]
+    _norms: frozenset[str]  # that could take the residual
+    _fused: tuple[str, ...]  # that do
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self._original, self._fused), vars(self)
+        return _rebuild, (self._original, self._norms), vars(self)
 
     @staticmethod
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +60,8 @@ class _AddsInNorms:
         return norm(total), total
 
 
-def _rebuild(original: type, norms: tuple[str, ...]) -> nn.Module:
-    cls = _fused_class(original, frozenset(norms))
+def _rebuild(original: type, norms: frozenset[str]) -> nn.Module:
+    cls = _fused_class(original, norms)
     cls = cls if isinstance(cls, type) else original  # of another version, whose source is another
     return cls.__new__(cls)
 
@@ -80,7 +81,7 @@ def _fused_class(cls: type, norms: frozenset[str]) -> type | str | tuple[()]:
     if not rewriter.fused:
         named = any(isinstance(node, ast.Name) and "residual" in node.id for node in ast.walk(tree))
         return "its forward has no addition to the residual right before a norm" if named else ()
-    body = {"forward": _compiled(tree, forward), "_original": cls, "_fused": tuple(rewriter.fused)}
+    body = {"forward": _compiled(tree, forward), "_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused)}
     fused = type(cls)(cls.__name__, (_AddsInNorms, cls), body | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
     if fused.forward.__code__ is not cls.forward.__code__ and forward is not cls.forward:
         return "its forward is decorated, and its norms do not add the residual"
@@ -119,7 +120,7 @@ class _Rewriter(ast.NodeTransformer):
                 ast.Assign([ast.Name(total)], ast.BinOp(left, ast.Add(), right)),
                 ast.Assign([ast.Name(residual)], ast.Name(kept)),
                 ast.Assign([ast.Name(output)], ast.Call(ast.Attribute(ast.Name("self"), attribute), [ast.Name(argument)], [])),
-            ) if kept == argument == total and residual not in (total, output) and attribute in self.norms:
+            ) if kept == argument == total == output != residual and attribute in self.norms:  # else the sum may be read later
                 for one, other in ((left, right), (right, left)):
                     if isinstance(one, ast.Name) and one.id == residual:
                         self.fused.append(attribute)
@@ -127,6 +128,5 @@ class _Rewriter(ast.NodeTransformer):
                         for node in ast.walk(new):
                             ast.copy_location(node, add)
                         new.value.args[1] = other
-                        # `total` is not `output` where the sum has a name of its own, which may be read later.
-                        return new if total == output else None
+                        return new
         return None
