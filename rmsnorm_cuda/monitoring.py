@@ -180,20 +180,7 @@ class Monitor:
     def plot(self, path: str | None = None):
         """A heat map, norms by steps, of the typical RMS of rows, alarms marked. Saved to `path` if given; returns the figure.
         Needs matplotlib."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 1.5 + 0.18 * len(self.norms)), layout="constrained")
-        axes = figure.add_subplot()
-        values = self.figures()[:, :, _MEAN].T
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=(-0.5, len(self._steps) - 0.5, len(self.norms) - 0.5, -0.5))
-        figure.colorbar(image, label="log2 of the rows' RMS")
-        names, steps = list(self.norms), self.steps
-        marks = [(steps.index(a.step), names.index(a.norm)) for a in self.alarms if a.step in steps]
-        if marks:
-            axes.plot(*zip(*marks), "rx", label="alarm")
-            axes.legend(loc="upper left")
-        axes.set(xlabel="step", yticks=range(len(names)), title="RMS of what each norm is given")
-        axes.set_yticklabels(names, fontsize=7)
+        figure = heat_map(list(self.norms), self.steps, self.figures()[:, :, _MEAN], [(a.step, a.norm) for a in self.alarms])
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
@@ -303,6 +290,23 @@ def monitor(
         m.plot("norms.png")
     """
     return Monitor(model, thresholds, on_alarm, every)
+
+
+def heat_map(norms: list[str], steps: list[int], values: Tensor, alarms: list[tuple[int, str]]):
+    """A figure of ``(steps, norms)`` values, a row for each norm, with a cross at each alarm (step, norm)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.5 + 0.18 * len(norms)), layout="constrained")
+    axes = figure.add_subplot()
+    edges = (-0.5, len(steps) - 0.5, len(norms) - 0.5, -0.5)
+    figure.colorbar(axes.imshow(values.T, aspect="auto", interpolation="nearest", extent=edges), label="log2 of the rows' RMS")
+    marks = [(steps.index(step), norms.index(norm)) for step, norm in alarms if step in steps]
+    if marks:
+        axes.plot(*zip(*marks), "rx", label="alarm")
+        axes.legend(loc="upper left")
+    axes.set(xlabel="step", yticks=range(len(norms)), title="RMS of what each norm is given")
+    axes.set_yticklabels(norms, fontsize=7)
+    return figure
 
 
 def _figures(rstd: Tensor, eps: Tensor) -> Tensor:
