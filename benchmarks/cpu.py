@@ -131,7 +131,12 @@ def main():
     parser.add_argument("--modes", default=",".join(PASSES))
     parser.add_argument("--json")
     parser.add_argument("--png", help="a bar chart; needs matplotlib")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="a JSON to draw --png from; measures nothing")
     args = parser.parse_args()
+    if args.source:
+        with open(args.source) as file:
+            saved = json.load(file)
+        return chart(saved["results"], args.png, f"CPU, {saved['isa']}", hidden=("floor", "empty_like"))
     results = []
     for threads in map(int, args.threads.split(",")):
         torch.set_num_threads(threads)

@@ -58,6 +58,7 @@ ARCHITECTURES = {
     "Olmo2": ("torch", 9, 0, {}),  # norms behind attention and MLP: nothing is added right before one
     "Olmo3": ("torch", 9, 0, {}),
     "GptOss": ("torch", 5, 2, {"num_local_experts": 4}),
+    "NanoChat": ("torch", 9, 0, {}),  # without weights
     "Gemma": ("gemma", 5, 2, {}),
     "Gemma2": ("gemma", 9, 2, {}),
     "Gemma3Text": ("gemma", 13, 2, {}),
