@@ -87,7 +87,8 @@ _known: dict[tuple, Recognized | str] = {}
 def _recognize(cls, attributes, shape, others) -> Recognized | str:
     """recognize(), once for all modules of a class with these settings, also while Dynamo traces.
 
-    The module that is tried is a new one: Dynamo would tie a graph to the identity of one that is handed over.
+    The module that is tried is a new one, since Dynamo would tie a graph to the identity of one that is handed over. A class
+    whose forward reads more of its module than numbers, strings and dtypes cannot be tried so, and keeps its own.
     """
     key = cls, attributes, shape, others
     if key not in _known:

@@ -19,15 +19,15 @@ class MegatronRMSNorm(RMSNorm):
 
     From the TransformerConfig come the weight's dtype (`params_dtype`), zero-centered gamma (a weight_offset of 1),
     `init_model_with_meta_device`, and `sequence_parallel`, which marks the weight, so that Megatron sums its gradient over the
-    tensor-parallel ranks. One rounding, to the input's dtype, as Transformer Engine's.
+    tensor-parallel ranks. One rounding, to the input's dtype.
 
-    `persist_layer_norm` is accepted: it asks for Apex's kernel of one pass, which each of ours is. So are the arguments after
-    eps, which Megatron's own norms have and take from the config instead; where one asks for something else than the config, a
-    ValueError says so.
+    `persist_layer_norm` is accepted, in the config and as an argument: it chooses between Apex's kernels, and ours are chosen by
+    the length of a row. The arguments after it are there because Megatron's own norms have them; the config is what counts, and
+    one that contradicts it is refused.
 
     Raises:
-        ValueError: `config.normalization` is not "RMSNorm"; `config.memory_efficient_layer_norm`, since our backward reads
-            the norm's input and not its output.
+        ValueError: `config.normalization` is not "RMSNorm"; `zero_centered_gamma` where the config has none;
+            `config.memory_efficient_layer_norm`, since our backward reads the norm's input and not its output.
     """
 
     def __init__(
