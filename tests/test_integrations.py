@@ -540,6 +540,7 @@ def test_sglang_leaves_the_rest_alone(monkeypatch):
     assert asked(x, None, None, linear) and calls[0] == (norm, x, None, None, linear)
     assert asked(x, _quant_linear=linear) and asked(x, variance_size_override=16) and asked(x, override_orig_dtype=FP32)
     assert asked(x, x.float()) and asked(x, x.clone(), fp32_residual=True) and not asked(x, fp32_residual=True)
+    assert asked(x, x.clone(), x.float())
     assert asked(x, cast_x_before_out_mul=True)  # the weight is fp32: the result would be
     assert asked(x.double()) and asked(torch.randn(32, 4, dtype=BF16).mT, x.clone())
     assert asked(x, x.float(), hook=ours._around_gemma_rms_norm) and not asked(x, hook=ours._around_gemma_rms_norm)

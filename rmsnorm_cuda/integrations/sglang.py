@@ -42,32 +42,30 @@ def register() -> None:
 
 
 def _around_rms_norm(original, self, x, residual=None, post_residual_addition=None, quant_linear=None):
-    plain = (
-        quant_linear is None
-        and self._quant_linear is None
-        and self.variance_size_override is None
-        and self.override_orig_dtype is None
-        and not (self.fp32_residual and residual is not None)
-    )
-    if plain and _is_ours(x, residual, self.weight, self.cast_x_before_out_mul):
+    absent = ("_quant_linear", "variance_size_override", "override_orig_dtype")
+    plain = quant_linear is None and all(getattr(self, name, None) is None for name in absent)
+    if self.fp32_residual and residual is not None:
+        plain = False
+    if plain and _is_ours(x, residual, post_residual_addition, self.weight, self.cast_x_before_out_mul):
         return _forward(x, residual, post_residual_addition, self, 0.0, self.cast_x_before_out_mul)
     rest = () if quant_linear is None else (quant_linear,)
     return original(self, x, residual, post_residual_addition, *rest)
 
 
 def _around_gemma_rms_norm(original, self, x, residual=None, post_residual_addition=None):
-    if _is_ours(x, residual, self.weight, False):
+    if _is_ours(x, residual, post_residual_addition, self.weight, False):
         return _forward(x, residual, post_residual_addition, self, 1.0, False)
     return original(self, x, residual, post_residual_addition)
 
 
-def _is_ours(x, residual, weight, cast):
+def _is_ours(x, residual, post_residual_addition, weight, cast):
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and all(other is None or other.dtype == x.dtype for other in (residual, post_residual_addition))
+        and (residual is None or x.stride(-1) == residual.stride(-1) == 1)
         and (not cast or weight.dtype == x.dtype)
-        and (residual is None or (residual.dtype == x.dtype and x.stride(-1) == residual.stride(-1) == 1))
         and not is_batch_invariant_mode_enabled()
     )
 
