@@ -395,6 +395,44 @@ def test_vllm_op_runs_ours(vllm_ops):
     assert op.impls["rmsnorm_cuda"].uuid()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_vllm_layers_and_lowering(vllm_ops):
+    """vLLM's own layers on ours, chosen as --ir-op-priority chooses; and its pass over a graph of Inductor's."""
+    if not hasattr(vllm_ops.rms_norm, "torch_op"):
+        pytest.skip("the stand-in has no layers")
+    layers = pytest.importorskip("vllm.model_executor.layers.layernorm", exc_type=ImportError)
+    lowering = pytest.importorskip("vllm.compilation.passes.ir.lowering_pass", exc_type=ImportError)
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config.kernel import IrOpPriorityConfig
+
+    try:
+        config = VllmConfig()
+    except ImportError as error:
+        pytest.skip(f"vLLM is not installed with all that it needs: {error}")
+    mine = ["rmsnorm_cuda", "native"]
+    priority = IrOpPriorityConfig.with_default(["native"], rms_norm=mine, fused_add_rms_norm=mine)
+    assert priority.compute_hash()
+    x, residual = torch.randn(5, 64).bfloat16(), torch.randn(5, 64).bfloat16()
+    with set_current_vllm_config(config), torch.no_grad(), priority.set_priority():
+        for cls, options in ((layers.RMSNorm, {"cast_before_weight": True}), (layers.GemmaRMSNorm, {})):
+            norm = cls(64).bfloat16()
+            nn.init.normal_(norm.weight)
+            weight = norm.weight if cls is layers.RMSNorm else norm.weight.float() + 1
+            assert torch.equal(norm(x), rmsnorm_cuda.rms_norm(x, (64,), weight, 1e-6, **options))
+            want = rmsnorm_cuda.fused_add_rms_norm(x, residual, weight, 1e-6, **options)
+            assert all(map(torch.equal, norm(x.clone(), residual.clone()), want))
+
+        def function(x, residual, weight):
+            y, residual = vllm_ops.fused_add_rms_norm(x, residual, weight, 1e-6)
+            return vllm_ops.rms_norm(y, weight, 1e-6), residual
+
+        lower = lowering.VllmIRLoweringPass(config)
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": lower})
+        assert all(map(torch.equal, compiled(x, residual, norm.weight), function(x, residual, norm.weight)))
+        assert {impl for impls in lower.selected_impls.values() for impl in impls.values()} == {"rmsnorm_cuda"}
+
+
 def test_vllm_of_another_version(monkeypatch):
     """vLLM stops where a plug-in raises; one without IR ops goes on, and the log says why."""
     from rmsnorm_cuda.integrations.vllm import register
