@@ -60,12 +60,22 @@ class _InWeightDtype(RMSNorm):
     """T5: normalized in fp32, rounded to the weight's dtype if that has 16 bits, multiplied."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if x.dtype == weight.dtype:
-            return super().forward(x)
-        if weight.dtype.itemsize > 2:
-            return super().forward(x.to(weight.dtype))
-        return weight * rms_norm(x.float(), self.normalized_shape, None, self.eps).to(weight.dtype)
+        return _in_weight_dtype(x, self.normalized_shape, self.weight, self.eps)
+
+
+def _in_weight_dtype(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float | None) -> Tensor:
+    if x.dtype != weight.dtype:
+        if weight.dtype.itemsize <= 2:
+            return weight * rms_norm(x.float(), shape, None, eps).to(weight.dtype)
+        x = x.to(weight.dtype)
+    return rms_norm(x, shape, weight, eps, cast_before_weight=True)
+
+
+def normalize(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, family: Family) -> Tensor:
+    """What the family's twin() computes, as a function."""
+    if family.result == "weight":
+        return _in_weight_dtype(x, shape, weight, eps)
+    return rms_norm(x, shape, weight, eps, weight_offset=family.weight_offset, cast_before_weight=family.cast_before_weight)
 
 
 def twin(old: nn.Module, family: Family, eps: float | None) -> RMSNorm:

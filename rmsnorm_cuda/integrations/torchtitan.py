@@ -1,0 +1,63 @@
+"""torchtitan's RMSNorm on our kernels, and a converter that puts it into a model's config.
+
+    from rmsnorm_cuda.integrations.torchtitan import RMSNorm, RMSNormConverter
+
+    norm = RMSNorm.Config(normalized_shape=dim, eps=1e-5).build()       # in a config of one's own
+    model_config = RMSNormConverter(RMSNormConverter.Config()).convert(model_config)   # or `converters=[RMSNormConverter.Config()]`
+
+The parameters and checkpoints are those of torchtitan's, as are init and sharding, which stand in the config. Importing this
+module imports torchtitan.
+"""
+
+from dataclasses import dataclass, fields
+
+from torchtitan.models.common.nn_modules import RMSNorm as TorchtitanRMSNorm
+from torchtitan.protocols.model import ModelConfigConverter
+from torchtitan.protocols.module import Module
+
+from .. import modules
+
+
+class RMSNorm(modules.RMSNorm, Module):
+    """rmsnorm_cuda.RMSNorm, built from a Config: that of torchtitan's RMSNorm, with two options more.
+
+    `weight_offset=1.0` is the function of torchtitan's OffsetRMSNorm (Qwen 3.5); its `param_init` is what fills the weight.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TorchtitanRMSNorm.Config):
+        weight_offset: float = 0.0
+        cast_before_weight: bool = False
+
+    def __init__(self, config: Config):
+        super().__init__(
+            config.normalized_shape,
+            config.eps,
+            config.elementwise_affine,
+            weight_offset=config.weight_offset,
+            cast_before_weight=config.cast_before_weight,
+        )
+
+
+class RMSNormConverter(ModelConfigConverter):
+    """Has a model built with our norms in place of torchtitan's RMSNorm; its OffsetRMSNorm and RMSNormGated stay."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        pass
+
+    def __init__(self, config: Config, **kwargs):
+        pass
+
+    def convert(self, model_config):
+        for _, config, parent, name in list(model_config.traverse(TorchtitanRMSNorm.Config)):
+            if type(config) is not TorchtitanRMSNorm.Config:
+                continue
+            ours = RMSNorm.Config(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})
+            if parent is None:
+                return ours
+            if isinstance(parent, list):
+                parent[name] = ours
+            else:
+                setattr(parent, name, ours)
+        return model_config
