@@ -12,3 +12,6 @@ AOTI_KEEPS_DTYPE_ARGUMENTS = _TORCH >= (2, 12)
 
 # F.rms_norm is on autocast's list of fp32 ops for CUDA.
 AUTOCASTS_RMS_NORM = _TORCH >= (2, 12)
+
+# Dynamo reads a module's __dict__: the layer for the library `kernels` does, to know whose forward it takes the place of.
+TRACES_MODULE_DICT = _TORCH >= (2, 12)

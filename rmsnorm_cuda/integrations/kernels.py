@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
+from ..versions import TRACES_MODULE_DICT
 from .families import Recognized, normalize, recognize
 
 # The names that transformers decorates its norms with; "RMSNormGated" is another function, of two inputs.
@@ -49,7 +50,7 @@ def mapping(layer_names: Iterable[str] = LAYER_NAMES, devices: Iterable[str] = (
 class RMSNorm(nn.Module):
     """Only its forward is used, bound to the model's own module. `kernels` allows it no constructor and no other members."""
 
-    can_torch_compile = True
+    can_torch_compile = TRACES_MODULE_DICT
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
