@@ -139,7 +139,8 @@ def measure(contenders, inputs, seconds):
 def machine(device="cpu"):
     """What the numbers of a report depend on beside the code that made them."""
     info = Path("/proc/cpuinfo")
-    models = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     found = {"processor": models[0] if models else platform.machine(), "isa": rmsnorm_cuda._C.isa()}
     if torch.device(device).type == "cuda":
         found["gpu"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"

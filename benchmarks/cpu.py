@@ -23,7 +23,8 @@ sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, FORMULAS, ROTATE_BYTES, chart, fused_adds, measure, norms, quantized, training_step, verify
+from benchmarks.common import DTYPES, EPS, FORMULAS, ROTATE_BYTES, chart, fused_adds, measure, norms, quantized
+from benchmarks.common import training_step, verify
 
 PASSES = {"forward": 2, "training": 5, "fused": 4, "quantized": 1.5}  # over x (of 16 bits): see above
 

@@ -19,7 +19,6 @@ import ast
 import functools
 import gc
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -41,6 +40,7 @@ import torch.nn.functional as F
 import rmsnorm_cuda
 from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, machine, norms, pyplot, samples, training_step
 
+TITLES = {"forward": "forward", "training": "forward + backward"}
 CLAIM = (1.05, 1.15)  # LayerNorm's time over RMSNorm's, where RMSNorm is "5-15 % faster"
 
 
@@ -109,7 +109,7 @@ def measure_ops(args):
     results = []
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
-            for mode in ("forward", "training"):
+            for mode in TITLES:
                 us, errors = time_op(shape, dtype, mode, args)
                 results.append({"mode": mode, "dtype": dtype, "shape": shape, "us": us, "errors": errors})
                 print(f"{mode:8} {dtype} {shape:>9}  LayerNorm over RMSNorm:",
@@ -127,8 +127,10 @@ def count_claim(name, cells):
     low, high = CLAIM
     below, within, above = (sum(map(test, cells)) for test in (lambda r: r < low, lambda r: low <= r <= high, lambda r: r > high))
     slower = sum(ratio < 1 for ratio in cells)
-    return (f"{name}: LayerNorm takes {min(cells):.2f} to {max(cells):.2f} times as long as RMSNorm. Of {len(cells)} cells RMSNorm is "
-            f"5-15 % faster in {within}, more than that in {above}, less in {below}, of which it is slower in {slower}.")  # fmt: skip
+    return (
+        f"{name}: LayerNorm takes {min(cells):.2f} to {max(cells):.2f} times as long as RMSNorm. Of {len(cells)} cells RMSNorm "
+        f"is 5-15 % faster in {within}, more than that in {above}, less in {below}, of which it is slower in {slower}."
+    )
 
 
 def write_ops(report):
@@ -146,8 +148,7 @@ def write_ops(report):
     for cell, medians, minima in cells:
         both = " | ".join(f"{medians[name]:.2f} ({minima[name]:.2f})" for name in names)
         us = [f"{cell['us'][name]['median']:,.4g}" for name in ("F.layer_norm", "ours")]
-        mode = {"forward": "forward", "training": "forward + backward"}[cell["mode"]]
-        lines.append(f"| {cell['dtype']} {cell['shape']} | {mode} | {us[0]} | {us[1]} | {both} |")
+        lines.append(f"| {cell['dtype']} {cell['shape']} | {TITLES[cell['mode']]} | {us[0]} | {us[1]} | {both} |")
     lines += ["", *("- " + count_claim(name, [medians[name] for _, medians, _ in cells]) for name in names)]
     for dtype in dict.fromkeys(cell["dtype"] for cell in report["results"]):
         errors = [cell["errors"] for cell in report["results"] if (cell["dtype"], cell["mode"]) == (dtype, "training")]
@@ -158,9 +159,8 @@ def write_ops(report):
 
 def draw_ops(report, file):
     plt = pyplot()
-    modes = ("forward", "training")
-    fig, axes = plt.subplots(len(modes), 1, figsize=(max(7, len(report["results"]) * 0.6), 8), squeeze=False)
-    for mode, axis in zip(modes, axes[:, 0], strict=True):
+    fig, axes = plt.subplots(len(TITLES), 1, figsize=(max(7, len(report["results"]) * 0.6), 8), squeeze=False)
+    for mode, axis in zip(TITLES, axes[:, 0], strict=True):
         cells = [cell for cell in report["results"] if cell["mode"] == mode]
         values = [ratios(cell["us"], "median") for cell in cells]
         for i, name in enumerate(values[0]):
@@ -169,18 +169,19 @@ def draw_ops(report, file):
             heights = [value[name] - 1 for value in values]
             axis.bar(places, heights, 0.8 / len(values[0]), bottom=1, label=f"{PAIRS[name][0]} / {PAIRS[name][1]}")
             for place, value in zip(places, values, strict=True):
-                up = value[name] >= 1
-                axis.annotate(f"{value[name]:.2f}", (place, value[name]), (0, 2 if up else -2), textcoords="offset points", rotation=90,
-                              fontsize=6, ha="center", va="bottom" if up else "top")  # fmt: skip
+                offset, side = (2, "bottom") if value[name] >= 1 else (-2, "top")
+                axis.annotate(f"{value[name]:.2f}", (place, value[name]), (0, offset), textcoords="offset points", va=side,
+                              ha="center", fontsize=6, rotation=90)  # fmt: skip
         axis.axhspan(*CLAIM, color="black", alpha=0.15, label="the claim: 5-15 % faster")
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log")
-        ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axis.get_ylim()[0] / 2 < tick < axis.get_ylim()[1] * 2]
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low / 2 < tick < high * 2]
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.margins(y=0.15)
         axis.set_ylabel("LayerNorm's time over RMSNorm's")
-        axis.set_title({"forward": "forward", "training": "forward + backward"}[mode] + "; above 1: RMSNorm is faster", fontsize=10)
+        axis.set_title(f"{TITLES[mode]}; above 1: RMSNorm is faster", fontsize=10)
         axis.set_xticks(range(len(cells)), [f"{cell['shape']}\n{cell['dtype']}" for cell in cells], fontsize=7)
         axis.legend(fontsize=7)
     fig.suptitle(title(report), fontsize=8)
@@ -202,8 +203,9 @@ def text():
     documents = [topics[name] for name in sorted(topics)]
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         if file.stem in sys.stdlib_module_names:
-            holders = (node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
-            documents.append("\n\n".join(inspect.cleandoc(string) for string in map(ast.get_docstring, holders) if string))
+            nodes = ast.walk(ast.parse(file.read_bytes()))
+            strings = (ast.get_docstring(node) for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+            documents.append("\n\n".join(filter(None, strings)))
     seen, parts = set(), ([], [])
     for i, document in enumerate(documents):
         for paragraph in map(str.rstrip, document.split("\n\n")):
@@ -356,7 +358,8 @@ def train_run(norm, placement, seed, args, bar):
         if step % args.evaluate_every == 0:
             curve.append([step, evaluate(model, few, args)])
         if step % args.checkpoint_every == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "train": losses, "validation": curve}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "train": losses, "validation": curve}
             write_whole(checkpoint, functools.partial(torch.save, state))
     run = {"norm": norm, "placement": placement, "seed": seed}
     run |= {"train": losses, "validation": curve, "final": evaluate(model, many, args)}
@@ -429,7 +432,7 @@ def claim_folder(args):
     if not file.exists():
         write_json(file, settings)
     there = json.loads(file.read_text())
-    different = [f"{name} was {there.get(name)!r}, is {settings[name]!r}" for name in settings if there.get(name) != settings[name]]
+    different = [f"{name} was {there.get(name)!r}, is {now!r}" for name, now in settings.items() if there.get(name) != now]
     if different:
         sys.exit(f"{args.folder} holds runs of other settings: {'; '.join(different)}. Choose another --folder.")
     return settings
@@ -452,8 +455,8 @@ def measure_train(args):
     for run in runs:  # more digits than a chart shows would be most of the file
         run["train"] = [round(loss, 4) for loss in run["train"]]
         run["validation"] = [[step, round(loss, 5)] for step, loss in run["validation"]]
-    model = Model(torch.nn.LayerNorm, "pre", args)
-    sizes = {"parameters": sum(p.numel() for p in model.parameters()), "train_bytes": len(text()[0]), "validation_bytes": len(text()[1])}
+    sizes = dict(zip(("train_bytes", "validation_bytes"), map(len, text()), strict=True))
+    sizes["parameters"] = sum(p.numel() for p in Model(torch.nn.LayerNorm, "pre", args).parameters())
     return {"settings": settings | sizes, "runs": runs, "steps": steps}
 
 
@@ -505,9 +508,10 @@ def judge_loss(placement, norm, mean, half, layer_norm):
         return f"{placement}-norm, {norm}: one seed, so no interval and no statement."
     where = f"{placement}-norm, {norm}: the difference's interval, {mean - half:+.4f} to {mean + half:+.4f},"
     if abs(mean) <= half:
-        most = max(abs(mean - half), abs(mean + half))
-        return f"{where} contains 0: no difference is shown, and at 95 % none beyond {most:.4f} ({most / layer_norm:.2%} of the loss)."
-    return f"{where} excludes 0: the loss is {'lower' if mean < 0 else 'higher'} than LayerNorm's, by {abs(mean) / layer_norm:.2%}."
+        most = abs(mean) + half
+        return f"{where} contains 0: no difference is shown, and none beyond {most:.4f} ({most / layer_norm:.2%} of the loss) lies in it."
+    than = "lower" if mean < 0 else "higher"
+    return f"{where} excludes 0: the loss is {than} than LayerNorm's, by {abs(mean) / layer_norm:.2%}."
 
 
 def judge_step(placement, kind, norm, times):
@@ -532,10 +536,12 @@ def write_train(report):
     seeds = sorted({run["seed"] for run in report["runs"]})
     lines = ["# LayerNorm or RMSNorm, in training", "", *describe(report), ""]
     lines += [
-        f"A decoder of {s['parameters']:,} parameters (width {s['width']}, {s['layers']} layers, {s['heads']} heads, context {s['context']}), "
-        f"{s['steps']} steps of {s['batch']} x {s['context']} bytes, AdamW with a rate of {s['rate']:g}, fp32. Text: Python's topics and docstrings, "
+        f"A decoder of {s['parameters']:,} parameters (width {s['width']}, {s['layers']} layers, {s['heads']} heads, context "
+        f"{s['context']}), {s['steps']} steps of {s['batch']} x {s['context']} bytes, AdamW with a rate of {s['rate']:g}, fp32. "
+        "Text: Python's topics and docstrings, "
         f"{s['train_bytes']:,} bytes to train on and {s['validation_bytes']:,} others to validate with (sha256 {s['text']}). "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; a seed's weights and batches are the same for all norms. Losses are nats a byte.",
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; a seed's weights and batches are the same for all norms. "
+        "Losses are nats a byte.",
         "",
         "| placement | norm | final validation loss | less LayerNorm's | 95 % interval |",
         "|---|---|---|---|---|",
@@ -552,10 +558,12 @@ def write_train(report):
                 quality.append(judge_loss(place, norm, mean, half, statistics.fmean(finals["LayerNorm"])))
             lines.append("| " + " | ".join(cells) + " |")
         ours = paired(report, place, "rmsnorm_cuda.RMSNorm", "torch.nn.RMSNorm", lambda run: run["final"])
-        quality.append(f"{place}-norm: rmsnorm_cuda.RMSNorm and torch.nn.RMSNorm, two kernels of one formula, end at most {max(map(abs, ours)):.5f} apart.")
+        apart = max(map(abs, ours))
+        quality.append(f"{place}-norm: our RMSNorm and torch's, two kernels of one formula, end at most {apart:.5f} apart.")
     lines += ["", "± is the standard deviation over the seeds.", "", *("- " + sentence for sentence in quality), ""]
     lines += [
-        "| placement | | norm | step, ms: median | minimum | LayerNorm's over it: medians | minima | norms' share: alone | by leaving them out |",
+        "| placement | | norm | step, ms: median | minimum | LayerNorm's over it: medians | minima "
+        "| norms' share: alone | by leaving them out |",
         "|---" * 9 + "|",
     ]
     for place, kinds in report["steps"].items():
@@ -569,13 +577,15 @@ def write_train(report):
                         speed.append(judge_step(place, kind, norm, times))
                 lines.append(f"| {place} | {kind} | {norm} | {times[norm]['median']:.1f} | {times[norm]['min']:.1f} | "
                              f"{median:.3f} | {least:.3f} | {alone} | {without} |")  # fmt: skip
-            speed.append(f"{place}-norm, {kind}: without any norm LayerNorm's step is {times['LayerNorm']['median'] / times['none']['median']:.3f} "
-                         f"times as fast ({times['LayerNorm']['min'] / times['none']['min']:.3f} by minima): no norm can gain more.")  # fmt: skip
+            most = [times["LayerNorm"][statistic] / times["none"][statistic] for statistic in ("median", "min")]
+            speed.append(f"{place}-norm, {kind}: LayerNorm's step takes {most[0]:.3f} times as long as one without norms "
+                         f"({most[1]:.3f} by minima): no norm can gain more.")  # fmt: skip
     lines += [
         "",
-        f"Steps and norms alone take turns in one process, {s['rounds']} rounds in shuffled order. Share, alone: the step's norm modules, forward and "
-        "backward over activations of their own, over the step; by leaving them out: what a step of the same model without norms "
-        "(\"none\") takes less, which differs from the former by what else the norms push out of the caches, and by noise.",
+        f"Steps and norms alone take turns in one process, {s['rounds']} rounds in shuffled order. Share, alone: the step's norm "
+        "modules, forward and backward over activations of their own, over the step; by leaving them out: what a step of the same "
+        "model without norms (\"none\") takes less, which differs from the former by what else the norms push out of the caches, "
+        "and by noise.",
         "",
         *("- " + sentence for sentence in speed),
     ]
@@ -593,15 +603,17 @@ def draw_loss(report, file):
             steps = [step for step, _ in runs[0]["validation"]]
             values = list(zip(*([loss for _, loss in run["validation"]] for run in runs), strict=True))
             (line,) = top.plot(steps, list(map(statistics.fmean, values)), dashes, label=norm)
-            top.fill_between(steps, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.2, linewidth=0)
+            band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+            top.fill_between(steps, list(map(min, values)), list(map(max, values)), **band)
             if norm == "LayerNorm":
                 bottom.axhline(0, color=line.get_color(), label=norm)
                 continue
-            pairs = [interval(paired(report, place, norm, "LayerNorm", lambda run, i=i: run["validation"][i][1])) for i in range(len(steps))]
+            values = [paired(report, place, norm, "LayerNorm", lambda run, i=i: run["validation"][i][1]) for i in range(len(steps))]
+            pairs = list(map(interval, values))
             bottom.plot(steps, [mean for mean, _ in pairs], dashes, color=line.get_color(), label=norm)
             if math.isfinite(pairs[0][1]):
                 low, high = zip(*((mean - half, mean + half) for mean, half in pairs), strict=True)
-                bottom.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+                bottom.fill_between(steps, low, high, **band)
         top.set_title(f"{place}-norm: validation loss, mean and range over {len(runs)} seeds", fontsize=9)
         bottom.set_title("less LayerNorm's, paired by seed, 95 % interval", fontsize=9)
         bottom.set_xlabel("step")
@@ -655,8 +667,8 @@ def describe(report):
     return [
         f"    {report['command']}",
         "",
-        f"{where}{m['processor']}, {m['isa']}, {m['threads']} thread(s); torch {m['torch']}, Python {m['python']}, rmsnorm_cuda {m['rmsnorm_cuda']}. "
-        "On a shared machine take differences under 10 % for noise.",
+        f"{where}{m['processor']}, {m['isa']}, {m['threads']} thread(s); torch {m['torch']}, Python {m['python']}, "
+        f"rmsnorm_cuda {m['rmsnorm_cuda']}. On a shared machine take differences under 10 % for noise.",
     ]
 
 
@@ -701,7 +713,8 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
-    measure, write, draw = {"ops": (measure_ops, write_ops, draw_ops), "train": (measure_train, write_train, draw_train)}[args.command]
+    ops = args.command == "ops"
+    measure, write, draw = (measure_ops, write_ops, draw_ops) if ops else (measure_train, write_train, draw_train)
     if args.source:
         report = json.loads(Path(args.source).read_text())
     else:

@@ -10,10 +10,14 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+pytest.importorskip("pydoc_data.topics", reason="this Python came without its documentation")
 sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks import layernorm_vs_rmsnorm as bench
 
-TINY = "--steps 6 --width 16 --layers 1 --heads 2 --context 16 --batch 2 --validate 512 --evaluate-every 2 --checkpoint-every 2 --rounds 2"
+TINY = (
+    "--steps 6 --width 16 --layers 1 --heads 2 --context 16 --batch 2 "
+    "--validate 512 --evaluate-every 2 --checkpoint-every 2 --rounds 2"
+)
 
 
 def train(folder, *more):
@@ -123,7 +127,8 @@ def test_cut_off_and_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "batch", cut_off)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", "--seeds", "0,1")
-    assert sorted(file.suffix for file in (tmp_path / "cut").iterdir()) == [".json", ".json", ".pt"]  # settings, one run, half of one
+    # The settings, one run, half of one.
+    assert sorted(file.suffix for file in (tmp_path / "cut").iterdir()) == [".json", ".json", ".pt"]
 
     steps.clear()
     monkeypatch.setattr(bench, "time_steps", lambda *args: whole["steps"]["pre"]["eager"])
@@ -162,7 +167,8 @@ def test_ops(tmp_path, capsys):
     out = [f"--{ending}={file}" for ending, file in files.items()]
     bench.main(["ops", "--shapes", "4x64", "--seconds", "0.005", "--no-compile", *out])
     report = json.loads(Path(files["json"]).read_text())
-    assert [(cell["dtype"], cell["mode"]) for cell in report["results"]] == [(d, m) for d in ("fp32", "bf16") for m in ("forward", "training")]
+    cells = [(cell["dtype"], cell["mode"]) for cell in report["results"]]
+    assert cells == [(dtype, mode) for dtype in ("fp32", "bf16") for mode in ("forward", "training")]
     for cell in report["results"]:
         assert set(cell["us"]) == {"ours", "F.rms_norm", "F.layer_norm"}
         assert all(0 < us["min"] <= us["median"] for us in cell["us"].values())
