@@ -2,6 +2,7 @@
 
 import gc
 import platform
+import random
 import statistics
 import sys
 import time
@@ -109,7 +110,10 @@ def verify(x, cols, weight):
 
 
 def samples(contenders, inputs, seconds):
-    """Microseconds a call of each contender, many of them, interleaved in batches of about 200 us."""
+    """Microseconds a call of each contender, many of them, interleaved in batches of about 200 us.
+
+    Every round has an order of its own: who follows a contender of the same kind finds its code in the caches.
+    """
     batch = {}
     for name, run in contenders.items():
         run(inputs[0])
@@ -117,11 +121,13 @@ def samples(contenders, inputs, seconds):
         run(inputs[-1])
         batch[name] = max(1, int(200e-6 / (time.perf_counter() - start)))
     times = {name: [] for name in contenders}
-    turn = 0
+    turn, order, shuffled = 0, list(contenders), random.Random(0)
     gc.disable()
     end = time.perf_counter() + seconds * len(contenders)
     while time.perf_counter() < end or len(times[name]) < 5:
-        for name, run in contenders.items():
+        shuffled.shuffle(order)
+        for name in order:
+            run = contenders[name]
             start = time.perf_counter()
             for i in range(batch[name]):
                 run(inputs[(turn + i) % len(inputs)])

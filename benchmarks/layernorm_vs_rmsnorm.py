@@ -147,7 +147,7 @@ def write_ops(report):
     ]
     for cell, medians, minima in cells:
         both = " | ".join(f"{medians[name]:.2f} ({minima[name]:.2f})" for name in names)
-        us = [f"{cell['us'][name]['median']:,.4g}" for name in ("F.layer_norm", "ours")]
+        us = [f"{us:,.0f}" if us >= 100 else f"{us:.3g}" for us in (cell["us"][name]["median"] for name in ("F.layer_norm", "ours"))]
         lines.append(f"| {cell['dtype']} {cell['shape']} | {TITLES[cell['mode']]} | {us[0]} | {us[1]} | {both} |")
     lines += ["", *("- " + count_claim(name, [medians[name] for _, medians, _ in cells]) for name in names)]
     for dtype in dict.fromkeys(cell["dtype"] for cell in report["results"]):
@@ -443,7 +443,8 @@ def measure_train(args):
         from tqdm import tqdm
     except ImportError:
         sys.exit('Progress bars need tqdm: pip install tqdm, or this package with its extra "benchmarks".')
-    pyplot()  # or it would be missed after the runs
+    if args.png:
+        pyplot()  # or it would be missed after the runs
     settings = claim_folder(args)
     placements, seeds = args.placement.split(","), [int(seed) for seed in args.seeds.split(",")]
     runs = [(norm, placement, seed) for seed in seeds for placement in placements for norm in NORMS]
