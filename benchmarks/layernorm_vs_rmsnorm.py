@@ -128,8 +128,9 @@ def count_claim(name, cells):
     below, within, above = (sum(map(test, cells)) for test in (lambda r: r < low, lambda r: low <= r <= high, lambda r: r > high))
     slower = sum(ratio < 1 for ratio in cells)
     return (
-        f"{name}: LayerNorm takes {min(cells):.2f} to {max(cells):.2f} times as long as RMSNorm, {statistics.geometric_mean(cells):.2f} "
-        f"in the geometric mean. Of {len(cells)} cells RMSNorm is 5-15 % faster in {within}, more than that in {above}, less in {below}, of which it is slower in {slower}."
+        f"{name}: LayerNorm takes {min(cells):.2f} to {max(cells):.2f} times as long as RMSNorm, "
+        f"{statistics.geometric_mean(cells):.2f} in the geometric mean. Of {len(cells)} cells RMSNorm is 5-15 % faster in {within}, "
+        f"more than that in {above}, less in {below}, of which it is slower in {slower}."
     )
 
 
@@ -147,7 +148,8 @@ def write_ops(report):
     ]
     for cell, medians, minima in cells:
         both = " | ".join(f"{medians[name]:.2f} ({minima[name]:.2f})" for name in names)
-        us = [f"{us:,.0f}" if us >= 100 else f"{us:.3g}" for us in (cell["us"][name]["median"] for name in ("F.layer_norm", "ours"))]
+        us = [cell["us"][name]["median"] for name in ("F.layer_norm", "ours")]
+        us = [f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in us]
         lines.append(f"| {cell['dtype']} {cell['shape']} | {TITLES[cell['mode']]} | {us[0]} | {us[1]} | {both} |")
     lines += ["", *("- " + count_claim(name, [medians[name] for _, medians, _ in cells]) for name in names)]
     for dtype in dict.fromkeys(cell["dtype"] for cell in report["results"]):
@@ -374,7 +376,9 @@ def train_run(norm, placement, seed, args, bar):
 
 
 def time_steps(placement, compiled, args, progress):
-    """Milliseconds of a training step with each norm and with none, and of a step's norms alone; minimum and median.
+    """Milliseconds of a training step with each norm and with none, and of a step's norms alone.
+
+    Minimum and median, and the ratio of LayerNorm's step to the others' in the same round.
 
     All take turns, in an order that is shuffled every round. A step has a learning rate of 0, so that the model without norms
     stays what it was. Norms alone are as many modules as the model has, forward and then backward, each over activations
@@ -407,6 +411,9 @@ def time_steps(placement, compiled, args, progress):
         gc.collect()
     gc.enable()
     result = {name: {"min": min(of_name), "median": statistics.median(of_name)} for name, of_name in times.items()}
+    for norm in [*NORMS, "none"]:
+        rounds = zip(times["LayerNorm"], times[norm], strict=True)
+        result[norm]["ratio"] = median_interval([first / other for first, other in rounds])
     write_json(file, result)
     return result
 
@@ -493,6 +500,15 @@ def interval(differences):
     return mean, student_t(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
+def median_interval(values):
+    """The median with the ends of its 95 % confidence interval, which are ranks: outliers do not matter."""
+    values, rank, tail = sorted(values), 0, 0.0
+    while (tail := tail + math.comb(len(values), rank) / 2 ** len(values)) <= 0.025:
+        rank += 1
+    ends = (values[rank - 1], values[-rank]) if rank else (0.0, math.inf)
+    return ends[0], statistics.median(values), ends[1]
+
+
 def paired(report, placement, norm, other, value):
     """value(run) with one norm, less that with the other, for each seed."""
     of = {name: {run["seed"]: value(run) for run in select(report, placement, name)} for name in (norm, other)}
@@ -515,19 +531,22 @@ def judge_loss(placement, norm, mean, half, layer_norm):
     where = f"{placement}-norm, {norm}: the difference's interval, {mean - half:+.4f} to {mean + half:+.4f},"
     if abs(mean) <= half:
         most = abs(mean) + half
-        return f"{where} contains 0: no difference is shown, and none beyond {most:.4f} ({most / layer_norm:.2%} of the loss) lies in it."
+        within = f"{most:.4f} ({most / layer_norm:.2%} of the loss)"
+        return f"{where} contains 0: no difference is shown, and none beyond {within} lies in it."
     than = "lower" if mean < 0 else "higher"
     return f"{where} excludes 0: the loss is {than} than LayerNorm's, by {abs(mean) / layer_norm:.2%}."
 
 
 def judge_step(placement, kind, norm, times):
-    """A sentence on a step's time beside LayerNorm's; medians and minima have to agree on it."""
-    both = [times["LayerNorm"][statistic] / times[norm][statistic] for statistic in ("median", "min")]
-    low, high = CLAIM
-    words = ["slower than with LayerNorm" if ratio < 1 else "faster by less than 5 %" if ratio < low else
-             "faster by 5-15 %, as claimed" if ratio <= high else "faster by more than 15 %" for ratio in both]  # fmt: skip
-    verdict = f"is {words[0]}" if words[0] == words[1] else f"is {words[0]} by its median, but {words[1]} by its minimum"
-    return f"{placement}-norm, {kind}: with {norm} a step {verdict} (LayerNorm's time over its: {both[0]:.3f}, {both[1]:.3f})."
+    """A sentence on a step's time beside LayerNorm's in the same round."""
+    low, middle, high = times[norm]["ratio"]
+    where = f"{placement}-norm, {kind}, {norm}: LayerNorm's time over its, {middle:.3f}, interval {low:.3f} to {high:.3f},"
+    if low <= 1 <= high:
+        return f"{where} contains 1: no difference is shown{', and less than 5 %' if high < CLAIM[0] else ''}."
+    if high < 1:
+        return f"{where} is below 1: slower than LayerNorm."
+    claimed = "less than 5 %" if middle < CLAIM[0] else "5-15 %, as claimed" if middle <= CLAIM[1] else "more than 15 %"
+    return f"{where} is above 1: faster, by {claimed}."
 
 
 def share(times, norm):
@@ -568,27 +587,28 @@ def write_train(report):
         quality.append(f"{place}-norm: our RMSNorm and torch's, two kernels of one formula, end at most {apart:.5f} apart.")
     lines += ["", "± is the standard deviation over the seeds.", "", *("- " + sentence for sentence in quality), ""]
     lines += [
-        "| placement | | norm | step, ms: median | minimum | LayerNorm's over it: medians | minima "
+        "| placement | | norm | step, ms: median | minimum | LayerNorm's over it: median of rounds | 95 % interval "
         "| norms' share: alone | by leaving them out |",
         "|---" * 9 + "|",
     ]
     for place, kinds in report["steps"].items():
         for kind, times in kinds.items():
             for norm in [*NORMS, "none"]:
-                median, least = (times["LayerNorm"][statistic] / times[norm][statistic] for statistic in ("median", "min"))
+                low, middle, high = times[norm]["ratio"]
                 alone, without = ("", "")
                 if norm != "none":
                     alone, without = (f"{part:.1%}" if part is not None else "" for part in share(times, norm))
                     if norm != "LayerNorm":
                         speed.append(judge_step(place, kind, norm, times))
                 lines.append(f"| {place} | {kind} | {norm} | {times[norm]['median']:.1f} | {times[norm]['min']:.1f} | "
-                             f"{median:.3f} | {least:.3f} | {alone} | {without} |")  # fmt: skip
-            most = [times["LayerNorm"][statistic] / times["none"][statistic] for statistic in ("median", "min")]
-            speed.append(f"{place}-norm, {kind}: LayerNorm's step takes {most[0]:.3f} times as long as one without norms "
-                         f"({most[1]:.3f} by minima): no norm can gain more.")  # fmt: skip
+                             f"{middle:.3f} | {low:.3f} to {high:.3f} | {alone} | {without} |")  # fmt: skip
+            low, middle, high = times["none"]["ratio"]
+            speed.append(f"{place}-norm, {kind}: LayerNorm's step takes {middle:.3f} ({low:.3f} to {high:.3f}) times as long as one "
+                         "without norms: no norm can gain more.")  # fmt: skip
     lines += [
         "",
-        f"Steps and norms alone take turns in one process, {s['rounds']} rounds in shuffled order. Share, alone: the step's norm "
+        f"Steps and norms alone take turns in one process, {s['rounds']} rounds in shuffled order; the interval is that "
+        "of the median of the rounds' ratios, by ranks. Share, alone: the step's norm "
         "modules, forward and backward over activations of their own, over the step; by leaving them out: what a step of the same "
         "model without norms (\"none\") takes less, which differs from the former by what else the norms push out of the caches, "
         "and by noise.",
@@ -645,8 +665,8 @@ def draw_steps(report, file):
             axis.bar(names, alone, color="#c44e52", label="its norms alone, median")
         axis.plot(names, [times[name]["min"] for name in names], "_", color="black", markersize=18, label="step, minimum")
         for place, name in enumerate(names):
-            median = times[name]["median"]
-            axis.annotate(f"{times['LayerNorm']['median'] / median:.2f}x", (place, median), ha="center", va="bottom", fontsize=7)
+            label = f"{times[name]['ratio'][1]:.2f}x"
+            axis.annotate(label, (place, times[name]["median"]), ha="center", va="bottom", fontsize=7)
         axis.set_title(f"{heading}\n(x: LayerNorm's time over it)", fontsize=8)
         axis.set_xticks(range(len(names)), [name.replace(".RMS", "\n.RMS") for name in names], fontsize=6)
         axis.margins(y=0.1)

@@ -51,6 +51,12 @@ def test_interval():
     assert bench.interval([1.0]) == (1.0, math.inf)
 
 
+def test_interval_of_the_median():
+    values = [float(value) for value in range(1, 41)]
+    assert bench.median_interval(values[::-1]) == (14.0, 20.5, 27.0)  # ranks of a printed table
+    assert bench.median_interval([1.0, 2.0]) == (0.0, 1.5, math.inf)
+
+
 def test_sentences_follow_the_numbers():
     def loss(mean, half):
         return bench.judge_loss("pre", "RMSNorm", mean, half, 2.0)
@@ -61,15 +67,15 @@ def test_sentences_follow_the_numbers():
     assert "one seed" in loss(0.01, math.inf)
     assert "diverged" in loss(math.nan, math.nan)
 
-    def step(median, least=None):
-        times = {"LayerNorm": {"median": median, "min": least or median}, "RMSNorm": {"median": 1.0, "min": 1.0}}
-        return bench.judge_step("pre", "eager", "RMSNorm", times)
+    def step(*ratio):
+        return bench.judge_step("pre", "eager", "RMSNorm", {"RMSNorm": {"ratio": ratio}})
 
-    assert "slower" in step(0.9)
-    assert "less than 5 %" in step(1.02)
-    assert "as claimed" in step(1.1)
-    assert "more than 15 %" in step(1.3)
-    assert "but slower" in step(1.1, 0.9)
+    assert "slower" in step(0.8, 0.9, 0.95)
+    assert step(0.9, 1.02, 1.04).endswith("no difference is shown, and less than 5 %.")
+    assert step(0.9, 1.02, 1.2).endswith("no difference is shown.")
+    assert "faster, by less than 5 %" in step(1.01, 1.02, 1.03)
+    assert "as claimed" in step(1.01, 1.1, 1.2)
+    assert "more than 15 %" in step(1.2, 1.3, 1.4)
 
 
 # ---------------------------------------------------------------- text
