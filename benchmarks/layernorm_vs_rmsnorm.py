@@ -542,7 +542,7 @@ def judge_step(placement, kind, norm, times):
     low, middle, high = times[norm]["ratio"]
     where = f"{placement}-norm, {kind}, {norm}: LayerNorm's time over its, {middle:.3f}, interval {low:.3f} to {high:.3f},"
     if low <= 1 <= high:
-        return f"{where} contains 1: no difference is shown{', and less than 5 %' if high < CLAIM[0] else ''}."
+        return f"{where} contains 1: no difference is shown{', and 5 % is outside of it' if high < CLAIM[0] else ''}."
     if high < 1:
         return f"{where} is below 1: slower than LayerNorm."
     claimed = "less than 5 %" if middle < CLAIM[0] else "5-15 %, as claimed" if middle <= CLAIM[1] else "more than 15 %"
@@ -552,7 +552,7 @@ def judge_step(placement, kind, norm, times):
 def share(times, norm):
     """Norms' share of a step: measured alone (eager only), and what the step loses without them."""
     alone, whole = times.get(f"{norm} alone"), times[norm]
-    return (alone["median"] / whole["median"] if alone else None), 1 - times["none"]["median"] / whole["median"]
+    return (alone["median"] / whole["median"] if alone else None), 1 - whole["ratio"][1] / times["none"]["ratio"][1]
 
 
 def write_train(report):

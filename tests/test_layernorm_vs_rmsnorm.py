@@ -71,7 +71,7 @@ def test_sentences_follow_the_numbers():
         return bench.judge_step("pre", "eager", "RMSNorm", {"RMSNorm": {"ratio": ratio}})
 
     assert "slower" in step(0.8, 0.9, 0.95)
-    assert step(0.9, 1.02, 1.04).endswith("no difference is shown, and less than 5 %.")
+    assert step(0.9, 1.02, 1.04).endswith("no difference is shown, and 5 % is outside of it.")
     assert step(0.9, 1.02, 1.2).endswith("no difference is shown.")
     assert "faster, by less than 5 %" in step(1.01, 1.02, 1.03)
     assert "as claimed" in step(1.01, 1.1, 1.2)
