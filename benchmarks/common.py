@@ -1,4 +1,12 @@
-"""What the CPU and the CUDA benchmark share: contenders, verification, the chart."""
+"""What the benchmarks share: contenders, verification, timing on the CPU, the chart, the machine in words."""
+
+import gc
+import platform
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +21,7 @@ DTYPES = {  # of x and of weight
     "bf16/fp32": (torch.bfloat16, torch.float32),
 }
 EPS = 1e-6
+ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
 
 
 def llama(x, weight):
@@ -100,13 +109,66 @@ def verify(x, cols, weight):
     assert worst <= 1, f"{worst} ulp from the reference"
 
 
-def chart(results, file, title, hidden=()):
-    """Bars: each contender's time as a multiple of ours, a panel for each mode."""
-    import matplotlib
+def samples(contenders, inputs, seconds):
+    """Microseconds a call of each contender, many of them, interleaved in batches of about 200 us.
 
+    Every round has an order of its own: who follows a contender of the same kind finds its code in the caches.
+    """
+    batch = {}
+    for name, run in contenders.items():
+        run(inputs[0])
+        start = time.perf_counter()
+        run(inputs[-1])
+        batch[name] = max(1, int(200e-6 / (time.perf_counter() - start)))
+    times = {name: [] for name in contenders}
+    turn, order, shuffled = 0, list(contenders), random.Random(0)
+    gc.disable()
+    end = time.perf_counter() + seconds * len(contenders)
+    while time.perf_counter() < end or len(times[name]) < 5:
+        shuffled.shuffle(order)
+        for name in order:
+            run = contenders[name]
+            start = time.perf_counter()
+            for i in range(batch[name]):
+                run(inputs[(turn + i) % len(inputs)])
+            times[name].append((time.perf_counter() - start) / batch[name] * 1e6)
+            turn += 1
+    gc.enable()
+    return times
+
+
+def measure(contenders, inputs, seconds):
+    """Median microseconds a call of each contender."""
+    return {name: statistics.median(times) for name, times in samples(contenders, inputs, seconds).items()}
+
+
+def machine(device="cpu"):
+    """What the numbers of a report depend on beside the code that made them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    found = {"processor": models[0] if models else platform.machine(), "isa": rmsnorm_cuda._C.isa()}
+    if torch.device(device).type == "cuda":
+        found["gpu"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "rmsnorm_cuda": rmsnorm_cuda.__version__}
+    return found | {"threads": torch.get_num_threads()} | versions
+
+
+def pyplot():
+    """matplotlib for files, without a display."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit('Charts need matplotlib: pip install matplotlib, or this package with its extra "benchmarks".')
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def chart(results, file, title, hidden=()):
+    """Bars: each contender's time as a multiple of ours, a panel for each mode."""
+    plt = pyplot()
     names = [name for name in results[0]["us"] if name not in hidden and not name.startswith("ours")]
     modes = list(dict.fromkeys(result["mode"] for result in results))
     fig, axes = plt.subplots(len(modes), 1, figsize=(max(8, len(results) / 2), 4 * len(modes)), squeeze=False)

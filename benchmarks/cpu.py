@@ -13,11 +13,8 @@ that moves as many bytes.
 """
 
 import argparse
-import gc
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 # Not this folder: torch would take its cuda.py for NVIDIA's package of that name.
@@ -26,9 +23,9 @@ sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, FORMULAS, chart, fused_adds, norms, quantized, training_step, verify
+from benchmarks.common import DTYPES, EPS, FORMULAS, ROTATE_BYTES, chart, fused_adds, measure, norms, quantized
+from benchmarks.common import training_step, verify
 
-ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
 PASSES = {"forward": 2, "training": 5, "fused": 4, "quantized": 1.5}  # over x (of 16 bits): see above
 
 
@@ -89,29 +86,6 @@ class Cell:
         weight, bias = self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()
         contenders = norms(self.cols, weight, bias, compiled)
         return {name: training_step(*norm, gradients) for name, norm in contenders.items()} | {"floor": floor}
-
-
-def measure(contenders, inputs, seconds):
-    """Median microseconds a call of each contender, interleaved in batches of about 200 us."""
-    batch = {}
-    for name, run in contenders.items():
-        run(inputs[0])
-        start = time.perf_counter()
-        run(inputs[-1])
-        batch[name] = max(1, int(200e-6 / (time.perf_counter() - start)))
-    samples = {name: [] for name in contenders}
-    turn = 0
-    gc.disable()
-    end = time.perf_counter() + seconds * len(contenders)
-    while time.perf_counter() < end or len(samples[name]) < 5:
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            for i in range(batch[name]):
-                run(inputs[(turn + i) % len(inputs)])
-            samples[name].append((time.perf_counter() - start) / batch[name] * 1e6)
-            turn += 1
-    gc.enable()
-    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def show(mode, dtype, shape, size, us):

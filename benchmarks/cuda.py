@@ -99,8 +99,8 @@ class Cell:
         return runs | {"copy": self.copy(PASSES[mode])}
 
 
-def measure(contenders, x, flush, calls):
-    """Median microseconds of each contender."""
+def samples(contenders, x, flush, calls):
+    """Microseconds of each call of each contender, interleaved."""
     times = {name: [] for name in contenders}
     for name, run in contenders.items():
         try:
@@ -121,7 +121,12 @@ def measure(contenders, x, flush, calls):
         torch.cuda.synchronize()
         for name, (start, end) in events.items():
             times[name].append(start.elapsed_time(end) * 1e3)
-    return {name: statistics.median(of_name) for name, of_name in times.items()}
+    return times
+
+
+def measure(contenders, x, flush, calls):
+    """Median microseconds of each contender."""
+    return {name: statistics.median(times) for name, times in samples(contenders, x, flush, calls).items()}
 
 
 def show(mode, dtype, shape, size, us):

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS
-from benchmarks.cpu import ROTATE_BYTES, measure
+from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, measure
 from rmsnorm_cuda import fused_add_rms_norm, rms_norm
 
 
