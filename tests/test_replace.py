@@ -262,10 +262,12 @@ def test_lora(save):
 @needs_transformers
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3", "Olmo2"])
 def test_from_pretrained_builds_ours(name, tmp_path):
+    from transformers import monkey_patching
+
     model, ids = build(name), tokens()
     model.save_pretrained(tmp_path)
     try:
-        with patch_transformers(model.config.model_type), transformers.monkey_patching.apply_patches():
+        with patch_transformers(model.config.model_type), monkey_patching.apply_patches():
             pass
     except ModuleNotFoundError as error:
         pytest.skip(f"the patching of transformers {transformers.__version__} imports what is not installed: {error}")
