@@ -171,7 +171,7 @@ def chart(results, file, title, hidden=()):
     plt = pyplot()
     names = [name for name in results[0]["us"] if name not in hidden and not name.startswith("ours")]
     modes = list(dict.fromkeys(result["mode"] for result in results))
-    fig, axes = plt.subplots(len(modes), 1, figsize=(max(8, len(results) / 2), 4 * len(modes)), squeeze=False)
+    fig, axes = plt.subplots(len(modes), 1, figsize=(max(8, len(results) / len(modes) / 2), 4 * len(modes)), squeeze=False)
     for mode, axis in zip(modes, axes[:, 0], strict=True):
         cells = [result for result in results if result["mode"] == mode]
         for i, name in enumerate(names):

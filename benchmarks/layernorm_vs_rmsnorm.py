@@ -640,7 +640,7 @@ def draw_loss(report, file):
             if math.isfinite(pairs[0][1]):
                 low, high = zip(*((mean - half, mean + half) for mean, half in pairs), strict=True)
                 bottom.fill_between(steps, low, high, **band)
-        top.set_title(f"{place}-norm: validation loss, mean and range over {len(runs)} seeds", fontsize=9)
+        top.set_title(f"{place}-norm: loss on a part of the validation text; mean and range, {len(runs)} seeds", fontsize=9)
         bottom.set_title("less LayerNorm's, paired by seed, 95 % interval", fontsize=9)
         bottom.set_xlabel("step")
         top.legend(fontsize=8)

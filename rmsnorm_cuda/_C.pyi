@@ -21,6 +21,18 @@ def fused_add_rms_norm(
 def fused_add_rms_norm_(
     input: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, weight_offset: float, cast_before_weight: bool, /
 ) -> None: ...
+def rms_norm_forward(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def fused_add_rms_norm_forward(
+    input: Tensor, residual: Tensor, weight: Tensor | None, eps: float | None, weight_offset: float, cast_before_weight: bool, /
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def rms_norm_quant(
     input: Tensor,
     weight: Tensor | None,

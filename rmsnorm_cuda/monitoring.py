@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .functional import _C, is_dynamo_compiling
 from .integrations.families import _InWeightDtype
 from .modules import RMSNorm
 
@@ -118,19 +119,20 @@ class Monitor:
             if (rstd := watched.rstd) is not None:
                 watched.rstd = None
                 if step % self._every == 0:
-                    seen[i] = rstd.detach().reshape(-1)
+                    seen[i] = rstd
         if not seen:
             return
         self._finish()
         device = next(iter(seen.values())).device
         groups: dict[tuple, list[int]] = {}  # what has as many rows of one width is looked at together
         for i, rstd in seen.items():
-            groups.setdefault((rstd.numel(), rstd.dtype, rstd.device, self._list[i].normalized_shape), []).append(i)
+            groups.setdefault((rstd.shape, rstd.dtype, rstd.device, self._list[i].normalized_shape), []).append(i)
         parts, order = [], []
-        for (rows, *_), members in groups.items():
-            if rows:
+        for (shape, *_), members in groups.items():
+            if rows := shape.numel():
                 order += members
-                parts.append(_figures(torch.stack([seen[i] for i in members]), self._eps_of(members, device)).to(device))
+                rstd = torch.stack([seen[i] for i in members]).reshape(len(members), rows)
+                parts.append(_figures(rstd, self._eps_of(members, device)).to(device))
         figures = parts[0] if order == list(range(len(self._list))) else _spread(parts, order, len(self._list), device)
         figures = torch.cat([figures, self._weight_sizes(device)[:, None]], 1)
         if device.type == "cuda":  # read in the next step, when it has long been copied
@@ -217,39 +219,38 @@ class Monitor:
         self._tell(self._faults(step, figures))
 
     def _faults(self, step: int, figures: Tensor) -> list[Alarm]:
-        limits, found, names = self.thresholds, [], list(self.norms)
-        first = self._steps[0][1]
-
-        def alarm(mask: Tensor, kind: str, message: Callable[[int], str]) -> None:
-            if mask.any():
-                found.extend(Alarm(step, names[i], kind, message(i)) for i in mask.nonzero().flatten().tolist())
-
-        f, rows = figures, figures[:, _ROWS]
+        limits, names, first, rows = self.thresholds, list(self.norms), self._steps[0][1], figures[:, _ROWS]
+        f, checks = figures, []  # (what is true of a norm, kind, message of norm i)
         if limits.non_finite:
-            alarm(f[:, _NAN] > 0, "non_finite", lambda i: f"NaN in {int(f[i, _NAN])} of {int(rows[i])} rows")
-            alarm(f[:, _INF] > 0, "non_finite", lambda i: f"Inf in {int(f[i, _INF])} of {int(rows[i])} rows: what comes before it overflows")
+            checks.append((f[:, _NAN] > 0, "non_finite", lambda i: f"NaN in {int(f[i, _NAN])} of {int(rows[i])} rows"))
+            overflows = "Inf in {} of {} rows: what comes before it overflows"
+            checks.append((f[:, _INF] > 0, "non_finite", lambda i: overflows.format(int(f[i, _INF]), int(rows[i]))))
         if limits.small is not None:
-            alarm(f[:, _SMALL] > limits.small * rows, "small", lambda i: f"{f[i, _SMALL] / rows[i]:.0%} of the rows are below eps={self._eps[i]}, which decides there")
+            small = "{:.0%} of the rows are below eps={}, which decides there"
+            checks.append((f[:, _SMALL] > limits.small * rows, "small", lambda i: small.format(f[i, _SMALL] / rows[i], self._eps[i])))
         if limits.drift is not None:
             away = f[:, _MEAN] - first[:, _MEAN]
-            alarm(away.abs() > math.log2(limits.drift), "drift", lambda i: f"rows are {2 ** away[i].item():.3g} times as long as in the first step")
+            drifts = "rows are {:.3g} times as long as in the first step"
+            checks.append((away.abs() > math.log2(limits.drift), "drift", lambda i: drifts.format(2 ** away[i].item())))
         if limits.headroom is not None:
             if self._room is None:
                 dtypes = [m._seen.dtype for m in self._list]
                 self._room = dtypes, torch.tensor([math.log2(torch.finfo(dtype).max / limits.headroom) for dtype in dtypes])
             dtypes, room = self._room
-            alarm(
-                f[:, _MOST] > room,
-                "headroom",
-                lambda i: f"a row has RMS {2 ** f[i, _MOST].item():.3g}, near the largest number of {dtypes[i]}",
-            )
+            near = "a row has RMS {:.3g}, near the largest number of {}"
+            checks.append((f[:, _MOST] > room, "headroom", lambda i: near.format(2 ** f[i, _MOST].item(), dtypes[i])))
         if limits.weight is not None:
             grown = f[:, _WEIGHT] / first[:, _WEIGHT]
-            alarm(grown > limits.weight, "weight", lambda i: f"the weight is {grown[i]:.3g} times as large as in the first step")
+            grows = "the weight is {:.3g} times as large as in the first step"
+            checks.append((grown > limits.weight, "weight", lambda i: grows.format(grown[i])))
         if limits.dead:
-            alarm(f[:, _DEAD] > 0, "dead", lambda i: "its rows are exactly as long as in the norm before: what is between adds nothing")
-            alarm(f[:, _WEIGHT] == 0, "dead", lambda i: "its weight is zero")
-        return sorted(found, key=lambda a: names.index(a.norm))  # where it comes first is told first
+            adds_nothing = "its rows are exactly as long as in the norm before: what is between adds nothing"
+            checks.append((f[:, _DEAD] > 0, "dead", lambda i: adds_nothing))
+            checks.append((f[:, _WEIGHT] == 0, "dead", lambda i: "its weight is zero"))
+        if not checks:
+            return []
+        where = torch.stack([mask for mask, *_ in checks], 1).nonzero().tolist()  # where it comes first is told first
+        return [Alarm(step, names[i], checks[k][1], checks[k][2](i)) for i, k in where]
 
     def _tell(self, alarms: list[Alarm]) -> None:
         """Each kind of each norm once."""
@@ -299,7 +300,7 @@ def heat_map(norms: list[str], steps: list[int], values: Tensor, alarms: list[tu
     figure = Figure(figsize=(10, 1.5 + 0.18 * len(norms)), layout="constrained")
     axes = figure.add_subplot()
     edges = (-0.5, len(steps) - 0.5, len(norms) - 0.5, -0.5)
-    figure.colorbar(axes.imshow(values.T, aspect="auto", interpolation="nearest", extent=edges), label="log2 of the rows' RMS")
+    figure.colorbar(axes.imshow(values.T.tolist(), aspect="auto", interpolation="nearest", extent=edges), label="log2 of the rows' RMS")
     marks = [(steps.index(step), norms.index(norm)) for step, norm in alarms if step in steps]
     if marks:
         axes.plot(*zip(*marks), "rx", label="alarm")
@@ -341,12 +342,10 @@ def _spread(parts: list[Tensor], order: list[int], norms: int, device: torch.dev
 class _Seen:
     """Of a norm in this step. Assigning to it is all that a forward does for the monitor."""
 
-    __slots__ = ("rstd", "dtype", "options")
+    __slots__ = ("rstd", "dtype")
 
-    def __init__(self, module: RMSNorm) -> None:
+    def __init__(self) -> None:
         self.rstd, self.dtype = None, torch.float32
-        options = {"weight_offset": module.weight_offset, "cast_before_weight": module.cast_before_weight}
-        self.options = {name: value for name, value in options.items() if value}
 
 
 # A norm that is watched has a class that keeps its rstd. That is an assignment only, which torch.compile traces.
@@ -356,10 +355,16 @@ def _forward(self, x: Tensor, residual: Tensor | None = None):
     seen, weight = self._seen, self._parameters["weight"] if "weight" in self._parameters else self.weight
     seen.dtype = x.dtype
     if residual is None:
-        y, seen.rstd = _forward_op(x, self.normalized_shape or x.shape[-1:], weight, self.eps, **seen.options)
-        return y
-    y, total, seen.rstd = _fused_op(x, residual, weight, self.eps, **seen.options)
-    return y, total
+        args = x, self.normalized_shape or x.shape[-1:], weight, self.eps
+        op, entry = _forward_op, _C.rms_norm_forward
+    else:
+        args = x, residual, weight, self.eps
+        op, entry = _fused_op, _C.fused_add_rms_norm_forward
+    results = NotImplemented if is_dynamo_compiling() else entry(*args, self.weight_offset, self.cast_before_weight)
+    if results is NotImplemented:
+        results = op(*args, weight_offset=self.weight_offset, cast_before_weight=self.cast_before_weight)
+    seen.rstd = results[-1]
+    return results[0] if residual is None else results[:2]
 
 
 def _forward_in_weight_dtype(self, x: Tensor):
@@ -380,7 +385,7 @@ def _watch(module: RMSNorm) -> None:
         body = {"forward": forward, "_original": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         _WATCHED[cls] = type(cls.__name__, (cls,), body)
     module.__class__ = _WATCHED[cls]
-    module._seen = _Seen(module)
+    module._seen = _Seen()
 
 
 def _unwatch(module: RMSNorm) -> None:

@@ -128,6 +128,18 @@ def test_readme_names_tests_that_exist():
             assert re.search(rf"^def {function}\(", (Path(__file__).parent / file).read_text(), re.M), (file, function)
 
 
+def test_make_figures_draws_what_the_readme_shows():
+    root = Path(__file__).parents[1]
+    shown = re.findall(r"!\[[^]]+\]\((.*?)\)", (root / "README.md").read_text())
+    assert len(shown) >= 5 and all((root / image).exists() for image in shown)
+    commands = output("make", "-C", str(root), "-n", "-W", "pyproject.toml", "figures")
+    drawn = re.findall(r"--png (\S+)\.png", commands)
+    for image in shown:  # --png loss.png may come to loss-this.png and loss-that.png
+        assert any(image.removesuffix(".png").startswith(name) for name in drawn), image
+    for data in re.findall(r"--from (\S+)", commands):
+        assert (root / data).exists(), data
+
+
 def test_unbuilt_sources_say_so(tmp_path):
     """Python started inside the source tree of an installed package imports the sources."""
     package = Path(rmsnorm_cuda.__file__).parent

@@ -92,8 +92,15 @@ bool plain(PyObject* object, int64_t& value) {
   return overflow == 0 && value >= 0;
 }
 // A shape of one dimension, which nearly all are.
-bool plain_shape(PyObject* object, int64_t& value) {
-  return plain(PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 1 ? PyTuple_GET_ITEM(object, 0) : object, value);
+struct Shape {
+  c10::SymInt cols;
+  operator SymIntArrayRef() const { return cols; }
+};
+bool plain(PyObject* object, Shape& value) {
+  int64_t cols = 0;
+  const bool is = plain(PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 1 ? PyTuple_GET_ITEM(object, 0) : object, cols);
+  value.cols = cols;
+  return is;
 }
 template <class T>
 bool plain(PyObject* object, std::optional<T>& value) {
@@ -104,50 +111,19 @@ bool plain(PyObject* object, std::optional<T>& value) {
 PyObject* rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Tensor input;
-  int64_t cols = 0;
+  Shape normalized_shape;
   OptionalTensor weight, out;
   std::optional<double> eps;
   double weight_offset = 0;
   bool cast_before_weight = false;
   if (count == kArguments && !at::impl::torch_function_mode_enabled() && plain(args[0], input) &&
-      plain_shape(args[1], cols) && plain(args[2], weight) && plain(args[3], eps) && plain(args[4], weight_offset) &&
+      plain(args[1], normalized_shape) && plain(args[2], weight) && plain(args[3], eps) && plain(args[4], weight_offset) &&
       plain(args[5], cast_before_weight) && plain(args[6], out)) {
-    const c10::SymInt normalized_shape(cols);
     return call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out);
   }
   py::tuple all(count);
   for (Py_ssize_t i = 0; i < count; ++i) all[i] = py::reinterpret_borrow<py::object>(args[i]);
   return parse_and_call(all.ptr());
-  END_HANDLE_TH_ERRORS
-}
-
-// fused_add_rms_norm(input, residual, weight, eps, weight_offset, cast_before_weight), and in place; NotImplemented for
-// arguments that are not of the plainest types: those are for torch.ops.
-template <bool kInPlace>
-PyObject* fused_add_rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  static const auto op = find<std::conditional_t<kInPlace, FusedInPlaceSignature, FusedSignature>>(
-      kInPlace ? "rmsnorm_cuda::fused_add_rms_norm_" : "rmsnorm_cuda::fused_add_rms_norm");
-  Tensor input, residual;
-  OptionalTensor weight;
-  std::optional<double> eps;
-  double weight_offset = 0;
-  bool cast_before_weight = false;
-  if (count != 6 || at::impl::torch_function_mode_enabled() || !plain(args[0], input) || !plain(args[1], residual) ||
-      !plain(args[2], weight) || !plain(args[3], eps) || !plain(args[4], weight_offset) || !plain(args[5], cast_before_weight)) {
-    Py_RETURN_NOTIMPLEMENTED;
-  }
-  std::optional<py::gil_scoped_release> no_gil;
-  if (input.sym_numel().maybe_as_int().value_or(kBriefElements) >= kBriefElements) no_gil.emplace();
-  if constexpr (kInPlace) {
-    op.call(input, residual, weight, eps, weight_offset, cast_before_weight);
-    no_gil.reset();
-    Py_RETURN_NONE;
-  } else {
-    auto [output, sum] = op.call(input, residual, weight, eps, weight_offset, cast_before_weight);
-    no_gil.reset();
-    return py::make_tuple(std::move(output), std::move(sum)).release().ptr();
-  }
   END_HANDLE_TH_ERRORS
 }
 
@@ -163,6 +139,38 @@ struct Plain {
     return value;
   }
 };
+
+// An op of (input, residual or normalized_shape, weight, eps, weight_offset, cast_before_weight): its result or results, or
+// NotImplemented for arguments that are not of the plainest types: those are for torch.ops.
+template <const char* kName, class OpSignature>
+PyObject* plain_call(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static const auto op = find<OpSignature>(kName);
+  constexpr bool kFused = !std::is_same_v<OpSignature, ForwardSignature>;
+  if (count != 6) Py_RETURN_NOTIMPLEMENTED;
+  Plain in{args};
+  const auto input = in.next<Tensor>();
+  const auto second = in.next<std::conditional_t<kFused, Tensor, Shape>>();
+  const auto weight = in.next<OptionalTensor>();
+  const auto eps = in.next<std::optional<double>>();
+  const auto weight_offset = in.next<double>();
+  const auto cast = in.next<bool>();
+  if (!in.all) Py_RETURN_NOTIMPLEMENTED;
+  std::optional<py::gil_scoped_release> no_gil;
+  if (input.sym_numel().maybe_as_int().value_or(kBriefElements) >= kBriefElements) no_gil.emplace();
+  if constexpr (std::is_void_v<decltype(op.call(input, second, weight, eps, weight_offset, cast))>) {
+    op.call(input, second, weight, eps, weight_offset, cast);
+    no_gil.reset();
+    Py_RETURN_NONE;
+  } else {
+    auto results = op.call(input, second, weight, eps, weight_offset, cast);
+    no_gil.reset();
+    return std::apply([](auto&... all) { return py::make_tuple(std::move(all)...); }, results).release().ptr();
+  }
+  END_HANDLE_TH_ERRORS
+}
+constexpr char kForwardName[] = "rmsnorm_cuda::rms_norm_forward", kFusedName[] = "rmsnorm_cuda::fused_add_rms_norm",
+               kFusedForwardName[] = "rmsnorm_cuda::fused_add_rms_norm_forward", kFusedInPlaceName[] = "rmsnorm_cuda::fused_add_rms_norm_";
 
 // rms_norm_quant(input, weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset,
 // cast_before_weight, out), and fused_add_rms_norm_quant with residual after input: what the public functions return, or
@@ -235,10 +243,14 @@ PyObject* rms_norm_quant(PyObject* /*module*/, PyObject* const* args, Py_ssize_t
 PyMethodDef kEntryPoints[] = {
     {"rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm)), METH_FASTCALL,
      "Eager entry point of rmsnorm_cuda.rms_norm."},
-    {"fused_add_rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_add_rms_norm<false>)), METH_FASTCALL,
+    {"fused_add_rms_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_call<kFusedName, FusedSignature>)), METH_FASTCALL,
      "Eager entry point of rmsnorm_cuda.fused_add_rms_norm, for plain arguments."},
-    {"fused_add_rms_norm_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_add_rms_norm<true>)), METH_FASTCALL,
+    {"fused_add_rms_norm_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_call<kFusedInPlaceName, FusedInPlaceSignature>)), METH_FASTCALL,
      "The same in place."},
+    {"rms_norm_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_call<kForwardName, ForwardSignature>)), METH_FASTCALL,
+     "The norm and rstd, for plain arguments."},
+    {"fused_add_rms_norm_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_call<kFusedForwardName, FusedForwardSignature>)), METH_FASTCALL,
+     "The norm, the sum and rstd, for plain arguments."},
     {"rms_norm_quant", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm_quant<false>)), METH_FASTCALL,
      "Eager entry point of rmsnorm_cuda.rms_norm_quant, for plain arguments."},
     {"fused_add_rms_norm_quant", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(rms_norm_quant<true>)), METH_FASTCALL,
