@@ -51,6 +51,6 @@ figures: $(VENV)/demo-ready build
 	$(BIN)/python benchmarks/monitor.py --from $(RESULTS)/monitor-epyc-zen4-avx512.json --png $(RESULTS)/monitor-epyc-zen4-avx512.png
 
 clean:
-	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib rmsnorm_cuda/_C.*.so
+	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
 .PHONY: demo test build bench bench-cuda figures clean

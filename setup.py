@@ -1,12 +1,13 @@
 """Builds rmsnorm_cuda: three shared libraries, each ignorant of the one above.
 
-    rmsnorm_cuda/lib/librmsnorm.so        kernels            csrc/cpu csrc/cuda      neither torch nor Python
-    rmsnorm_cuda/lib/librmsnorm_torch.so  torch ops          csrc/torch              no Python
-    rmsnorm_cuda/_C.*.so                  Python binding     csrc/python
+    rmsnorm_cuda/lib/librmsnorm.so                  kernels         csrc/cpu csrc/cuda   neither torch nor Python
+    rmsnorm_cuda/lib/torch2.13/librmsnorm_torch.so  torch ops       csrc/torch           no Python
+    rmsnorm_cuda/lib/torch2.13/_C.*.so              Python binding  csrc/python
 
-and rmsnorm_cuda/include/rmsnorm.h, a copy of the contract in csrc/, for C++ programs that call the kernels.
+and rmsnorm_cuda/include/rmsnorm.h, a copy of the contract in csrc/, for C++ programs that call the kernels. A build is for the
+torch of the Python that runs this, or for several: a wheel carries the thin upper two once for each.
 
-ninja does the work, incrementally and in parallel. Environment:
+ninja does the work, incrementally and in parallel, through ccache where it is installed. Environment:
 
     RMSNORM_CUDA_BUILD     1: compile the CUDA kernels, also against a CPU-only torch; 0: leave them out;
                            unset: compile them if torch is a CUDA build and nvcc is there
@@ -14,17 +15,22 @@ ninja does the work, incrementally and in parallel. Environment:
     RMSNORM_CUDA_CUDART    static (default) or shared: how the CUDA runtime is linked
     CUDA_HOME, NVCC, CXX   where the compilers are
     MAX_JOBS               how many of them run at once
+    RMSNORM_CUDA_TORCH     folders, separated by colons, that each hold a package torch to build for; it is not imported
 
 `python setup.py build_ext --inplace` rebuilds what changed; `--kernels-only` stops at librmsnorm.so.
 """
 
+import importlib.machinery
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
@@ -32,6 +38,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+LEAST_CUDA = 12, 6  # of the torches that this builds for, none comes with an older one
 
 NINJA_RULES = """\
 rule cxx
@@ -58,6 +65,8 @@ def fail(sentence):
     sys.exit(f"rmsnorm_cuda: {sentence}")
 
 
+if sys.version_info < (3, 10):
+    fail(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
 if int(setuptools.__version__.split(".")[0]) < 77:
     fail(f"setuptools {setuptools.__version__} is too old for this pyproject.toml; `pip install 'setuptools>=77'`.")
 
@@ -88,18 +97,41 @@ def find_nvcc():
     return shutil.which(named or "nvcc")
 
 
-def find_torch():
-    try:
-        import torch
-    except ImportError as error:
-        fail(
-            f"torch cannot be imported in this build environment ({error}); "
-            "install torch, ninja and setuptools first, then build with `pip install --no-build-isolation`."
-        )
-    return torch
+class Torch(NamedTuple):
+    folder: Path
+    version: str
+    cuda: str | None  # what it was built with
+
+    @property
+    def minor(self):
+        return ".".join(self.version.split(".")[:2])
 
 
-def cuda_absent_reason(torch, nvcc):
+def find_torches():
+    """The torches to build for, by version. They are not imported: the headers and libraries of one for another Python do."""
+    wanted = re.search(r'"(torch[^"]*)"', (ROOT / "pyproject.toml").read_text())[1]
+    least, below = (tuple(map(int, v.split("."))) for v in re.findall(r"[<>]=?([0-9.]+)", wanted))
+    named = os.environ.get("RMSNORM_CUDA_TORCH")
+    result = {}
+    for where in named.split(os.pathsep) if named else [None]:
+        spec = importlib.machinery.PathFinder.find_spec("torch", [where] if where else None)
+        if not spec or not spec.origin:
+            fail(
+                f"there is no torch in {where}, which RMSNORM_CUDA_TORCH names."
+                if where
+                else "torch is not installed in this build environment; install torch, ninja and setuptools first, then build with "
+                "`pip install --no-build-isolation`."
+            )
+        folder = Path(spec.origin).parent
+        version = runpy.run_path(str(folder / "version.py"))
+        torch = Torch(folder, version["__version__"], version["cuda"])
+        if not least <= tuple(map(int, torch.minor.split("."))) < below:
+            fail(f"torch {torch.version} was found, and {wanted} is needed; `pip install '{wanted}'`.")
+        result[torch.minor] = torch
+    return list(result.values())
+
+
+def cuda_absent_reason(torches, nvcc):
     """Why CUDA is left out, as the end of a sentence; None: it is compiled."""
     wish = os.environ.get("RMSNORM_CUDA_BUILD", "")
     if wish not in ("", "0", "1"):
@@ -108,14 +140,24 @@ def cuda_absent_reason(torch, nvcc):
         return "RMSNORM_CUDA_BUILD=0 was set when it was built"
     if wish == "1":
         return None if nvcc else fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
-    if torch and not torch.version.cuda:
-        return f"it was built with torch {torch.__version__}, a CPU-only build; RMSNORM_CUDA_BUILD=1 overrides"
+    if torches and not any(torch.cuda for torch in torches):
+        return f"it was built with torch {torches[0].version}, a CPU-only build; RMSNORM_CUDA_BUILD=1 overrides"
     return None if nvcc else "nvcc was not found when it was built"
+
+
+def output(*command):
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def architectures(nvcc):
     """[(number, is_ptx)] from TORCH_CUDA_ARCH_LIST, or the default ones that this nvcc knows."""
-    known = set(re.findall(r"compute_(\w+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout))
+    version = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
+    if not version or tuple(map(int, version.groups())) < LEAST_CUDA:
+        fail(
+            f"{nvcc} is of CUDA {'.'.join(version.groups()) if version else 'nobody knows what'}, and {'.'.join(map(str, LEAST_CUDA))} "
+            "or newer is needed; name another in NVCC or CUDA_HOME, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out."
+        )
+    known = set(re.findall(r"compute_(\w+)", output(nvcc, "--list-gpu-arch")))
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     result = []
     for item in re.split(r"[;,\s]+", (listed or DEFAULT_ARCHITECTURES).strip()):
@@ -155,9 +197,9 @@ class NinjaFile:
         self.lines.append(text + "\n")
         return output
 
-    def compile(self, rule, sources, **variables):
-        """Objects of the sources, which are relative to ROOT."""
-        return [self.rule(rule, self.build_dir / f"{s}.o", [ROOT / s], **variables) for s in sources]
+    def compile(self, rule, sources, folder="", **variables):
+        """Objects of the sources, which are relative to ROOT, in a folder of the build's."""
+        return [self.rule(rule, self.build_dir / folder / f"{s}.o", [ROOT / s], **variables) for s in sources]
 
 
 class BuildExt(build_ext):
@@ -169,9 +211,10 @@ class BuildExt(build_ext):
         self.kernels_only = False
 
     def finalize_options(self):
-        # One build folder for wheels, editable installs (whose own is thrown away) and direct calls.
-        build_temp = self.build_temp or ROOT / "build" / f"temp-{sys.implementation.cache_tag}"
+        # One build folder for all Pythons, for wheels, editable installs (whose own is thrown away) and direct calls.
+        build_temp = self.build_temp or ROOT / "build" / "objects"
         super().finalize_options()
+        self.torches = [] if self.kernels_only else find_torches()
         self.build_temp = str(build_temp)
 
     def run(self):
@@ -181,28 +224,36 @@ class BuildExt(build_ext):
         return ROOT / "rmsnorm_cuda" if self.inplace else Path(self.build_lib).resolve() / "rmsnorm_cuda"
 
     def outputs(self):
+        """The header, librmsnorm.so, and for each torch librmsnorm_torch.so and the binding."""
         package = self.package_dir()
-        binding = package / Path(self.get_ext_filename("rmsnorm_cuda._C")).name
-        libraries = package / "lib" / "librmsnorm.so", package / "lib" / "librmsnorm_torch.so"
-        return package / "include" / "rmsnorm.h", *libraries, binding
+        binding = Path(self.get_ext_filename("rmsnorm_cuda._C")).name
+        layers = [package / "lib" / f"torch{torch.minor}" for torch in self.torches]
+        return package / "include" / "rmsnorm.h", package / "lib" / "librmsnorm.so", [(d / "librmsnorm_torch.so", d / binding) for d in layers]
 
     def get_outputs(self):
-        return [str(path) for path in self.outputs()]
+        header, kernels, layers = self.outputs()
+        return [str(path) for path in (header, kernels, *(path for pair in layers for path in pair))]
 
     def get_output_mapping(self):
         return {}
 
     def build_extensions(self):
-        header, kernels, ops, binding = self.outputs()
+        header, kernels, layers = self.outputs()
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
-        (kernels.parent).mkdir(parents=True, exist_ok=True)
+        built = {Path(path) for path in self.get_outputs()}
+        for path in [*self.package_dir().glob("_C.*.so"), *self.package_dir().glob("lib/torch*/*.so")]:
+            if path not in built and self.torches:  # of other sources, most likely
+                path.unlink()
+        for path in built:
+            path.parent.mkdir(parents=True, exist_ok=True)
         file = NinjaFile(build_dir)
-        torch = None if self.kernels_only else find_torch()
         self.cxx = find_compiler()
+        ccache = shutil.which("ccache")
+        self.launcher = f"{shlex.quote(ccache)} " if ccache and "ccache" not in self.cxx else ""
         file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
-        self.add_kernels(file, kernels, torch)
-        if torch:
+        self.add_kernels(file, kernels)
+        for torch, (ops, binding) in zip(self.torches, layers):
             self.add_torch_layers(file, kernels, ops, binding, torch)
         (build_dir / "build.ninja").write_text("\n".join(file.lines))
         command = [find_ninja(), "-C", str(build_dir)]
@@ -211,17 +262,22 @@ class BuildExt(build_ext):
         if subprocess.run(command).returncode:
             fail("the build failed; the compiler's message is above.")
 
-    def add_kernels(self, file, output, torch):
-        common = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    def add_kernels(self, file, output_file):
+        # Line tables for profilers and traces, in which the folder of the build does not show.
+        common = ["-O3", "-g1", f"-ffile-prefix-map={ROOT}=.", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # -ffp-contract=off: an FMA only where the source says so, or the bits would depend on the compiler.
         cxx_flags = ["-std=c++17", *common, "-ffp-contract=off", "-fno-math-errno"]
-        objects = file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.cxx, flags=cxx_flags)
+        machine = output(*shlex.split(self.cxx), "-dumpmachine").strip()
+        if not re.match(r"(x86_64|amd64)-.*linux(-gnu)?$", machine):
+            print(f"rmsnorm_cuda: scalar kernels only: {self.cxx} compiles for {machine}, and the others are for x86-64 Linux with glibc")
+            cxx_flags.append("-DRMSNORM_X86=0")
+        objects = file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.launcher + self.cxx, flags=cxx_flags)
         nvcc = find_nvcc()
-        absent = cuda_absent_reason(torch, nvcc)
+        absent = cuda_absent_reason(self.torches, nvcc)
         if absent:
             print(f"rmsnorm_cuda: without CUDA kernels: {absent}")
             define = f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"'
-            objects += file.compile("cxx", ["csrc/cuda/absent.cpp"], cxx=self.cxx, flags=[*cxx_flags, define])
+            objects += file.compile("cxx", ["csrc/cuda/absent.cpp"], cxx=self.launcher + self.cxx, flags=[*cxx_flags, define])
             linker, link_flags = self.cxx, []
         else:
             chosen = architectures(nvcc)
@@ -233,7 +289,7 @@ class BuildExt(build_ext):
                 flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
                 if is_ptx:
                     flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-            objects += file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=nvcc, flags=flags)
+            objects += file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=self.launcher + shlex.quote(nvcc), flags=flags)
             cudart = os.environ.get("RMSNORM_CUDA_CUDART", "static")
             if cudart not in ("static", "shared"):
                 fail(f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared.")
@@ -243,31 +299,30 @@ class BuildExt(build_ext):
         wl = "-Xlinker {}" if not absent else "-Wl,{}"
         for option in ("-soname,librmsnorm.so", "--no-undefined"):
             link_flags += wl.format(option).split(" ", 1)
-        file.rule("link", output, objects, linker=linker, flags=link_flags)
+        file.rule("link", output_file, objects, linker=linker, flags=link_flags)
 
     def add_torch_layers(self, file, kernels, ops, binding, torch):
-        import sysconfig
-
-        torch_dir = Path(torch.__file__).parent
         # at::parallel_for is inline and serial without -fopenmp; the runtime is libgomp.so.1, torch's own.
-        flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", "-isystem", str(torch_dir / "include")]
-        library_dirs = [f"-L{kernels.parent}", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-Wl,--no-undefined"]
+        flags = ["-std=c++20", "-O2", "-g1", f"-ffile-prefix-map={ROOT}=.", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += ["-isystem", str(torch.folder / "include")]
+        library_dirs = [f"-L{kernels.parent}", f"-L{torch.folder / 'lib'}", "-Wl,--no-as-needed", "-Wl,--no-undefined"]
+        cxx, name = self.launcher + self.cxx, f"torch{torch.minor}"
 
-        objects = file.compile("cxx", sources("csrc/torch/*.cpp"), cxx=self.cxx, flags=flags)
-        # $ORIGIN/../../torch/lib is where torch lies beside an installed package; in Python it is loaded already.
+        objects = file.compile("cxx", sources("csrc/torch/*.cpp"), name, cxx=cxx, flags=flags)
+        # $ORIGIN/../../../torch/lib is where torch lies beside an installed package; in Python it is loaded already.
         link = [*library_dirs, "-fopenmp", "-lrmsnorm", "-ltorch_cpu", "-lc10", "-Wl,-soname,librmsnorm_torch.so"]
-        link += ["-Wl,-rpath,$ORIGIN:$ORIGIN/../../torch/lib"]
+        link += ["-Wl,-rpath,$ORIGIN/..:$ORIGIN/../../../torch/lib"]
         file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=link)
 
         # pybind11 is the one that torch was built with: its type casters are torch's.
         # The argument parser's header takes fmt's functions inline, as torch itself was compiled.
-        python = ["-DFMT_HEADER_ONLY=1", "-isystem", sysconfig.get_paths()["include"], f'-DRMSNORM_TORCH_VERSION="{torch.__version__}"']
-        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], cxx=self.cxx, flags=[*flags, *python])
+        python = ["-DFMT_HEADER_ONLY=1", "-isystem", sysconfig.get_paths()["include"], f'-DRMSNORM_TORCH_VERSION="{torch.version}"']
+        where = f"{name}/{sys.implementation.cache_tag}"
+        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], where, cxx=cxx, flags=[*flags, *python])
         # A Python module leaves Python's own symbols to the interpreter.
         link = [flag for flag in library_dirs if flag != "-Wl,--no-undefined"]
-        link += ["-lrmsnorm_torch", "-lrmsnorm", "-ltorch_python", "-ltorch_cpu", "-lc10"]
-        link += ["-Wl,-rpath,$ORIGIN/lib:$ORIGIN/../torch/lib"]
+        link += [f"-L{ops.parent}", "-lrmsnorm_torch", "-lrmsnorm", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+        link += ["-Wl,-rpath,$ORIGIN:$ORIGIN/..:$ORIGIN/../../../torch/lib"]
         file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=link)
 
 

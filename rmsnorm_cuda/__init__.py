@@ -7,20 +7,29 @@
     replace_rms_norm(model, *, fuse_residual=False)                         swaps a model's norms for ours; patch_transformers(*types)
     monitor(model)                                                          watches what a model's norms are given
     rms_norm_sharded(input, normalized_size, weight=None, eps=None, *, group=None, ...)      rows spread over ranks
-    include_dir(), library_dir(), cmake_dir()                               what a C++ program is built with
+    include_dir(), library_dir(), torch_library_dir(), cmake_dir()          what a C++ program is built with
 
 `python -m rmsnorm_cuda` shows what is built and checks it.
 """
 
 import importlib
 
-import torch  # noqa: F401  (its libraries are loaded before ours)
+from . import binary
 
-from . import config, vmap  # noqa: F401  (vmap: its batching rules are registered)
-from .functional import decompositions, fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
-from .integrations.dtensor import register_when_imported
-from .modules import RMSNorm
-from .paths import cmake_dir, include_dir, library_dir
+binary.load(__name__, __path__)
+
+from . import config, vmap  # noqa: E402, F401  (vmap: its batching rules are registered)
+from .functional import (  # noqa: E402
+    decompositions,
+    fused_add_rms_norm,
+    fused_add_rms_norm_,
+    fused_add_rms_norm_quant,
+    rms_norm,
+    rms_norm_quant,
+)
+from .integrations.dtensor import register_when_imported  # noqa: E402
+from .modules import RMSNorm  # noqa: E402
+from .paths import cmake_dir, include_dir, library_dir, torch_library_dir  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +48,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_quant",
     "rms_norm_sharded",
+    "torch_library_dir",
 ]
 
 register_when_imported()

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import config
+from . import _C, config  # _C also registers torch.ops.rmsnorm_cuda
 from .reference import compute_dtype
-
-try:
-    from . import _C  # also registers torch.ops.rmsnorm_cuda
-except ImportError as error:
-    folder = Path(__file__).parent
-    if any(folder.glob("_C.*.so")):
-        raise
-    raise ImportError(
-        f"rmsnorm_cuda is not compiled in {folder}. If that is the source tree and the package is installed, start Python "
-        "in another directory; to compile it here, run `python setup.py build_ext --inplace`."
-    ) from error
 
 _ops = torch.ops.rmsnorm_cuda
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from .binary import torch_libraries
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -11,8 +13,13 @@ def include_dir() -> str:
 
 
 def library_dir() -> str:
-    """The folder of `librmsnorm.so` (the kernels: no torch) and `librmsnorm_torch.so` (torch's ops: no Python)."""
+    """The folder of `librmsnorm.so`, the kernels: neither torch nor Python."""
     return str(_PACKAGE / "lib")
+
+
+def torch_library_dir() -> str:
+    """The folder of `librmsnorm_torch.so`, torch's ops without Python, for the torch that runs."""
+    return str(torch_libraries())
 
 
 def cmake_dir() -> str:

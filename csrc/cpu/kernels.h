@@ -6,10 +6,12 @@
 
 // The x86 instruction sets are opened by GCC's target pragma, which clang does not have: there and
 // on every other machine the scalar kernels are the only ones.
+#ifndef RMSNORM_X86
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RMSNORM_X86 1
 #else
 #define RMSNORM_X86 0
+#endif
 #endif
 
 namespace rmsnorm::cpu {

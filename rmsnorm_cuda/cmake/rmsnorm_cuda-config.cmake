@@ -1,7 +1,9 @@
 # find_package(rmsnorm_cuda CONFIG) in a C++ project; `python -m rmsnorm_cuda --cmake-dir` prints the rmsnorm_cuda_DIR for it.
 #
 #   rmsnorm_cuda::rmsnorm        librmsnorm.so and rmsnorm.h: the kernels; neither torch nor Python
-#   rmsnorm_cuda::rmsnorm_torch  librmsnorm_torch.so: torch's ops, for a server on libtorch, which it links itself
+#   rmsnorm_cuda::rmsnorm_torch  librmsnorm_torch.so: torch's ops, for a server on libtorch, which it links itself. There is one
+#                                for each version of torch: that of rmsnorm_cuda_TORCH ("2.13") if it is set, or of the torch
+#                                whose headers CMake finds, in CMAKE_PREFIX_PATH or by find_package(Torch).
 #
 # Paths are relative to this file: in a wheel, an editable install and the source tree alike.
 if(TARGET rmsnorm_cuda::rmsnorm)
@@ -23,13 +25,25 @@ set_target_properties(rmsnorm_cuda::rmsnorm PROPERTIES
   INTERFACE_INCLUDE_DIRECTORIES "${_rmsnorm_cuda}/include"
   INTERFACE_COMPILE_FEATURES cxx_std_17)
 
-if(EXISTS "${_rmsnorm_cuda}/lib/librmsnorm_torch.so")  # not where only the kernels were built
+if(NOT rmsnorm_cuda_TORCH)
+  unset(_rmsnorm_cuda_version CACHE)
+  find_file(_rmsnorm_cuda_version torch/headeronly/version.h HINTS ${TORCH_INCLUDE_DIRS})
+  if(_rmsnorm_cuda_version)
+    file(READ "${_rmsnorm_cuda_version}" _header)
+    string(REGEX REPLACE ".*VERSION_MAJOR ([0-9]+).*VERSION_MINOR ([0-9]+).*" "\\1.\\2" rmsnorm_cuda_TORCH "${_header}")
+  endif()
+endif()
+set(_ops "lib/torch${rmsnorm_cuda_TORCH}/librmsnorm_torch.so")
+if(EXISTS "${_rmsnorm_cuda}/${_ops}")
   # No symbol of it is asked for, since ops register themselves when it is loaded: the linker must not leave it out for that.
   add_library(rmsnorm_cuda::rmsnorm_torch SHARED IMPORTED)
   set_target_properties(rmsnorm_cuda::rmsnorm_torch PROPERTIES
-    IMPORTED_LOCATION "${_rmsnorm_cuda}/lib/librmsnorm_torch.so"
+    IMPORTED_LOCATION "${_rmsnorm_cuda}/${_ops}"
     IMPORTED_SONAME librmsnorm_torch.so
     IMPORTED_LINK_DEPENDENT_LIBRARIES rmsnorm_cuda::rmsnorm
     INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed")
+else()
+  message(STATUS "rmsnorm_cuda: without rmsnorm_cuda::rmsnorm_torch, since there is no ${_ops} in ${_rmsnorm_cuda}")
 endif()
 unset(_rmsnorm_cuda)
+unset(_ops)

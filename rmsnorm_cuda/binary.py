@@ -1,0 +1,68 @@
+"""Which build of the compiled part is loaded: the one for the torch that runs.
+
+A package carries one or several, for a minor version of torch each, in lib/torch2.13 and the like. What is not there, or
+does not load, is told in one sentence.
+"""
+
+import importlib
+import platform
+import re
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+TORCH = "torch>=2.11,<2.14"  # what pyproject.toml tells pip
+_LIBRARIES = Path(__file__).resolve().parent / "lib"
+
+
+def carried() -> list[str]:
+    """The versions of torch that there are builds for, such as "2.13"."""
+    found = [path.parent.name.removeprefix("torch") for path in _LIBRARIES.glob("torch*/librmsnorm_torch.so")]
+    return sorted(found, key=lambda version: tuple(map(int, version.split("."))))
+
+
+def torch_libraries() -> Path:
+    """The folder of `librmsnorm_torch.so` and `_C` for the torch that runs, which need not exist."""
+    import torch
+
+    return _LIBRARIES / f"torch{'.'.join(torch.__version__.split('.')[:2])}"
+
+
+def load(package: str, path: list[str]) -> None:
+    """Imports torch and then `_C` into the package, whose __path__ is given.
+
+    Raises:
+        ImportError: there is no torch, no build for it or for this Python, or the build does not load.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"rmsnorm_cuda needs torch, which is not installed; `pip install '{TORCH}'`.") from None
+
+    here, folder, builds = _LIBRARIES.parent, torch_libraries(), carried()
+    build = f"`pip install --force-reinstall --no-deps --no-build-isolation {here.parent if (here.parent / 'setup.py').exists() else '<its sources>'}`"
+    if not builds:
+        raise ImportError(
+            f"rmsnorm_cuda is not compiled in {here}. If that is the source tree and the package is installed, start Python "
+            "in another directory; to compile it here, run `python setup.py build_ext --inplace`."
+        )
+    if not folder.exists():
+        least, below = (tuple(map(int, version.split("."))) for version in re.findall(r"[<>]=?([0-9.]+)", TORCH))
+        supported = least <= tuple(map(int, folder.name.removeprefix("torch").split("."))) < below
+        mend = f"build it for this one by {build}" if supported else f"`pip install '{TORCH}'`"
+        raise ImportError(f"rmsnorm_cuda in {here} was built for torch {', '.join(builds)}, and this is torch {torch.__version__}; {mend}.")
+    if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        pythons = ", ".join(sorted(file.name.split(".")[1] for file in folder.glob("_C.*.so"))) or "none"
+        raise ImportError(
+            f"rmsnorm_cuda in {here} was built for another Python ({pythons}), and this is {platform.python_implementation()} "
+            f"{platform.python_version()}; install it with this Python's pip, or build it by {build}."
+        )
+    path.append(str(folder))
+    try:
+        importlib.import_module(f"{package}._C")
+    except ImportError as error:
+        raise ImportError(
+            f"rmsnorm_cuda's build for torch {folder.name.removeprefix('torch')} in {folder} does not load beside torch {torch.__version__} in "
+            f"{Path(torch.__file__).parent}: one of them is incomplete, or of other sources than it says; build it anew by {build}."
+        ) from error
