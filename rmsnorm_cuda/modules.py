@@ -54,17 +54,21 @@ class RMSNorm(torch.nn.RMSNorm):
             weight = self.weight
         shape, eps, offset, cast = self.normalized_shape, self.eps, self.weight_offset, self.cast_before_weight
         if residual is not None:
-            if len(shape) != 1:
-                raise ValueError(f"RMSNorm: a residual needs a normalized_shape of one dimension, but it is {tuple(shape)}")
-            if weight is None and x.shape[-1:] != shape:  # else the weight tells, and torch.fx cannot trace a comparison
-                raise RuntimeError(
-                    f"RMSNorm: given normalized_shape={list(shape)}, expected input with that shape at the end, but got input of "
-                    f"size {list(x.shape)}"
-                )
+            self._check_residual(x, weight)
             return fused_add_rms_norm(x, residual, weight, eps, weight_offset=offset, cast_before_weight=cast)
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
             return _C.rms_norm(x, shape, weight, eps, offset, cast, None)
         return rms_norm(x, shape, weight, eps, weight_offset=offset, cast_before_weight=cast)
+
+    def _check_residual(self, x: Tensor, weight: Tensor | None) -> None:
+        shape = self.normalized_shape
+        if len(shape) != 1:
+            raise ValueError(f"RMSNorm: a residual needs a normalized_shape of one dimension, but it is {tuple(shape)}")
+        if weight is None and x.shape[-1:] != shape:  # else the weight tells, and torch.fx cannot trace a comparison
+            raise RuntimeError(
+                f"RMSNorm: given normalized_shape={list(shape)}, expected input with that shape at the end, but got input of "
+                f"size {list(x.shape)}"
+            )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

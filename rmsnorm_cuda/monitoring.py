@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
+import threading
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .functional import _C, is_dynamo_compiling
-from .integrations.families import _InWeightDtype
+from .integrations.families import _InWeightDtype, _OfAnyWidth
 from .modules import RMSNorm
 
 _forward_op = torch.ops.rmsnorm_cuda.rms_norm_forward.default
@@ -22,12 +25,12 @@ _fused_op = torch.ops.rmsnorm_cuda.fused_add_rms_norm_forward.default
 class Thresholds(NamedTuple):
     """What counts as a fault. Lengths of rows are their RMS; None switches a check off."""
 
-    small: float | None = 0.01  # share of a norm's rows whose mean of squares is below eps: there eps decides, not the row
-    drift: float | None = 8.0  # a norm's typical row is this many times as long as in the first step, or as short
+    small: float | None = 0.5  # share of a norm's rows whose mean of squares is below eps (padding is): there eps decides, not the row
+    drift: float | None = 8.0  # a norm's typical row is this many times as long as when it was first called, or as short
     headroom: float | None = 8.0  # the longest row is within this factor of the largest number of the input's dtype
-    weight: float | None = 8.0  # a weight is this many times as large as in the first step
+    weight: float | None = 8.0  # a weight is this many times as large as at first
     non_finite: bool = True  # rows with NaN or Inf
-    dead: bool = True  # what is between two norms adds nothing, or a weight is zero
+    dead: bool = True  # what is between two norms adds nothing (compiled: not if it never did), or a weight is zero
     settings: bool = True  # eps and rounding are not those of the model's config, family, or other norms
 
 
@@ -51,8 +54,52 @@ _FIGURES = ("rows", "nan", "inf", "small", "least", "mean", "std", "most", "dead
 _ROWS, _NAN, _INF, _SMALL, _LEAST, _MEAN, _STD, _MOST, _DEAD, _WEIGHT = range(len(_FIGURES))
 
 
+_KEPT_STEPS = 4096  # of more, every other one is let go of
+_ROWS_TO_BE_SURE = 4  # so many rows are not as long as before by chance: one is, once in a million
+_WEIGHTS_EVERY = 16  # steps: what is written past autograd, as load_state_dict() and .data do, is seen after so many
+
+
+class _Thread(threading.local):
+    """What the norms have told in this thread since its last step."""
+
+    def __init__(self, room: int) -> None:
+        self.calls: deque[tuple[int, Tensor, torch.dtype, bool | None]] = deque(maxlen=room)
+        self.last: dict[int, weakref.ref[Tensor]] = {}  # what the last norm of a width was given
+        self.depth = 0
+
+
+class _Watch:
+    """By which a norm tells its monitor. In eager that is a list of the thread; torch.compile traces an assignment only."""
+
+    __slots__ = ("index", "thread", "rstd", "dtype")
+
+    def __init__(self, index: int, thread: _Thread) -> None:
+        self.index, self.thread, self.rstd, self.dtype = index, thread, None, torch.float32
+
+    def saw(self, x: Tensor, rstd: Tensor) -> None:
+        if type(rstd) is not Tensor:
+            rstd = rstd.to_local() if hasattr(rstd, "to_local") else None
+        if rstd is None or rstd.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rstd):
+            return  # there is nothing in it
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpointed layer, once more
+        thread, width = self.thread, x.shape[-1]
+        last = thread.last.get(width)
+        thread.last[width] = weakref.ref(x)
+        thread.calls.append((self.index, rstd, x.dtype, last is not None and last() is x))
+
+
+class _Step(NamedTuple):
+    number: int
+    figures: Tensor  # [norms, figures]
+    dtypes: dict[int, torch.dtype]  # of what the norms were given
+    alike: set[int]  # norms that were given what the one before was
+    compiled: set[int]
+    copied: torch.cuda.Event | None  # figures are there when this has happened
+
+
 class Monitor:
-    """What was seen: `alarms`, `figures()`, `report()`, `plot()`. Made by monitor()."""
+    """What was seen: `alarms`, `skipped`, `figures()`, `report()`, `plot()`. Made by monitor()."""
 
     def __init__(self, model: nn.Module, thresholds: Thresholds, on_alarm: Callable[[Alarm], None] | str | None, every: int) -> None:
         if not isinstance(model, nn.Module):
@@ -62,93 +109,167 @@ class Monitor:
         if every < 1:
             raise ValueError(f"monitor: expected every to be positive, but got {every}")
         self.model, self.thresholds, self.alarms = model, thresholds, []
-        self._training = False
-        self.norms = {name.removeprefix("_orig_mod."): m for name, m in model.named_modules() if isinstance(m, RMSNorm)}
+        self.norms: dict[str, RMSNorm] = {}
+        self.skipped: dict[str, str] = {}  # norms that are not watched, and why
+        for name, module in model.named_modules():
+            if isinstance(module, RMSNorm):
+                reason = _reason_to_skip(module)
+                (self.skipped if reason else self.norms)[name.removeprefix("_orig_mod.")] = reason or module
         if not self.norms:
-            raise ValueError("monitor: the model holds no rmsnorm_cuda.RMSNorm; call replace_rms_norm(model) first")
+            raise ValueError(
+                "monitor: the model holds no rmsnorm_cuda.RMSNorm that can be watched; "
+                + ("; ".join(sorted(set(self.skipped.values()))) or "call replace_rms_norm(model) first")
+            )
         self._list = list(self.norms.values())
-        self._eps = [torch.finfo(torch.float32).eps if m.eps is None else m.eps for m in self._list]
+        self._eps, self._shapes = [m.eps for m in self._list], [m.normalized_shape for m in self._list]
         self._on_alarm, self._every = on_alarm, every
-        self._calls = 0
+        self._thread = _Thread(64 * len(self._list))
+        self._watches = [_Watch(i, self._thread) for i in range(len(self._list))]
+        self._lock = threading.RLock()  # threads serve at once; each has steps of its own
+        self._calls, self._training = 0, False
         self._steps: list[tuple[int, Tensor]] = []  # (step, [norms, figures] on the CPU)
-        self._coming: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-        self._weights: tuple[tuple, Tensor] | None = None
-        self._room: tuple[list[torch.dtype], Tensor] | None = None
-        self._known_eps: dict[tuple, Tensor] = {}
+        self._first = torch.full((len(self._list), len(_FIGURES)), math.nan, dtype=torch.float32, device="cpu")
+        self._equal = torch.zeros(len(self._list), dtype=torch.float32, device="cpu")  # rows in turn as long as in the norm before
+        self._alike: set[int] = set()  # compiled norms that were so from the beginning
+        self._coming: _Step | None = None
+        self._weights: tuple[int, tuple, Tensor] | None = None  # step, versions, sizes
+        self._constants: dict[tuple, Tensor] = {}
         self._raised: set[tuple[str, str]] = set()
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> Monitor:
-        for module in self.norms.values():
-            _watch(module)
-        self._undo = [lambda m=module: _unwatch(m) for module in self.norms.values()]
-        compiled = self.model._compiled_call_impl
-        if compiled is not None:  # model.compile(): a hook would be compiled with it
-
-            def call(*args, **kwargs):
-                result = compiled(*args, **kwargs)
-                self.step()
-                return result
-
-            self.model._compiled_call_impl = call
-            self._undo.append(lambda: setattr(self.model, "_compiled_call_impl", compiled))
-        else:
-            self._undo.append(self.model.register_forward_hook(lambda *_: self.step()).remove)
-        self._room = None
         if self.thresholds.settings:
             self._tell(_faulty_settings(self.model, self.norms))
+        with ExitStack() as undo:
+            for module, watch in zip(self._list, self._watches, strict=True):
+                _start(module, watch)
+                undo.callback(_stop, module)
+            for module in _entries(self.model, self._list):
+                compiled = module._compiled_call_impl
+                if compiled is None:
+                    undo.callback(module.register_forward_pre_hook(_Hook(self._enter)).remove)
+                    undo.callback(module.register_forward_hook(_Hook(self._leave), always_call=True).remove)
+                else:  # module.compile(): a hook would be compiled with it
+                    module._compiled_call_impl = self._stepping(compiled)
+                    undo.callback(setattr, module, "_compiled_call_impl", compiled)
+            self._undo = undo.pop_all()
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        while self._undo:
-            self._undo.pop()()
-        if exc_info[0] is None:
-            self._finish()
+    def __exit__(self, kind, *_) -> None:
+        with self._undo:
+            self._finish(may_raise=kind is None)
 
     def step(self) -> None:
-        """Ends a step. Called by itself after each forward of the model; only what calls parts of a model needs to."""
+        """Ends a step of this thread. Called by itself after each forward of the model, or of that part of it that holds all
+        norms; only what calls smaller parts needs to."""
+        self._thread.depth = 0
         self._training = torch.is_grad_enabled()
         with torch.no_grad():
             self._step()
 
+    def _enter(self) -> None:
+        self._thread.depth += 1
+
+    def _leave(self) -> None:
+        self._thread.depth -= 1
+        if self._thread.depth <= 0:
+            self.step()
+
+    def _stepping(self, compiled: Callable) -> Callable:
+        def call(*args, **kwargs):
+            self._enter()
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                self._leave()
+
+        return call
+
     def _step(self) -> None:
-        step, self._calls = self._calls, self._calls + 1
-        seen = {}
-        for i, module in enumerate(self._list):
-            watched = module._seen
-            if (rstd := watched.rstd) is not None:
-                watched.rstd = None
-                if step % self._every == 0:
-                    seen[i] = rstd
-        if not seen:
-            return
-        self._finish()
+        thread = self._thread
+        calls = list(thread.calls)
+        thread.calls.clear()
+        thread.last.clear()
+        compiled = set()
+        for watch in self._watches:
+            if watch.rstd is not None:
+                (rstd, watch.rstd), dtype = (watch.rstd, None), watch.dtype
+                calls.append((watch.index, rstd.to_local() if hasattr(rstd, "to_local") else rstd, dtype, False))
+                compiled.add(watch.index)
+        with self._lock:
+            step, self._calls = self._calls, self._calls + 1
+            if not calls or step % self._every:
+                return
+            self._finish()
+            seen: dict[int, Tensor] = {}
+            for i, rstd, *_ in calls:
+                seen[i] = torch.cat([seen[i].reshape(-1), rstd.reshape(-1)]) if i in seen else rstd
+            figures = self._figures(seen, step)
+            dtypes = {i: dtype for i, _, dtype, _ in calls}
+            copied = None
+            if figures.is_cuda:  # read in the next step, when it has long been copied
+                there = torch.empty(figures.shape, dtype=figures.dtype, device="cpu", pin_memory=True)
+                there.copy_(figures, non_blocking=True)
+                copied, figures = torch.cuda.current_stream(figures.device).record_event(), there
+            self._coming = _Step(step, figures, dtypes, {i for i, *_, alike in calls if alike}, compiled, copied)
+            if copied is None:
+                self._finish()
+
+    def _figures(self, seen: dict[int, Tensor], step: int) -> Tensor:
+        """[norms, figures] on the device of the first norm."""
         device = next(iter(seen.values())).device
         groups: dict[tuple, list[int]] = {}  # what has as many rows of one width is looked at together
         for i, rstd in seen.items():
-            groups.setdefault((rstd.shape, rstd.dtype, rstd.device, self._list[i].normalized_shape), []).append(i)
+            groups.setdefault((rstd.shape, rstd.dtype, rstd.device, self._shapes[i]), []).append(i)
         parts, order = [], []
-        for (shape, *_), members in groups.items():
+        for (shape, dtype, there, _), members in groups.items():
             if rows := shape.numel():
                 order += members
                 rstd = torch.stack([seen[i] for i in members]).reshape(len(members), rows)
-                parts.append(_figures(rstd, self._eps_of(members, device)).to(device))
-        figures = parts[0] if order == list(range(len(self._list))) else _spread(parts, order, len(self._list), device)
-        figures = torch.cat([figures, self._weight_sizes(device)[:, None]], 1)
-        if device.type == "cuda":  # read in the next step, when it has long been copied
-            copy = torch.empty(figures.shape, pin_memory=True)
-            copy.copy_(figures, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._coming = step, copy, event
-        else:
-            self._coming = step, figures, None
-            self._finish()
+                parts.append(_figures(rstd, self._eps_of(members, dtype, there)).to(device))
+        figures = torch.cat(parts) if parts else torch.empty(0, _WEIGHT, dtype=torch.float32, device=device)
+        count = len(self._list)
+        if order != list(range(count)):  # the others have 0 rows, and are NaN otherwise
+            spread = torch.full((count, _WEIGHT), math.nan, dtype=torch.float32, device=device)
+            spread[:, _ROWS] = 0
+            figures = spread.index_copy_(0, self._constant(("order", *order), order, torch.int64, device), figures)
+        return torch.cat([figures, self._weight_sizes(device, step)[:, None]], 1)
+
+    def _constant(self, key: tuple, values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of the values, made once: to bring them to a GPU takes a while."""
+        if (key, device) not in self._constants:
+            if len(self._constants) >= 64:
+                self._constants.clear()
+            self._constants[key, device] = torch.tensor(values, dtype=dtype, device=device)
+        return self._constants[key, device]
+
+    def _eps_of(self, members: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        eps = [[torch.finfo(dtype).eps if self._eps[i] is None else self._eps[i]] for i in members]
+        return self._constant(("eps", dtype, *members), eps, torch.float64, device)
+
+    def _weight_sizes(self, device: torch.device, step: int) -> Tensor:
+        """RMS of weight + offset."""
+        late = self._weights is None or step - self._weights[0] >= _WEIGHTS_EVERY
+        if not (late or self._training):
+            return self._weights[2]
+        weights = [m._parameters["weight"] if "weight" in m._parameters else m.weight for m in self._list]
+        versions = tuple(None if w is None or w.is_inference() else (id(w), w._version) for w in weights)
+        if late or self._weights[1] != versions:
+            plain = {i: w.to_local() if hasattr(w, "to_local") else w for i, w in enumerate(weights) if w is not None}
+            plain = {i: w.detach().float() + o if (o := self._list[i].weight_offset) else w.detach() for i, w in plain.items() if w.numel()}
+            sizes = [torch.full((), math.nan, dtype=torch.float32, device=device)] * len(weights)
+            if plain:
+                norms = torch._foreach_norm(list(plain.values()), 2, dtype=torch.float32)
+                for i, size in zip(plain, torch._foreach_div(norms, [w.numel() ** 0.5 for w in plain.values()]), strict=True):
+                    sizes[i] = size.to(device)
+            self._weights = step, versions, torch.stack(sizes)
+        return self._weights[2]
 
     def figures(self) -> Tensor:
         """``(steps, norms, figures)`` in fp32, steps and norms as in `.steps` and `.norms`. Figures are: rows; how many of them
         have NaN, have Inf, and are shorter than eps; log2 of the RMS of the rest, least, mean, standard deviation and most;
-        1 if every row is as long as in the norm before; RMS of the weight. NaN: not seen in that step."""
+        1 if every row is as long as in the norm before; RMS of the weight. NaN: not seen in that step. Of a long run some
+        thousand steps are kept: the latest, those with alarms, and ever fewer of the earlier ones."""
         return torch.stack([f for _, f in self._steps]) if self._steps else torch.empty(0, len(self.norms), len(_FIGURES))
 
     @property
@@ -167,13 +288,15 @@ class Monitor:
                 lines.append(f"{name:<44}{0:>10}")
                 continue
             f = f[f[:, _ROWS] > 0]
-            least, first, last, most = (2.0 ** v.item() for v in (f[:, _LEAST].min(), f[0, _MEAN], f[-1, _MEAN], f[:, _MOST].max()))
+            usual = f[f[:, _MEAN].isfinite()] if f[:, _MEAN].isfinite().any() else f  # some rows that are no NaN, Inf, or small
+            least, first, last, most = (2.0 ** v.item() for v in (usual[:, _LEAST].min(), usual[0, _MEAN], usual[-1, _MEAN], usual[:, _MOST].max()))
             counts = [int(f[:, k].sum()) for k in (_SMALL, _NAN, _INF)]
             grown = (f[-1, _WEIGHT] / f[0, _WEIGHT]).item()
             lines.append(
                 f"{name:<44}{rows:>10}{least:>10.3g}{first:>10.3g}{last:>10.3g}{most:>10.3g}{counts[0] / rows:>8.1%}{counts[1]:>8}"
                 f"{counts[2]:>8}" + (f"{'x %.3g' % grown:>9}" if math.isfinite(grown) else f"{'-':>9}")
             )
+        lines += [f"{name}: not watched: {reason}" for name, reason in self.skipped.items()]
         lines += [f"! step {a.step}, {a.norm}: {a.message}" for a in self.alarms] or ["no alarms"]
         text = "\n".join(lines)
         print(text)
@@ -187,40 +310,26 @@ class Monitor:
             figure.savefig(path, dpi=120)
         return figure
 
-    def _eps_of(self, members: list[int], device: torch.device) -> Tensor:
-        key = tuple(members), device
-        if key not in self._known_eps:
-            self._known_eps[key] = torch.tensor([[self._eps[i]] for i in members], dtype=torch.float64, device=device)
-        return self._known_eps[key]
-
-    def _weight_sizes(self, device: torch.device) -> Tensor:
-        """RMS of weight + offset; kept while no weight has been written to, and in inference."""
-        if self._weights is not None and not self._training:
-            return self._weights[1]
-        weights = [m.weight for m in self._list]
-        versions = tuple(None if w is None or w.is_inference() else (id(w), w._version) for w in weights)
-        if self._weights is None or self._weights[0] != versions:
-            plain = [w.to_local() if hasattr(w, "to_local") else w for w in weights]
-            offsets = [m.weight_offset for m in self._list]
-            with_offset = [None if w is None else w.detach().float() + o for w, o in zip(plain, offsets)]
-            sizes = [math.nan if w is None or not w.numel() else w.square().mean().sqrt() for w in with_offset]
-            self._weights = versions, torch.stack([torch.as_tensor(s, dtype=torch.float32, device=device) for s in sizes])
-        return self._weights[1]
-
-    def _finish(self) -> None:
+    def _finish(self, may_raise: bool = True) -> None:
         """Takes in the figures that were on their way, and looks for faults."""
-        if self._coming is None:
-            return
-        step, figures, event = self._coming
-        self._coming = None
-        if event is not None:
-            event.synchronize()
-        self._steps.append((step, figures))
-        self._tell(self._faults(step, figures))
+        with self._lock:
+            if self._coming is None:
+                return
+            step, self._coming = self._coming, None
+            if step.copied is not None:
+                step.copied.synchronize()
+                step = step._replace(figures=step.figures.clone())  # pinned memory is for the next
+            self._first = torch.where(self._first.isnan(), step.figures, self._first)
+            self._steps.append((step.number, step.figures))
+            alarms = self._faults(step)
+            self._tell(alarms, may_raise)
+            if len(self._steps) > _KEPT_STEPS:
+                marked = {alarm.step for alarm in self.alarms}
+                self._steps = [s for i, s in enumerate(self._steps) if i % 2 == 0 or s[0] in marked]
 
-    def _faults(self, step: int, figures: Tensor) -> list[Alarm]:
-        limits, names, first, rows = self.thresholds, list(self.norms), self._steps[0][1], figures[:, _ROWS]
-        f, checks = figures, []  # (what is true of a norm, kind, message of norm i)
+    def _faults(self, step: _Step) -> list[Alarm]:
+        limits, names, first, f, rows = self.thresholds, list(self.norms), self._first, step.figures, step.figures[:, _ROWS]
+        checks = []  # (what is true of a norm, kind, message of norm i)
         if limits.non_finite:
             checks.append((f[:, _NAN] > 0, "non_finite", lambda i: f"NaN in {int(f[i, _NAN])} of {int(rows[i])} rows"))
             overflows = "Inf in {} of {} rows: what comes before it overflows"
@@ -233,10 +342,9 @@ class Monitor:
             drifts = "rows are {:.3g} times as long as in the first step"
             checks.append((away.abs() > math.log2(limits.drift), "drift", lambda i: drifts.format(2 ** away[i].item())))
         if limits.headroom is not None:
-            if self._room is None:
-                dtypes = [m._seen.dtype for m in self._list]
-                self._room = dtypes, torch.tensor([math.log2(torch.finfo(dtype).max / limits.headroom) for dtype in dtypes])
-            dtypes, room = self._room
+            dtypes = [step.dtypes.get(i, torch.float32) for i in range(len(names))]
+            largest = [math.log2(torch.finfo(dtype).max / limits.headroom) for dtype in dtypes]
+            room = self._constant(("room", *dtypes), largest, torch.float32, torch.device("cpu"))
             near = "a row has RMS {:.3g}, near the largest number of {}"
             checks.append((f[:, _MOST] > room, "headroom", lambda i: near.format(2 ** f[i, _MOST].item(), dtypes[i])))
         if limits.weight is not None:
@@ -244,24 +352,31 @@ class Monitor:
             grows = "the weight is {:.3g} times as large as in the first step"
             checks.append((grown > limits.weight, "weight", lambda i: grows.format(grown[i])))
         if limits.dead:
+            equal = f[:, _DEAD] > 0
+            if len(self._steps) == 1:
+                self._alike = {i for i in step.compiled if equal[i]}
+            if alike := self._alike | step.alike:
+                equal[list(alike)] = False
+            self._equal = torch.where(equal, self._equal + rows, 0)
             adds_nothing = "its rows are exactly as long as in the norm before: what is between adds nothing"
-            checks.append((f[:, _DEAD] > 0, "dead", lambda i: adds_nothing))
+            checks.append((self._equal >= _ROWS_TO_BE_SURE, "dead", lambda i: adds_nothing))
             checks.append((f[:, _WEIGHT] == 0, "dead", lambda i: "its weight is zero"))
         if not checks:
             return []
         where = torch.stack([mask for mask, *_ in checks], 1).nonzero().tolist()  # where it comes first is told first
-        return [Alarm(step, names[i], checks[k][1], checks[k][2](i)) for i, k in where]
+        return [Alarm(step.number, names[i], checks[k][1], checks[k][2](i)) for i, k in where]
 
-    def _tell(self, alarms: list[Alarm]) -> None:
+    def _tell(self, alarms: list[Alarm], may_raise: bool = True) -> None:
         """Each kind of each norm once."""
         new = [a for a in alarms if (a.norm, a.kind) not in self._raised]
         self._raised.update((a.norm, a.kind) for a in new)
         self.alarms += new
-        if new and self._on_alarm == "raise":
-            raise RMSNormAlarm(new[0])
         if callable(self._on_alarm):
-            for alarm in new:
-                self._on_alarm(alarm)
+            with ExitStack() as stack:  # each is called, also if one raises
+                for alarm in reversed(new):
+                    stack.callback(self._on_alarm, alarm)
+        elif new and self._on_alarm == "raise" and may_raise:
+            raise RMSNormAlarm(new[0])
 
 
 def monitor(
@@ -276,7 +391,9 @@ def monitor(
     Every forward of the model is a step. For each norm it keeps how long the rows are that it is given (their RMS: least, mean,
     spread, most), how many are so short that eps decides, how many hold NaN or Inf, and how its weight grows: all from
     1 / rms, which the norm computes anyway, and without a second pass over the data. In training and inference, compiled
-    or not: a compiled model is compiled anew on entering. On CUDA nothing waits; a fault is told a step later.
+    or not: a compiled model is compiled anew on entering, its norms as ops whatever `config.decompose` says. On CUDA nothing
+    waits; a fault is told a step later. Threads may call the model at once, each has steps of its own; a compiled model one
+    at a time. Norms of classes with a forward of their own are in ``.skipped``. A copy of the model made meanwhile is not watched.
 
     Args:
         model: what is called. Where it is compiled, the compiled one.
@@ -312,58 +429,79 @@ def heat_map(norms: list[str], steps: list[int], values: Tensor, alarms: list[tu
 
 def _figures(rstd: Tensor, eps: Tensor) -> Tensor:
     """[norms, rows] of 1 / rms -> [norms, figures without weight]."""
-    rows = rstd.shape[1]
-    nan, inf = rstd.isnan(), rstd == 0
     squares = rstd.double().pow(-2) - eps
     small = squares < eps
+    usual = (squares >= eps) & (squares < math.inf)
+    nan, inf, small, count = torch.stack([rstd.isnan(), rstd == 0, small, usual]).sum(2)
     log2 = squares.clamp(min=1e-90).log2().div(2)
-    usual = ~(nan | inf | small)
-    count = usual.sum(1)
-    least = torch.where(usual, log2, math.inf).amin(1)
-    most = torch.where(usual, log2, -math.inf).amax(1)
-    mean = torch.where(usual, log2, 0).sum(1) / count
-    std = torch.where(usual, log2 - mean[:, None], 0).square().sum(1).div(count).sqrt()
+    if not rstd.is_cuda and usual.all():  # as nearly always; on a GPU it would have to be waited for
+        least, most = log2.aminmax(dim=1)
+        std, mean = torch.std_mean(log2, 1, correction=0)
+    else:
+        least = torch.where(usual, log2, math.inf).amin(1)
+        most = torch.where(usual, log2, -math.inf).amax(1)
+        mean = torch.where(usual, log2, 0).sum(1) / count
+        std = torch.where(usual, log2 - mean[:, None], 0).square().sum(1).div(count).sqrt()
+        least, most = (torch.where(count > 0, t, math.nan) for t in (least, most))
     dead = torch.zeros(len(rstd), dtype=torch.bool, device=rstd.device)
-    dead[1:] = ((rstd[1:] == rstd[:-1]) | (nan[1:] & nan[:-1])).all(1) & usual[1:].any(1)
-    least, most = (torch.where(count > 0, t, math.nan) for t in (least, most))
-    counts = (torch.full_like(count, rows), nan.sum(1), inf.sum(1), small.sum(1))
-    return torch.stack([t.float() for t in (*counts, least, mean, std, most, dead)], 1)
+    dead[1:] = ((rstd[1:] == rstd[:-1]) | rstd[1:].isnan()).all(1) & usual[1:].any(1)
+    rows = torch.full_like(count, rstd.shape[1])
+    return torch.stack([t.float() for t in (rows, nan, inf, small, least, mean, std, most, dead)], 1)
 
 
-def _spread(parts: list[Tensor], order: list[int], norms: int, device: torch.device) -> Tensor:
-    """The parts' rows in their places; those of norms that were not called have 0 rows and are NaN otherwise."""
-    figures = torch.full((norms, _WEIGHT), math.nan, device=device)
-    figures[:, _ROWS] = 0
-    if parts:
-        figures[order] = torch.cat(parts)
-    return figures
+class _Hook:
+    """A hook of the model. A copy of the model has one that does nothing."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, *_) -> None:
+        if not is_dynamo_compiling():  # whoever compiles more than the model has to call step()
+            self.call()
+
+    def __reduce__(self):
+        return _Hook, (_nothing,)
 
 
-class _Seen:
-    """Of a norm in this step. Assigning to it is all that a forward does for the monitor."""
-
-    __slots__ = ("rstd", "dtype")
-
-    def __init__(self) -> None:
-        self.rstd, self.dtype = None, torch.float32
+def _nothing() -> None:
+    pass
 
 
-# A norm that is watched has a class that keeps its rstd. That is an assignment only, which torch.compile traces.
+def _entries(model: nn.Module, norms: list[RMSNorm]) -> list[nn.Module]:
+    """Where a forward begins: the model, and what is in it and still holds all norms, as generate() calls it."""
+    entries, held = [model], set(norms)
+    while entries[-1]._compiled_call_impl is None and type(entries[-1]).__name__ != "OptimizedModule":
+        inner = [child for child in entries[-1].children() if held <= set(child.modules())]
+        if len(inner) != 1 or inner[0] in held:
+            break
+        entries.append(inner[0])
+    return entries
+
+
+# A norm that is watched has a class that tells its rstd.
 
 
 def _forward(self, x: Tensor, residual: Tensor | None = None):
-    seen, weight = self._seen, self._parameters["weight"] if "weight" in self._parameters else self.weight
-    seen.dtype = x.dtype
+    watch = self._watch
+    if watch is None:  # FSDP made a class of ours while it was watched, and it is not any more
+        return self._original.forward(self, x) if residual is None else self._original.forward(self, x, residual)
+    weight = self._parameters["weight"] if "weight" in self._parameters else self.weight
     if residual is None:
         args = x, self.normalized_shape or x.shape[-1:], weight, self.eps
         op, entry = _forward_op, _C.rms_norm_forward
     else:
+        self._check_residual(x, weight)
         args = x, residual, weight, self.eps
         op, entry = _fused_op, _C.fused_add_rms_norm_forward
-    results = NotImplemented if is_dynamo_compiling() else entry(*args, self.weight_offset, self.cast_before_weight)
+    compiling = is_dynamo_compiling()
+    results = NotImplemented if compiling else entry(*args, self.weight_offset, self.cast_before_weight)
     if results is NotImplemented:
         results = op(*args, weight_offset=self.weight_offset, cast_before_weight=self.cast_before_weight)
-    seen.rstd = results[-1]
+    given = x if residual is None else results[1]
+    if compiling:
+        watch.rstd, watch.dtype = results[-1], given.dtype
+    else:
+        watch.saw(given, results[-1])
     return results[0] if residual is None else results[:2]
 
 
@@ -373,24 +511,45 @@ def _forward_in_weight_dtype(self, x: Tensor):
     return _forward(self, x)
 
 
+def _new(cls: type) -> RMSNorm:
+    return cls.__new__(cls)
+
+
+def _reduce_ex(self, protocol):
+    """A copy is of the original class."""
+    return _new, (self._original,), {key: value for key, value in self.__getstate__().items() if key != "_watch"}
+
+
+_FORWARDS = {RMSNorm.forward: _forward, _OfAnyWidth.forward: _forward, _InWeightDtype.forward: _forward_in_weight_dtype}
 _WATCHED: dict[type, type] = {}
 
 
-def _watch(module: RMSNorm) -> None:
+def _reason_to_skip(module: RMSNorm) -> str:
+    if "forward" in vars(module):
+        return "its forward was replaced on this instance (accelerate hooks, kernels, ...)"
+    if type(module).forward not in (*_FORWARDS, *_FORWARDS.values()):
+        return f"{type(module).__name__} has a forward of its own"
+    return ""
+
+
+def _start(module: RMSNorm, watch: _Watch) -> None:
     cls = type(module)
-    if hasattr(cls, "_original"):
+    if getattr(module, "_watch", None) is not None:
         raise RuntimeError("monitor: this model is being monitored already")
+    if hasattr(cls, "_watch"):  # FSDP's
+        module._watch = watch
+        return
     if cls not in _WATCHED:
-        forward = _forward_in_weight_dtype if issubclass(cls, _InWeightDtype) else _forward
-        body = {"forward": forward, "_original": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _WATCHED[cls] = type(cls.__name__, (cls,), body)
+        body = {"forward": _FORWARDS[cls.forward], "_original": cls, "_watch": None, "__reduce_ex__": _reduce_ex}
+        _WATCHED[cls] = type(cls.__name__, (cls,), body | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
     module.__class__ = _WATCHED[cls]
-    module._seen = _Seen()
+    module._watch = watch
 
 
-def _unwatch(module: RMSNorm) -> None:
-    module.__class__ = type(module)._original
-    del module._seen
+def _stop(module: RMSNorm) -> None:
+    vars(module).pop("_watch", None)
+    if type(module) in _WATCHED.values():
+        module.__class__ = type(module)._original
 
 
 def _faulty_settings(model: nn.Module, norms: dict[str, RMSNorm]) -> list[Alarm]:
@@ -398,9 +557,18 @@ def _faulty_settings(model: nn.Module, norms: dict[str, RMSNorm]) -> list[Alarm]
     found, config = [], getattr(model, "config", None)
     config = getattr(config, "text_config", config)
     written = {getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")} - {None}
+    hidden = getattr(config, "hidden_size", None)
+    alike: dict[str, list[float | None]] = {}  # the eps of norms of one name: in all layers
     for name, module in norms.items():
-        if written and module.eps not in written:
-            found.append(Alarm(-1, name, "settings", f"eps is {module.eps}, and the model's config says {', '.join(map(str, sorted(written)))}"))
+        alike.setdefault(name.rpartition(".")[2], []).append(module.eps)
+    for name, module in norms.items():
+        says, others = written, alike[name.rpartition(".")[2]]
+        if not written or (hidden is not None and module.normalized_shape != (hidden,)):  # DeepSeek's inner norms do not heed the config
+            usual, count = Counter(others).most_common(1)[0]
+            says = {usual} if 2 * count > len(others) else {module.eps}
+        if module.eps not in says:
+            where = "the model's config says" if says is written else "that of the other layers is"
+            found.append(Alarm(-1, name, "settings", f"eps is {module.eps}, and {where} {', '.join(map(str, sorted(says, key=str)))}"))
     ways = {name: (m.weight_offset, m.cast_before_weight) for name, m in norms.items() if m.weight is not None}
     known = _ways_of_the_family(model) or {way for way, n in Counter(ways.values()).items() if 2 * n > len(ways)}
     for name, way in ways.items():
@@ -420,7 +588,7 @@ def _ways_of_the_family(model: nn.Module) -> set[tuple[float, bool]]:
         for cls in norm_classes(module).values():
             try:
                 found = recognize(cls(64))
-            except TypeError:  # it wants more to be built
+            except Exception:  # it wants something else to be built
                 continue
             if not isinstance(found, str):
                 ways.add((found.family.weight_offset, found.family.cast_before_weight))

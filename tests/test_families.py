@@ -191,6 +191,21 @@ def test_structure_that_is_not_ours():
     assert recognize(norm) == "the weight of Wrapped is not a parameter"
 
 
+def test_weight_that_is_not_one_for_each_column():
+    for shape in ((), (0,), (1,)):  # a scale; what a sharded model holds meanwhile
+        norm = Wrapped(OWN["large eps"][0], eps=0.5)
+        norm.weight = nn.Parameter(torch.ones(shape))
+        assert recognize(norm) == f"its weight has the shape {list(shape)}, and one number for each column is expected"
+    norm = Wrapped(OWN["large eps"][0], eps=0.5, normalized_shape=40)
+    assert twin(norm, *recognize(norm)).normalized_shape == (40,)
+
+
+def test_leading_dimensions_matter():
+    """Such a module is no RMSNorm, though it is one on matrices."""
+    norm = Wrapped(lambda self, x: OWN["large eps"][0](self, x) * (x.dim() - 1), eps=1e-3)
+    assert recognize(norm) == "its result depends on how many dimensions there are before the normalized ones"
+
+
 def test_the_module_itself_takes_no_part():
     """Neither its weights nor its hooks nor where it lies matter, and nothing of it changes."""
     norm = Wrapped(OWN["as in Llama's own code"][0], eps=1e-5)

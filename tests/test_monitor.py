@@ -2,6 +2,10 @@
 
 import copy
 import math
+import subprocess
+import sys
+import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from cases import same_bits
 from torch import nn
 
 import rmsnorm_cuda
-from rmsnorm_cuda import RMSNorm, monitor, replace_rms_norm
+from rmsnorm_cuda import RMSNorm, monitor, monitoring, replace_rms_norm
 from rmsnorm_cuda.monitoring import RMSNormAlarm, Thresholds
 
 WIDTH, LAYERS = 32, 4
@@ -54,7 +58,7 @@ def test_figures_are_those_of_the_rows():
         assert same_bits(model(x).detach(), want.detach())
         assert type(model.last).__name__ == "RMSNorm" and isinstance(model.last, RMSNorm)
     handle.remove()
-    assert type(model.last) is RMSNorm and not hasattr(model.last, "_seen") and not model._forward_hooks
+    assert type(model.last) is RMSNorm and not hasattr(model.last, "_watch") and not model._forward_hooks
     assert list(m.norms) == [*(f"layers.{i}.norm" for i in range(LAYERS)), "last"] and m.steps == [0]
     rows, nan, inf, small, least, mean, std, most, dead, weight = m.figures()[0, 0].tolist()
     assert (rows, nan, inf, small, dead, weight) == (100, 1, 1, 6, 0, 1)
@@ -144,7 +148,7 @@ def test_what_is_called_in_part():
 def test_wrong_use():
     with pytest.raises(TypeError, match="expected a torch.nn.Module, got list"):
         monitor([])
-    with pytest.raises(ValueError, match="holds no rmsnorm_cuda.RMSNorm; call replace_rms_norm"):
+    with pytest.raises(ValueError, match="holds no rmsnorm_cuda.RMSNorm that can be watched; call replace_rms_norm"):
         monitor(nn.Sequential(nn.RMSNorm(4)))
     with pytest.raises(TypeError, match="on_alarm to be 'raise', a function or None, got 'print'"):
         monitor(Model(), on_alarm="print")
@@ -222,7 +226,8 @@ def test_wrong_eps():
     model = Model()
     model.layers[3].norm.eps = 5.0
     m = watch(model, inputs())
-    assert kinds(m) == [("layers.3.norm", "small")] and "eps=5.0, which decides there" in m.alarms[0].message
+    assert kinds(m) == [("layers.3.norm", "settings"), ("layers.3.norm", "small")]
+    assert "that of the other layers is 1e-06" in m.alarms[0].message and "eps=5.0, which decides there" in m.alarms[1].message
     model = Model()
     model.config = type("Config", (), {"rms_norm_eps": 1e-6})()
     model.last.eps = 1e-5
@@ -277,7 +282,7 @@ def test_thresholds():
     model.layers[3].norm.eps = 5.0
     off = Thresholds(None, None, None, None, False, False, False)
     assert not watch(model, inputs(), thresholds=off).alarms
-    assert not watch(model, inputs(), thresholds=Thresholds(small=1.0)).alarms
+    assert not watch(model, inputs(), thresholds=Thresholds(small=1.0, settings=False)).alarms
 
 
 def test_monitored_model_can_be_copied_afterwards():
@@ -285,6 +290,308 @@ def test_monitored_model_can_be_copied_afterwards():
     m = watch(model, inputs())
     twin = copy.deepcopy(model)
     assert torch.equal(twin(inputs()[0]), model(inputs()[0])) and len(m.steps) == 3
+
+
+def test_threads_have_steps_of_their_own():
+    model, sizes, errors = Model().eval(), (3, 300, 5), []
+
+    def serve(rows):
+        try:
+            for _ in range(40):
+                with torch.no_grad():
+                    model(torch.randn(rows, WIDTH))
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with monitor(model) as m:
+            threads = [threading.Thread(target=serve, args=(rows,)) for rows in sizes]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors and m.steps == list(range(120))
+    rows = m.figures()[:, :, 0]
+    assert (rows == rows[:, :1]).all() and Counter(rows[:, 0].tolist()) == dict.fromkeys(sizes, 40)
+
+
+def test_forward_of_a_subclass_is_left_alone():
+    class Doubled(RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, x = nn.Sequential(RMSNorm(WIDTH), Doubled(WIDTH), RMSNorm(WIDTH)), torch.randn(4, WIDTH)
+    model[2].forward = model[2].forward
+    with monitor(model) as m:
+        assert torch.equal(model(x), model[2](2 * rmsnorm_cuda.rms_norm(model[0](x), WIDTH, model[1].weight)))
+    assert list(m.norms) == ["0"] and m.skipped["1"] == "Doubled has a forward of its own"
+    assert "2: not watched: its forward was replaced on this instance" in m.report()
+    with pytest.raises(ValueError, match="can be watched; Doubled has a forward of its own"):
+        monitor(nn.Sequential(Doubled(WIDTH)))
+
+
+def test_fused_layers_stay_fused():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.linear = RMSNorm(WIDTH, 1e-5), RMSNorm(WIDTH, 1e-5), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            residual = x
+            x = self.linear(self.a(x))
+            x = residual + x
+            residual = x
+            x = self.b(x)
+            return residual + x
+
+    model = nn.Sequential(Decoder(), Decoder()).bfloat16()
+    assert len(replace_rms_norm(model, fuse_residual=True).fused) == 2
+    x = torch.randn(8, WIDTH, dtype=torch.bfloat16)
+
+    def run():
+        model.zero_grad()
+        y = model(x)
+        y.float().square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    want = run()
+    with monitor(model) as m:
+        assert all(map(same_bits, run(), want))
+    assert (m.figures()[0, :, 0] == 8).all() and not m.alarms
+    handle = model[0].b.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))  # unfuses it
+    unhooked = model[1].b.register_forward_hook(lambda module, args, y: 2 * y)
+    got = model(x)
+    handle.remove(), unhooked.remove()
+    assert got.shape == x.shape and not torch.equal(got, model(x))
+
+
+def test_entering_that_fails_leaves_nothing_behind():
+    model = Model()
+    model.layers[0].norm.eps = 1.0
+    with pytest.raises(RMSNormAlarm), monitor(model, on_alarm="raise"):
+        pass
+    assert type(model.layers[0].norm) is RMSNorm and not model._forward_hooks
+    with monitor(model.layers[2]), pytest.raises(RuntimeError, match="already"), monitor(model):
+        pass
+    assert {type(m) for m in model.modules() if isinstance(m, RMSNorm)} == {RMSNorm} and not model._forward_pre_hooks
+
+
+def test_copies_made_meanwhile_are_plain(tmp_path):
+    model, x = Model(), inputs()[0]
+    with monitor(model) as m:
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        twin(x)
+        model(x)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert m.steps == [0] and all(type(c.last) is RMSNorm for c in (twin, loaded))
+    assert torch.equal(twin(x), model(x)) and torch.equal(loaded(x), model(x))
+
+
+def test_parallel_branches_are_not_dead():
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = RMSNorm(WIDTH), RMSNorm(WIDTH)
+
+        def forward(self, x):
+            return x + self.a(x) + self.b(x).tanh()
+
+    model = nn.Sequential(Parallel(), Parallel())
+    assert not watch(model, inputs()).alarms
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    assert not watch(model, inputs()).alarms
+
+
+def test_one_row_is_as_long_as_another_by_chance():
+    model = nn.Sequential(RMSNorm(WIDTH, 1e-6), RMSNorm(WIDTH, 1e-6))
+    ones, other = torch.ones(1, WIDTH), torch.linspace(1, 2, WIDTH)[None]
+    ones *= (1 - 1e-6) ** 0.5  # the norm of it is it
+    equal = model[0](ones).square().mean() == ones.square().mean()
+    assert not watch(model, [ones, other, ones, other, ones]).alarms
+    found = kinds(watch(model, [ones] * 4))
+    assert found == ([("1", "dead")] if equal else [])
+
+
+def test_called_twice_and_again_in_backward():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.other = RMSNorm(WIDTH, 1e-6), RMSNorm(WIDTH, 1e-6)
+
+        def forward(self, x, other=True):
+            y = self.norm(x[:5])
+            z = torch.utils.checkpoint.checkpoint(self.norm, x[5:], use_reentrant=False)
+            return torch.cat([y, self.other(z) if other else z])
+
+    model, x = Tied(), torch.randn(12, WIDTH)
+    x[2, 3] = torch.nan
+    with monitor(model) as m:
+        model(x.requires_grad_()).nansum().backward()
+        model(x, other=False)
+    assert m.figures()[:, :, 0].tolist() == [[12, 7], [12, 0]] and m.figures()[0, 0, 1] == 1
+
+
+def test_forward_that_raises_is_a_step():
+    model, x = Model(), inputs()[0]
+    handle = model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with monitor(model) as m:
+        with pytest.raises(ZeroDivisionError):
+            model(x * torch.nan)
+        handle.remove()
+        model(x)
+    assert m.figures()[:, :, 0].tolist() == [[20, 20, 0, 0, 0], [20] * 5] and ("layers.0.norm", "non_finite") in kinds(m)
+
+
+def test_weights_that_are_written_past_autograd():
+    model, x = Model(), inputs()[0]
+    with torch.no_grad(), monitor(model) as m:
+        model(x)
+        model.last.weight.data.mul_(50)
+        [model(x) for _ in range(17)]
+    assert kinds(m) == [("last", "weight")]
+
+
+def test_what_comes_later_has_its_own_beginning():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = RMSNorm(WIDTH, 1e-6), RMSNorm(WIDTH, 1e-6)
+
+        def forward(self, x, b=True):
+            return self.b(x) if b else self.a(x)
+
+    model, x = Sometimes(), inputs()[0]
+    with monitor(model) as m:
+        model(x, b=False)
+        model(x.half())
+        model(x.half() * 20)  # longer than at first; and near the largest half only then
+        model((x.half() * 1e4).clamp(-6e4, 6e4))
+    assert [(a.step, a.norm, a.kind) for a in m.alarms] == [(2, "b", "drift"), (3, "b", "headroom")]
+
+
+def test_long_runs(monkeypatch):
+    monkeypatch.setattr(monitoring, "_KEPT_STEPS", 8)
+    model, xs = Model(), inputs(30)
+    m = watch(model, [*xs[:10], lambda i: xs[i] * torch.nan, *xs[11:]])
+    assert len(m.steps) <= 9 and {0, 10, 29} <= set(m.steps) and m.steps == sorted(m.steps)
+    assert len(m._constants) < 64
+
+
+def test_as_on_a_gpu(monkeypatch):
+    """Figures come a step later, and are taken in at the end also if the block raises."""
+    finish, model, xs = monitoring.Monitor._finish, Model(), inputs()
+    leaving = []
+    monkeypatch.setattr(monitoring.Monitor, "_finish", lambda self, may_raise=True: finish(self, may_raise) if self._late() else None)
+    monkeypatch.setattr(monitoring.Monitor, "_late", lambda self: leaving or (self._coming and self._coming.number < self._calls - 1), raising=False)
+    with pytest.raises(ZeroDivisionError), monitor(model, on_alarm="raise") as m:
+        model(xs[0])
+        assert m.steps == []
+        model(xs[1])
+        assert m.steps == [0]
+        model(xs[2] * torch.nan)
+        assert m.steps == [0, 1] and not m.alarms
+        leaving.append(True)
+        1 / 0
+    assert m.steps == [0, 1, 2] and kinds(m)[0] == ("layers.0.norm", "non_finite") and type(model.last) is RMSNorm
+
+
+def test_callbacks_are_all_called():
+    model, told = Model(), []
+
+    def tell(alarm):
+        told.append(alarm)
+        raise KeyError
+
+    with pytest.raises(KeyError), monitor(model, on_alarm=tell) as m:
+        model(inputs()[0] * torch.nan)
+    assert len(told) == 5 and told == m.alarms
+
+
+def test_other_defaults():
+    """Of dtype and device, and parts of a model that is wrapped."""
+    model, x = Model(), inputs()[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), monitor(model) as m:
+            model(x)
+            model.layers[0](x), m.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert m.steps == [0, 1] and m.figures().dtype == torch.float32
+    with monitor(Model().to("meta")) as m:
+        m.model(x.to("meta"))
+    assert not m.steps
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner.forward(x)
+
+    wrapped = Wrapper()
+    with monitor(wrapped) as m:
+        wrapped(x)
+        wrapped.inner(x)  # as generate() of PEFT does
+    assert m.steps == [0, 1] and list(m.norms)[0] == "inner.layers.0.norm"
+    with monitor(model) as m:
+        gradients = torch.vmap(torch.func.grad(lambda x: model(x).sum()))(x)
+    assert gradients.shape == x.shape and not m.alarms
+
+
+def test_settings_of_real_models():
+    """DeepSeek's inner norms have an eps that is not in the config; some families' norms are built from a config."""
+    transformers = pytest.importorskip("transformers")
+    tiny = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, rms_norm_eps=1e-5)
+    more = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**tiny, **more)).eval()
+    with replace_rms_norm(model), monitor(model, on_alarm="raise") as m:
+        model(torch.arange(6)[None])
+    assert len(m.norms) == 9 and m.steps == [0]
+    import importlib
+
+    for name in ("phi4_multimodal", "voxtral_realtime"):
+        try:
+            modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        except ImportError:
+            continue
+        stranger = type("Stranger", (Model,), {"__module__": modeling.__name__})()
+        with monitor(stranger):
+            stranger(inputs()[0])
+
+
+def test_fully_sharded_meanwhile():
+    code = """if True:
+        import tempfile, torch, torch.distributed as dist
+        from torch import nn
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+        import rmsnorm_cuda
+        dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+        mesh = dist.init_device_mesh("cpu", (1,))
+        norms = lambda: nn.Sequential(nn.Linear(8, 8), rmsnorm_cuda.RMSNorm(8, 1e-6))
+        model, x = norms(), torch.randn(2, 4, 8)
+        parallelize_module(model, mesh, {"1": SequenceParallel()})
+        with rmsnorm_cuda.monitor(model) as m:
+            model(x)
+        assert m.figures()[0, 0, 0] == 8 and not m.alarms
+        model = norms()
+        with rmsnorm_cuda.monitor(model) as m:
+            fully_shard(model[1], mesh=mesh)
+            want = model(x)
+        assert isinstance(model[1], FSDPModule) and torch.equal(model(x), want) and m.steps == [0]
+        with rmsnorm_cuda.monitor(model) as m:
+            assert torch.equal(model(x), want)
+        assert isinstance(model[1], FSDPModule) and m.steps == [0]
+        dist.destroy_process_group()
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_report_and_plot(tmp_path, capsys):
@@ -304,9 +611,6 @@ def test_report_and_plot(tmp_path, capsys):
 
 
 def test_import_is_lazy():
-    import subprocess
-    import sys
-
     code = "import sys, rmsnorm_cuda; sys.exit('rmsnorm_cuda.monitoring' in sys.modules or not callable(rmsnorm_cuda.monitor))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert "monitor" in dir(rmsnorm_cuda)

@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -257,6 +258,43 @@ def test_lora(save):
         torch.testing.assert_close(new_logits, logits, rtol=1e-5, atol=1e-5)
         assert new_grads and all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(new_grads, grads, strict=True))
     assert torch.equal(run()[0], logits)
+
+
+def test_what_modules_of_one_class_differ_in():
+    """dtypes, objects and lists are looked at, module by module."""
+
+    class OwnRMSNorm(nn.Module):
+        def __init__(self, dtype=torch.float32, offset=0.0, sizes=()):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.full((16,), 1.5 - offset)), 1e-5
+            self.dtype, self.options, self.sizes = dtype, types.SimpleNamespace(offset=offset), sizes
+
+        def forward(self, x):
+            y = x.to(self.dtype)
+            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+            return (y * (self.options.offset + self.weight.to(self.dtype))).to(x.dtype)
+
+    class Plain(OwnRMSNorm):
+        def __init__(self, dtype):
+            super().__init__(dtype)
+            del self.options
+            self.options_ = 0.0
+
+        def forward(self, x):
+            y = x.to(self.dtype)
+            return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(self.dtype)).to(x.dtype)
+
+    x = torch.randn(4, 16)
+    model = nn.Sequential(OwnRMSNorm(), OwnRMSNorm(offset=1.0), OwnRMSNorm(sizes=([1], 2)))
+    want = model(x)
+    with replace_rms_norm(model) as swap:
+        torch.testing.assert_close(model(x), want)
+    assert [family.name for *_, family in swap] == ["torch", "gemma", "torch"]
+    model = nn.Sequential(Plain(torch.float32), Plain(torch.bfloat16))
+    want = model(x)
+    with replace_rms_norm(model) as swap:
+        torch.testing.assert_close(model(x), want)
+    assert [name for name, *_ in swap] == ["0"] and [name for name, *_ in swap.skipped] == ["1"]
 
 
 @needs_transformers

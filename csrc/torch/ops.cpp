@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, IntArrayRef nor
   const auto rstd_options = input.options().dtype(rstd_type(input));
   // The mean over no elements is 0 / 0.
   if (y.numel() == 0) return {y, at::full(geometry.lead, std::numeric_limits<double>::quiet_NaN(), rstd_options)};
-  Tensor rstd = at::empty(geometry.lead, rstd_options);
+  Tensor rstd = allocate(geometry.lead, input, rstd_type(input));
   forward_into("rms_norm", input, geometry, weight, eps, weight_offset, cast_before_weight, y,
                dense_rows(geometry.cols), stream_new(y), rstd);
   return {y, rstd};
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_add(const Tensor& input, const Tensor& 
   if (y.numel() == 0) {
     return {y, sum, want_rstd ? at::full(geometry.lead, std::numeric_limits<double>::quiet_NaN(), rstd_options) : Tensor()};
   }
-  Tensor rstd = want_rstd ? at::empty(geometry.lead, rstd_options) : Tensor();
+  Tensor rstd = want_rstd ? allocate(geometry.lead, input, rstd_type(input)) : Tensor();
   fused_add_into(op, input, residual, geometry, weight, eps, weight_offset, cast_before_weight, y,
                  dense_rows(geometry.cols), sum, stream_new(y), rstd);
   return {y, sum, rstd};

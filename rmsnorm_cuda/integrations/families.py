@@ -90,7 +90,7 @@ def twin(old: nn.Module, family: Family, eps: float | None) -> RMSNorm:
     new = cls.__new__(cls)
     vars(new).update(vars(old))
     new._parameters.setdefault("weight", None)
-    new.normalized_shape = shape
+    new.normalized_shape = (shape,) if isinstance(shape, int) else shape
     new.eps = eps
     new.elementwise_affine = weight is not None
     new.weight_offset = family.weight_offset
@@ -108,7 +108,10 @@ def recognize(module: nn.Module) -> Recognized | str:
     if reason:
         return reason
     weight = module._parameters.get("weight")
-    shape = tuple(getattr(module, "normalized_shape", None) or ((256,) if weight is None else weight.shape))
+    shape = getattr(module, "normalized_shape", None) or ((256,) if weight is None else weight.shape)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if weight is not None and (weight.shape != shape or weight.numel() < 2):
+        return f"its weight has the shape {list(weight.shape)}, and one number for each column is expected"
     numbers = {name: value for name, value in vars(module).items() if type(value) is float and 0 <= value < 1}
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, *shape, generator=generator, device="cpu")  # even where torch.device("meta") is set
@@ -134,12 +137,22 @@ def recognize(module: nn.Module) -> Recognized | str:
                 if share > off:
                     off, where = share, " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in pair))
             if off < 0.01:
+                if _heeds_leading_dimensions(module, gain, x):
+                    return "its result depends on how many dimensions there are before the normalized ones"
                 return Recognized(family, eps)
             if off < nearest[0]:
                 nearest = off, f"{family.name!r} with eps={eps}: {off:.0%} of its values differ in {where}"
     if not nearest[1]:
         return "it has no attribute that could be its eps"
     return f"it computes what no known family computes; the nearest is {nearest[1]}"
+
+
+def _heeds_leading_dimensions(module: nn.Module, weight: Tensor | None, x: Tensor) -> bool:
+    try:
+        one, two = (_call(type(module), _copy(module, weight, x.dtype), t) for t in (x, x.reshape(2, -1, *x.shape[1:])))
+        return not torch.equal(one.reshape(two.shape), two)
+    except Exception:
+        return True
 
 
 def _another_structure(module: nn.Module) -> str:

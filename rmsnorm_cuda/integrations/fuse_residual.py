@@ -38,8 +38,13 @@ def fuse(layer: nn.Module) -> tuple[str, ...] | str:
 
 
 def unfuse(layer: nn.Module) -> None:
-    if isinstance(layer, _AddsInNorms):
-        layer.__class__ = type(layer)._original
+    if not isinstance(layer, _AddsInNorms):
+        return
+    cls, original = type(layer), type(layer)._original
+    if "_original" not in vars(cls):  # fully_shard() made one of it
+        bases = tuple(original if "_original" in vars(base) else base for base in cls.__bases__)
+        original = type(cls)(cls.__name__, bases, {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})
+    layer.__class__ = original
 
 
 class _AddsInNorms:
@@ -54,7 +59,9 @@ class _AddsInNorms:
 
     @staticmethod
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if type(norm) is RMSNorm and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
+        plain = type(norm) is RMSNorm or getattr(norm, "_original", None) is RMSNorm  # or a monitor's class
+        hooked = norm._forward_hooks or norm._forward_pre_hooks  # which expect the sum, and one result
+        if plain and not hooked and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
             return norm(hidden, residual)
         total = residual + hidden  # promoted or broadcast as torch does it; or another norm has been put there
         return norm(total), total

@@ -59,9 +59,11 @@ class RMSNorm(nn.Module):
         if torch.compiler.is_compiling():
             found = _recognize(type(self), *_settings(self))
         else:
-            found = self.__dict__.get("_rmsnorm_cuda_family")
-            if found is None:
-                found = self.__dict__["_rmsnorm_cuda_family"] = _recognize(type(self), *_settings(self))
+            numbers = [value for value in self.__dict__.values() if type(value) is float]  # eps may be set again
+            before, found = self.__dict__.get("_rmsnorm_cuda_family", (None, None))
+            if before != numbers:
+                found = _recognize(type(self), *_settings(self))
+                self.__dict__["_rmsnorm_cuda_family"] = numbers, found
         if isinstance(found, str):
             return type(self).forward(self, hidden_states)
         weight = getattr(self, "weight", None)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..modules import RMSNorm
@@ -92,7 +93,8 @@ def replace_rms_norm(
         match: ``match(name, module)`` says which modules are meant, for classes that are not called ...RMSNorm. Each of them
             is tried in the same way, and swapped or skipped.
         fuse_residual: also let the norms of decoder layers add the residual themselves, where the layer's forward is seen to
-            do ``h = residual + h; residual = h; h = self.norm(h)``. The same bits, two passes over memory less. A layer whose
+            do ``h = residual + h; residual = h; h = self.norm(h)``. The same bits in the forward, two passes over memory less;
+            in the backward both gradients of the sum are added before they are rounded, once instead of twice. A layer whose
             forward has no such place is listed in `.skipped`.
 
         swap = replace_rms_norm(model)        # or: with replace_rms_norm(model): ...
@@ -138,8 +140,9 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
         with patch_transformers("llama", "gemma3"):
             model = AutoModelForCausalLM.from_pretrained(...)
 
-    Uses transformers' own register_patch_mapping(). Yields the mapping: every class of the types' modeling modules that is
-    found to be of a known family, by name. A norm that is not recognized as it is built stays the original.
+    Uses transformers' own register_patch_mapping(). Yields the mapping: every class of the types' modeling modules with "Norm"
+    in its name. Each norm is tried as it is built; one that is not recognized stays the original. Where from_config() scales
+    fresh weights of norms (T5's initializer_factor), ours are 1: replace_rms_norm() afterwards leaves weights as they are.
     """
     from transformers import monkey_patching
 
@@ -202,11 +205,17 @@ def _reason_to_skip(module: nn.Module, parent: nn.Module | None) -> str:
     return ""
 
 
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
 def _recognize_once(module: nn.Module, known: dict[tuple, Recognized | str]) -> Recognized | str:
-    """recognize(), once for all modules of a class that have the same settings and shape."""
-    weight = getattr(module, "weight", None)
-    simple = tuple((key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str, tuple, type(None))))
-    key = (type(module), simple, None if weight is None else tuple(weight.shape))
+    """recognize(), once for all modules of a class that have the same settings and shape, if these are all that they have."""
+    attributes = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    plain = (int, float, str, torch.dtype, type(None))
+    if not all(isinstance(part, plain) for value in attributes.values() for part in (value if isinstance(value, tuple) else [value])):
+        return recognize(module)
+    held = [*module._parameters.items(), *module._buffers.items()]
+    key = (type(module), *attributes.items(), *((name, None if t is None else t.shape) for name, t in held))
     if key not in known:
         known[key] = recognize(module)
     return known[key]
