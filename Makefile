@@ -1,6 +1,8 @@
 # make demo   a real Llama-architecture model generates text with torch's norms and with ours
 # make test   the test suite
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
+# make wheel     a wheel of PYTHON for every torch that is supported, in dist/; make wheelhouse: of every Python that is there
+# make sdist     the source distribution, in dist/
 # Each sets up all it needs on a fresh machine: python3 >= 3.10 with venv, g++ and make. nvcc is used if it is there.
 #
 # PROMPT="..." and ARGS="..." go to the demo; TORCH, PYTHON and VENV choose what is installed, with what, where.
@@ -50,7 +52,18 @@ figures: $(VENV)/demo-ready build
 	  --png $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.png --md $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.md
 	$(BIN)/python benchmarks/monitor.py --from $(RESULTS)/monitor-epyc-zen4-avx512.json --png $(RESULTS)/monitor-epyc-zen4-avx512.png
 
+wheel:
+	$(PYTHON) .ci/wheels.py
+
+# Those on PATH, and pyenv's.
+PYTHONS = $(foreach v,3.10 3.11 3.12 3.13,$(firstword $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python3) $(shell command -v python$(v))))
+wheelhouse:
+	$(PYTHON) .ci/wheels.py $(PYTHONS)
+
+sdist: $(VENV)/ready
+	$(BIN)/python setup.py -q sdist
+
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
-.PHONY: demo test build bench bench-cuda figures clean
+.PHONY: demo test build bench bench-cuda figures wheel wheelhouse sdist clean

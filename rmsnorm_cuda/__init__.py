@@ -13,6 +13,7 @@
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import binary
 
@@ -43,6 +44,8 @@ __all__ = [
     "include_dir",
     "library_dir",
     "monitor",
+    "monitoring",
+    "ops",
     "patch_transformers",
     "replace_rms_norm",
     "rms_norm",
@@ -54,20 +57,29 @@ __all__ = [
 register_when_imported()
 
 
+if TYPE_CHECKING:
+    from . import monitoring, ops
+    from .integrations.sharded import rms_norm_sharded
+    from .integrations.transformers import patch_transformers, replace_rms_norm
+    from .monitoring import monitor
+
 # Imported when they are first used: `import rmsnorm_cuda` stays quick.
 _LATER = {
     "monitor": ".monitoring",
+    "monitoring": ".monitoring",
+    "ops": ".ops",
     "patch_transformers": ".integrations.transformers",
     "replace_rms_norm": ".integrations.transformers",
     "rms_norm_sharded": ".integrations.sharded",
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name], __name__), name)
+    module = importlib.import_module(_LATER[name], __name__)
+    return module if _LATER[name] == f".{name}" else getattr(module, name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_LATER])

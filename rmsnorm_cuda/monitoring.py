@@ -335,7 +335,7 @@ class Monitor:
             overflows = "Inf in {} of {} rows: what comes before it overflows"
             checks.append((f[:, _INF] > 0, "non_finite", lambda i: overflows.format(int(f[i, _INF]), int(rows[i]))))
         if limits.small is not None:
-            small = "{:.0%} of the rows are below eps={}, which decides there"
+            small = "the mean of squares of {:.0%} of the rows is below eps={}, which decides there"
             checks.append((f[:, _SMALL] > limits.small * rows, "small", lambda i: small.format(f[i, _SMALL] / rows[i], self._eps[i])))
         if limits.drift is not None:
             away = f[:, _MEAN] - first[:, _MEAN]

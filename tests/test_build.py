@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rmsnorm_cuda
 from rmsnorm_cuda import _C
@@ -155,3 +156,76 @@ def test_self_check_reports_a_wrong_isa():
     run = subprocess.run([sys.executable, "-m", "rmsnorm_cuda"], env=environment, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout.startswith("rmsnorm_cuda ")
     assert "RMSNORM_CUDA_ISA is 'nonsense'" in run.stdout and run.stdout.splitlines()[-1] == "FAILED"
+
+
+def stub_of_ops():
+    """ops.pyi, from the schemas."""
+    types = {"Tensor": "Tensor", "Tensor?": "Tensor | None", "SymInt[]": "Sequence[int]", "float": "float", "float?": "float | None"}
+    types |= {"bool": "bool", "bool[2]": "Sequence[bool]", "int?": "int | None", "ScalarType": "dtype"}
+    schemas = {}
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("rmsnorm_cuda::"):
+            schemas.setdefault(schema.name.partition("::")[2], []).append(str(schema))
+    lines = ["from collections.abc import Sequence", "from typing import overload", "", "from torch import Tensor, dtype", ""]
+    for name, overloads in sorted(schemas.items()):
+        for schema in sorted(overloads, key=len):
+            arguments, results = re.fullmatch(r"[^(]*\((.*)\) -> (.*)", schema).groups()
+            parts = []
+            for argument in arguments.split(", "):
+                if argument == "*":
+                    parts.append("*")
+                    continue
+                kind, _, rest = re.sub(r"\(.!\)", "", argument).partition(" ")
+                variable, _, default = rest.partition("=")
+                parts.append(f"{variable}: {types[kind]}" + (f" = {default.replace('0.', '0.0')}" if default else ""))
+            count = results.count("Tensor")
+            result = "None" if not count else "Tensor" if results == "Tensor" else f"tuple[{', '.join(['Tensor'] * count)}]"
+            lines += ["@overload"] * (len(overloads) > 1) + [f"def {name}({', '.join(parts)}) -> {result}: ..."]
+    return "\n".join(lines) + "\n"
+
+
+def test_stubs_of_the_ops():
+    """To write them anew: python -c "import test_build; open('../rmsnorm_cuda/ops.pyi', 'w').write(test_build.stub_of_ops())"."""
+    assert (Path(rmsnorm_cuda.__file__).parent / "ops.pyi").read_text() == stub_of_ops()
+    assert rmsnorm_cuda.ops.rms_norm is torch.ops.rmsnorm_cuda.rms_norm
+
+
+def test_public_api_is_typed(tmp_path):
+    """mypy --strict has nothing to say of a program that uses all of it, and knows the results' types."""
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text("""if True:
+        import torch
+        import rmsnorm_cuda
+        from rmsnorm_cuda import RMSNorm, binary, config, monitor, monitoring, ops, replace_rms_norm
+
+        x = torch.ones(2, 8)
+        y: torch.Tensor = rmsnorm_cuda.rms_norm(x, 8, out=torch.empty(2, 8))
+        pair: tuple[torch.Tensor, torch.Tensor] = rmsnorm_cuda.fused_add_rms_norm(x, x, weight_offset=1.0)
+        rmsnorm_cuda.fused_add_rms_norm_(x, x)
+        codes, scale, *_ = rmsnorm_cuda.rms_norm_quant(x, dtype=torch.int8)
+        norm = RMSNorm(8, 1e-6, cast_before_weight=True)
+        reveal_type(norm.weight_offset)
+        model = torch.nn.Sequential(norm)
+        for swap in replace_rms_norm(model):
+            name: str = swap.name
+        with monitor(model, thresholds=monitoring.Thresholds(drift=None)) as m:
+            alarms: list[monitoring.Alarm] = m.alarms
+        out, rstd = ops.rms_norm_forward(x, [8])
+        ops.rms_norm(x, [8], out=x)
+        folder: str = rmsnorm_cuda.include_dir() + rmsnorm_cuda.torch_library_dir() + rmsnorm_cuda.library_dir() + rmsnorm_cuda.cmake_dir()
+        table = rmsnorm_cuda.decompositions()
+        config.decompose = True
+        more = rmsnorm_cuda.fused_add_rms_norm_quant(x, x, dtype=torch.int8)
+        sharded: torch.Tensor = rmsnorm_cuda.rms_norm_sharded(x, 16)
+        with rmsnorm_cuda.patch_transformers("llama") as mapping:
+            names = list(mapping)
+        wrong: int = rmsnorm_cuda.rms_norm(x, 8)
+    """)
+    assert all(name in program.read_text() for name in rmsnorm_cuda.__all__)
+    environment = os.environ | {"MYPYPATH": str(Path(rmsnorm_cuda.__file__).parents[1])}
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(program)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    *said, last = run.stdout.strip().splitlines()
+    assert len(said) == 2, run.stdout + run.stderr
+    assert re.search('Revealed type is "(builtins.)?float"', said[0]) and "Incompatible types in assignment" in said[1]

@@ -44,7 +44,7 @@ CLASSES = [
 REFUSED = {
     "transformers.cohere.CohereLayerNorm": "it computes what no known family computes",  # a mean is subtracted
     "transformers.qwen3_next.Qwen3NextRMSNormGated": "Qwen3NextRMSNormGated.forward takes more than the input: hidden_states, gate",
-    "torch.nn.modules.normalization.LayerNorm": "LayerNorm has bias, and RMSNorm has a weight only",
+    "torch.nn.modules.normalization.LayerNorm": "LayerNorm has bias, where one parameter is expected, called weight",
     "torch.nn.modules.linear.Linear": "it computes what no known family|has bias",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -184,7 +184,7 @@ def test_structure_that_is_not_ours():
     assert recognize(norm) == "Wrapped has submodules"
     norm = Wrapped(OWN["large eps"][0], eps=0.5)
     norm.register_buffer("scale", torch.ones(()))
-    assert recognize(norm) == "Wrapped has scale, and RMSNorm has a weight only"
+    assert recognize(norm) == "Wrapped has scale, where one parameter is expected, called weight"
     norm = Wrapped(OWN["large eps"][0], eps=0.5)
     del norm.weight
     norm.weight = torch.ones(40)

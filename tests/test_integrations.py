@@ -166,7 +166,7 @@ def test_kernels_layer_of_what_is_not_a_norm(fresh):
         assert torch.equal(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), x * 4)
     ours[0].bias = nn.Parameter(torch.ones(8))
     del ours[0]._rmsnorm_cuda_family
-    with pytest.warns(UserWarning, match="NoNorm has bias, and RMSNorm has a weight only"):
+    with pytest.warns(UserWarning, match="NoNorm has bias, where one parameter is expected, called weight"):
         ours(x)
 
 

@@ -435,6 +435,25 @@ def test_called_twice_and_again_in_backward():
     assert m.figures()[:, :, 0].tolist() == [[12, 7], [12, 0]] and m.figures()[0, 0, 1] == 1
 
 
+@pytest.mark.parametrize("widths", [(8, 16), (8, 16, 8)])
+def test_norms_of_several_widths(widths):
+    """And of several numbers of rows, in whatever order."""
+    parts = [part for a, b in zip(widths, widths[1:] + (4,)) for part in (RMSNorm(a, 1e-6), nn.Linear(a, b))]
+    model = nn.Sequential(*parts)
+    with monitor(model) as m:
+        model(torch.randn(5, widths[0]))
+    assert (m.figures()[0, :, 0] == 5).all() and m.figures()[0, :, 5].isfinite().all() and not m.alarms
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0)
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    with replace_rms_norm(t5), monitor(t5) as m:
+        t5(input_ids=torch.arange(1, 12)[None], labels=torch.arange(1, 6)[None])
+        t5.generate(torch.arange(1, 12)[None], max_new_tokens=3, do_sample=False)
+    names = list(m.norms)
+    assert m.figures()[0, names.index("encoder.final_layer_norm"), 0] == 11
+    assert m.figures()[0, names.index("decoder.final_layer_norm"), 0] == 5 and len(m.steps) > 2
+
+
 def test_forward_that_raises_is_a_step():
     model, x = Model(), inputs()[0]
     handle = model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)

@@ -260,6 +260,25 @@ def test_lora(save):
     assert torch.equal(run()[0], logits)
 
 
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="expected match to be a function of a name and a module, got 'norm'"):
+        replace_rms_norm(nn.Sequential(nn.RMSNorm(4)), "norm")
+    if transformers is not None:
+        with pytest.raises(ValueError, match="names such as config.model_type has them, got 'lama'"), patch_transformers("lama"):
+            pass
+
+
+def test_what_is_listed_is_short():
+    class GatedRMSNorm(nn.Linear):
+        pass
+
+    class MambaRMSNormGated(GatedRMSNorm):
+        pass
+
+    with replace_rms_norm(nn.Sequential(nn.RMSNorm(4), MambaRMSNormGated(4, 4))) as swap:
+        assert repr(swap.skipped) == "[<1, a MambaRMSNormGated: MambaRMSNormGated has bias, where one parameter is expected, called weight>]"
+
+
 def test_what_modules_of_one_class_differ_in():
     """dtypes, objects and lists are looked at, module by module."""
 

@@ -161,7 +161,7 @@ def _another_structure(module: nn.Module) -> str:
         return f"{name} has submodules"
     others = [key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None and key != "weight"]
     if others:
-        return f"{name} has {', '.join(others)}, and RMSNorm has a weight only"
+        return f"{name} has {', '.join(others)}, where one parameter is expected, called weight"
     if getattr(module, "weight", None) is not module._parameters.get("weight"):
         return f"the weight of {name} is not a parameter"
     try:

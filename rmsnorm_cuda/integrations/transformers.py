@@ -32,11 +32,17 @@ class Fused(NamedTuple):
     layer: nn.Module
     norms: tuple[str, ...]  # the attributes of the layer that take the residual now
 
+    def __repr__(self) -> str:  # without all that the layer holds
+        return f"<{self.name}, a {type(self.layer).__name__}: {', '.join(self.norms)}>"
+
 
 class Skipped(NamedTuple):
     name: str
     module: nn.Module
     reason: str
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, a {type(self.module).__name__}: {self.reason}>"
 
 
 class Replacement(list):
@@ -91,7 +97,7 @@ def replace_rms_norm(
     Args:
         model: changed in place; compiled or not.
         match: ``match(name, module)`` says which modules are meant, for classes that are not called ...RMSNorm. Each of them
-            is tried in the same way, and swapped or skipped.
+            is tried in the same way, and swapped or skipped. Their one parameter has to be called `weight`.
         fuse_residual: also let the norms of decoder layers add the residual themselves, where the layer's forward is seen to
             do ``h = residual + h; residual = h; h = self.norm(h)``. The same bits in the forward, two passes over memory less;
             in the backward both gradients of the sum are added before they are rounded, once instead of twice. A layer whose
@@ -102,6 +108,8 @@ def replace_rms_norm(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_rms_norm: expected a torch.nn.Module, got {type(model).__name__}")
+    if match is not None and not callable(match):
+        raise TypeError(f"replace_rms_norm: expected match to be a function of a name and a module, got {match!r}")
     result = Replacement(model)
     new_of: dict[nn.Module, RMSNorm] = {}
     known: dict[tuple, Recognized | str] = {}
@@ -137,7 +145,7 @@ def replace_rms_norm(
 def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
     """Within the block, from_pretrained() and from_config() of transformers build models of these types with our norms.
 
-        with patch_transformers("llama", "gemma3"):
+        with patch_transformers("llama", "gemma3"):  # config.model_type
             model = AutoModelForCausalLM.from_pretrained(...)
 
     Uses transformers' own register_patch_mapping(). Yields the mapping: every class of the types' modeling modules with "Norm"
@@ -148,7 +156,12 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
 
     mapping = {}
     for model_type in model_types:
-        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        try:
+            module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        except ModuleNotFoundError as error:
+            if not f"transformers.models.{model_type}.modeling_{model_type}".startswith(str(error.name)):
+                raise
+            raise ValueError(f"patch_transformers: expected names such as config.model_type has them, got {model_type!r}") from error
         mapping |= {name: _building_twins(cls) for name, cls in norm_classes(module).items()}
     monkey_patching.register_patch_mapping(mapping)
     try:
@@ -188,7 +201,7 @@ def _slot(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
 
 
 def _named_rms_norm(module: nn.Module) -> bool:
-    return any(cls.__name__.endswith("RMSNorm") for cls in type(module).__mro__)
+    return any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)
 
 
 def _may_be_rms_norm(module: nn.Module) -> bool:
