@@ -1,6 +1,7 @@
 """Builds the wheel of each Python given, for every torch below, into dist/; debug symbols go to dist/debug/.
 
     python .ci/wheels.py [PYTHON ...]         default: the one that runs this. `make wheel`, `make wheelhouse`
+    python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/ in a fresh environment with torch==TORCH
     python .ci/wheels.py --finish WHEEL DIR   takes the debug symbols out and sets the platform tag; for cibuildwheel
 
 What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
@@ -25,9 +26,9 @@ NOT_OURS = "libtorch*.so*", "libc10*.so*", "libgomp.so*"  # torch brings them
 LIMIT = 60e6
 
 
-def run(*command, **environment):
+def run(*command, cwd=ROOT, **environment):
     print("+", *command, flush=True)
-    subprocess.run([str(part) for part in command], cwd=ROOT, env=os.environ | environment, check=True)
+    subprocess.run([str(part) for part in command], cwd=cwd, env=os.environ | environment, check=True)
 
 
 def path_with(python):
@@ -106,17 +107,39 @@ def finish(wheel, dist, python=sys.executable):
     return shutil.move(result, dist / result.name)
 
 
+def test(python, torch):
+    """Installs the wheel for that Python into a fresh environment and tests it away from the sources of the package."""
+    version = subprocess.run([python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True)
+    (wheel,) = ROOT.glob(f"dist/rmsnorm_cuda-*-{version.stdout.strip()}-*.whl")
+    folder = BUILD / f"test-{version.stdout.strip()}-torch{torch}"
+    tests, fresh = folder / "tests", folder / "venv" / "bin" / "python"
+    shutil.rmtree(folder, ignore_errors=True)
+    run(python, "-m", "venv", folder / "venv")
+    run(fresh, "-m", "pip", "install", "-q", f"torch=={torch}")
+    run(fresh, "-m", "pip", "install", "-q", f"rmsnorm_cuda[test] @ {wheel.as_uri()}")
+    run(fresh, "-m", "pip", "check")
+    tests.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", tests, "--exclude=./rmsnorm_cuda", "--exclude=rmsnorm_cuda/*"], input=archive, check=True)
+    shutil.rmtree(tests / "rmsnorm_cuda", ignore_errors=True)
+    run(fresh, "-m", "rmsnorm_cuda", cwd=tests)
+    run(fresh, "-m", "pytest", "-q", "-m", "not cuda", "--record", ROOT / "tests" / "tested.json", cwd=tests)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", default=[sys.executable])
     parser.add_argument("--finish", nargs=2, type=Path, metavar=("WHEEL", "DIR"))
+    parser.add_argument("--test", nargs=2, metavar=("PYTHON", "TORCH"))
     args = parser.parse_args()
     if "SOURCE_DATE_EPOCH" not in os.environ:  # the time of everything in the wheel
         log = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
         os.environ["SOURCE_DATE_EPOCH"] = log.stdout.strip() or "315532800"  # 1980: the first that a zip file can hold
     if args.finish:
         finish(args.finish[0].resolve(), args.finish[1].resolve())
-        return
+        return None
+    if args.test:
+        return test(*args.test)
     for python in args.pythons:
         python = python_with_tools(python)
         finish(build(python), ROOT / "dist", python)

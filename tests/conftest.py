@@ -1,6 +1,12 @@
+import json
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import rmsnorm_cuda
 from rmsnorm_cuda import _C
 
 ISAS = [isa for isa, supported in _C.isas().items() if supported]  # test_isa.py says which are missing
@@ -8,6 +14,33 @@ ISAS = [isa for isa, supported in _C.isas().items() if supported]  # test_isa.py
 # The tests' tensors are small, and beside another busy process a pool of threads waits for its slowest member: 20 times
 # slower. test_invariance.py sets the number of threads itself.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", metavar="FILE", help="put what was tested into this JSON: test_build.py makes the README's table of it")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    file = config.getoption("--record")
+    if not file:
+        return
+    counts = {name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "skipped", "failed", "error")}
+    root = Path(__file__).parents[1]
+    package = Path(rmsnorm_cuda.__file__).parent
+    entry = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "installed": "from sources" if package.parent == root else "wheel",
+        "CUDA kernels": _C.cuda_architectures() if _C.cuda_built() else "none",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "rmsnorm_cuda": rmsnorm_cuda.__version__,
+        **counts,
+    }
+    key = ("python", "torch", "installed", "device")
+    entries = json.loads(Path(file).read_text()) if Path(file).exists() else []
+    entries = [e for e in entries if any(e[k] != entry[k] for k in key)] + [entry]
+    entries.sort(key=lambda e: [[int(n) for n in re.findall(r"\d+", e[k])] for k in ("torch", "python")])
+    Path(file).write_text(json.dumps(entries, indent=1) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """What was built: three libraries, each ignorant of the one above, none of which can crash an older CPU."""
 
+import json
 import os
 import re
 import shutil
@@ -229,3 +230,17 @@ def test_public_api_is_typed(tmp_path):
     *said, last = run.stdout.strip().splitlines()
     assert len(said) == 2, run.stdout + run.stderr
     assert re.search('Revealed type is "(builtins.)?float"', said[0]) and "Incompatible types in assignment" in said[1]
+
+
+def table_of_what_was_tested():
+    """The README's, of what `pytest --record tests/tested.json` has seen."""
+    lines = ["| Python | torch | installed | tests passed, skipped |", "|---|---|---|---|"]
+    for e in json.loads((Path(__file__).parent / "tested.json").read_text()):
+        assert e["failed"] == e["error"] == 0, e
+        lines.append(f"| {e['python']} | {e['torch']} | {e['installed']} | {e['passed']}, {e['skipped']} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_readme_tells_what_was_tested():
+    """To write it anew, put what table_of_what_was_tested() returns in the README's place."""
+    assert table_of_what_was_tested() in (Path(__file__).parents[1] / "README.md").read_text()
