@@ -2,7 +2,8 @@
 
     python .ci/wheels.py [PYTHON ...]         default: the one that runs this. `make wheel`, `make wheelhouse`
     python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/ in a fresh environment with torch==TORCH
-    python .ci/wheels.py --finish WHEEL DIR   takes the debug symbols out and sets the platform tag; for cibuildwheel
+    python .ci/wheels.py --torches            prints RMSNORM_CUDA_TORCH for all torches, which it fetches; for cibuildwheel, as is
+    python .ci/wheels.py --finish WHEEL DIR   takes the debug symbols out and sets the platform tag
 
 What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
 left out where there is no nvcc. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target
@@ -27,7 +28,7 @@ LIMIT = 60e6
 
 
 def run(*command, cwd=ROOT, **environment):
-    print("+", *command, flush=True)
+    print("+", *command, file=sys.stderr, flush=True)
     subprocess.run([str(part) for part in command], cwd=cwd, env=os.environ | environment, check=True)
 
 
@@ -58,12 +59,16 @@ def torch_folder(version, python):
     return folder
 
 
+def all_torches(python):
+    return os.pathsep.join(str(torch_folder(version, python)) for version in TORCHES)
+
+
 def build(python):
     """The wheel as setuptools makes it."""
     raw = BUILD / "raw"
     for stale in (raw, *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
-    folders = os.environ.get("RMSNORM_CUDA_TORCH") or os.pathsep.join(str(torch_folder(v, python)) for v in TORCHES)
+    folders = os.environ.get("RMSNORM_CUDA_TORCH") or all_torches(python)
     environment = {"RMSNORM_CUDA_TORCH": folders, "PATH": path_with(python)}
     if "RMSNORM_CUDA_BUILD" not in os.environ:
         environment["RMSNORM_CUDA_BUILD"] = str(int(bool(shutil.which(os.environ.get("NVCC", "nvcc")))))
@@ -130,6 +135,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", default=[sys.executable])
     parser.add_argument("--finish", nargs=2, type=Path, metavar=("WHEEL", "DIR"))
+    parser.add_argument("--torches", action="store_true")
     parser.add_argument("--test", nargs=2, metavar=("PYTHON", "TORCH"))
     args = parser.parse_args()
     if "SOURCE_DATE_EPOCH" not in os.environ:  # the time of everything in the wheel
@@ -137,12 +143,13 @@ def main():
         os.environ["SOURCE_DATE_EPOCH"] = log.stdout.strip() or "315532800"  # 1980: the first that a zip file can hold
     if args.finish:
         finish(args.finish[0].resolve(), args.finish[1].resolve())
-        return None
-    if args.test:
-        return test(*args.test)
-    for python in args.pythons:
-        python = python_with_tools(python)
-        finish(build(python), ROOT / "dist", python)
+    elif args.torches:
+        print(all_torches(sys.executable))
+    elif args.test:
+        test(*args.test)
+    else:
+        for python in map(python_with_tools, args.pythons):
+            finish(build(python), ROOT / "dist", python)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ def fake_torch(folder, version):
 def test_range_of_torch_is_written_alike():
     assert f'dependencies = ["{binary.TORCH}"]' in (ROOT / "pyproject.toml").read_text()
     assert MINOR in binary.carried()
+    if (ROOT / ".ci" / "wheels.py").exists():
+        torches = runpy.run_path(str(ROOT / ".ci" / "wheels.py"))["TORCHES"]
+        least, below = ([int(n) for n in re.findall(r"\d+", part)] for part in binary.TORCH.split(","))
+        assert [v.rpartition(".")[0] for v in torches] == [f"2.{minor}" for minor in range(least[1], below[1])]
 
 
 def test_no_torch(tmp_path):
