@@ -128,7 +128,7 @@ def test(python, torch):
     subprocess.run(["tar", "-x", "-C", tests, "--exclude=./rmsnorm_cuda", "--exclude=rmsnorm_cuda/*"], input=archive, check=True)
     shutil.rmtree(tests / "rmsnorm_cuda", ignore_errors=True)
     run(fresh, "-m", "rmsnorm_cuda", cwd=tests)
-    run(fresh, "-m", "pytest", "-q", "-m", "not cuda", "--record", ROOT / "tests" / "tested.json", cwd=tests)
+    run(fresh, "-m", "pytest", "-q", "-m", "not cuda", f"--record={ROOT / 'tests' / 'tested.json'}", cwd=tests)
 
 
 def main():
