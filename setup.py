@@ -211,8 +211,9 @@ class BuildExt(build_ext):
         self.kernels_only = False
 
     def finalize_options(self):
-        # One build folder for all Pythons, for wheels, editable installs (whose own is thrown away) and direct calls.
-        build_temp = self.build_temp or ROOT / "build" / "objects"
+        # One build folder for all Pythons, for editable installs (whose own is thrown away) and direct calls. A wheel for
+        # several torches has another: all of CUDA's architectures take half an hour.
+        build_temp = self.build_temp or ROOT / "build" / ("wheel/objects" if os.environ.get("RMSNORM_CUDA_TORCH") else "objects")
         super().finalize_options()
         self.torches = [] if self.kernels_only else find_torches()
         self.build_temp = str(build_temp)
