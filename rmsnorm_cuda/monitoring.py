@@ -129,6 +129,7 @@ class Monitor:
         self._calls, self._training = 0, False
         self._steps: list[tuple[int, Tensor]] = []  # (step, [norms, figures] on the CPU)
         self._first = torch.full((len(self._list), len(_FIGURES)), math.nan, dtype=torch.float32, device="cpu")
+        self._first_is_open = True
         self._equal = torch.zeros(len(self._list), dtype=torch.float32, device="cpu")  # rows in turn as long as in the norm before
         self._alike: set[int] = set()  # compiled norms that were so from the beginning
         self._coming: _Step | None = None
@@ -319,7 +320,9 @@ class Monitor:
             if step.copied is not None:
                 step.copied.synchronize()
                 step = step._replace(figures=step.figures.clone())  # pinned memory is for the next
-            self._first = torch.where(self._first.isnan(), step.figures, self._first)
+            if self._first_is_open:
+                self._first = torch.where(self._first.isnan(), step.figures, self._first)
+                self._first_is_open = bool(self._first[:, [_MEAN, _WEIGHT]].isnan().any())
             self._steps.append((step.number, step.figures))
             alarms = self._faults(step)
             self._tell(alarms, may_raise)
@@ -432,7 +435,8 @@ def _figures(rstd: Tensor, eps: Tensor) -> Tensor:
     squares = rstd.double().pow(-2) - eps
     small = squares < eps
     usual = (squares >= eps) & (squares < math.inf)
-    nan, inf, small, count = torch.stack([rstd.isnan(), rstd == 0, small, usual]).sum(2)
+    nan, inf, small, count = torch.stack([rstd.isnan(), rstd == 0, small, usual]).sum(2, dtype=torch.float64)
+    dead = (rstd[1:] == rstd[:-1]).all(1)
     log2 = squares.clamp(min=1e-90).log2().div(2)
     if not rstd.is_cuda and usual.all():  # as nearly always; on a GPU it would have to be waited for
         least, most = log2.aminmax(dim=1)
@@ -443,10 +447,10 @@ def _figures(rstd: Tensor, eps: Tensor) -> Tensor:
         mean = torch.where(usual, log2, 0).sum(1) / count
         std = torch.where(usual, log2 - mean[:, None], 0).square().sum(1).div(count).sqrt()
         least, most = (torch.where(count > 0, t, math.nan) for t in (least, most))
-    dead = torch.zeros(len(rstd), dtype=torch.bool, device=rstd.device)
-    dead[1:] = ((rstd[1:] == rstd[:-1]) | rstd[1:].isnan()).all(1) & usual[1:].any(1)
+        dead &= usual[1:].any(1)
     rows = torch.full_like(count, rstd.shape[1])
-    return torch.stack([t.float() for t in (rows, nan, inf, small, least, mean, std, most, dead)], 1)
+    dead = nn.functional.pad(dead.double(), (1, 0))
+    return torch.stack([rows, nan, inf, small, least, mean, std, most, dead], 1).float()
 
 
 class _Hook:
