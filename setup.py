@@ -15,6 +15,7 @@ ninja does the work, incrementally and in parallel, through ccache where it is i
     RMSNORM_CUDA_CUDART    static (default) or shared: how the CUDA runtime is linked
     CUDA_HOME, NVCC, CXX   where the compilers are
     MAX_JOBS               how many of them run at once
+    RMSNORM_CUDA_DEBUG     1: line tables for debuggers and profilers, which take a sixth more time to compile
     RMSNORM_CUDA_TORCH     folders, separated by colons, that each hold a package torch to build for; it is not imported
 
 `python setup.py build_ext --inplace` rebuilds what changed; `--kernels-only` stops at librmsnorm.so.
@@ -173,7 +174,8 @@ def architectures(nvcc):
 
 
 def sources(pattern):
-    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+    """In this order the longest compilations come first, as ninja begins with what it reads first."""
+    return sorted((str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)), reverse=True)
 
 
 class NinjaFile:
@@ -252,6 +254,8 @@ class BuildExt(build_ext):
         self.cxx = find_compiler()
         ccache = shutil.which("ccache")
         self.launcher = f"{shlex.quote(ccache)} " if ccache and "ccache" not in self.cxx else ""
+        # The folder of the build does not show in them.
+        self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if os.environ.get("RMSNORM_CUDA_DEBUG") == "1" else []
         file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
         self.add_kernels(file, kernels)
         for torch, (ops, binding) in zip(self.torches, layers):
@@ -264,21 +268,19 @@ class BuildExt(build_ext):
             fail("the build failed; the compiler's message is above.")
 
     def add_kernels(self, file, output_file):
-        # Line tables for profilers and traces, in which the folder of the build does not show.
-        common = ["-O3", "-g1", f"-ffile-prefix-map={ROOT}=.", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        common = ["-O3", *self.debug, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # -ffp-contract=off: an FMA only where the source says so, or the bits would depend on the compiler.
         cxx_flags = ["-std=c++17", *common, "-ffp-contract=off", "-fno-math-errno"]
         machine = output(*shlex.split(self.cxx), "-dumpmachine").strip()
         if not re.match(r"(x86_64|amd64)-.*linux(-gnu)?$", machine):
             print(f"rmsnorm_cuda: scalar kernels only: {self.cxx} compiles for {machine}, and the others are for x86-64 Linux with glibc")
             cxx_flags.append("-DRMSNORM_X86=0")
-        objects = file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.launcher + self.cxx, flags=cxx_flags)
         nvcc = find_nvcc()
         absent = cuda_absent_reason(self.torches, nvcc)
         if absent:
             print(f"rmsnorm_cuda: without CUDA kernels: {absent}")
             define = f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"'
-            objects += file.compile("cxx", ["csrc/cuda/absent.cpp"], cxx=self.launcher + self.cxx, flags=[*cxx_flags, define])
+            objects = file.compile("cxx", ["csrc/cuda/absent.cpp"], cxx=self.launcher + self.cxx, flags=[*cxx_flags, define])
             linker, link_flags = self.cxx, []
         else:
             chosen = architectures(nvcc)
@@ -290,13 +292,14 @@ class BuildExt(build_ext):
                 flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
                 if is_ptx:
                     flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-            objects += file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=self.launcher + shlex.quote(nvcc), flags=flags)
+            objects = file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=self.launcher + shlex.quote(nvcc), flags=flags)
             cudart = os.environ.get("RMSNORM_CUDA_CUDART", "static")
             if cudart not in ("static", "shared"):
                 fail(f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared.")
             # nvcc links, since only it knows where its runtime lies; what is static stays hidden from torch's copy.
             linker = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(self.cxx)}"
             link_flags = ["-cudart", cudart, "-Xlinker", "--exclude-libs,ALL"]
+        objects += file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.launcher + self.cxx, flags=cxx_flags)
         wl = "-Xlinker {}" if not absent else "-Wl,{}"
         for option in ("-soname,librmsnorm.so", "--no-undefined"):
             link_flags += wl.format(option).split(" ", 1)
@@ -304,7 +307,7 @@ class BuildExt(build_ext):
 
     def add_torch_layers(self, file, kernels, ops, binding, torch):
         # at::parallel_for is inline and serial without -fopenmp; the runtime is libgomp.so.1, torch's own.
-        flags = ["-std=c++20", "-O2", "-g1", f"-ffile-prefix-map={ROOT}=.", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags = ["-std=c++20", "-O2", *self.debug, "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         flags += ["-isystem", str(torch.folder / "include")]
         library_dirs = [f"-L{kernels.parent}", f"-L{torch.folder / 'lib'}", "-Wl,--no-as-needed", "-Wl,--no-undefined"]
         cxx, name = self.launcher + self.cxx, f"torch{torch.minor}"

@@ -69,7 +69,7 @@ def build(python):
     for stale in (raw, *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
     folders = os.environ.get("RMSNORM_CUDA_TORCH") or all_torches(python)
-    environment = {"RMSNORM_CUDA_TORCH": folders, "PATH": path_with(python)}
+    environment = {"RMSNORM_CUDA_TORCH": folders, "RMSNORM_CUDA_DEBUG": "1", "PATH": path_with(python)}
     if "RMSNORM_CUDA_BUILD" not in os.environ:
         environment["RMSNORM_CUDA_BUILD"] = str(int(bool(shutil.which(os.environ.get("NVCC", "nvcc")))))
     run(python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", raw, ".", **environment)
