@@ -285,7 +285,8 @@ class BuildExt(build_ext):
         else:
             chosen = architectures(nvcc)
             print(f"rmsnorm_cuda: CUDA kernels for {' '.join(item for _, item, _ in chosen)}, by {nvcc}")
-            flags = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "-Xfatbin", "-compress-all", "-ccbin", self.cxx]
+            # -objtemp: what is between has the object's name; elsewhere it has the process's number, which ends up in the object.
+            flags = ["-std=c++17", "-O3", "-lineinfo", "-objtemp", "-Xptxas", "-v", "-Xfatbin", "-compress-all", "-ccbin", self.cxx]
             flags += ["-Xcompiler", ",".join(common[1:])]
             flags += [f'-DRMSNORM_CUDA_ARCHS="{" ".join(item for _, item, _ in chosen)}"']
             for number, _, is_ptx in chosen:
@@ -298,7 +299,7 @@ class BuildExt(build_ext):
                 fail(f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared.")
             # nvcc links, since only it knows where its runtime lies; what is static stays hidden from torch's copy.
             linker = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(self.cxx)}"
-            link_flags = ["-cudart", cudart, "-Xlinker", "--exclude-libs,ALL"]
+            link_flags = ["-cudart", cudart, "-nodlink", "-Xlinker", "--exclude-libs,ALL"]
         objects += file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.launcher + self.cxx, flags=cxx_flags)
         wl = "-Xlinker {}" if not absent else "-Wl,{}"
         for option in ("-soname,librmsnorm.so", "--no-undefined"):

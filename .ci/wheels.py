@@ -8,7 +8,7 @@
 What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
 left out where there is no nvcc. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target
 FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one architecture. The times
-in a wheel are the commit's.
+in a wheel are the commit's, and nothing in it is of one run: built twice in the same folder, it has the same bytes.
 """
 
 import argparse

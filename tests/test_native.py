@@ -52,6 +52,10 @@ def test_cuda_kernels_from_cpp(tmp_path):
 @pytest.fixture(scope="module")
 def cuda_build():
     """The objects for one architecture, by the package's own build; it is kept under build/, so a second run is quick."""
+    return build_cuda()
+
+
+def build_cuda():
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not on PATH")
     if not (ROOT / "rmsnorm_cuda").exists():
@@ -62,6 +66,18 @@ def cuda_build():
     command = ["build_ext", "--kernels-only", "--build-temp", build, "--build-lib", build / "lib"]
     run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment)
     return build
+
+
+def test_same_inputs_same_bytes(cuda_build, monkeypatch):
+    """Neither an object nor the library tells which process made it, or when."""
+    monkeypatch.setenv("CCACHE_DISABLE", "1")
+    (library,) = cuda_build.rglob("librmsnorm.so")
+    made = [library, cuda_build / "csrc/cuda/common.cu.o", cuda_build / "csrc/cpu/dispatch.cpp.o"]
+    before = [path.read_bytes() for path in made]
+    for path in made:
+        path.unlink()
+    build_cuda()
+    assert [path.read_bytes() for path in made] == before
 
 
 def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
