@@ -9,7 +9,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+# What an environment was made with is kept.
+TORCH ?= $(or $(file < $(VENV)/torch),torch==2.13.0)
 BIN := $(VENV)/bin
 
 demo: $(VENV)/demo-ready build
@@ -32,6 +33,7 @@ bench-cuda: build
 $(VENV)/ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("python3 >= 3.10 is needed; this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
+	@echo "$(TORCH)" > $(VENV)/torch
 	$(BIN)/python -m pip install --upgrade "$(TORCH)" ninja "setuptools>=77" wheel
 	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
 	touch $@
@@ -60,8 +62,8 @@ PYTHONS = $(foreach v,3.10 3.11 3.12 3.13,$(firstword $(wildcard $(HOME)/.pyenv/
 wheelhouse:
 	$(PYTHON) .ci/wheels.py $(PYTHONS)
 
-sdist: $(VENV)/ready
-	$(BIN)/python setup.py -q sdist
+sdist:
+	$(PYTHON) .ci/wheels.py --sdist
 
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib

@@ -21,7 +21,10 @@ ninja does the work, incrementally and in parallel, through ccache where it is i
 `python setup.py build_ext --inplace` rebuilds what changed; `--kernels-only` stops at librmsnorm.so.
 """
 
+import fcntl
+import functools
 import importlib.machinery
+import importlib.util
 import os
 import re
 import runpy
@@ -33,9 +36,13 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-import setuptools
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+try:
+    import setuptools
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+    from setuptools.command.build_py import build_py
+except ModuleNotFoundError:
+    sys.exit("rmsnorm_cuda: setuptools is not installed; `pip install 'setuptools>=77' ninja`.")
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
@@ -73,17 +80,28 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 
 def find_compiler():
-    cxx = os.environ.get("CXX", "g++")
-    if not shutil.which(shlex.split(cxx)[0]):
+    """The words of the command, without ccache: that is put before every compiler where it is installed."""
+    cxx = os.environ.get("CXX") or "g++"
+    try:
+        words = shlex.split(cxx)
+    except ValueError as error:
+        fail(f"CXX={cxx!r} is not understood: {error}.")
+    if words and Path(words[0]).name == "ccache":
+        words = words[1:]
+    if not words or not shutil.which(words[0]):
         fail(f"the C++ compiler {cxx!r} was not found; install g++ 11 or newer, or name one in CXX.")
-    return cxx
+    version = output(*words, "-dumpversion").strip()
+    if re.match(r"\d+", version) and int(re.match(r"\d+", version)[0]) < 11:
+        fail(f"{cxx} is of version {version}, and g++ or clang++ 11 or newer is needed; name another in CXX.")
+    return words
 
 
 def find_ninja():
     try:
         import ninja
 
-        return str(Path(ninja.BIN_DIR) / "ninja")
+        if (Path(ninja.BIN_DIR) / "ninja").exists():
+            return str(Path(ninja.BIN_DIR) / "ninja")
     except ImportError:
         pass
     return shutil.which("ninja") or fail("ninja was not found; `pip install ninja`.")
@@ -93,8 +111,9 @@ def find_nvcc():
     """Path of nvcc, or None. It may be a wrapper script: nothing is concluded from where it lies."""
     home = os.environ.get("CUDA_HOME")
     named = os.environ.get("NVCC") or (home and str(Path(home) / "bin" / "nvcc"))
-    if named and not shutil.which(named) and os.environ.get("RMSNORM_CUDA_BUILD") != "0":
-        fail(f"{named} was not found, which {'NVCC' if os.environ.get('NVCC') else 'CUDA_HOME'} asks for; correct or unset it.")
+    if named and not shutil.which(named):
+        variable = "NVCC" if os.environ.get("NVCC") else "CUDA_HOME"
+        fail(f"{named} was not found, which {variable} asks for; correct or unset it, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out.")
     return shutil.which(named or "nvcc")
 
 
@@ -102,6 +121,7 @@ class Torch(NamedTuple):
     folder: Path
     version: str
     cuda: str | None  # what it was built with
+    hip: str | None
 
     @property
     def minor(self):
@@ -110,44 +130,52 @@ class Torch(NamedTuple):
 
 def find_torches():
     """The torches to build for, by version. They are not imported: the headers and libraries of one for another Python do."""
-    wanted = re.search(r'"(torch[^"]*)"', (ROOT / "pyproject.toml").read_text())[1]
-    least, below = (tuple(map(int, v.split("."))) for v in re.findall(r"[<>]=?([0-9.]+)", wanted))
+    wanted = re.search(r'"(torch[^"]*)"', (ROOT / "pyproject.toml").read_text())[1].replace(".0a0", "")
+    least, below = (tuple(map(int, pair)) for pair in re.findall(r"(\d+)\.(\d+)", wanted))
     named = os.environ.get("RMSNORM_CUDA_TORCH")
     result = {}
     for where in named.split(os.pathsep) if named else [None]:
-        spec = importlib.machinery.PathFinder.find_spec("torch", [where] if where else None)
+        spec = importlib.machinery.PathFinder.find_spec("torch", [where]) if where else importlib.util.find_spec("torch")
         if not spec or not spec.origin:
             fail(
-                f"there is no torch in {where}, which RMSNORM_CUDA_TORCH names."
+                f"there is no torch in {where}, which RMSNORM_CUDA_TORCH names; `pip install --no-deps --target {where} '{wanted}'`."
                 if where
-                else "torch is not installed in this build environment; install torch, ninja and setuptools first, then build with "
-                "`pip install --no-build-isolation`."
+                else f"torch is not installed in this build environment; `pip install '{wanted}' ninja 'setuptools>=77'` first, then build "
+                "with `pip install --no-build-isolation`."
             )
         folder = Path(spec.origin).parent
-        version = runpy.run_path(str(folder / "version.py"))
-        torch = Torch(folder, version["__version__"], version["cuda"])
+        try:
+            version = runpy.run_path(str(folder / "version.py"))
+        except OSError:
+            fail(f"torch in {folder} is not complete: it has no version.py; `pip install --force-reinstall '{wanted}'`.")
+        torch = Torch(folder, version["__version__"], version.get("cuda"), version.get("hip"))
         if not least <= tuple(map(int, torch.minor.split("."))) < below:
             fail(f"torch {torch.version} was found, and {wanted} is needed; `pip install '{wanted}'`.")
         result[torch.minor] = torch
     return list(result.values())
 
 
-def cuda_absent_reason(torches, nvcc):
-    """Why CUDA is left out, as the end of a sentence; None: it is compiled."""
+def nvcc_or_reason(torches):
+    """Path of nvcc, and why CUDA is left out, as the end of a sentence: one of the two is None."""
     wish = os.environ.get("RMSNORM_CUDA_BUILD", "")
     if wish not in ("", "0", "1"):
         fail(f"RMSNORM_CUDA_BUILD={wish!r} is not understood; expected 1, 0 or unset.")
     if wish == "0":
-        return "RMSNORM_CUDA_BUILD=0 was set when it was built"
-    if wish == "1":
-        return None if nvcc else fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
-    if torches and not any(torch.cuda for torch in torches):
-        return f"it was built with torch {torches[0].version}, a CPU-only build; RMSNORM_CUDA_BUILD=1 overrides"
-    return None if nvcc else "nvcc was not found when it was built"
+        return None, "RMSNORM_CUDA_BUILD=0 was set when it was built"
+    if wish == "" and torches and not any(torch.cuda for torch in torches):
+        kind = "ROCm" if torches[0].hip else "CPU-only"
+        return None, f"it was built with torch {torches[0].version}, a {kind} build; RMSNORM_CUDA_BUILD=1 overrides"
+    nvcc = find_nvcc()
+    if wish == "1" and not nvcc:
+        fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
+    return nvcc, None if nvcc else "nvcc was not found when it was built"
 
 
 def output(*command):
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:  # not a program
+        return ""
 
 
 def architectures(nvcc):
@@ -170,7 +198,12 @@ def architectures(nvcc):
             result.append((number, item, bool(match[3])))
         elif listed:
             fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {' '.join(sorted(known, key=int))}.")
-    return result or fail(f"{nvcc} knows none of the architectures {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST.")
+    if not result:
+        fail(f"{nvcc} knows none of the architectures {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST.")
+    if not listed and not any(ptx for *_, ptx in result):  # of an older nvcc: newer devices compile from its newest
+        number, item, _ = result.pop()
+        result.append((number, f"{item}+PTX", True))
+    return result
 
 
 def sources(pattern):
@@ -193,15 +226,21 @@ class NinjaFile:
         text = f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}"
         if implicit:
             text += " | " + " ".join(map(self.escape, implicit))
-        for name, value in variables.items():
-            value = value if isinstance(value, str) else " ".join(map(shlex.quote, value))
-            text += f"\n  {name} = {value.replace('$', '$$')}"
+        for name, words in variables.items():
+            text += f"\n  {name} = {shlex.join(words).replace('$', '$$')}"
         self.lines.append(text + "\n")
         return output
 
     def compile(self, rule, sources, folder="", **variables):
         """Objects of the sources, which are relative to ROOT, in a folder of the build's."""
         return [self.rule(rule, self.build_dir / folder / f"{s}.o", [ROOT / s], **variables) for s in sources]
+
+
+class BuildPy(build_py):
+    def run(self):
+        if not self.editable_mode:  # what an earlier build left would go into the wheel
+            shutil.rmtree(Path(self.build_lib) / "rmsnorm_cuda", ignore_errors=True)
+        super().run()
 
 
 class BuildExt(build_ext):
@@ -217,8 +256,11 @@ class BuildExt(build_ext):
         # several torches has another: all of CUDA's architectures take half an hour.
         build_temp = self.build_temp or ROOT / "build" / ("wheel/objects" if os.environ.get("RMSNORM_CUDA_TORCH") else "objects")
         super().finalize_options()
-        self.torches = [] if self.kernels_only else find_torches()
         self.build_temp = str(build_temp)
+
+    @functools.cached_property
+    def torches(self):
+        return [] if self.kernels_only else find_torches()
 
     def run(self):
         self.build_extensions()
@@ -243,40 +285,44 @@ class BuildExt(build_ext):
     def build_extensions(self):
         header, kernels, layers = self.outputs()
         build_dir = Path(self.build_temp).resolve()
-        build_dir.mkdir(parents=True, exist_ok=True)
         built = {Path(path) for path in self.get_outputs()}
-        for path in [*self.package_dir().glob("_C.*.so"), *self.package_dir().glob("lib/torch*/*.so")]:
-            if path not in built and self.torches:  # of other sources, most likely
-                path.unlink()
-        for path in built:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        file = NinjaFile(build_dir)
+        try:
+            for folder in {build_dir, *(path.parent for path in built)}:
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = open(build_dir / "lock", "w")
+        except OSError as error:
+            fail(f"{error.filename} cannot be written ({error.strerror}); copy the sources to where you may write, and build there.")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed: of two builds in one folder the second waits
         self.cxx = find_compiler()
-        ccache = shutil.which("ccache")
-        self.launcher = f"{shlex.quote(ccache)} " if ccache and "ccache" not in self.cxx else ""
+        self.launcher = ["ccache"] if shutil.which("ccache") else []
         # The folder of the build does not show in them.
         self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if os.environ.get("RMSNORM_CUDA_DEBUG") == "1" else []
+        file = NinjaFile(build_dir)
         file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
         self.add_kernels(file, kernels)
         for torch, (ops, binding) in zip(self.torches, layers):
             self.add_torch_layers(file, kernels, ops, binding, torch)
         (build_dir / "build.ninja").write_text("\n".join(file.lines))
-        command = [find_ninja(), "-C", str(build_dir)]
-        if os.environ.get("MAX_JOBS"):
-            command += ["-j", os.environ["MAX_JOBS"]]
+        command, jobs = [find_ninja(), "-C", str(build_dir)], os.environ.get("MAX_JOBS")
+        if jobs:
+            command += ["-j", jobs if jobs.isdecimal() else fail(f"MAX_JOBS={jobs!r} is not understood; expected a number.")]
         if subprocess.run(command).returncode:
             fail("the build failed; the compiler's message is above.")
+        # Those of another torch or Python that are older than what they load are of other sources, most likely.
+        for path in set(self.package_dir().glob("lib/torch*/*.so")) - built if self.torches else ():
+            loads = [p.stat().st_mtime for p in (kernels, path.with_name("librmsnorm_torch.so")) if p.exists()]
+            if path.stat().st_mtime < max(loads):
+                path.unlink()
 
     def add_kernels(self, file, output_file):
         common = ["-O3", *self.debug, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # -ffp-contract=off: an FMA only where the source says so, or the bits would depend on the compiler.
         cxx_flags = ["-std=c++17", *common, "-ffp-contract=off", "-fno-math-errno"]
-        machine = output(*shlex.split(self.cxx), "-dumpmachine").strip()
+        machine = output(*self.cxx, "-dumpmachine").strip()
         if not re.match(r"(x86_64|amd64)-.*linux(-gnu)?$", machine):
-            print(f"rmsnorm_cuda: scalar kernels only: {self.cxx} compiles for {machine}, and the others are for x86-64 Linux with glibc")
+            print(f"rmsnorm_cuda: scalar kernels only: {shlex.join(self.cxx)} compiles for {machine}, and the others are for x86-64 Linux with glibc")
             cxx_flags.append("-DRMSNORM_X86=0")
-        nvcc = find_nvcc()
-        absent = cuda_absent_reason(self.torches, nvcc)
+        nvcc, absent = nvcc_or_reason(self.torches)
         if absent:
             print(f"rmsnorm_cuda: without CUDA kernels: {absent}")
             define = f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"'
@@ -286,19 +332,20 @@ class BuildExt(build_ext):
             chosen = architectures(nvcc)
             print(f"rmsnorm_cuda: CUDA kernels for {' '.join(item for _, item, _ in chosen)}, by {nvcc}")
             # -objtemp: what is between has the object's name; elsewhere it has the process's number, which ends up in the object.
-            flags = ["-std=c++17", "-O3", "-lineinfo", "-objtemp", "-Xptxas", "-v", "-Xfatbin", "-compress-all", "-ccbin", self.cxx]
-            flags += ["-Xcompiler", ",".join(common[1:])]
+            flags = ["-std=c++17", "-O3", "-lineinfo", "-objtemp", "-Xptxas", "-v", "-Xfatbin", "-compress-all"]
+            host = ["-ccbin", self.cxx[0], *(word for option in self.cxx[1:] for word in ("-Xcompiler", option))]
+            flags += [*host, "-Xcompiler", ",".join(common[1:])]
             flags += [f'-DRMSNORM_CUDA_ARCHS="{" ".join(item for _, item, _ in chosen)}"']
             for number, _, is_ptx in chosen:
                 flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
                 if is_ptx:
                     flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-            objects = file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=self.launcher + shlex.quote(nvcc), flags=flags)
+            objects = file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=[*self.launcher, nvcc], flags=flags)
             cudart = os.environ.get("RMSNORM_CUDA_CUDART", "static")
             if cudart not in ("static", "shared"):
                 fail(f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared.")
             # nvcc links, since only it knows where its runtime lies; what is static stays hidden from torch's copy.
-            linker = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(self.cxx)}"
+            linker = [nvcc, *host]
             link_flags = ["-cudart", cudart, "-nodlink", "-Xlinker", "--exclude-libs,ALL"]
         objects += file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.launcher + self.cxx, flags=cxx_flags)
         wl = "-Xlinker {}" if not absent else "-Wl,{}"
@@ -331,4 +378,4 @@ class BuildExt(build_ext):
         file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=link)
 
 
-setup(ext_modules=[Extension("rmsnorm_cuda._C", sources=[])], cmdclass={"build_ext": BuildExt})
+setup(ext_modules=[Extension("rmsnorm_cuda._C", sources=[])], cmdclass={"build_py": BuildPy, "build_ext": BuildExt})

@@ -2,17 +2,19 @@
 
     python .ci/wheels.py [PYTHON ...]         default: the one that runs this. `make wheel`, `make wheelhouse`
     python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/ in a fresh environment with torch==TORCH
+    python .ci/wheels.py --sdist              the source distribution; `make sdist`
     python .ci/wheels.py --torches            prints RMSNORM_CUDA_TORCH for all torches, which it fetches; for cibuildwheel, as is
-    python .ci/wheels.py --finish WHEEL DIR   takes the debug symbols out and sets the platform tag
+    python .ci/wheels.py --finish WHEEL DIR [SYMBOLS]   takes the debug symbols out, to DIR/debug, and sets the platform tag
 
 What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
-left out where there is no nvcc. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target
+left out where there is no nvcc, which the build says. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target
 FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one architecture. The times
 in a wheel are the commit's, and nothing in it is of one run: built twice in the same folder, it has the same bytes.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,10 +38,16 @@ def path_with(python):
     return f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+def tag_of(python):
+    """cp312 and the like."""
+    code = "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed'); print('cp%d%d' % sys.version_info[:2])"
+    return subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
 def python_with_tools(python):
     """A virtual environment of that Python, with what a build needs but torch."""
-    version = subprocess.run([python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True)
-    folder = BUILD / version.stdout.strip()
+    version = tag_of(python)
+    folder = BUILD / version
     if not (folder / "ready").exists():
         run(python, "-m", "venv", "--clear", folder)
         run(folder / "bin" / "python", "-m", "pip", "install", "-q", "--upgrade", "pip", *TOOLS)
@@ -66,23 +74,30 @@ def all_torches(python):
 def build(python):
     """The wheel as setuptools makes it."""
     raw = BUILD / "raw"
-    for stale in (raw, *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
+    for stale in (raw, *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
     folders = os.environ.get("RMSNORM_CUDA_TORCH") or all_torches(python)
     environment = {"RMSNORM_CUDA_TORCH": folders, "RMSNORM_CUDA_DEBUG": "1", "PATH": path_with(python)}
-    if "RMSNORM_CUDA_BUILD" not in os.environ:
-        environment["RMSNORM_CUDA_BUILD"] = str(int(bool(shutil.which(os.environ.get("NVCC", "nvcc")))))
     run(python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", raw, ".", **environment)
     return next(raw.glob("*.whl"))
 
 
-def finish(wheel, dist, python=sys.executable):
+def sdist(python):
+    run(python, "setup.py", "-q", "sdist")
+
+
+def finish(wheel, dist, symbols=None, python=sys.executable):
     """Takes the debug symbols out of a wheel and gives it its platform tag; returns the one that comes of it."""
     unpacked = BUILD / "unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)
     run(python, "-m", "wheel", "unpack", wheel, "--dest", unpacked)
     (package,) = unpacked.iterdir()
-    symbols = dist / "debug" / "-".join(wheel.name.split("-")[:3])
+    (metadata,) = package.glob("*.dist-info/METADATA")
+    minors = sorted(int(folder.name.rpartition(".")[2]) for folder in package.glob("rmsnorm_cuda/lib/torch2.*"))
+    if len(minors) < len(TORCHES):  # pip shall not put it beside another one
+        needs = f"Requires-Dist: torch>=2.{minors[0]}.0a0,<2.{minors[-1] + 1}"
+        metadata.write_text(re.sub(r"^Requires-Dist: torch[^a-z;]*$", needs, metadata.read_text(), flags=re.M))
+    symbols = (symbols or dist / "debug") / "-".join(wheel.name.split("-")[:3])
     shutil.rmtree(symbols, ignore_errors=True)
     for library in sorted(package.rglob("*.so")):
         kept = symbols / library.relative_to(package).with_suffix(".so.debug")
@@ -107,16 +122,18 @@ def finish(wheel, dist, python=sys.executable):
         sys.exit(f"{result.name} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
     for old in dist.glob("-".join(wheel.name.split("-")[:4]) + "-*.whl"):
         old.unlink()
-    dist.mkdir(exist_ok=True)
+    dist.mkdir(parents=True, exist_ok=True)
     print(f"dist/{result.name}: {size / 1e6:.1f} MB", flush=True)
     return shutil.move(result, dist / result.name)
 
 
 def test(python, torch):
     """Installs the wheel for that Python into a fresh environment and tests it away from the sources of the package."""
-    version = subprocess.run([python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True)
-    (wheel,) = ROOT.glob(f"dist/rmsnorm_cuda-*-{version.stdout.strip()}-*.whl")
-    folder = BUILD / f"test-{version.stdout.strip()}-torch{torch}"
+    version = tag_of(python)
+    wheel = next(ROOT.glob(f"dist/rmsnorm_cuda-*-{version}-*.whl"), None)
+    if not wheel:
+        sys.exit(f"there is no wheel for {version} in dist/; `make wheel PYTHON={python}` makes it")
+    folder = BUILD / f"test-{version}-torch{torch}"
     tests, fresh = folder / "tests", folder / "venv" / "bin" / "python"
     shutil.rmtree(folder, ignore_errors=True)
     run(python, "-m", "venv", folder / "venv")
@@ -134,22 +151,31 @@ def test(python, torch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", default=[sys.executable])
-    parser.add_argument("--finish", nargs=2, type=Path, metavar=("WHEEL", "DIR"))
+    parser.add_argument("--finish", nargs="+", type=Path, metavar=("WHEEL", "DIR"))
+    parser.add_argument("--sdist", action="store_true")
     parser.add_argument("--torches", action="store_true")
     parser.add_argument("--test", nargs=2, metavar=("PYTHON", "TORCH"))
     args = parser.parse_args()
     if "SOURCE_DATE_EPOCH" not in os.environ:  # the time of everything in the wheel
-        log = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
+        git = shutil.which("git") or "false"
+        log = subprocess.run([git, "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
         os.environ["SOURCE_DATE_EPOCH"] = log.stdout.strip() or "315532800"  # 1980: the first that a zip file can hold
-    if args.finish:
-        finish(args.finish[0].resolve(), args.finish[1].resolve())
-    elif args.torches:
-        print(all_torches(sys.executable))
-    elif args.test:
-        test(*args.test)
-    else:
-        for python in map(python_with_tools, args.pythons):
-            finish(build(python), ROOT / "dist", python)
+    try:
+        if args.finish:
+            finish(*(path.resolve() for path in args.finish))
+        elif args.torches:
+            print(all_torches(sys.executable))
+        elif args.test:
+            test(*args.test)
+        elif args.sdist:
+            sdist(python_with_tools(sys.executable))
+        else:
+            for python in map(python_with_tools, args.pythons):
+                finish(build(python), ROOT / "dist", python=python)
+    except FileNotFoundError as error:
+        sys.exit(f"{error.filename} was not found")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"`{' '.join(map(str, error.cmd))}` failed; what it said is above")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ does not load, is told in one sentence.
 import importlib
 import platform
 import re
+import shlex
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -16,8 +18,8 @@ _LIBRARIES = Path(__file__).resolve().parent / "lib"
 
 def carried() -> list[str]:
     """The versions of torch that there are builds for, such as "2.13"."""
-    found = [path.parent.name.removeprefix("torch") for path in _LIBRARIES.glob("torch*/librmsnorm_torch.so")]
-    return sorted(found, key=lambda version: tuple(map(int, version.split("."))))
+    found = [re.fullmatch(r"torch(\d+\.\d+)", path.parent.name) for path in _LIBRARIES.glob("torch*/librmsnorm_torch.so")]
+    return sorted((match[1] for match in found if match), key=lambda version: tuple(map(int, version.split("."))))
 
 
 def torch_libraries() -> Path:
@@ -39,18 +41,25 @@ def load(package: str, path: list[str]) -> None:
         if error.name != "torch":
             raise
         raise ImportError(f"rmsnorm_cuda needs torch, which is not installed; `pip install '{TORCH}'`.") from None
+    if not hasattr(torch, "__version__"):
+        raise ImportError(f"rmsnorm_cuda needs torch, and the folder {next(iter(torch.__path__))} is not that; `pip install '{TORCH}'`.")
 
-    here, folder, builds = _LIBRARIES.parent, torch_libraries(), carried()
-    build = f"`pip install --force-reinstall --no-deps --no-build-isolation {here.parent if (here.parent / 'setup.py').exists() else '<its sources>'}`"
+    here, python = _LIBRARIES.parent, shlex.quote(sys.executable)
+    folder, builds = torch_libraries(), carried()
+    version = folder.name.removeprefix("torch")
+    if (here.parent / "setup.py").exists():
+        build = f"`cd {shlex.quote(str(here.parent))} && {python} setup.py build_ext --inplace`"
+    else:  # pip's cache would give what it built for another torch
+        build = f"`{python} -m pip install --force-reinstall --no-cache-dir --no-deps --no-build-isolation <its sources>`"
     if not builds:
         raise ImportError(
             f"rmsnorm_cuda is not compiled in {here}. If that is the source tree and the package is installed, start Python "
-            "in another directory; to compile it here, run `python setup.py build_ext --inplace`."
+            f"in another directory; otherwise build it by {build}."
         )
-    if not folder.exists():
-        least, below = (tuple(map(int, version.split("."))) for version in re.findall(r"[<>]=?([0-9.]+)", TORCH))
-        supported = least <= tuple(map(int, folder.name.removeprefix("torch").split("."))) < below
-        mend = f"build it for this one by {build}" if supported else f"`pip install '{TORCH}'`"
+    if version not in builds:
+        least, below = (tuple(map(int, pair)) for pair in re.findall(r"(\d+)\.(\d+)", TORCH))
+        supported = least <= tuple(map(int, version.split("."))) < below
+        mend = f"build it for this one by {build}, or `pip install 'torch=={builds[-1]}.*'`" if supported else f"`pip install '{TORCH}'`"
         raise ImportError(f"rmsnorm_cuda in {here} was built for torch {', '.join(builds)}, and this is torch {torch.__version__}; {mend}.")
     if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         pythons = ", ".join(sorted(file.name.split(".")[1] for file in folder.glob("_C.*.so"))) or "none"
@@ -61,8 +70,9 @@ def load(package: str, path: list[str]) -> None:
     path.append(str(folder))
     try:
         importlib.import_module(f"{package}._C")
-    except ImportError as error:
+    except ImportError:
+        # What the loader said, an undefined symbol most often, stays in __context__.
         raise ImportError(
-            f"rmsnorm_cuda's build for torch {folder.name.removeprefix('torch')} in {folder} does not load beside torch {torch.__version__} in "
+            f"rmsnorm_cuda's build for torch {version} in {folder} does not load beside torch {torch.__version__} in "
             f"{Path(torch.__file__).parent}: one of them is incomplete, or of other sources than it says; build it anew by {build}."
-        ) from error
+        ) from None

@@ -1,6 +1,7 @@
 """The ops themselves, `torch.ops.rmsnorm_cuda`, with types (ops.pyi): what compiled graphs, policies and C++ see.
 
-Their names are API; the functions of the package check and choose before they call them.
+Their names are API; the functions of the package check and choose before they call them. An overload by its name, such as
+rms_norm.default, is typed as torch types it: take it from `torch.ops.rmsnorm_cuda`.
 """
 
 from __future__ import annotations
@@ -12,3 +13,7 @@ from . import _C  # noqa: F401  (it registers them)
 
 def __getattr__(name: str):
     return getattr(torch.ops.rmsnorm_cuda, name)
+
+
+def __dir__():
+    return sorted({s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("rmsnorm_cuda::")})

@@ -42,6 +42,8 @@ if(EXISTS "${_rmsnorm_cuda}/${_ops}")
     IMPORTED_SONAME librmsnorm_torch.so
     IMPORTED_LINK_DEPENDENT_LIBRARIES rmsnorm_cuda::rmsnorm
     INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed")
+elseif(NOT rmsnorm_cuda_TORCH)
+  message(STATUS "rmsnorm_cuda: without rmsnorm_cuda::rmsnorm_torch, since torch was not found before; find_package(Torch) first, or set rmsnorm_cuda_TORCH")
 else()
   message(STATUS "rmsnorm_cuda: without rmsnorm_cuda::rmsnorm_torch, since there is no ${_ops} in ${_rmsnorm_cuda}")
 endif()
