@@ -39,6 +39,7 @@ from typing import NamedTuple
 try:
     import setuptools
     from setuptools import Extension, setup
+    from setuptools.command.build import build
     from setuptools.command.build_ext import build_ext
     from setuptools.command.build_py import build_py
 except ModuleNotFoundError:
@@ -140,8 +141,8 @@ def find_torches():
             fail(
                 f"there is no torch in {where}, which RMSNORM_CUDA_TORCH names; `pip install --no-deps --target {where} '{wanted}'`."
                 if where
-                else f"torch is not installed in this build environment; `pip install '{wanted}' ninja 'setuptools>=77'` first, then build "
-                "with `pip install --no-build-isolation`."
+                else f"torch is not installed in this build environment, where pip does not show what is installed outside; `pip install "
+                f"'{wanted}' ninja 'setuptools>=77'` first, then build with `pip install --no-build-isolation`."
             )
         folder = Path(spec.origin).parent
         try:
@@ -183,8 +184,8 @@ def architectures(nvcc):
     version = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
     if not version or tuple(map(int, version.groups())) < LEAST_CUDA:
         fail(
-            f"{nvcc} is of CUDA {'.'.join(version.groups()) if version else 'nobody knows what'}, and {'.'.join(map(str, LEAST_CUDA))} "
-            "or newer is needed; name another in NVCC or CUDA_HOME, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out."
+            f"{nvcc} {'is of CUDA ' + '.'.join(version.groups()) if version else 'does not tell its version'}, and CUDA "
+            f"{'.'.join(map(str, LEAST_CUDA))} or newer is needed; name another in NVCC or CUDA_HOME, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out."
         )
     known = set(re.findall(r"compute_(\w+)", output(nvcc, "--list-gpu-arch")))
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -197,7 +198,7 @@ def architectures(nvcc):
         if number.rstrip("af") in known:
             result.append((number, item, bool(match[3])))
         elif listed:
-            fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {' '.join(sorted(known, key=int))}.")
+            fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {' '.join(f'{n[:-1]}.{n[-1]}' for n in sorted(known, key=int))}.")
     if not result:
         fail(f"{nvcc} knows none of the architectures {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST.")
     if not listed and not any(ptx for *_, ptx in result):  # of an older nvcc: newer devices compile from its newest
@@ -234,6 +235,12 @@ class NinjaFile:
     def compile(self, rule, sources, folder="", **variables):
         """Objects of the sources, which are relative to ROOT, in a folder of the build's."""
         return [self.rule(rule, self.build_dir / folder / f"{s}.o", [ROOT / s], **variables) for s in sources]
+
+
+class Build(build):
+    def run(self):  # what is missing is told before pages of what is copied
+        find_compiler(), find_ninja(), nvcc_or_reason(find_torches())
+        super().run()
 
 
 class BuildPy(build_py):
@@ -378,4 +385,4 @@ class BuildExt(build_ext):
         file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=link)
 
 
-setup(ext_modules=[Extension("rmsnorm_cuda._C", sources=[])], cmdclass={"build_py": BuildPy, "build_ext": BuildExt})
+setup(ext_modules=[Extension("rmsnorm_cuda._C", sources=[])], cmdclass={"build": Build, "build_py": BuildPy, "build_ext": BuildExt})

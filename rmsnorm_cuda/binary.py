@@ -8,6 +8,7 @@ import importlib
 import platform
 import re
 import shlex
+import struct
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -29,6 +30,16 @@ def torch_libraries() -> Path:
     return _LIBRARIES / f"torch{'.'.join(torch.__version__.split('.')[:2])}"
 
 
+def is_whole(library: Path) -> bool:
+    """Whether the file goes on to the end of its ELF section table. To load one that was cut kills the process."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:4] != b"\x7fELF":
+        return False
+    (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return library.stat().st_size >= table + size * count
+
+
 def load(package: str, path: list[str]) -> None:
     """Imports torch and then `_C` into the package, whose __path__ is given.
 
@@ -46,29 +57,32 @@ def load(package: str, path: list[str]) -> None:
 
     here, python = _LIBRARIES.parent, shlex.quote(sys.executable)
     folder, builds = torch_libraries(), carried()
+    bindings = [path for path in (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES) if path.exists()]
     version = folder.name.removeprefix("torch")
     if (here.parent / "setup.py").exists():
         build = f"`cd {shlex.quote(str(here.parent))} && {python} setup.py build_ext --inplace`"
     else:  # pip's cache would give what it built for another torch
-        build = f"`{python} -m pip install --force-reinstall --no-cache-dir --no-deps --no-build-isolation <its sources>`"
+        build = f"`{python} -m pip install --force-reinstall --no-cache-dir --no-deps --no-build-isolation <its wheel or sources>`"
     if not builds:
         raise ImportError(
             f"rmsnorm_cuda is not compiled in {here}. If that is the source tree and the package is installed, start Python "
             f"in another directory; otherwise build it by {build}."
         )
     if version not in builds:
-        least, below = (tuple(map(int, pair)) for pair in re.findall(r"(\d+)\.(\d+)", TORCH))
-        supported = least <= tuple(map(int, version.split("."))) < below
-        mend = f"build it for this one by {build}, or `pip install 'torch=={builds[-1]}.*'`" if supported else f"`pip install '{TORCH}'`"
+        least, below = ([int(n) for n in pair] for pair in re.findall(r"(\d+)\.(\d+)", TORCH))
+        supported = least <= [int(n) for n in re.findall(r"\d+", version)] < below
+        mend = f"`pip install 'torch=={builds[-1]}.*'`" + (f", or build it for this one by {build}" if supported else "")
         raise ImportError(f"rmsnorm_cuda in {here} was built for torch {', '.join(builds)}, and this is torch {torch.__version__}; {mend}.")
-    if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        pythons = ", ".join(sorted(file.name.split(".")[1] for file in folder.glob("_C.*.so"))) or "none"
+    pythons = ", ".join(sorted(file.name.split(".")[1] for file in folder.glob("_C.*.so")))
+    if pythons and not bindings:
         raise ImportError(
             f"rmsnorm_cuda in {here} was built for another Python ({pythons}), and this is {platform.python_implementation()} "
             f"{platform.python_version()}; install it with this Python's pip, or build it by {build}."
         )
     path.append(str(folder))
     try:
+        if not all(path.exists() and is_whole(path) for path in (_LIBRARIES / "librmsnorm.so", folder / "librmsnorm_torch.so", *bindings)):
+            raise ImportError("a library was cut, or is none")
         importlib.import_module(f"{package}._C")
     except ImportError:
         # What the loader said, an undefined symbol most often, stays in __context__.

@@ -103,8 +103,11 @@ def fused_add_rms_norm(
 
     Raises:
         NotImplementedError: another dtype.
-        ValueError: ``eps`` or ``weight_offset`` is not finite, or ``eps`` negative; ``input`` is a scalar.
-        RuntimeError: shapes, dtypes or devices do not match.
+        TypeError: ``out`` is no tuple.
+        ValueError: ``eps`` or ``weight_offset`` is not finite, or ``eps`` negative; ``input`` is a scalar; ``out`` holds another
+            number of tensors.
+        RuntimeError: shapes, dtypes or devices do not match; ``out`` does not fit, or overlaps what is read partly. Nothing is
+            written then.
     """
     if out is None and not is_dynamo_compiling():
         results = _C.fused_add_rms_norm(input, residual, weight, eps, weight_offset, cast_before_weight)

@@ -36,6 +36,7 @@ class RMSNorm(torch.nn.RMSNorm):
         weight_offset: float = 0.0,
         cast_before_weight: bool = False,
     ) -> None:
+        """Fills the weight of ``normalized_shape``, if ``elementwise_affine`` asks for one; see the class."""
         super().__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.weight_offset = weight_offset
         self.cast_before_weight = cast_before_weight
@@ -47,7 +48,10 @@ class RMSNorm(torch.nn.RMSNorm):
             torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; with a residual the norm of x + residual and that sum, as the layers of serving stacks expect."""
+        """The norm of x; with a residual the norm of x + residual and that sum, as the layers of serving stacks expect.
+
+        Shapes, dtypes and errors are those of :func:`rms_norm` and :func:`fused_add_rms_norm`.
+        """
         # self.weight would go through nn.Module.__getattr__. The parameter is not in _parameters where someone
         # replaced it by a tensor or a property: parametrizations, DataParallel replicas, FSDP1 views.
         try:
