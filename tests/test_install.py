@@ -61,9 +61,9 @@ def test_range_of_torch_is_written_alike():
         assert [v.rpartition(".")[0] for v in torches] == [f"2.{minor}" for minor in range(least[1], below[1])]
 
 
-def test_no_torch(tmp_path):
+def test_no_torch(tmp_path, package):
     (tmp_path / "torch").mkdir()
-    said = last_line("import rmsnorm_cuda", tmp_path, PACKAGE.parent, cwd=tmp_path, without_site=True)
+    said = last_line("import rmsnorm_cuda", tmp_path, package.parent, cwd=tmp_path, without_site=True)
     assert said == f"ImportError: rmsnorm_cuda needs torch, and the folder {tmp_path / 'torch'} is not that; `pip install '{binary.TORCH}'`."
     said = last_line("import sys; sys.modules['torch'] = None; import rmsnorm_cuda", PACKAGE.parent, cwd=tmp_path)
     assert said == f"ImportError: rmsnorm_cuda needs torch, which is not installed; `pip install '{binary.TORCH}'`."
