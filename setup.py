@@ -260,7 +260,7 @@ class BuildExt(build_ext):
 
     def finalize_options(self):
         # One build folder for all Pythons, for editable installs (whose own is thrown away) and direct calls. A wheel for
-        # several torches has another: all of CUDA's architectures take half an hour.
+        # several torches has another: all of CUDA's architectures take a quarter of an hour.
         build_temp = self.build_temp or ROOT / "build" / ("wheel/objects" if os.environ.get("RMSNORM_CUDA_TORCH") else "objects")
         super().finalize_options()
         self.build_temp = str(build_temp)
