@@ -96,7 +96,7 @@ def finish(wheel, dist, symbols=None, python=sys.executable):
     minors = sorted(int(folder.name.rpartition(".")[2]) for folder in package.glob("rmsnorm_cuda/lib/torch2.*"))
     if len(minors) < len(TORCHES):  # pip shall not put it beside another one
         needs = f"Requires-Dist: torch>=2.{minors[0]}.0a0,<2.{minors[-1] + 1}"
-        metadata.write_text(re.sub(r"^Requires-Dist: torch[^a-z;]*$", needs, metadata.read_text(), flags=re.M))
+        metadata.write_text(re.sub(r"^Requires-Dist: torch[<>=][^;]*$", needs, metadata.read_text(), flags=re.M))
     symbols = (symbols or dist / "debug") / "-".join(wheel.name.split("-")[:3])
     shutil.rmtree(symbols, ignore_errors=True)
     for library in sorted(package.rglob("*.so")):
