@@ -316,7 +316,7 @@ class BuildExt(build_ext):
         if subprocess.run(command).returncode:
             fail("the build failed; the compiler's message is above.")
         # Those of another torch or Python that are older than what they load are of other sources, most likely.
-        for path in set(self.package_dir().glob("lib/torch*/*.so")) - built if self.torches else ():
+        for path in set(self.package_dir().rglob("*.so")) - built if self.torches else ():
             loads = [p.stat().st_mtime for p in (kernels, path.with_name("librmsnorm_torch.so")) if p.exists()]
             if path.stat().st_mtime < max(loads):
                 path.unlink()

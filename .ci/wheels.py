@@ -7,9 +7,10 @@
     python .ci/wheels.py --finish WHEEL DIR [SYMBOLS]   takes the debug symbols out, to DIR/debug, and sets the platform tag
 
 What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
-left out where there is no nvcc, which the build says. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target
-FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one architecture. The times
-in a wheel are the commit's, and nothing in it is of one run: built twice in the same folder, it has the same bytes.
+left out where there is no nvcc, which the build says. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip
+install --target FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one
+architecture. The times in a wheel are the commit's, and nothing in it is of one run: built twice in the same folder, it has
+the same bytes.
 """
 
 import argparse
