@@ -1,11 +1,12 @@
 """Builds rmsnorm_cuda: three shared libraries, each ignorant of the one above.
 
     rmsnorm_cuda/lib/librmsnorm.so                  kernels         csrc/cpu csrc/cuda   neither torch nor Python
-    rmsnorm_cuda/lib/torch2.13/librmsnorm_torch.so  torch ops       csrc/torch           no Python
-    rmsnorm_cuda/lib/torch2.13/_C.*.so              Python binding  csrc/python
+    rmsnorm_cuda/lib/torch2.15/librmsnorm_torch.so  torch ops       csrc/torch           no Python
+    rmsnorm_cuda/lib/torch2.15/_C.*.so              Python binding  csrc/python
 
 and rmsnorm_cuda/include/rmsnorm.h, a copy of the contract in csrc/, for C++ programs that call the kernels. A build is for the
-torch of the Python that runs this, or for several: a wheel carries the thin upper two once for each.
+torch of the Python that runs this, or for several: a wheel carries the thin upper two once for each, and their sources, of which
+rmsnorm_cuda/build_layers.py builds them for any other torch. The flags of the two are there.
 
 ninja does the work, incrementally and in parallel, through ccache where it is installed. Environment:
 
@@ -14,6 +15,7 @@ ninja does the work, incrementally and in parallel, through ccache where it is i
     TORCH_CUDA_ARCH_LIST   e.g. "9.0" or "8.0;9.0+PTX"; default: every architecture below that nvcc knows
     RMSNORM_CUDA_CUDART    static (default) or shared: how the CUDA runtime is linked
     CUDA_HOME, NVCC, CXX   where the compilers are
+    LDFLAGS                more options for the linker
     MAX_JOBS               how many of them run at once
     RMSNORM_CUDA_DEBUG     1: line tables for debuggers and profilers, which take a sixth more time to compile
     RMSNORM_CUDA_TORCH     folders, separated by colons, that each hold a package torch to build for; it is not imported
@@ -23,8 +25,6 @@ ninja does the work, incrementally and in parallel, through ccache where it is i
 
 import fcntl
 import functools
-import importlib.machinery
-import importlib.util
 import os
 import re
 import runpy
@@ -32,9 +32,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 try:
     import setuptools
@@ -70,31 +69,14 @@ rule copy
 """
 
 
-def fail(sentence):
-    sys.exit(f"rmsnorm_cuda: {sentence}")
-
+# Run, not imported: the package cannot be before it is built.
+layers, supported = (SimpleNamespace(**runpy.run_path(str(ROOT / "rmsnorm_cuda" / f"{n}.py"))) for n in ("build_layers", "supported"))
+fail, output = layers.fail, layers.output
 
 if sys.version_info < (3, 10):
     fail(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
 if int(setuptools.__version__.split(".")[0]) < 77:
     fail(f"setuptools {setuptools.__version__} is too old for this pyproject.toml; `pip install 'setuptools>=77'`.")
-
-
-def find_compiler():
-    """The words of the command, without ccache: that is put before every compiler where it is installed."""
-    cxx = os.environ.get("CXX") or "g++"
-    try:
-        words = shlex.split(cxx)
-    except ValueError as error:
-        fail(f"CXX={cxx!r} is not understood: {error}.")
-    if words and Path(words[0]).name == "ccache":
-        words = words[1:]
-    if not words or not shutil.which(words[0]):
-        fail(f"the C++ compiler {cxx!r} was not found; install g++ 11 or newer, or name one in CXX.")
-    version = output(*words, "-dumpversion").strip()
-    if re.match(r"\d+", version) and int(re.match(r"\d+", version)[0]) < 11:
-        fail(f"{cxx} is of version {version}, and g++ or clang++ 11 or newer is needed; name another in CXX.")
-    return words
 
 
 def find_ninja():
@@ -118,41 +100,21 @@ def find_nvcc():
     return shutil.which(named or "nvcc")
 
 
-class Torch(NamedTuple):
-    folder: Path
-    version: str
-    cuda: str | None  # what it was built with
-    hip: str | None
-
-    @property
-    def minor(self):
-        return ".".join(self.version.split(".")[:2])
-
-
 def find_torches():
-    """The torches to build for, by version. They are not imported: the headers and libraries of one for another Python do."""
-    wanted = re.search(r'"(torch[^"]*)"', (ROOT / "pyproject.toml").read_text())[1].replace(".0a0", "")
-    least, below = (tuple(map(int, pair)) for pair in re.findall(r"(\d+)\.(\d+)", wanted))
-    named = os.environ.get("RMSNORM_CUDA_TORCH")
+    """The torches to build for. They are not imported: the headers and libraries of one for another Python do."""
+    named, wanted = os.environ.get("RMSNORM_CUDA_TORCH"), supported.TORCH
     result = {}
     for where in named.split(os.pathsep) if named else [None]:
-        spec = importlib.machinery.PathFinder.find_spec("torch", [where]) if where else importlib.util.find_spec("torch")
-        if not spec or not spec.origin:
-            fail(
-                f"there is no torch in {where}, which RMSNORM_CUDA_TORCH names; `pip install --no-deps --target {where} '{wanted}'`."
-                if where
-                else f"torch is not installed in this build environment, where pip does not show what is installed outside; `pip install "
-                f"'{wanted}' ninja 'setuptools>=77'` first, then build with `pip install --no-build-isolation`."
-            )
-        folder = Path(spec.origin).parent
-        try:
-            version = runpy.run_path(str(folder / "version.py"))
-        except OSError:
-            fail(f"torch in {folder} is not complete: it has no version.py; `pip install --force-reinstall '{wanted}'`.")
-        torch = Torch(folder, version["__version__"], version.get("cuda"), version.get("hip"))
-        if not least <= tuple(map(int, torch.minor.split("."))) < below:
+        torch = layers.find_torch(where) or fail(
+            f"there is no torch in {where}, which RMSNORM_CUDA_TORCH names; `pip install --no-deps --target {where} '{wanted}'`."
+            if where
+            else f"torch is not installed in this build environment, where pip does not show what is installed outside; `pip install "
+            f"'{wanted}' ninja 'setuptools>=77'` first, then build with `pip install --no-build-isolation`."
+        )
+        least, given = ([int(n) for n in re.findall(r"\d+", version)[:2]] for version in (wanted, torch.version))
+        if given < least:
             fail(f"torch {torch.version} was found, and {wanted} is needed; `pip install '{wanted}'`.")
-        result[torch.minor] = torch
+        result[torch.layer] = torch
     return list(result.values())
 
 
@@ -170,13 +132,6 @@ def nvcc_or_reason(torches):
     if wish == "1" and not nvcc:
         fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
     return nvcc, None if nvcc else "nvcc was not found when it was built"
-
-
-def output(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout
-    except OSError:  # not a program
-        return ""
 
 
 def architectures(nvcc):
@@ -239,7 +194,7 @@ class NinjaFile:
 
 class Build(build):
     def run(self):  # what is missing is told before pages of what is copied
-        find_compiler(), find_ninja(), nvcc_or_reason(find_torches())
+        layers.find_compiler(), find_ninja(), nvcc_or_reason(find_torches())
         super().run()
 
 
@@ -247,6 +202,10 @@ class BuildPy(build_py):
     def run(self):
         if not self.editable_mode:  # what an earlier build left would go into the wheel
             shutil.rmtree(Path(self.build_lib) / "rmsnorm_cuda", ignore_errors=True)
+            sources = Path(self.build_lib) / "rmsnorm_cuda" / "csrc"
+            for name in ("torch", "python"):
+                shutil.copytree(ROOT / "csrc" / name, sources / name)
+            shutil.copy2(ROOT / "csrc" / "rmsnorm.h", sources)
         super().run()
 
 
@@ -278,19 +237,19 @@ class BuildExt(build_ext):
     def outputs(self):
         """The header, librmsnorm.so, and for each torch librmsnorm_torch.so and the binding."""
         package = self.package_dir()
-        binding = Path(self.get_ext_filename("rmsnorm_cuda._C")).name
-        layers = [package / "lib" / f"torch{torch.minor}" for torch in self.torches]
-        return package / "include" / "rmsnorm.h", package / "lib" / "librmsnorm.so", [(d / "librmsnorm_torch.so", d / binding) for d in layers]
+        folders = [package / "lib" / torch.layer for torch in self.torches]
+        pairs = [(folder / layers.OPS, folder / layers.binding_name()) for folder in folders]
+        return package / "include" / "rmsnorm.h", package / "lib" / layers.KERNELS, pairs
 
     def get_outputs(self):
-        header, kernels, layers = self.outputs()
-        return [str(path) for path in (header, kernels, *(path for pair in layers for path in pair))]
+        header, kernels, pairs = self.outputs()
+        return [str(path) for path in (header, kernels, *(path for pair in pairs for path in pair))]
 
     def get_output_mapping(self):
         return {}
 
     def build_extensions(self):
-        header, kernels, layers = self.outputs()
+        header, kernels, pairs = self.outputs()
         build_dir = Path(self.build_temp).resolve()
         built = {Path(path) for path in self.get_outputs()}
         try:
@@ -300,20 +259,18 @@ class BuildExt(build_ext):
         except OSError as error:
             fail(f"{error.filename} cannot be written ({error.strerror}); copy the sources to where you may write, and build there.")
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed: of two builds in one folder the second waits
-        self.cxx = find_compiler()
+        self.cxx = layers.find_compiler()
         self.launcher = ["ccache"] if shutil.which("ccache") else []
         # The folder of the build does not show in them.
         self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if os.environ.get("RMSNORM_CUDA_DEBUG") == "1" else []
         file = NinjaFile(build_dir)
         file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
         self.add_kernels(file, kernels)
-        for torch, (ops, binding) in zip(self.torches, layers):
+        for torch, (ops, binding) in zip(self.torches, pairs):
             self.add_torch_layers(file, kernels, ops, binding, torch)
         (build_dir / "build.ninja").write_text("\n".join(file.lines))
-        command, jobs = [find_ninja(), "-C", str(build_dir)], os.environ.get("MAX_JOBS")
-        if jobs:
-            command += ["-j", jobs if jobs.isdecimal() else fail(f"MAX_JOBS={jobs!r} is not understood; expected a number.")]
-        if subprocess.run(command).returncode:
+        jobs = ["-j", layers.jobs()] if layers.jobs() else []
+        if subprocess.run([find_ninja(), "-C", str(build_dir), *jobs]).returncode:
             fail("the build failed; the compiler's message is above.")
         # Those of another torch or Python that are older than what they load are of other sources, most likely.
         for path in set(self.package_dir().rglob("*.so")) - built if self.torches else ():
@@ -361,28 +318,19 @@ class BuildExt(build_ext):
         file.rule("link", output_file, objects, linker=linker, flags=link_flags)
 
     def add_torch_layers(self, file, kernels, ops, binding, torch):
-        # at::parallel_for is inline and serial without -fopenmp; the runtime is libgomp.so.1, torch's own.
-        flags = ["-std=c++20", "-O2", *self.debug, "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        flags += ["-isystem", str(torch.folder / "include")]
-        library_dirs = [f"-L{kernels.parent}", f"-L{torch.folder / 'lib'}", "-Wl,--no-as-needed", "-Wl,--no-undefined"]
-        cxx, name = self.launcher + self.cxx, f"torch{torch.minor}"
-
-        objects = file.compile("cxx", sources("csrc/torch/*.cpp"), name, cxx=cxx, flags=flags)
-        # $ORIGIN/../../../torch/lib is where torch lies beside an installed package; in Python it is loaded already.
-        link = [*library_dirs, "-fopenmp", "-lrmsnorm", "-ltorch_cpu", "-lc10", "-Wl,-soname,librmsnorm_torch.so"]
-        link += ["-Wl,-rpath,$ORIGIN/..:$ORIGIN/../../../torch/lib"]
-        file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=link)
-
-        # pybind11 is the one that torch was built with: its type casters are torch's.
-        # The argument parser's header takes fmt's functions inline, as torch itself was compiled.
-        python = ["-DFMT_HEADER_ONLY=1", "-isystem", sysconfig.get_paths()["include"], f'-DRMSNORM_TORCH_VERSION="{torch.version}"']
-        where = f"{name}/{sys.implementation.cache_tag}"
-        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], where, cxx=cxx, flags=[*flags, *python])
-        # A Python module leaves Python's own symbols to the interpreter.
-        link = [flag for flag in library_dirs if flag != "-Wl,--no-undefined"]
-        link += [f"-L{ops.parent}", "-lrmsnorm_torch", "-lrmsnorm", "-ltorch_python", "-ltorch_cpu", "-lc10"]
-        link += ["-Wl,-rpath,$ORIGIN:$ORIGIN/..:$ORIGIN/../../../torch/lib"]
-        file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=link)
+        cxx, lib = self.launcher + self.cxx, kernels.parent
+        flags = [*layers.ops_flags(torch), *self.debug]
+        objects = file.compile("cxx", sources("csrc/torch/*.cpp"), torch.layer, cxx=cxx, flags=flags)
+        file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=layers.ops_link(torch, lib))
+        where = f"{torch.layer}/{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
+        flags = [*layers.binding_flags(torch), *self.debug]
+        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], where, cxx=cxx, flags=flags)
+        file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=layers.binding_link(torch, lib, ops))
 
 
-setup(ext_modules=[Extension("rmsnorm_cuda._C", sources=[])], cmdclass={"build": Build, "build_py": BuildPy, "build_ext": BuildExt})
+setup(
+    ext_modules=[Extension("rmsnorm_cuda._C", sources=[])],
+    cmdclass={"build": Build, "build_py": BuildPy, "build_ext": BuildExt},
+    install_requires=[supported.TORCH],
+    python_requires=supported.PYTHON,
+)

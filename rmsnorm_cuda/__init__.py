@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from . import binary
 
-binary.load(__name__, __path__)
+_C = binary.load(__name__)
 
 from . import config, vmap  # noqa: E402, F401  (vmap: its batching rules are registered)
 from .functional import (  # noqa: E402

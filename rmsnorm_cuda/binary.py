@@ -1,10 +1,12 @@
 """Which build of the compiled part is loaded: the one for the torch that runs.
 
-A package carries one or several, for a minor version of torch each, in lib/torch2.13 and the like. What is not there, or
-does not load, is told in one sentence.
+A package carries one for each of several minor versions of torch, in lib/torch2.15 and the like; build_layers.py makes one
+for any other. Libraries are loaded by their path, and what the loader took instead is told. What is not there, or does not
+load, is told in one sentence.
 """
 
-import importlib
+import importlib.util
+import os
 import platform
 import re
 import shlex
@@ -12,22 +14,25 @@ import struct
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 
-TORCH = "torch>=2.11,<2.14"  # what pyproject.toml tells pip
-_LIBRARIES = Path(__file__).resolve().parent / "lib"
+from .build_layers import KERNELS, OPS, PACKAGE, built_layers, layer_name
+from .supported import TORCH
+
+_LIBRARIES = PACKAGE / "lib"
 
 
 def carried() -> list[str]:
     """The versions of torch that there are builds for, such as "2.13"."""
-    found = [re.fullmatch(r"torch(\d+\.\d+)", path.parent.name) for path in _LIBRARIES.glob("torch*/librmsnorm_torch.so")]
-    return sorted((match[1] for match in found if match), key=lambda version: tuple(map(int, version.split("."))))
+    found = {path.parent.name.removeprefix("torch").partition("-")[0] for path in _LIBRARIES.glob(f"torch*/{OPS}")}
+    return sorted(found, key=lambda version: [int(n) for n in re.findall(r"\d+", version)])
 
 
 def torch_libraries() -> Path:
     """The folder of `librmsnorm_torch.so` and `_C` for the torch that runs, which need not exist."""
     import torch
 
-    return _LIBRARIES / f"torch{'.'.join(torch.__version__.split('.')[:2])}"
+    return built_layers(torch.__version__)[0] or _LIBRARIES / layer_name(torch.__version__)
 
 
 def is_whole(library: Path) -> bool:
@@ -40,8 +45,8 @@ def is_whole(library: Path) -> bool:
     return library.stat().st_size >= table + size * count
 
 
-def load(package: str, path: list[str]) -> None:
-    """Imports torch and then `_C` into the package, whose __path__ is given.
+def load(package: str) -> ModuleType:
+    """Imports torch, and then `_C` as the package's module of that name.
 
     Raises:
         ImportError: there is no torch, no build for it or for this Python, or the build does not load.
@@ -55,38 +60,62 @@ def load(package: str, path: list[str]) -> None:
     if not hasattr(torch, "__version__"):
         raise ImportError(f"rmsnorm_cuda needs torch, and the folder {next(iter(torch.__path__))} is not that; `pip install '{TORCH}'`.")
 
-    here, python = _LIBRARIES.parent, shlex.quote(sys.executable)
-    folder, builds = torch_libraries(), carried()
-    bindings = [path for path in (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES) if path.exists()]
-    version = folder.name.removeprefix("torch")
-    if (here.parent / "setup.py").exists():
-        build = f"`cd {shlex.quote(str(here.parent))} && {python} setup.py build_ext --inplace`"
-    else:  # pip's cache would give what it built for another torch
-        build = f"`{python} -m pip install --force-reinstall --no-cache-dir --no-deps --no-build-isolation <its wheel or sources>`"
-    if not builds:
+    python, version = shlex.quote(sys.executable), torch.__version__
+    build = f"`{python} {shlex.quote(str(PACKAGE / 'build_layers.py'))}`, which takes g++ and a minute"
+    numbers = [int(n) for n in re.findall(r"\d+", version)[:2]]
+    if numbers and numbers < [int(n) for n in re.findall(r"\d+", TORCH)[:2]]:
+        raise ImportError(f"rmsnorm_cuda needs {TORCH}, and this is torch {version}; `pip install '{TORCH}'`.")
+    if not (_LIBRARIES / KERNELS).exists():
+        if (PACKAGE.parent / "setup.py").exists():
+            build = f"`cd {shlex.quote(str(PACKAGE.parent))} && {python} setup.py build_ext --inplace`"
+        else:  # pip's cache would give what it built before
+            build = f"`{python} -m pip install --force-reinstall --no-cache-dir --no-deps --no-build-isolation <its wheel or sources>`"
         raise ImportError(
-            f"rmsnorm_cuda is not compiled in {here}. If that is the source tree and the package is installed, start Python "
+            f"rmsnorm_cuda is not compiled in {PACKAGE}. If that is the source tree and the package is installed, start Python "
             f"in another directory; otherwise build it by {build}."
         )
-    if version not in builds:
-        least, below = ([int(n) for n in pair] for pair in re.findall(r"(\d+)\.(\d+)", TORCH))
-        supported = least <= [int(n) for n in re.findall(r"\d+", version)] < below
-        mend = f"`pip install 'torch=={builds[-1]}.*'`" + (f", or build it for this one by {build}" if supported else "")
-        raise ImportError(f"rmsnorm_cuda in {here} was built for torch {', '.join(builds)}, and this is torch {torch.__version__}; {mend}.")
+    try:
+        folder, refused = built_layers(version)
+    except ValueError as error:
+        raise ImportError(f"rmsnorm_cuda: {error}.") from None
+    folder = folder or _LIBRARIES / layer_name(version)
+    if not (folder / OPS).exists():
+        refused = f" What was built for it before is not loaded: {refused}." if refused else ""
+        raise ImportError(
+            f"rmsnorm_cuda in {PACKAGE} carries builds for torch {', '.join(carried()) or '(none)'}, and this is torch {version}; "
+            f"build it for this one by {build}.{refused}"
+        )
+    bindings = [path for path in (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES) if path.exists()]
     pythons = ", ".join(sorted(file.name.split(".")[1] for file in folder.glob("_C.*.so")))
     if pythons and not bindings:
         raise ImportError(
-            f"rmsnorm_cuda in {here} was built for another Python ({pythons}), and this is {platform.python_implementation()} "
+            f"rmsnorm_cuda in {PACKAGE} was built for another Python ({pythons}), and this is {platform.python_implementation()} "
             f"{platform.python_version()}; install it with this Python's pip, or build it by {build}."
         )
-    path.append(str(folder))
+    libraries = _LIBRARIES / KERNELS, folder / OPS
     try:
-        if not all(path.exists() and is_whole(path) for path in (_LIBRARIES / "librmsnorm.so", folder / "librmsnorm_torch.so", *bindings)):
-            raise ImportError("a library was cut, or is none")
-        importlib.import_module(f"{package}._C")
-    except ImportError:
-        # What the loader said, an undefined symbol most often, stays in __context__.
+        if not all(path.exists() and is_whole(path) for path in (*libraries, *bindings)) or not bindings:
+            raise ImportError("a library is not there, or was cut")
+        module = _import(f"{package}._C", bindings[0])
+        for path, there in zip(libraries, module.libraries(), strict=True):
+            if not os.path.samefile(path, there):
+                raise ImportError(f"{there} was loaded before, and is used in place of {path}")
+    except ImportError as error:
         raise ImportError(
-            f"rmsnorm_cuda's build for torch {version} in {folder} does not load beside torch {torch.__version__} in "
-            f"{Path(torch.__file__).parent}: one of them is incomplete, or of other sources than it says; build it anew by {build}."
+            f"rmsnorm_cuda's build for torch {folder.name.removeprefix('torch').partition('-')[0]} in {folder} does not load beside torch "
+            f"{version} in {Path(torch.__file__).parent}. The loader said: {error}. Build it anew by {build}."
         ) from None
+    return module
+
+
+def _import(name, path):
+    """The extension module at that path. It is loaded once in a process."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -1,20 +1,17 @@
 """Where a C++ program finds what this package was built into; no Python is needed to run one."""
 
-from pathlib import Path
-
 from .binary import torch_libraries
-
-_PACKAGE = Path(__file__).resolve().parent
+from .build_layers import PACKAGE
 
 
 def include_dir() -> str:
     """The folder of `rmsnorm.h`, by which C++ calls the kernels in `librmsnorm.so`."""
-    return str(_PACKAGE / "include")
+    return str(PACKAGE / "include")
 
 
 def library_dir() -> str:
     """The folder of `librmsnorm.so`, the kernels: neither torch nor Python."""
-    return str(_PACKAGE / "lib")
+    return str(PACKAGE / "lib")
 
 
 def torch_library_dir() -> str:
@@ -24,4 +21,4 @@ def torch_library_dir() -> str:
 
 def cmake_dir() -> str:
     """The `rmsnorm_cuda_DIR` of CMake's `find_package(rmsnorm_cuda)`."""
-    return str(_PACKAGE / "cmake")
+    return str(PACKAGE / "cmake")

@@ -5,6 +5,7 @@
 // function in a pybind11 module: a pybind11 function with an at::Tensor caster costs more than the rest of the call.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ops/empty.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -72,10 +73,6 @@ bool plain(PyObject* object, Tensor& value) {
   value = THPVariable_Unpack(object);
   return true;
 }
-bool plain(PyObject* object, double& value) {
-  value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
-  return PyFloat_CheckExact(object) || (PyLong_CheckExact(object) && _PyLong_Sign(object) == 0);
-}
 bool plain(PyObject* object, bool& value) {
   value = object == Py_True;
   return PyBool_Check(object);
@@ -90,6 +87,11 @@ bool plain(PyObject* object, int64_t& value) {
   int overflow = 0;
   value = PyLong_AsLongLongAndOverflow(object, &overflow);
   return overflow == 0 && value >= 0;
+}
+bool plain(PyObject* object, double& value) {
+  value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
+  int64_t whole = 0;
+  return PyFloat_CheckExact(object) || (plain(object, whole) && whole == 0);
 }
 // A shape of one dimension, which nearly all are.
 struct Shape {
@@ -294,15 +296,28 @@ py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy,
                   "blocks"_a = plan.blocks);
 }
 
+// The files that librmsnorm.so and librmsnorm_torch.so were loaded from: a namesake may have been there before.
+py::tuple libraries() {
+  const auto file_of = [](auto* function) {
+    Dl_info info{};
+    if (!dladdr(reinterpret_cast<void*>(function), &info)) throw py::import_error("dladdr finds no library");
+    return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(info.dli_fname));
+  };
+  return py::make_tuple(file_of(cpu::isa), file_of(registered_elsewhere));
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Ops are called without Python's lock where there is one, and hold no state of Python's: free-threaded Pythons need none.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  if (registered_elsewhere()) throw py::import_error("the ops of another copy of librmsnorm_torch.so are loaded already");
   m.doc() = "Compiled part of rmsnorm_cuda.";
   if (PyModule_AddFunctions(m.ptr(), kEntryPoints) != 0) throw py::error_already_set();
   m.def("isas", isas, "Instruction sets built in, best last, and whether this machine has them.");
   m.def("isa", cpu::isa, "The instruction set in use.");
   m.def("set_isa", set_isa, py::arg("name").none(true), "Use this instruction set; None: the best there is.");
   m.def("last_isa", cpu::last_isa, "The instruction set whose kernel ran last on this thread.");
+  m.def("libraries", libraries, "The files of librmsnorm.so and librmsnorm_torch.so that are in use.");
   m.def("cuda_built", cuda::built, "Whether CUDA kernels were compiled in.");
   m.def("cuda_architectures", cuda::architectures, "Their architectures, or why there are none.");
   m.def("cuda_plan", cuda_plan, "The layout of a CUDA launch, in the terms of rmsnorm.h's Plan; needs no GPU.");

@@ -449,6 +449,7 @@ struct Inference<R(Args...)> {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, CompositeImplicitAutograd, m) {
+  if (registered_elsewhere()) return;
   m.impl("rms_norm_formula", TORCH_FN(rms_norm_formula<false>));
   m.impl("rms_norm_forward_formula", TORCH_FN(rms_norm_forward_formula<false>));
   m.impl("rms_norm_backward_formula", TORCH_FN(rms_norm_backward_formula<false>));
@@ -456,6 +457,7 @@ TORCH_LIBRARY_IMPL(rmsnorm_cuda, CompositeImplicitAutograd, m) {
   m.impl("fused_add_rms_norm_forward_formula", TORCH_FN(fused_add_rms_norm_forward_formula<false>));
 }
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
+  if (registered_elsewhere()) return;
   m.impl("rms_norm", TORCH_FN(rms_norm));
   m.impl("rms_norm_forward", TORCH_FN(rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_FN(rms_norm_backward));
@@ -470,6 +472,7 @@ TORCH_LIBRARY_IMPL(rmsnorm_cuda, Autograd, m) {
   m.impl("fused_add_rms_norm_quant.out", TORCH_FN((Inference<FusedQuantOutSignature>::call<fused_add_rms_norm_quant_out_op>)));
 }
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, ADInplaceOrView, m) {
+  if (registered_elsewhere()) return;
   m.impl("fused_add_rms_norm.out", TORCH_FN((Inference<FusedOutSignature>::bump<fused_add_rms_norm_out_op>)));
   m.impl("rms_norm_quant.out", TORCH_FN((Inference<QuantOutSignature>::bump<rms_norm_quant_out_op>)));
   m.impl("fused_add_rms_norm_quant.out", TORCH_FN((Inference<FusedQuantOutSignature>::bump<fused_add_rms_norm_quant_out_op>)));
@@ -478,6 +481,7 @@ TORCH_LIBRARY_IMPL(rmsnorm_cuda, ADInplaceOrView, m) {
 }
 
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, Negative, m) {
+  if (registered_elsewhere()) return;
   m.impl("rms_norm.out", TORCH_FN((Inference<OutSignature>::negative<rms_norm_out_op>)));
   m.impl("fused_add_rms_norm_", TORCH_FN((Inference<FusedInPlaceSignature>::negative<fused_add_rms_norm__op>)));
   m.impl("fused_add_rms_norm.out", TORCH_FN((Inference<FusedOutSignature>::negative<fused_add_rms_norm_out_op>)));

@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "signatures.h"
 
 namespace rmsnorm {
 namespace {
@@ -506,7 +507,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
 // .out returns nothing, so that functionalization takes it as it is: an op that returns its argument needs the tag
 // at::Tag::out for that, and then Inductor (2.13) calls .out into buffers of its own, but wrongly: that of rms_norm with its
 // arguments out of order, and those with several results with buffers that it never made, where one is not used.
-TORCH_LIBRARY(rmsnorm_cuda, m) {
+TORCH_LIBRARY_FRAGMENT(rmsnorm_cuda, m) {
+  if (registered_elsewhere()) {
+    TORCH_WARN("rmsnorm_cuda: another copy of librmsnorm_torch.so was loaded before, and its ops are used");
+    return;
+  }
   // Each also as _formula: ATen ops instead of a kernel.
   for (const std::string formula : {"", "_formula"}) {
     const auto def = [&](const char* name, const char* arguments, const char* results) {
@@ -540,6 +545,7 @@ TORCH_LIBRARY(rmsnorm_cuda, m) {
 namespace {
 
 void register_kernels(torch::Library& m) {
+  if (registered_elsewhere()) return;
   m.impl("rms_norm", rms_norm);
   m.impl("rms_norm.out", rms_norm_out);
   m.impl("rms_norm_forward", rms_norm_forward);
@@ -558,5 +564,11 @@ void register_kernels(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(rmsnorm_cuda, CUDA, m) { register_kernels(m); }
+
+bool registered_elsewhere() {
+  // Asked first before anything of this copy is defined.
+  static const bool is = c10::Dispatcher::singleton().findSchema({"rmsnorm_cuda::rms_norm", ""}).has_value();
+  return is;
+}
 
 }  // namespace rmsnorm

@@ -42,6 +42,10 @@ using FusedQuantOutSignature = void(const Tensor&, const Tensor&, const Optional
                                     std::optional<double>, at::ScalarType, std::optional<int64_t>, std::optional<double>, bool,
                                     bool, double, bool, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
 
+// Another copy of this library registered these ops in the process before: this one registers nothing. It would be refused
+// while the library is loaded, where the exception ends the process.
+__attribute__((visibility("default"))) bool registered_elsewhere();
+
 template <class T>
 c10::TypedOperatorHandle<T> find(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<T>();

@@ -1,0 +1,297 @@
+"""Builds the two thin layers, librmsnorm_torch.so and _C, for the torch of the Python that runs this file.
+
+    python .../rmsnorm_cuda/build_layers.py
+
+A wheel carries them for the releases of torch that it knows. For any other torch (a newer release, a nightly, a vendor's
+build) run this file by its path, which works although the package cannot be imported. It takes g++ and a minute: no nvcc, no
+network, no pip. The layers go into the package's lib/ or, where that cannot be written, into the user's cache, where the
+package looks too: RMSNORM_CUDA_CACHE, else $XDG_CACHE_HOME/rmsnorm_cuda, else ~/.cache/rmsnorm_cuda. Two at once do not hurt
+each other: each builds in a folder of its own, which takes its place whole.
+
+CXX names another compiler, MAX_JOBS how many run at once, LDFLAGS more options for the linker. setup.py builds with the same
+flags, from here.
+"""
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from glob import escape as glob_escape
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(os.path.abspath(__file__)).parent  # links are not followed: beside one lies what was installed with it
+OPS = "librmsnorm_torch.so"
+KERNELS = "librmsnorm.so"
+
+
+def fail(sentence):
+    sys.exit(f"rmsnorm_cuda: {sentence}")
+
+
+def output(*command):
+    """What a program prints; nothing if it is none."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
+# What there is to build with and for
+
+
+class Torch(NamedTuple):
+    folder: Path
+    version: str
+    cuda: str | None  # what it was built with
+    hip: str | None
+
+    @property
+    def layer(self):
+        return layer_name(self.version)
+
+
+def layer_name(version):
+    """The folder in lib/ of the layers for a torch: "torch2.15" serves all releases of that minor version. What is no
+    release ("2.16.0.dev20261120", "2.14.0a0+vendor") has an ABI of its own, and a folder by its whole version."""
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\.post\d+)?(\+.*)?", version)
+    return f"torch{release[1] if release else version}"
+
+
+def find_torch(where=None):
+    """The torch in that folder, or the one that this Python would import, without importing it; or None."""
+    spec = importlib.machinery.PathFinder.find_spec("torch", [where]) if where else importlib.util.find_spec("torch")
+    if not spec or not spec.origin:
+        return None
+    folder = Path(spec.origin).parent
+    try:
+        version = runpy.run_path(str(folder / "version.py"))
+    except OSError:
+        fail(f"torch in {folder} is not complete: it has no version.py; `pip install --force-reinstall torch`.")
+    return Torch(folder, version["__version__"], version.get("cuda"), version.get("hip"))
+
+
+def find_compiler():
+    """The words of the command, without ccache: that is put before every compiler where it is installed."""
+    cxx = os.environ.get("CXX") or "g++"
+    try:
+        words = shlex.split(cxx)
+    except ValueError as error:
+        fail(f"CXX={cxx!r} is not understood: {error}.")
+    if words and Path(words[0]).name == "ccache":
+        words = words[1:]
+    if not words or not shutil.which(words[0]):
+        fail(f"the C++ compiler {cxx!r} was not found; install g++ 11 or newer, or name one in CXX.")
+    version = output(*words, "-dumpversion").strip()
+    if re.match(r"\d+", version) and int(re.match(r"\d+", version)[0]) < 11:
+        fail(f"{cxx} is of version {version}, and g++ or clang++ 11 or newer is needed; name another in CXX.")
+    return words
+
+
+def jobs():
+    """How many compilers may run at once, if MAX_JOBS says it, as a string."""
+    value = os.environ.get("MAX_JOBS")
+    if value and not (value.isdecimal() and int(value)):
+        fail(f"MAX_JOBS={value!r} is not understood; expected a number.")
+    return value
+
+
+# The flags of both layers
+
+
+def ops_flags(torch):
+    """To compile csrc/torch."""
+    # at::parallel_for is inline and serial without -fopenmp; the runtime is libgomp.so.1, torch's own.
+    flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    return [*flags, "-isystem", str(torch.folder / "include")]
+
+
+def binding_flags(torch):
+    """To compile csrc/python."""
+    # pybind11 is the one that torch was built with: its type casters are torch's.
+    # The argument parser's header takes fmt's functions inline, as torch itself was compiled.
+    python = ["-isystem", sysconfig.get_paths()["include"], "-DFMT_HEADER_ONLY=1"]
+    return [*ops_flags(torch), *python, f'-DRMSNORM_TORCH_VERSION="{torch.version}"']
+
+
+def _link_flags(torch, lib, rpath):
+    # RPATH, which --disable-new-dtags makes of -rpath, goes before LD_LIBRARY_PATH: a namesake there is not taken.
+    flags = [f"-L{lib}", f"-L{torch.folder / 'lib'}", "-Wl,--no-as-needed", "-Wl,--disable-new-dtags"]
+    return [*shlex.split(os.environ.get("LDFLAGS", "")), *flags, f"-Wl,-rpath,{rpath}"]
+
+
+def ops_link(torch, lib, rpath="$ORIGIN/..:$ORIGIN/../../../torch/lib"):
+    """To link librmsnorm_torch.so. The second part of the rpath is where torch lies beside an installed package; in Python
+    it is loaded already."""
+    libraries = ["-lrmsnorm", "-ltorch_cpu", "-lc10", f"-Wl,-soname,{OPS}"]
+    return [*_link_flags(torch, lib, rpath), "-Wl,--no-undefined", "-fopenmp", *libraries]
+
+
+def binding_link(torch, lib, ops, rpath="$ORIGIN:$ORIGIN/..:$ORIGIN/../../../torch/lib"):
+    """To link _C beside `ops`. Python's own symbols are left to the interpreter."""
+    libraries = ["-lrmsnorm_torch", "-lrmsnorm", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+    return [*_link_flags(torch, lib, rpath), f"-L{ops.parent}", *libraries]
+
+
+def binding_name():
+    return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+# Where a build of this file goes
+
+
+def sources():
+    """csrc/, in a wheel or in the source tree, to which the files of a strict editable install are links."""
+    places = PACKAGE / "csrc", PACKAGE.parent / "csrc", Path(os.path.realpath(__file__)).parents[1] / "csrc"
+    return next(path for path in places if (path / "torch").is_dir())
+
+
+def built_name(version):
+    """The folder that this file makes. What it depends on is in the name: what an older package left is not taken."""
+    key = hashlib.sha256(f"{PACKAGE} {binding_name()}".encode())
+    for path in (sources() / "rmsnorm.h", *sorted(path for layer in ("torch", "python") for path in (sources() / layer).glob("*.*"))):
+        key.update(path.read_bytes())
+    return f"torch{version}-{key.hexdigest()[:16]}"
+
+
+def cache_folder():
+    """The user's cache of layers, which need not exist; None: there is no home to put it into.
+
+    Raises:
+        ValueError: RMSNORM_CUDA_CACHE is not understood.
+    """
+    named = os.environ.get("RMSNORM_CUDA_CACHE")
+    if named and not os.path.isabs(named):
+        raise ValueError(f"RMSNORM_CUDA_CACHE={named!r} is not understood; expected an absolute path")
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = named or os.path.join(home if os.path.isabs(home) else os.path.expanduser("~/.cache"), "rmsnorm_cuda")
+    return Path(folder) if os.path.isabs(folder) else None
+
+
+def built_layers(version):
+    """(folder of what this file built for that torch or None, why another one in the cache was refused or None)."""
+    cache, refused = cache_folder(), None
+    for parent in (PACKAGE / "lib", cache):
+        if parent and any(parent.glob(f"torch{glob_escape(version)}-*")):  # otherwise nothing is to be hashed at import
+            folder = parent / built_name(version)
+            if folder.is_dir():
+                refused = why_not_trusted(folder) if parent == cache else None
+                if not refused:
+                    return folder, None
+    return None, refused
+
+
+def why_not_trusted(folder):
+    """The part of the path that somebody else may write to, as a sentence's subject and verb; None: there is none."""
+    folder = Path(os.path.realpath(folder))
+    for path in (folder, *folder.parents):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{path} belongs to another user"
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (path != folder and status.st_mode & stat.S_ISVTX):
+            return f"{path} may be written to by others"
+    return None
+
+
+def make_destination(name):
+    """The folder to build in and the one to become: in lib/, or in the cache."""
+    tried = []
+    for parent, mode in ((PACKAGE / "lib", 0o755), (cache_folder(), 0o700)):
+        if not parent:
+            tried.append("there is no home folder")
+            continue
+        try:
+            parent.mkdir(mode=mode, parents=True, exist_ok=True)
+            reason = mode == 0o700 and why_not_trusted(parent)
+            if not reason:
+                made = Path(tempfile.mkdtemp(prefix=".build", dir=parent))
+                made.chmod(mode)
+                return made, parent / name
+        except OSError as error:
+            reason = f"{parent} cannot be written ({error.strerror})"
+        tried.append(reason)
+    fail(f"there is no place for what is built: {'; '.join(tried)}. RMSNORM_CUDA_CACHE names another folder.")
+
+
+def put_in_place(made, folder):
+    """Renames it, in place of what was there. Another process may do the same; what it put there is as good."""
+    with tempfile.TemporaryDirectory(prefix=".old", dir=folder.parent, ignore_cleanup_errors=True) as old:
+        try:
+            folder.rename(Path(old) / folder.name)
+        except FileNotFoundError:
+            pass
+        try:
+            made.rename(folder)
+        except OSError:
+            shutil.rmtree(made)
+
+
+def build(torch, cxx):
+    """Builds both layers and returns their folder."""
+    made, folder = make_destination(built_name(torch.version))
+    try:
+        csrc = sources()
+        files = [(path, ops_flags(torch)) for path in sorted((csrc / "torch").glob("*.cpp"))]
+        files.append((csrc / "python" / "bindings.cpp", binding_flags(torch)))
+        commands = [[*cxx, *flags, "-c", str(path), "-o", str(made / f"{path.stem}.o")] for path, flags in files]
+        waiting, running, failed = commands[::-1], [], False
+        while waiting or running:
+            if waiting and len(running) < int(jobs() or os.cpu_count() or 1):
+                running.append(subprocess.Popen(waiting.pop()))
+            else:
+                failed |= running.pop(0).wait() != 0
+        *ops_objects, binding_object = (command[-1] for command in commands)
+        ops, lib = made / OPS, PACKAGE / "lib"
+        in_package = folder.parent == lib
+        rpaths = [] if in_package else [f"{lib}:{torch.folder / 'lib'}"]
+        for target, objects, flags in (
+            (ops, ops_objects, ops_link(torch, lib, *rpaths)),
+            (made / binding_name(), [binding_object], binding_link(torch, lib, ops, *(f"$ORIGIN:{p}" for p in rpaths))),
+        ):
+            failed = failed or subprocess.run([*cxx, "-shared", "-o", str(target), *objects, *flags]).returncode != 0
+        if failed:
+            fail(f"the build for torch {torch.version} failed; the compiler's message is above. A newer rmsnorm_cuda may know this torch.")
+        for path in made.glob("*.o"):
+            path.unlink()
+        put_in_place(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def main():
+    if sys.argv[1:]:
+        print(__doc__)
+        sys.exit(sys.argv[1:] not in (["-h"], ["--help"]))
+    sys.path = [path for path in sys.path if os.path.abspath(path) != str(PACKAGE)]  # this script's folder
+    torch = find_torch() or fail(f"torch is not installed for {sys.executable}.")
+    cxx = find_compiler()
+    if not (PACKAGE / "lib" / KERNELS).exists():
+        fail(f"there is no lib/{KERNELS} in {PACKAGE}: the kernels are not compiled, and install or build the package first.")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        fail(f"Python.h of {sys.executable} was not found; install Python's headers (python3-dev or python3-devel).")
+    print(f"rmsnorm_cuda: building the layers for torch {torch.version}, which takes a minute", flush=True)
+    try:
+        folder = build(torch, cxx)
+    except ValueError as error:
+        fail(f"{error}.")
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rmsnorm_cuda"
+    if subprocess.run([sys.executable, "-c", code], cwd="/").returncode:
+        fail(f"what was built in {folder} does not load; the message is above.")
+    print(f"rmsnorm_cuda: built in {folder}")
+
+
+if __name__ == "__main__":
+    main()
