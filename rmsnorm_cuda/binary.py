@@ -92,7 +92,7 @@ def load(package: str) -> ModuleType:
             f"rmsnorm_cuda in {PACKAGE} was built for another Python ({pythons}), and this is {platform.python_implementation()} "
             f"{platform.python_version()}; install it with this Python's pip, or build it by {build}."
         )
-    libraries = _LIBRARIES / KERNELS, folder / OPS
+    libraries = folder / OPS, _LIBRARIES / KERNELS
     try:
         if not all(path.exists() and is_whole(path) for path in (*libraries, *bindings)) or not bindings:
             raise ImportError("a library is not there, or was cut")

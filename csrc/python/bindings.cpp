@@ -296,28 +296,27 @@ py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy,
                   "blocks"_a = plan.blocks);
 }
 
-// The files that librmsnorm.so and librmsnorm_torch.so were loaded from: a namesake may have been there before.
+// The files that librmsnorm_torch.so and librmsnorm.so were loaded from: a namesake may have been there before.
 py::tuple libraries() {
   const auto file_of = [](auto* function) {
     Dl_info info{};
     if (!dladdr(reinterpret_cast<void*>(function), &info)) throw py::import_error("dladdr finds no library");
     return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(info.dli_fname));
   };
-  return py::make_tuple(file_of(cpu::isa), file_of(registered_elsewhere));
+  return py::make_tuple(file_of(registered_elsewhere), file_of(cpu::isa));
 }
 
 }  // namespace
 
 // Ops are called without Python's lock where there is one, and hold no state of Python's: free-threaded Pythons need none.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  if (registered_elsewhere()) throw py::import_error("the ops of another copy of librmsnorm_torch.so are loaded already");
   m.doc() = "Compiled part of rmsnorm_cuda.";
   if (PyModule_AddFunctions(m.ptr(), kEntryPoints) != 0) throw py::error_already_set();
   m.def("isas", isas, "Instruction sets built in, best last, and whether this machine has them.");
   m.def("isa", cpu::isa, "The instruction set in use.");
   m.def("set_isa", set_isa, py::arg("name").none(true), "Use this instruction set; None: the best there is.");
   m.def("last_isa", cpu::last_isa, "The instruction set whose kernel ran last on this thread.");
-  m.def("libraries", libraries, "The files of librmsnorm.so and librmsnorm_torch.so that are in use.");
+  m.def("libraries", libraries, "The files of librmsnorm_torch.so and librmsnorm.so that are in use.");
   m.def("cuda_built", cuda::built, "Whether CUDA kernels were compiled in.");
   m.def("cuda_architectures", cuda::architectures, "Their architectures, or why there are none.");
   m.def("cuda_plan", cuda_plan, "The layout of a CUDA launch, in the terms of rmsnorm.h's Plan; needs no GPU.");
