@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import zipfile
 from email.parser import Parser
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,23 @@ def test_installation_of_links(farm, tmp_path, package):
     where = "print(rmsnorm_cuda.torch_library_dir(), rmsnorm_cuda.include_dir())"
     lib = site / "rmsnorm_cuda" / "lib"
     assert runs(RUN + where, site, cwd=tmp_path) == [f"{lib / LAYER} {site / 'rmsnorm_cuda' / 'include'}"]
+
+
+@pytest.mark.slow
+def test_frozen_application(tmp_path):
+    """PyInstaller takes the libraries along, by the hook that the package brings. Torch stays outside: it takes minutes."""
+    pytest.importorskip("PyInstaller")
+    (point,) = (e for e in entry_points(group="pyinstaller40") if e.value.startswith("rmsnorm_cuda."))
+    (tmp_path / "app.py").write_text(f"import sys; sys.path += sys.argv[1:]; {FILES}")
+    outside = "torch", "transformers", "numpy", "unittest", "kernels", "vllm", "torchtitan", "megatron", "setuptools", "pytest"
+    options = [f"--additional-hooks-dir={point.load()()[0]}", *(f"--exclude-module={name}" for name in outside)]
+    command = [sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level=ERROR", *options, "app.py"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    path = [p for p in sys.path if p and Path(p) != PACKAGE.parent]
+    run = subprocess.run([tmp_path / "dist" / "app" / "app", *path], cwd="/", capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lib = tmp_path / "dist" / "app" / "_internal" / "rmsnorm_cuda" / "lib"
+    assert run.stdout.splitlines() == [str(lib / LAYER / build_layers.OPS), str(lib / build_layers.KERNELS)]
 
 
 def test_folder_of_any_name(tmp_path, package):
@@ -569,6 +587,32 @@ def test_wheel_runs_away_from_the_sources(wheels, tmp_path):
         environment = os.environ | {"PYTHONPATH": str(there)}
         run = subprocess.run([sys.executable, "-m", "rmsnorm_cuda"], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0 and str(there) in run.stdout.splitlines()[0], run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("version", ["2.13.0+cpu", "2.15.0", "2.17.0", "2.16.0.dev20261120", "2.11.0a0+vendor"])
+def test_pip_keeps_the_torch_that_is_there(version, wheels, tmp_path):
+    """A dry run names the package alone; installed, torch is what it was."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    metadata = site / f"torch-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    wheel = next(wheel for wheel in wheels if wheel.stem.split("-")[2] == tag)
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "venv" / "bin" / "python", "install", "--no-index", wheel]
+    for dry in (["--dry-run"], []):
+        run = subprocess.run([*pip, *dry], capture_output=True, text=True)
+        wanted = f"{'Would install' if dry else 'Successfully installed'} rmsnorm_cuda-{rmsnorm_cuda.__version__}"
+        assert run.returncode == 0 and run.stdout.splitlines()[-1] == wanted, run.stdout + run.stderr
+    assert metadata.exists() and (site / "rmsnorm_cuda" / "lib" / build_layers.KERNELS).exists()
+
+
+@needs_sources
+def test_pip_keeps_the_torch_that_is_there_when_it_builds():
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--no-build-isolation", str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    said = run.stdout.splitlines()
+    assert run.returncode == 0 and said[-1] == f"Would install rmsnorm_cuda-{rmsnorm_cuda.__version__}", run.stdout + run.stderr
 
 
 @needs_sources
