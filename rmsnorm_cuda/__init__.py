@@ -19,7 +19,7 @@ from . import binary
 
 _C = binary.load(__name__)
 
-from . import config, vmap  # noqa: E402, F401  (vmap: its batching rules are registered)
+from . import _C, config, vmap  # noqa: E402, F401  (vmap: its batching rules are registered)
 from .functional import (  # noqa: E402
     decompositions,
     fused_add_rms_norm,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import _C, config  # _C also registers torch.ops.rmsnorm_cuda
+from .again import has_kernel
 from .reference import compute_dtype
 
 _ops = torch.ops.rmsnorm_cuda
@@ -287,6 +288,23 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
 # Fakes: what the ops return, as shapes. What csrc/torch/checks.h refuses, they refuse: a wrong program does not trace.
 
 
+def _fake(op):
+    """torch.library.register_fake asks every module of the process for its file, and somebody's may
+    fail. This is what it does besides."""
+
+    def register(function):
+        if not has_kernel(op, "Meta"):
+            # The function lives for ever then, and with it the library, by which it is registered.
+            function.library = torch.library.Library("rmsnorm_cuda", "FRAGMENT")
+            fake = torch._library.simple_registry.singleton.find(f"rmsnorm_cuda::{op}").fake_impl
+            source = f"{__file__}:{function.__code__.co_firstlineno}"
+            # Overrides one whose registration was interrupted.
+            fake.register(function, source, function.library, allow_override=True)
+        return function
+
+    return register
+
+
 def _check_sizes(have, want, message):
     torch._check(len(have) == len(want), message)
     for a, b in zip(have, want):
@@ -335,13 +353,13 @@ def _output_dtype(input, weight, cast_before_weight):
     return torch.promote_types(input.dtype, weight.dtype) if cast_before_weight and weight is not None else input.dtype
 
 
-@torch.library.register_fake("rmsnorm_cuda::rms_norm")
+@_fake("rms_norm")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
     _check(input, normalized_shape, weight, eps, weight_offset)
     return input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight))
 
 
-@torch.library.register_fake("rmsnorm_cuda::rms_norm.out")
+@_fake("rms_norm.out")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out):
     _check(input, normalized_shape, weight, eps, weight_offset)
     dtype = _output_dtype(input, weight, cast_before_weight)
@@ -356,7 +374,7 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
     )
 
 
-@torch.library.register_fake("rmsnorm_cuda::rms_norm_forward")
+@_fake("rms_norm_forward")
 def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
     lead = _check(input, normalized_shape, weight, eps, weight_offset)
     return (
@@ -365,7 +383,7 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
     )
 
 
-@torch.library.register_fake("rmsnorm_cuda::rms_norm_backward")
+@_fake("rms_norm_backward")
 def _(
     grad_output,
     input,
@@ -413,14 +431,14 @@ def _check_fused(input, residual, weight, eps, weight_offset):
     _check(input, input.shape[-1:], weight, eps, weight_offset)
 
 
-@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm")
+@_fake("fused_add_rms_norm")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
     _check_fused(input, residual, weight, eps, weight_offset)
     output = input.new_empty(input.shape, dtype=_output_dtype(input, weight, cast_before_weight))
     return output, residual.new_empty(residual.shape)
 
 
-@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_forward")
+@_fake("fused_add_rms_norm_forward")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
     _check_fused(input, residual, weight, eps, weight_offset)
     return (
@@ -430,7 +448,7 @@ def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_
     )
 
 
-@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_")
+@_fake("fused_add_rms_norm_")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
     _check_fused(input, residual, weight, eps, weight_offset)
     dtype = _output_dtype(input, weight, cast_before_weight)
@@ -440,7 +458,7 @@ def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_
     )
 
 
-@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm.out")
+@_fake("fused_add_rms_norm.out")
 def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False, out, residual_out):
     _check_fused(input, residual, weight, eps, weight_offset)
     for name, have, dtype in (
@@ -504,14 +522,14 @@ def _quant_results(
     return results | ({} if residual is None else {"residual_out": residual.new_empty(residual.shape)}) | {"norm_out": norm}
 
 
-@torch.library.register_fake("rmsnorm_cuda::rms_norm_quant")
+@_fake("rms_norm_quant")
 def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False, keep_norm=False,
       weight_offset=0.0, cast_before_weight=False):  # fmt: skip
     options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     return tuple(_quant_results("rms_norm_quant", input, None, weight, scale, *options).values())
 
 
-@torch.library.register_fake("rmsnorm_cuda::rms_norm_quant.out")
+@_fake("rms_norm_quant.out")
 def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False, keep_norm=False,
       weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
     options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
@@ -519,14 +537,14 @@ def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=N
         _check_given("rms_norm_quant", name, given[name], want.shape, want.dtype, want.device)
 
 
-@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_quant")
+@_fake("fused_add_rms_norm_quant")
 def _(input, residual, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False,
       keep_norm=False, weight_offset=0.0, cast_before_weight=False):  # fmt: skip
     options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     return tuple(_quant_results("fused_add_rms_norm_quant", input, residual, weight, scale, *options).values())
 
 
-@torch.library.register_fake("rmsnorm_cuda::fused_add_rms_norm_quant.out")
+@_fake("fused_add_rms_norm_quant.out")
 def _(input, residual, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=None, column_major=False,
       keep_norm=False, weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
     options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight

@@ -7,6 +7,7 @@ the kernels compute in: as they do, it rounds once.
 
 import torch
 
+from .again import has_kernel
 from .functional import _ops, _output_dtype
 from .reference import compute_dtype, default_eps, quantize_reference
 
@@ -178,4 +179,5 @@ RULES = {
     "fused_add_rms_norm_quant": _quant(_ops.fused_add_rms_norm_quant.default, 2),
 }
 for _name, _rule in RULES.items():
-    torch.library.register_vmap(f"rmsnorm_cuda::{_name}", _rule)
+    if not has_kernel(_name, "FuncTorchBatched"):
+        torch.library.register_vmap(f"rmsnorm_cuda::{_name}", _rule)
