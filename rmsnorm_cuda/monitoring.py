@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .again import is_a
 from .functional import _C, is_dynamo_compiling
 from .integrations.families import _InWeightDtype, _OfAnyWidth
 from .modules import RMSNorm
@@ -112,7 +113,7 @@ class Monitor:
         self.norms: dict[str, RMSNorm] = {}
         self.skipped: dict[str, str] = {}  # norms that are not watched, and why
         for name, module in model.named_modules():
-            if isinstance(module, RMSNorm):
+            if is_a(module, RMSNorm):
                 reason = _reason_to_skip(module)
                 (self.skipped if reason else self.norms)[name.removeprefix("_orig_mod.")] = reason or module
         if not self.norms:
@@ -524,14 +525,20 @@ def _reduce_ex(self, protocol):
     return _new, (self._original,), {key: value for key, value in self.__getstate__().items() if key != "_watch"}
 
 
-_FORWARDS = {RMSNorm.forward: _forward, _OfAnyWidth.forward: _forward, _InWeightDtype.forward: _forward_in_weight_dtype}
+# By code, which the classes of an earlier import of the package have as well.
+_FORWARDS = {
+    RMSNorm.forward.__code__: _forward,
+    _OfAnyWidth.forward.__code__: _forward,
+    _InWeightDtype.forward.__code__: _forward_in_weight_dtype,
+}
 _WATCHED: dict[type, type] = {}
 
 
 def _reason_to_skip(module: RMSNorm) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on this instance (accelerate hooks, kernels, ...)"
-    if type(module).forward not in (*_FORWARDS, *_FORWARDS.values()):
+    known = (*_FORWARDS, *(forward.__code__ for forward in _FORWARDS.values()))
+    if getattr(type(module).forward, "__code__", None) not in known:
         return f"{type(module).__name__} has a forward of its own"
     return ""
 
@@ -544,7 +551,8 @@ def _start(module: RMSNorm, watch: _Watch) -> None:
         module._watch = watch
         return
     if cls not in _WATCHED:
-        body = {"forward": _FORWARDS[cls.forward], "_original": cls, "_watch": None, "__reduce_ex__": _reduce_ex}
+        forward = _FORWARDS[cls.forward.__code__]
+        body = {"forward": forward, "_original": cls, "_watch": None, "__reduce_ex__": _reduce_ex}
         _WATCHED[cls] = type(cls.__name__, (cls,), body | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
     module.__class__ = _WATCHED[cls]
     module._watch = watch
@@ -552,7 +560,7 @@ def _start(module: RMSNorm, watch: _Watch) -> None:
 
 def _stop(module: RMSNorm) -> None:
     vars(module).pop("_watch", None)
-    if type(module) in _WATCHED.values():
+    if "_original" in vars(type(module)):
         module.__class__ = type(module)._original
 
 

@@ -18,14 +18,16 @@ import types
 
 from torch import Tensor, nn
 
+from ..again import is_a, same
 from ..modules import RMSNorm
 
 
 def fuse(layer: nn.Module) -> tuple[str, ...] | str:
     """Gives the layer a class whose norms add the residual. Returns the names of these norms, () if there is nothing of the
     kind to be done, or why it was not."""
-    ours = {name for name, child in layer.named_children() if type(child) is RMSNorm and len(child.normalized_shape) == 1}
-    if len(ours) < 2 or issubclass(type(layer), _AddsInNorms):
+    norms = {name: child for name, child in layer.named_children() if same(type(child), RMSNorm)}
+    ours = {name for name, norm in norms.items() if len(norm.normalized_shape) == 1}
+    if len(ours) < 2 or is_a(layer, _AddsInNorms):
         return ()
     if "forward" in vars(layer):
         return "its forward was replaced on this instance, and its norms do not add the residual"
@@ -38,7 +40,7 @@ def fuse(layer: nn.Module) -> tuple[str, ...] | str:
 
 
 def unfuse(layer: nn.Module) -> None:
-    if not isinstance(layer, _AddsInNorms):
+    if not is_a(layer, _AddsInNorms):
         return
     cls, original = type(layer), type(layer)._original
     if "_original" not in vars(cls):  # fully_shard() made one of it
@@ -59,7 +61,8 @@ class _AddsInNorms:
 
     @staticmethod
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        plain = type(norm) is RMSNorm or getattr(norm, "_original", None) is RMSNorm  # or a monitor's class
+        cls = getattr(norm, "_original", type(norm))  # before a monitor gave it another
+        plain = cls is RMSNorm or same(cls, RMSNorm)
         hooked = norm._forward_hooks or norm._forward_pre_hooks  # which expect the sum, and one result
         if plain and not hooked and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
             return norm(hidden, residual)

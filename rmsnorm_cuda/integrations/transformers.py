@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..again import is_a
 from ..modules import RMSNorm
 from .families import Family, Recognized, recognize, twin
 from .fuse_residual import fuse, unfuse
@@ -114,7 +115,8 @@ def replace_rms_norm(
     new_of: dict[nn.Module, RMSNorm] = {}
     known: dict[tuple, Recognized | str] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, RMSNorm) or not (match(name, module) if match else _may_be_rms_norm(module)):
+        meant = match(name, module) if match else _may_be_rms_norm(module)
+        if is_a(module, RMSNorm) or not meant:
             continue
         parent, child = _slot(model, name)
         found = _reason_to_skip(module, parent) or _recognize_once(module, known)
