@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from . import binary
 
-_C = binary.load(__name__)
+binary.load(__name__)
 
 from . import _C, config, vmap  # noqa: E402, F401  (vmap: its batching rules are registered)
 from .functional import (  # noqa: E402

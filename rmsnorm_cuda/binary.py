@@ -14,7 +14,6 @@ import struct
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from types import ModuleType
 
 from .build_layers import KERNELS, OPS, PACKAGE, built_layers, layer_name
 from .supported import TORCH
@@ -45,7 +44,7 @@ def is_whole(library: Path) -> bool:
     return library.stat().st_size >= table + size * count
 
 
-def load(package: str) -> ModuleType:
+def load(package: str) -> None:
     """Imports torch, and then `_C` as the package's module of that name.
 
     Raises:
@@ -105,7 +104,6 @@ def load(package: str) -> ModuleType:
             f"rmsnorm_cuda's build for torch {folder.name.removeprefix('torch').partition('-')[0]} in {folder} does not load beside torch "
             f"{version} in {Path(torch.__file__).parent}. The loader said: {error}. Build it anew by {build}."
         ) from None
-    return module
 
 
 def _import(name, path):

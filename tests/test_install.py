@@ -603,7 +603,7 @@ def test_pip_keeps_the_torch_that_is_there(version, wheels, tmp_path):
     for dry in (["--dry-run"], []):
         run = subprocess.run([*pip, *dry], capture_output=True, text=True)
         wanted = f"{'Would install' if dry else 'Successfully installed'} rmsnorm_cuda-{rmsnorm_cuda.__version__}"
-        assert run.returncode == 0 and run.stdout.splitlines()[-1] == wanted, run.stdout + run.stderr
+        assert run.returncode == 0 and run.stdout.splitlines()[-1].replace("rmsnorm-cuda", "rmsnorm_cuda") == wanted, run.stdout + run.stderr
     assert metadata.exists() and (site / "rmsnorm_cuda" / "lib" / build_layers.KERNELS).exists()
 
 
