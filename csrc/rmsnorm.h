@@ -176,6 +176,8 @@ Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType
 
 bool built();                     // were the CUDA kernels compiled into this library?
 const char* architectures();      // "9.0 12.0+PTX"; if not built, the reason
+int runtime_version();            // of the CUDA runtime in this library: 12090 is 12.9; 0 if not built
+int driver_version();             // the newest CUDA that this machine's driver knows, in the same way; 0: there is none
 const char* error_string(int error);
 int rms_norm_forward(const RmsNormForward& p, void* stream);
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p);

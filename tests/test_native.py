@@ -80,6 +80,60 @@ def test_same_inputs_same_bytes(cuda_build, monkeypatch):
     assert [path.read_bytes() for path in made] == before
 
 
+DRIVER = """
+#include <cstring>
+extern "C" int cuDriverGetVersion(int* version) { *version = VERSION; return 0; }
+extern "C" int cuInit(unsigned) { return 100; }  // no device
+extern "C" int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long long, int* status) {
+  const auto is = [&](const char* what) { return std::strcmp(name, what) == 0; };
+  *function = is("cuDriverGetVersion") ? reinterpret_cast<void*>(cuDriverGetVersion)
+              : is("cuInit")           ? reinterpret_cast<void*>(cuInit)
+              : is("cuGetProcAddress") ? reinterpret_cast<void*>(cuGetProcAddress_v2)
+                                       : nullptr;
+  if (status) *status = *function == nullptr;
+  return *function ? 0 : 500;  // not found
+}
+extern "C" int cuGetProcAddress(const char* name, void** function, int version, unsigned long long flags) {
+  return cuGetProcAddress_v2(name, function, version, flags, nullptr);
+}
+"""
+LAUNCH = """
+#include <cstdio>
+#include "rmsnorm.h"
+using namespace rmsnorm;
+int main() {
+  RmsNormForward p{};
+  p.rows = 1, p.cols = 8, p.x_rows.ndim = p.y_rows.ndim = 1;
+  const int error = cuda::rms_norm_forward(p, nullptr);
+  std::printf("%d %d %d %s", cuda::runtime_version(), cuda::driver_version(), error, cuda::error_string(error));
+}
+"""
+
+
+@pytest.mark.skipif(os.environ.get("RMSNORM_CUDA_CUDART") == "shared", reason="a shared CUDA runtime may not be NVIDIA's")
+def test_driver_that_is_too_old(cuda_build, tmp_path):
+    """Told in one sentence with both versions: a library stands in for the driver, and says only how old it is."""
+    (library,) = cuda_build.rglob("librmsnorm.so")
+    link = [f"-L{library.parent}", "-lrmsnorm", f"-Wl,-rpath,{library.parent}"]
+    (tmp_path / "launch.cpp").write_text(LAUNCH)
+    run(["g++", "-std=c++17", f"-I{ROOT / 'csrc'}", tmp_path / "launch.cpp", *link, "-o", tmp_path / "launch"])
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+
+    def launch(version):
+        run(["g++", "-shared", "-fPIC", f"-DVERSION={version}", tmp_path / "driver.cpp", "-o", tmp_path / "libcuda.so.1"])
+        said = run([tmp_path / "launch"], env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)})
+        runtime, driver, error, sentence = said.split(" ", 3)
+        assert int(driver) == version
+        return int(runtime), int(error), sentence
+
+    runtime, error, sentence = launch(11080)
+    series, branch = runtime // 1000, {12: " (R525)", 13: " (R580)"}.get(runtime // 1000, "")
+    assert error == 35  # cudaErrorInsufficientDriver
+    assert sentence == f"the NVIDIA driver is of CUDA 11.8, too old: these kernels need one of CUDA {series}.0{branch} or newer"
+    assert launch((series - 1) * 1000 + 990)[1] == 35
+    assert launch(series * 1000)[1] == launch((series + 1) * 1000)[1] == 100  # cudaErrorNoDevice: the driver is new enough
+
+
 def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
     """Their machine code has 16-byte loads and stores of global memory, and no local memory."""
     packages = [Path(folder) / "nvidia" for folder in sys.path]  # where nvidia-cuda-cuobjdump is installed to

@@ -12,6 +12,10 @@ bool built() { return false; }
 
 const char* architectures() { return RMSNORM_CUDA_ABSENT_REASON; }
 
+int runtime_version() { return 0; }
+
+int driver_version() { return 0; }
+
 const char* error_string(int) { return "the CUDA kernels were not built: " RMSNORM_CUDA_ABSENT_REASON; }
 
 int rms_norm_forward(const RmsNormForward&, void*) { return kNotBuilt; }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
 
 #include "launch.h"
 
@@ -14,7 +15,41 @@ bool built() { return true; }
 
 const char* architectures() { return RMSNORM_CUDA_ARCHS; }
 
-const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+int runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int driver_version() {
+  int version = 0;  // asked for without a context; stays 0 where no driver answers
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+namespace {
+
+std::string major_minor(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// A runtime works with every driver of its own series, and newer ones.
+std::string driver_too_old() {
+  const int series = runtime_version() / 1000;
+  const std::string branch = series == 12 ? " (R525)" : series == 13 ? " (R580)" : "";
+  const std::string wanted = "these kernels need one of CUDA " + major_minor(series * 1000) + branch + " or newer";
+  const int driver = driver_version();
+  if (driver == 0) return "there is no NVIDIA driver, and " + wanted;
+  return "the NVIDIA driver is of CUDA " + major_minor(driver) + ", too old: " + wanted;
+}
+
+}  // namespace
+
+const char* error_string(int error) {
+  if (error == cudaErrorInsufficientDriver) {
+    static const std::string sentence = driver_too_old();
+    return sentence.c_str();
+  }
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 namespace {
 
