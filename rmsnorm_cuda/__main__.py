@@ -23,6 +23,7 @@ from rmsnorm_cuda.reference import (
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 SHAPE = (7, 1031)  # odd: full vectors and a tail
 
 
@@ -47,6 +48,11 @@ def describe():
         in_use = f"ERROR: {error}"
     yield "instruction set", f"{in_use}; here: {', '.join(name for name in isas if isas[name])}; built: {', '.join(isas)}"
     yield "CUDA kernels", ("" if _C.cuda_built() else "none: ") + _C.cuda_architectures()
+    if _C.cuda_built():
+        runtime, driver = (f"{version // 1000}.{version % 1000 // 10}" if version else "none" for version in _C.cuda_versions())
+        yield "CUDA", f"runtime {runtime}, driver {driver}"
+        if driver != "none" and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
+            yield "CUDA driver", f"ERROR: {_C.cuda_error(INSUFFICIENT_DRIVER)}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             yield f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))}"

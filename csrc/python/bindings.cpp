@@ -319,6 +319,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("libraries", libraries, "The files of librmsnorm_torch.so and librmsnorm.so that are in use.");
   m.def("cuda_built", cuda::built, "Whether CUDA kernels were compiled in.");
   m.def("cuda_architectures", cuda::architectures, "Their architectures, or why there are none.");
+  m.def("cuda_versions", [] { return std::pair(cuda::runtime_version(), cuda::driver_version()); },
+        "CUDA's, that the kernels were linked with and that the driver is of: 12090 is 12.9; 0: there is none.");
+  m.def("cuda_error", cuda::error_string, "What a cudaError_t means here.");
   m.def("cuda_plan", cuda_plan, "The layout of a CUDA launch, in the terms of rmsnorm.h's Plan; needs no GPU.");
   m.attr("torch_version") = RMSNORM_TORCH_VERSION;
   m.attr("compiler") = "g++ " __VERSION__;
