@@ -79,6 +79,11 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     fail(f"setuptools {setuptools.__version__} is too old for this pyproject.toml; `pip install 'setuptools>=77'`.")
 
 
+def through_nvcc(words):
+    """Options of g++ for nvcc, which knows -L and -l itself, and splits at commas what it hands on."""
+    return [part for word in words for part in ([word] if re.match("-[Ll].", word) else ["-Xcompiler", word.replace(",", "\\,")])]
+
+
 def find_ninja():
     try:
         import ninja
@@ -315,7 +320,8 @@ class BuildExt(build_ext):
         wl = "-Xlinker {}" if not absent else "-Wl,{}"
         for option in ("-soname,librmsnorm.so", "--no-undefined"):
             link_flags += wl.format(option).split(" ", 1)
-        file.rule("link", output_file, objects, linker=linker, flags=link_flags)
+        ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+        file.rule("link", output_file, objects, linker=linker, flags=[*(ldflags if absent else through_nvcc(ldflags)), *link_flags])
 
     def add_torch_layers(self, file, kernels, ops, binding, torch):
         cxx, lib = self.launcher + self.cxx, kernels.parent
