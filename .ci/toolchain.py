@@ -25,6 +25,9 @@ PTX = "8.8"  # the newest that ptxas 12.9 reads
 # libstdc++ asks this variable of glibc 2.32 whether it may go without atomics; where it is 0, it does not.
 SINGLE_THREADED = '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n'
 
+# Objects that were compiled where libpthread and the like are part of libc do not name them.
+LIBC_SO = "GROUP ( libc.so.6 libc_newer.a libc_nonshared.a AS_NEEDED ( libpthread.so libdl.so librt.so libld.so ) )\n"
+
 CICC = f"""#!/bin/sh
 # The PTX says the version that ptxas 12.9 and a driver of CUDA 12 read; ptxas sees to it that nothing in it is newer.
 "$0-13" "$@" || exit
@@ -70,7 +73,7 @@ def once(*recipe):
     return decorate
 
 
-@once(*ZIG, GLIBC, SINGLE_THREADED)
+@once(*ZIG, GLIBC, SINGLE_THREADED, LIBC_SO)
 def glibc_stubs(folder, scratch):
     """LDFLAGS=-L of this folder links against glibc 2.28, whichever this machine has.
 
@@ -94,17 +97,16 @@ def glibc_stubs(folder, scratch):
     (scratch / "main.c").write_text("int main(void) { return 0; }\n")
     said = zig("cc", *target, "-v", "-fno-sanitize=undefined", "main.c", "-o", "main")  # -v: with what it links
     libraries = {Path(path).name.partition(".")[0]: path for path in re.findall(r"\S+/lib\w+\.(?:so\.\d+|a)(?=\s)", said)}
+    names = {"libc": "libc.so.6", "libc_nonshared": "libc_nonshared.a"}
     wanted = ("libc", "libm", "libpthread", "libdl", "librt", "libld", "libc_nonshared")
     if missing := [name for name in wanted if name not in libraries]:
         sys.exit(f"{ZIG[0]} links without {', '.join(missing)}: its stubs of glibc have changed")
     for name in wanted:
-        file = scratch / libraries[name]
-        shutil.copy(file, folder / {"libc": file.name, "libld": file.name, "libc_nonshared": file.name}.get(name, f"{name}.so"))
+        shutil.copy(scratch / libraries[name], folder / (names.get(name) or f"{name}.so"))
     (scratch / "single_threaded.c").write_text(SINGLE_THREADED)
     zig("cc", *target, "-O2", "-fPIC", "-c", "single_threaded.c", "-o", "single_threaded.o")
     zig("ar", "rcD", folder / "libc_newer.a", "single_threaded.o")
-    parts = "libc.so.6", "libc_newer.a", "libc_nonshared.a", f"AS_NEEDED ( {folder}/{Path(libraries['libld']).name} )"
-    (folder / "libc.so").write_text(f"GROUP ( {' '.join(part if '(' in part else f'{folder}/{part}' for part in parts)} )\n")
+    (folder / "libc.so").write_text(LIBC_SO)
 
 
 @once(*CUDA, CICC, FATBINARY)

@@ -1,10 +1,13 @@
 """What is installed, and what is not: each thing that can be missing or wrong is told in one sentence, with what mends it."""
 
+import ctypes
 import os
 import re
 import runpy
+import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -480,6 +483,20 @@ def test_build_without_nvcc(tmp_path):
 
 
 @needs_sources
+def test_ldflags_reach_the_linker(tmp_path):
+    """By compilers that write down what they are asked."""
+    record = f'for word; do test "$last" = -o && mkdir -p "$(dirname "$word")" && : >"$word"; last=$word; done; echo "$@" >>{tmp_path}/asked'
+    cxx = script(tmp_path / "g++", f"case $1 in -dumpversion) echo 12;; -dumpmachine) echo x86_64-linux-gnu;; *) {record};; esac")
+    nvcc = script(tmp_path / "nvcc", f"case $1 in --version) echo release 13.0;; --list-gpu-arch) echo compute_90;; *) {record};; esac")
+    flags = [f"-L{tmp_path}/a b", "-lm", "-Wl,-z,now"]
+    for build, linker in ("0", cxx), ("1", nvcc):
+        setup("--kernels-only", tmp_path=tmp_path, fails=False, CXX=cxx, NVCC=nvcc, RMSNORM_CUDA_BUILD=build, LDFLAGS=shlex.join(flags))
+        asked = (tmp_path / "asked").read_text().splitlines()[-1]
+        words = flags if linker == cxx else [*flags[:2], "-Xcompiler", "-Wl\\,-z\\,now"]
+        assert " ".join(words) in asked, asked
+
+
+@needs_sources
 def test_build_by_an_old_nvcc(tmp_path):
     nvcc = script(tmp_path / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
     said = setup("--kernels-only", tmp_path=tmp_path, NVCC=nvcc)
@@ -573,8 +590,40 @@ def test_libraries_of_the_wheel(wheels, tmp_path):
             assert all(part.startswith("$ORIGIN") for path in paths for part in path.split(":"))
             if tag := re.match(r"manylinux_2_(\d+)_", platform):
                 glibc = max(int(v) for v in re.findall(r"Name: GLIBC_2\.(\d+)", text))
-                assert glibc <= int(tag[1]), (library, glibc)
+                assert glibc <= int(tag[1]) == 28, (library, glibc)  # that of torch's wheels
                 assert ".debug_info" not in text and ".gnu_debuglink" in text and ".symtab" not in text
+
+
+def images(library):
+    """(is machine code, ABI or PTX version, architecture, flags) of each part of the CUDA code in it; the layout is fatbinary's."""
+    data = library.read_bytes()
+    for start in re.finditer(re.escape(struct.pack("<IHH", 0xBA55ED50, 1, 16)), data):
+        at = start.start() + 16
+        (size,) = struct.unpack_from("<Q", data, at - 8)
+        end = at + size
+        while at < end:
+            kind, _, header, size, _, _, minor, major, arch = struct.unpack_from("<HHIQIIHHI", data, at)
+            (flags,) = struct.unpack_from("<Q", data, at + 40)
+            yield kind == 2, (major, minor), arch, flags
+            at += header + size
+
+
+def test_cuda_code_of_the_wheel_is_for_drivers_of_cuda_12(wheels, tmp_path):
+    """What a driver of CUDA 13 alone can read would be an error at the first launch elsewhere, and no test sees it here."""
+    found = 0
+    for wheel in wheels:
+        if wheel.stem.endswith("linux_x86_64") and "manylinux" not in wheel.stem:
+            continue  # by this machine's own nvcc
+        zipfile.ZipFile(wheel).extract("rmsnorm_cuda/lib/librmsnorm.so", tmp_path / wheel.stem)
+        library = tmp_path / wheel.stem / "rmsnorm_cuda" / "lib" / "librmsnorm.so"
+        for machine_code, version, arch, flags in images(library):
+            found += 1
+            assert not flags & 0x8000  # zstd
+            # 8 is that of ptxas 13; of ptxas 12.9 too from 10.0 on, devices that no older driver knows.
+            assert version <= ((1, 7 if arch < 100 else 8) if machine_code else (8, 8)), (arch, version)
+        assert ctypes.CDLL(str(library))["_ZN7rmsnorm4cuda15runtime_versionEv"]() // 1000 in (0, 12)
+    if not found:
+        pytest.skip("there is no finished wheel with CUDA kernels in dist/")
 
 
 def test_wheel_runs_away_from_the_sources(wheels, tmp_path):
