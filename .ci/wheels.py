@@ -80,7 +80,7 @@ def build(python):
         shutil.rmtree(stale, ignore_errors=True)
     folders = os.environ.get("RMSNORM_CUDA_TORCH")
     folders = folders or os.pathsep.join(str(torch_folder(version, python)) for version in SUPPORTED["TORCHES"])
-    environment = {"RMSNORM_CUDA_TORCH": folders, "RMSNORM_CUDA_DEBUG": "1", "PATH": path_with(python)}
+    environment = {"RMSNORM_CUDA_TORCH": folders, "RMSNORM_CUDA_DEBUG": "1", "RMSNORM_CUDA_LINEINFO": "0", "PATH": path_with(python)}
     stubs = toolchain.glibc_stubs(BUILD / f"glibc-{toolchain.GLIBC}")
     environment["LDFLAGS"] = f"{shlex.quote(f'-L{stubs}')} {os.environ.get('LDFLAGS', '')}"
     if os.environ.get("RMSNORM_CUDA_BUILD") != "0" and not (os.environ.get("NVCC") or os.environ.get("CUDA_HOME")):
