@@ -1,6 +1,6 @@
 """What a wheel is built with so that it runs on older systems than the one that builds it. wheels.py calls this.
 
-    python .ci/toolchain.py FOLDER    puts the CUDA compiler there; NVCC=FOLDER/bin/nvcc. For cibuildwheel
+    python .ci/toolchain.py FOLDER    puts the CUDA compiler there, as FOLDER/bin/nvcc; for a build of one's own
 """
 
 import functools
@@ -26,7 +26,7 @@ PTX = "8.8"  # the newest that ptxas 12.9 reads
 SINGLE_THREADED = '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n'
 
 # Objects that were compiled where libpthread and the like are part of libc do not name them.
-LIBC_SO = "GROUP ( libc.so.6 libc_newer.a libc_nonshared.a AS_NEEDED ( libpthread.so libdl.so librt.so libld.so ) )\n"
+LIBC_SO = "GROUP ( libc.so.6 libc_nonshared.a AS_NEEDED ( libpthread.so libdl.so librt.so libld.so ) )\n"
 
 CICC = f"""#!/bin/sh
 # The PTX says the version that ptxas 12.9 and a driver of CUDA 12 read; ptxas sees to it that nothing in it is newer.
@@ -97,15 +97,23 @@ def glibc_stubs(folder, scratch):
     (scratch / "main.c").write_text("int main(void) { return 0; }\n")
     said = zig("cc", *target, "-v", "-fno-sanitize=undefined", "main.c", "-o", "main")  # -v: with what it links
     libraries = {Path(path).name.partition(".")[0]: path for path in re.findall(r"\S+/lib\w+\.(?:so\.\d+|a)(?=\s)", said)}
-    names = {"libc": "libc.so.6", "libc_nonshared": "libc_nonshared.a"}
     wanted = ("libc", "libm", "libpthread", "libdl", "librt", "libld", "libc_nonshared")
     if missing := [name for name in wanted if name not in libraries]:
         sys.exit(f"{ZIG[0]} links without {', '.join(missing)}: its stubs of glibc have changed")
-    for name in wanted:
-        shutil.copy(scratch / libraries[name], folder / (names.get(name) or f"{name}.so"))
+    for name in wanted[1:-1]:
+        shutil.copy(scratch / libraries[name], folder / f"{name}.so")
+    shutil.copy(scratch / libraries["libc"], folder / "libc.so.6")
+    # The static part of libc, packed again with what is added to it: the paths in it would end up in debug symbols.
+    objects = scratch / "nonshared"
+    objects.mkdir()
+    members = subprocess.run(["ar", "t", libraries["libc_nonshared"]], cwd=scratch, capture_output=True, text=True, check=True)
+    for path in members.stdout.splitlines():
+        shutil.copy(scratch / path, objects)
     (scratch / "single_threaded.c").write_text(SINGLE_THREADED)
-    zig("cc", *target, "-O2", "-fPIC", "-c", "single_threaded.c", "-o", "single_threaded.o")
-    zig("ar", "rcD", folder / "libc_newer.a", "single_threaded.o")
+    zig("cc", *target, "-O2", "-fPIC", "-c", "single_threaded.c", "-o", objects / "single_threaded.o")
+    names = sorted(path.name for path in objects.iterdir())
+    subprocess.run(["strip", "--strip-debug", *names], cwd=objects, check=True)
+    subprocess.run(["ar", "rcD", folder / "libc_nonshared.a", *names], cwd=objects, check=True)
     (folder / "libc.so").write_text(LIBC_SO)
 
 
