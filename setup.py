@@ -80,6 +80,14 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     fail(f"setuptools {setuptools.__version__} is too old for this pyproject.toml; `pip install 'setuptools>=77'`.")
 
 
+def is_set(variable, default):
+    """Whether a variable of the environment is "1"."""
+    value = os.environ.get(variable) or default
+    if value not in ("0", "1"):
+        fail(f"{variable}={value!r} is not understood; expected 1, 0 or unset.")
+    return value == "1"
+
+
 def through_nvcc(words):
     """Options of g++ for nvcc, which knows -L and -l itself, and splits at commas what it hands on."""
     return [part for word in words for part in ([word] if re.match("-[Ll].", word) else ["-Xcompiler", word.replace(",", "\\,")])]
@@ -126,16 +134,14 @@ def find_torches():
 
 def nvcc_or_reason(torches):
     """Path of nvcc, and why CUDA is left out, as the end of a sentence: one of the two is None."""
-    wish = os.environ.get("RMSNORM_CUDA_BUILD", "")
-    if wish not in ("", "0", "1"):
-        fail(f"RMSNORM_CUDA_BUILD={wish!r} is not understood; expected 1, 0 or unset.")
-    if wish == "0":
+    unset, asked = not os.environ.get("RMSNORM_CUDA_BUILD"), is_set("RMSNORM_CUDA_BUILD", "0")
+    if not unset and not asked:
         return None, "RMSNORM_CUDA_BUILD=0 was set when it was built"
-    if wish == "" and torches and not any(torch.cuda for torch in torches):
+    if unset and torches and not any(torch.cuda for torch in torches):
         kind = "ROCm" if torches[0].hip else "CPU-only"
         return None, f"it was built with torch {torches[0].version}, a {kind} build; RMSNORM_CUDA_BUILD=1 overrides"
     nvcc = find_nvcc()
-    if wish == "1" and not nvcc:
+    if asked and not nvcc:
         fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
     return nvcc, None if nvcc else "nvcc was not found when it was built"
 
@@ -268,7 +274,7 @@ class BuildExt(build_ext):
         self.cxx = layers.find_compiler()
         self.launcher = ["ccache"] if shutil.which("ccache") else []
         # The folder of the build does not show in them.
-        self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if os.environ.get("RMSNORM_CUDA_DEBUG") == "1" else []
+        self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if is_set("RMSNORM_CUDA_DEBUG", "0") else []
         file = NinjaFile(build_dir)
         file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
         self.add_kernels(file, kernels)
@@ -303,7 +309,7 @@ class BuildExt(build_ext):
             print(f"rmsnorm_cuda: CUDA kernels for {' '.join(item for _, item, _ in chosen)}, by {nvcc}")
             # -objtemp: what is between has the object's name; elsewhere it has the process's number, which ends up in the object.
             flags = ["-std=c++17", "-O3", "-objtemp", "-Xptxas", "-v", "-Xfatbin", "-compress-all"]
-            if os.environ.get("RMSNORM_CUDA_LINEINFO") != "0":
+            if is_set("RMSNORM_CUDA_LINEINFO", "1"):
                 flags += ["-lineinfo"]
             host = ["-ccbin", self.cxx[0], *(word for option in self.cxx[1:] for word in ("-Xcompiler", option))]
             flags += [*host, "-Xcompiler", ",".join(common[1:])]
@@ -323,7 +329,7 @@ class BuildExt(build_ext):
         wl = "-Xlinker {}" if not absent else "-Wl,{}"
         for option in ("-soname,librmsnorm.so", "--no-undefined"):
             link_flags += wl.format(option).split(" ", 1)
-        ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+        ldflags = layers.words_of("LDFLAGS")
         file.rule("link", output_file, objects, linker=linker, flags=[*(ldflags if absent else through_nvcc(ldflags)), *link_flags])
 
     def add_torch_layers(self, file, kernels, ops, binding, torch):

@@ -80,13 +80,19 @@ def find_torch(where=None):
     return Torch(folder, version["__version__"], version.get("cuda"), version.get("hip"))
 
 
+def words_of(variable, default=""):
+    """What a variable of the environment holds, as a shell would split it."""
+    value = os.environ.get(variable) or default
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        fail(f"{variable}={value!r} is not understood: {error}.")
+
+
 def find_compiler():
     """The words of the command, without ccache: that is put before every compiler where it is installed."""
+    words = words_of("CXX", "g++")
     cxx = os.environ.get("CXX") or "g++"
-    try:
-        words = shlex.split(cxx)
-    except ValueError as error:
-        fail(f"CXX={cxx!r} is not understood: {error}.")
     if words and Path(words[0]).name == "ccache":
         words = words[1:]
     if not words or not shutil.which(words[0]):
@@ -126,7 +132,7 @@ def binding_flags(torch):
 def _link_flags(torch, lib, rpath):
     # RPATH, which --disable-new-dtags makes of -rpath, goes before LD_LIBRARY_PATH: a namesake there is not taken.
     flags = [f"-L{lib}", f"-L{torch.folder / 'lib'}", "-Wl,--no-as-needed", "-Wl,--disable-new-dtags"]
-    return [*shlex.split(os.environ.get("LDFLAGS", "")), *flags, f"-Wl,-rpath,{rpath}"]
+    return [*words_of("LDFLAGS"), *flags, f"-Wl,-rpath,{rpath}"]
 
 
 def ops_link(torch, lib, rpath="$ORIGIN/..:$ORIGIN/../../../torch/lib"):

@@ -1,5 +1,6 @@
 """What only a GPU shows: CUDA graphs, streams, several devices, launches that overlap. Most needs torch's own kernels."""
 
+import os
 import subprocess
 import sys
 
@@ -27,6 +28,12 @@ def every_function(x, residual, weight):
     y = rms_norm(x, x.shape[-1:], weight)
     both = fused_add_rms_norm(x, residual, weight)
     return y, *both, *rms_norm_quant(x, weight, dtype=torch.int8)
+
+
+def test_variable_that_is_not_understood():
+    code = "import torch, rmsnorm_cuda; rmsnorm_cuda.rms_norm(torch.ones(64, 1024).cuda(), 1024)"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"RMSNORM_CUDA_PDL": "yes"}, capture_output=True, text=True)
+    assert "RuntimeError: RMSNORM_CUDA_PDL is 'yes': expected 1, 0 or unset" in run.stderr
 
 
 def test_streams_without_kernels_of_torch():

@@ -431,7 +431,14 @@ def test_build_without_a_compiler(tmp_path):
     assert "No closing quotation" in setup("--kernels-only", tmp_path=tmp_path, CXX="g++ '")
     old = script(tmp_path / "g++", "echo 9.4.0")
     assert f"{old} is of version 9.4.0, and g++ or clang++ 11 or newer is needed" in setup("--kernels-only", tmp_path=tmp_path, CXX=old)
-    assert "MAX_JOBS='many' is not understood" in setup("--kernels-only", tmp_path=tmp_path, MAX_JOBS="many", RMSNORM_CUDA_BUILD="0")
+
+
+@needs_sources
+@pytest.mark.parametrize("name", ["RMSNORM_CUDA_BUILD", "RMSNORM_CUDA_DEBUG", "RMSNORM_CUDA_LINEINFO", "MAX_JOBS", "LDFLAGS"])
+def test_build_with_variables_that_are_not_understood(name, tmp_path):
+    nvcc = script(tmp_path / "nvcc", "case $1 in --version) echo release 13.0;; --list-gpu-arch) echo compute_90;; esac")
+    environment = {"NVCC": nvcc, "RMSNORM_CUDA_BUILD": "1", name: "'yes"}
+    assert f'{name}="\'yes" is not understood' in setup("--kernels-only", tmp_path=tmp_path, **environment)
 
 
 @needs_sources

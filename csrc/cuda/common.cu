@@ -3,8 +3,8 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 
 #include "launch.h"
@@ -75,7 +75,9 @@ Device ask(int device) {
 bool overlapping() {
   static const bool wanted = [] {
     const char* value = std::getenv("RMSNORM_CUDA_PDL");
-    return value != nullptr && std::strcmp(value, "1") == 0;
+    const std::string wish = value != nullptr && *value ? value : "0";
+    if (wish != "0" && wish != "1") throw std::runtime_error("RMSNORM_CUDA_PDL is '" + wish + "': expected 1, 0 or unset");
+    return wish == "1";
   }();
   return wanted && device().arch >= 90;
 }
