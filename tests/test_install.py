@@ -76,6 +76,9 @@ def test_what_is_supported_is_written_once():
     assert LAYER.removeprefix("torch") in [version.rpartition(".")[0] for version in supported.TORCHES]
     assert "%d.%d" % sys.version_info[:2] in supported.PYTHONS
     assert f">= {supported.PYTHONS[0]}" in (ROOT / "Makefile").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"| Python | {', '.join(supported.PYTHONS)} |" in readme
+    assert f"| torch | {', '.join(version.rpartition('.')[0] for version in supported.TORCHES)}, " in readme
 
 
 def test_no_torch(tmp_path, package):
@@ -339,6 +342,17 @@ def test_layers_are_built(way, tmp_path, package, stand_in):
     shutil.rmtree(lib / f"torch{torch.__version__}-0123456789abcdef", ignore_errors=True)
     assert said.splitlines()[-1] == f"rmsnorm_cuda: built in {made_in(lib)}"
     assert runs(RUN + "print(rmsnorm_cuda.torch_library_dir())", package.parent, cwd=tmp_path) == [str(made_in(lib))]
+    if way == "not carried" and shutil.which("cmake"):  # CMake finds them too
+        (tmp_path / "CMakeLists.txt").write_text("""
+            cmake_minimum_required(VERSION 3.18)
+            project(server LANGUAGES CXX)
+            find_package(rmsnorm_cuda CONFIG REQUIRED)
+            get_target_property(ops rmsnorm_cuda::rmsnorm_torch IMPORTED_LOCATION)
+            message("ops: ${ops}")
+        """)
+        options = f"-Drmsnorm_cuda_DIR={package / 'cmake'}", f"-Drmsnorm_cuda_TORCH={'.'.join(torch.__version__.split('.')[:2])}"
+        run = subprocess.run(["cmake", "-B", "cmake", *options], cwd=tmp_path, capture_output=True, text=True)
+        assert f"ops: {made_in(lib) / build_layers.OPS}" in run.stderr, run.stdout + run.stderr
 
 
 def test_layers_are_built_by_two_at_once(tmp_path, package, stand_in):

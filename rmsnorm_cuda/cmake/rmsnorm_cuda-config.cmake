@@ -2,8 +2,9 @@
 #
 #   rmsnorm_cuda::rmsnorm        librmsnorm.so and rmsnorm.h: the kernels; neither torch nor Python
 #   rmsnorm_cuda::rmsnorm_torch  librmsnorm_torch.so: torch's ops, for a server on libtorch, which it links itself. There is one
-#                                for each version of torch: that of rmsnorm_cuda_TORCH ("2.13") if it is set, or of the torch
-#                                whose headers CMake finds, in CMAKE_PREFIX_PATH or by find_package(Torch).
+#                                for each version of torch: that of rmsnorm_cuda_TORCH ("2.15") if it is set, or of the torch
+#                                whose headers CMake finds, in CMAKE_PREFIX_PATH or by find_package(Torch). One that
+#                                build_layers.py made for it in the package is preferred.
 #
 # Paths are relative to this file: in a wheel, an editable install and the source tree alike.
 if(TARGET rmsnorm_cuda::rmsnorm)
@@ -34,6 +35,10 @@ if(NOT rmsnorm_cuda_TORCH)
   endif()
 endif()
 set(_ops "lib/torch${rmsnorm_cuda_TORCH}/librmsnorm_torch.so")
+file(GLOB _built RELATIVE "${_rmsnorm_cuda}" "${_rmsnorm_cuda}/lib/torch${rmsnorm_cuda_TORCH}.*/librmsnorm_torch.so")
+foreach(_file ${_built})
+  set(_ops "${_file}")
+endforeach()
 if(EXISTS "${_rmsnorm_cuda}/${_ops}")
   # No symbol of it is asked for, since ops register themselves when it is loaded: the linker must not leave it out for that.
   add_library(rmsnorm_cuda::rmsnorm_torch SHARED IMPORTED)
