@@ -157,6 +157,7 @@ def test(python, torch):
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "-x", "-C", tests, "--exclude=./rmsnorm_cuda", "--exclude=rmsnorm_cuda/*"], input=archive, check=True)
     shutil.rmtree(tests / "rmsnorm_cuda", ignore_errors=True)
+    (tests / "rmsnorm_cuda_plugins.py").unlink(missing_ok=True)
     run(fresh, "-m", "rmsnorm_cuda", cwd=tests)
     run(fresh, "-m", "pytest", "-q", "-m", "not cuda", f"--record={ROOT / 'tests' / 'tested.json'}", cwd=tests)
 

@@ -1,6 +1,7 @@
 """What is installed, and what is not: each thing that can be missing or wrong is told in one sentence, with what mends it."""
 
 import ctypes
+import importlib.util
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 import rmsnorm_cuda
+import rmsnorm_cuda_plugins
 from rmsnorm_cuda import _C, binary, build_layers, supported
 
 PACKAGE = Path(rmsnorm_cuda.__file__).parent
@@ -243,6 +245,68 @@ def test_nothing_compiled(tmp_path, package):
     (package.parent / "setup.py").touch()
     said = last_line("import rmsnorm_cuda", package.parent, cwd=tmp_path)
     assert re.search(rf"`cd {package.parent} && /\S+ setup\.py build_ext --inplace`", said)
+
+
+# What vLLM and SGLang do with the entry points of a group, without what they catch; and what they do it with.
+LOAD = """if True:
+    from importlib.metadata import entry_points
+    for plugin in entry_points(group="{}"):
+        if plugin.name == "rmsnorm_cuda":
+            plugin.load()()
+"""
+SERVERS = {
+    "vLLM": (LOAD.format("vllm.general_plugins"), "vllm", "from vllm.plugins import load_general_plugins; load_general_plugins()"),
+    "SGLang": (LOAD.format("sglang.srt.plugins"), "sglang", "from sglang.srt.plugins import load_plugins; load_plugins()"),
+}
+
+
+def load_plugins(code, package, *path, **environment):
+    """What a server prints that has our entry points, and this package."""
+    groups = re.findall(r'^\[project\.entry-points\."(.*)"\]\n(.*) = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert len(groups) == len(SERVERS)
+    info = package.parent / f"rmsnorm_cuda-{rmsnorm_cuda.__version__}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rmsnorm_cuda\nVersion: {rmsnorm_cuda.__version__}\n")
+    (info / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {target}\n" for group, name, target in groups))
+    shutil.copy(rmsnorm_cuda_plugins.__file__, package.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*path, package.parent]))} | environment
+    run = subprocess.run([sys.executable, "-c", code], cwd=package.parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stdout + run.stderr, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("spoilt", ["nothing compiled", "another torch", "an error"])
+@pytest.mark.parametrize("server", SERVERS)
+def test_server_that_cannot_import_the_package(server, spoilt, tmp_path, package):
+    """It logs one line and goes on."""
+    other = [fake_torch(tmp_path / "other", "3.0.0")] if spoilt == "another torch" else []
+    if spoilt == "nothing compiled":
+        shutil.rmtree(package / "lib")
+    elif spoilt == "an error":
+        (package / "__init__.py").write_text("raise RuntimeError('this\\nand that')")
+    said = load_plugins(SERVERS[server][0], package, *other, SGLANG_PLUGINS="rmsnorm_cuda")
+    reason = {
+        "nothing compiled": f"ImportError: rmsnorm_cuda is not compiled in {package}. ",
+        "another torch": f"ImportError: rmsnorm_cuda in {package} was built for torch ",
+        "an error": "RuntimeError: this\n",
+    }[spoilt]
+    assert said.startswith(f"rmsnorm_cuda: {server} keeps its own norms: {reason}") and said.count("\n") == 1, said
+
+
+def test_sglang_that_did_not_ask_for_the_package(package):
+    shutil.rmtree(package / "lib")
+    assert load_plugins(SERVERS["SGLang"][0], package, SGLANG_PLUGINS="") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", SERVERS)
+def test_real_server_that_cannot_import_the_package(server, package):
+    _, name, code = SERVERS[server]
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{server} is not installed")
+    shutil.rmtree(package / "lib")
+    lines = load_plugins(code, package, SGLANG_PLUGINS="rmsnorm_cuda").splitlines()
+    assert len([line for line in lines if f"rmsnorm_cuda: {server} keeps its own norms: ImportError: " in line]) == 1, lines
 
 
 def test_site_packages_that_cannot_be_written(tmp_path, package):
@@ -585,7 +649,7 @@ def test_wheel_holds_what_it_needs_and_no_more(wheels):
         assert libraries == wanted | {"rmsnorm_cuda/lib/librmsnorm.so"}  # and nothing of torch, CUDA or the compiler
         others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", "cmake/rmsnorm_cuda-config.cmake", "integrations/vllm.py"}
         others |= {"build_layers.py", *(f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in SOURCES)}
-        assert {f"rmsnorm_cuda/{name}" for name in others} <= names
+        assert {f"rmsnorm_cuda/{name}" for name in others} | {"rmsnorm_cuda_plugins.py"} <= names
         assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "build")) or "earlier" in name]
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(zipfile.ZipFile(wheel).read(metadata).decode())
@@ -699,7 +763,7 @@ def test_source_distribution(tmp_path):
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     tracked = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("rmsnorm_cuda/**/*.py*"), *ROOT.glob("rmsnorm_cuda/cmake/*"), *ROOT.glob("tests/*.py")]
     tracked = {str(path.relative_to(ROOT)) for path in tracked if "__pycache__" not in path.parts}
-    assert tracked <= names and {"setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", ".ci/wheels.py"} <= names
+    assert tracked <= names and {"setup.py", "rmsnorm_cuda_plugins.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", ".ci/wheels.py"} <= names
     assert not [name for name in names if re.search(r"\.(so|o|pyc)$", name)]
 
 

@@ -17,19 +17,9 @@ GemmaRMSNorm, where its CUDA kernels and native RMSNorm normalize the sum before
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from ..functional import fused_add_rms_norm_, rms_norm
-
-PLUGIN = "rmsnorm_cuda"
-
-
-def plugin() -> None:
-    """The entry point: register(), if SGLANG_PLUGINS names us. Without it SGLang loads whatever plug-in is installed."""
-    if PLUGIN in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
-        register()
 
 
 def register() -> None:

@@ -1,0 +1,31 @@
+"""The plug-ins that vLLM and SGLang find by the entry points in pyproject.toml. Neither function raises.
+
+A module beside the package: to import anything of the package is to import its compiled part, which
+may be for another torch or Python than the server's. vLLM would end where a plug-in raises, and both
+servers print a traceback where one cannot be loaded. So this module imports the package itself. Where
+that fails, one line says why, and the server keeps its own norms.
+"""
+
+import importlib
+import logging
+import os
+
+
+def vllm() -> None:
+    """Registers our implementations of vLLM's IR ops, which it uses where --ir-op-priority names them."""
+    _register("vLLM", "rmsnorm_cuda.integrations.vllm")
+
+
+def sglang() -> None:
+    """Registers our hooks if SGLANG_PLUGINS names us: if it is not set, SGLang loads every plug-in."""
+    if "rmsnorm_cuda" in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
+        _register("SGLang", "rmsnorm_cuda.integrations.sglang")
+
+
+def _register(server: str, module: str) -> None:
+    try:
+        importlib.import_module(module).register()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".splitlines()[:1])
+        logger = logging.getLogger("rmsnorm_cuda")
+        logger.warning("rmsnorm_cuda: %s keeps its own norms: %s", server, reason)
