@@ -613,12 +613,52 @@ class Decorated(PreNorm):
     forward = doubled(PreNorm.forward)
 
 
+class Checkpointed(PreNorm):
+    """Wraps what its subclasses define, as transformers does."""
+
+    def __init_subclass__(cls):
+        cls.forward = doubled(cls.forward)
+
+
+class DecoratedInTheSource(Checkpointed):
+    """As transformers 5.24 writes its layers."""
+
+    @doubled
+    @doubled
+    def forward(self, x):
+        residual = x
+        x = self.mlp(self.norm1(x))
+        x = residual + x
+        residual = x
+        x = self.norm2(x)
+        return residual + x
+
+
+def decorator_that_is_gone(function):
+    return doubled(function)
+
+
+class DecoratedByWhatIsGone(PreNorm):
+    @decorator_that_is_gone
+    def forward(self, x):
+        residual = x
+        x = self.mlp(self.norm1(x))
+        x = residual + x
+        residual = x
+        x = self.norm2(x)
+        return residual + x
+
+
+del decorator_that_is_gone
+
+
 NOT_FUSED = {
     PostNorm: "no addition to the residual right before a norm",
     SumIsReadLater: "no addition to the residual right before a norm",
     Subtracts: "no addition to the residual right before a norm",
     CallsSuper: "decorated or calls super()",
     Decorated: "its forward is decorated",
+    DecoratedByWhatIsGone: "its forward is decorated",
 }
 
 
@@ -627,7 +667,7 @@ def layers(cls, dtype=torch.bfloat16):
     return nn.Sequential(cls(), cls()).to(dtype), torch.randn(3, 16).to(dtype)
 
 
-@pytest.mark.parametrize("cls, norms", [(PreNorm, ("norm2",)), (OtherNames, ("norm2", "norm3"))])
+@pytest.mark.parametrize("cls, norms", [(PreNorm, ("norm2",)), (OtherNames, ("norm2", "norm3")), (DecoratedInTheSource, ("norm2",))])
 def test_residual_in_norms(cls, norms):
     model, x = layers(cls)
     with replace_rms_norm(model):

@@ -15,6 +15,7 @@ import functools
 import inspect
 import textwrap
 import types
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -78,9 +79,13 @@ def _rebuild(original: type, norms: frozenset[str]) -> nn.Module:
 
 @functools.cache  # one class for all layers of a model: torch.compile compiles its forward once
 def _fused_class(cls: type, norms: frozenset[str]) -> type | str | tuple[()]:
-    # A base class may wrap what its subclasses define (transformers does, for checkpointing). It then wraps ours too.
-    forward = getattr(cls.forward, "__wrapped__", cls.forward)
-    if not isinstance(forward, types.FunctionType) or forward.__closure__ or hasattr(forward, "__wrapped__"):
+    # Around what the source says lie the decorators that it names, and what a base class puts around
+    # the forward of its subclasses (transformers does, for checkpointing). Ours get both, too.
+    wrappers, forward = [], cls.forward
+    while hasattr(forward, "__wrapped__"):
+        wrappers.append(forward)
+        forward = forward.__wrapped__
+    if not isinstance(forward, types.FunctionType) or forward.__closure__:
         return "its forward is decorated or calls super(), and its norms do not add the residual"
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
@@ -91,19 +96,37 @@ def _fused_class(cls: type, norms: frozenset[str]) -> type | str | tuple[()]:
     if not rewriter.fused:
         named = any(isinstance(node, ast.Name) and "residual" in node.id for node in ast.walk(tree))
         return "its forward has no addition to the residual right before a norm" if named else ()
-    body = {"forward": _compiled(tree, forward), "_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused)}
+    decorated = "its forward is decorated, and its norms do not add the residual"
+    try:
+        new, outer = _compiled(tree, forward)
+    except Exception:  # a decorator that is not to be had in the module
+        return decorated
+    body = {"forward": outer, "_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused)}
     fused = type(cls)(cls.__name__, (_AddsInNorms, cls), body | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    if fused.forward.__code__ is not cls.forward.__code__ and forward is not cls.forward:
-        return "its forward is decorated, and its norms do not add the residual"
-    return fused
+    inner = fused.forward
+    for wrapper in wrappers:
+        if getattr(inner, "__code__", inner) is not getattr(wrapper, "__code__", None):
+            return decorated
+        inner = getattr(inner, "__wrapped__", None)
+    return fused if inner is new else decorated
 
 
-def _compiled(tree: ast.Module, original: types.FunctionType) -> types.FunctionType:
+def _compiled(tree: ast.Module, original: types.FunctionType) -> tuple[types.FunctionType, Callable]:
+    """The function of this source, in place of the original one; and with the decorators that are written above it."""
     ast.increment_lineno(tree, original.__code__.co_firstlineno - 1)  # tracebacks show the original's lines
     flags = original.__code__.co_flags & __future__.annotations.compiler_flag
     scope: dict = {}
-    exec(compile(tree, original.__code__.co_filename, "exec", flags=flags, dont_inherit=True), original.__globals__, scope)
-    return functools.update_wrapper(scope[original.__name__], original, updated=())
+    file = original.__code__.co_filename
+    (function,) = tree.body
+    written, globals_ = function.decorator_list, original.__globals__
+    decorators = [eval(compile(ast.Expression(d), file, "eval"), globals_) for d in written]
+    function.decorator_list = []
+    exec(compile(tree, file, "exec", flags=flags, dont_inherit=True), globals_, scope)
+    new = functools.update_wrapper(scope[original.__name__], original, updated=())
+    outer = new
+    for decorator in reversed(decorators):
+        outer = decorator(outer)
+    return new, outer
 
 
 class _Rewriter(ast.NodeTransformer):
