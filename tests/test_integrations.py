@@ -1,5 +1,6 @@
-"""Where other libraries plug kernels in. Each against a stand-in with the library's documented interface and, where it is
-installed, against the library (kernels 0.17.2, vLLM 0.32.0, SGLang 0.5.23, torchtitan 0.3.0, Megatron-Core 0.16.1)."""
+"""Where other libraries plug kernels in. Each against a stand-in with the library's documented
+interface and, where it is installed, against the library: vLLM 0.33.0 (with torch 2.14.0), SGLang 0.5.23
+(torch 2.14.1), kernels 0.17.2 and 0.14.1, torchtitan 0.3.0, Megatron-Core 0.19.2 and 0.16.1."""
 
 import importlib
 import importlib.util
