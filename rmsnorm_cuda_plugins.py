@@ -1,4 +1,4 @@
-"""The plug-ins that vLLM and SGLang find by the entry points in pyproject.toml. Neither function raises.
+"""What vLLM, SGLang and PyInstaller find by the entry points in pyproject.toml. No function raises.
 
 A module beside the package: to import anything of the package is to import its compiled part, which
 may be for another torch or Python than the server's. vLLM would end where a plug-in raises, and both
@@ -9,6 +9,7 @@ that fails, one line says why, and the server keeps its own norms.
 import importlib
 import logging
 import os
+from pathlib import Path
 
 
 def vllm() -> None:
@@ -20,6 +21,11 @@ def sglang() -> None:
     """Registers our hooks if SGLANG_PLUGINS names us: if it is not set, SGLang loads every plug-in."""
     if "rmsnorm_cuda" in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
         _register("SGLang", "rmsnorm_cuda.integrations.sglang")
+
+
+def pyinstaller() -> list[str]:
+    """The folder of our hook, by which a frozen application takes our libraries along."""
+    return [str(Path(__file__).parent / "rmsnorm_cuda" / "pyinstaller")]
 
 
 def _register(server: str, module: str) -> None:

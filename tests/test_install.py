@@ -217,7 +217,7 @@ def test_installation_of_links(farm, tmp_path, package):
 def test_frozen_application(tmp_path):
     """PyInstaller takes the libraries along, by the hook that the package brings. Torch stays outside: it takes minutes."""
     pytest.importorskip("PyInstaller")
-    (point,) = (e for e in entry_points(group="pyinstaller40") if e.value.startswith("rmsnorm_cuda."))
+    (point,) = (e for e in entry_points(group="pyinstaller40") if e.value.startswith("rmsnorm_cuda"))
     (tmp_path / "app.py").write_text(f"import sys; sys.path += sys.argv[1:]; {FILES}")
     outside = "torch", "transformers", "numpy", "unittest", "kernels", "vllm", "torchtitan", "megatron", "setuptools", "pytest"
     options = [f"--additional-hooks-dir={point.load()()[0]}", *(f"--exclude-module={name}" for name in outside)]
@@ -647,7 +647,7 @@ def test_wheel_holds_what_it_needs_and_no_more(wheels):
         binding = f"_C.cpython-{abi[2:]}-x86_64-linux-gnu.so"
         wanted = {f"rmsnorm_cuda/lib/{layer}/{name}" for layer in layers for name in ("librmsnorm_torch.so", binding)}
         assert libraries == wanted | {"rmsnorm_cuda/lib/librmsnorm.so"}  # and nothing of torch, CUDA or the compiler
-        others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", "cmake/rmsnorm_cuda-config.cmake", "integrations/vllm.py"}
+        others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", "cmake/rmsnorm_cuda-config.cmake", "integrations/vllm.py", "pyinstaller/hook-rmsnorm_cuda.py"}
         others |= {"build_layers.py", *(f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in SOURCES)}
         assert {f"rmsnorm_cuda/{name}" for name in others} | {"rmsnorm_cuda_plugins.py"} <= names
         assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "build")) or "earlier" in name]

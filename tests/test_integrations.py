@@ -60,7 +60,7 @@ def test_entry_points():
     """pyproject.toml names functions that exist."""
     tomllib = pytest.importorskip("tomllib")
     groups = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert set(groups) == {"vllm.general_plugins", "sglang.srt.plugins"}
+    assert set(groups) == {"vllm.general_plugins", "sglang.srt.plugins", "pyinstaller40"}
     for group in groups.values():
         for target in group.values():
             module, function = target.split(":")
