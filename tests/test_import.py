@@ -35,6 +35,7 @@ LAYER = """
             hidden_states = self.two(hidden_states)
             return residual + hidden_states
 
+    torch.manual_seed(0)
     x = torch.randn(4, 8)
 """
 FIRST = """
@@ -213,7 +214,9 @@ def test_options_of_python(options, tmp_path):
         try:
             rmsnorm_cuda.rms_norm(x, 7)
         except RuntimeError:
-            sys.exit(len(fused) != 1 or m.steps != [0] or not torch.allclose(y, want))
+            # Sums of terms of about 1, which nearly cancel in places.
+            right = len(fused) == 1 and m.steps == [0] and torch.allclose(y, want, atol=1e-6)
+            sys.exit(0 if right else f"{fused} {m.steps} {y - want}")
         sys.exit("it was not refused")
     """
     run(tmp_path, strict, FIRST, LAYER, use, options=options.split())
