@@ -116,8 +116,10 @@ def jobs():
 
 def ops_flags(torch):
     """To compile csrc/torch."""
+    # torch 2.11 is of C++17. Its headers hold std::ostringstream::str(), which C++20 takes from libstdc++ 11, too new for a wheel.
+    standard = "c++17" if torch.layer == "torch2.11" else "c++20"
     # at::parallel_for is inline and serial without -fopenmp; the runtime is libgomp.so.1, torch's own.
-    flags = ["-std=c++20", "-O2", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = [f"-std={standard}", "-O2", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     return [*flags, "-isystem", str(torch.folder / "include")]
 
 
