@@ -2,10 +2,11 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
-#include <string>
 
 #include "launch.h"
 
@@ -27,26 +28,34 @@ int driver_version() {
 
 namespace {
 
-std::string major_minor(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
+// Text by snprintf: what std::string instantiates here would be a symbol of this library that others see.
+struct Text {
+  char value[200];
+};
 
 // A runtime works with every driver of its own series, and newer ones.
-std::string driver_too_old() {
-  const int series = runtime_version() / 1000;
-  const std::string branch = series == 12 ? " (R525)" : series == 13 ? " (R580)" : "";
-  const std::string wanted = "these kernels need one of CUDA " + major_minor(series * 1000) + branch + " or newer";
-  const int driver = driver_version();
-  if (driver == 0) return "there is no NVIDIA driver, and " + wanted;
-  return "the NVIDIA driver is of CUDA " + major_minor(driver) + ", too old: " + wanted;
+Text driver_too_old() {
+  Text text;
+  const int series = runtime_version() / 1000, driver = driver_version();
+  const char* branch = series == 12 ? " (R525)" : series == 13 ? " (R580)" : "";
+  const auto write = [&](const char* format, auto... versions) {
+    std::snprintf(text.value, sizeof text.value, format, versions..., series, branch);
+  };
+  if (driver == 0) {
+    write("there is no NVIDIA driver, and these kernels need one of CUDA %d.0%s or newer");
+  } else {
+    write("the NVIDIA driver is of CUDA %d.%d, too old: these kernels need one of CUDA %d.0%s or newer", driver / 1000,
+          driver % 1000 / 10);
+  }
+  return text;
 }
 
 }  // namespace
 
 const char* error_string(int error) {
   if (error == cudaErrorInsufficientDriver) {
-    static const std::string sentence = driver_too_old();
-    return sentence.c_str();
+    static const Text sentence = driver_too_old();
+    return sentence.value;
   }
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
@@ -75,9 +84,11 @@ Device ask(int device) {
 bool overlapping() {
   static const bool wanted = [] {
     const char* value = std::getenv("RMSNORM_CUDA_PDL");
-    const std::string wish = value != nullptr && *value ? value : "0";
-    if (wish != "0" && wish != "1") throw std::runtime_error("RMSNORM_CUDA_PDL is '" + wish + "': expected 1, 0 or unset");
-    return wish == "1";
+    if (value == nullptr || std::strcmp(value, "") == 0 || std::strcmp(value, "0") == 0) return false;
+    if (std::strcmp(value, "1") == 0) return true;
+    Text text;
+    std::snprintf(text.value, sizeof text.value, "RMSNORM_CUDA_PDL is '%s': expected 1, 0 or unset", value);
+    throw std::runtime_error(text.value);
   }();
   return wanted && device().arch >= 90;
 }
