@@ -125,8 +125,7 @@ def find_torches():
             else f"torch is not installed in this build environment, where pip does not show what is installed outside; `pip install "
             f"'{wanted}' ninja 'setuptools>=77'` first, then build with `pip install --no-build-isolation`."
         )
-        least, given = ([int(n) for n in re.findall(r"\d+", version)[:2]] for version in (wanted, torch.version))
-        if given < least:
+        if layers.is_too_old(torch.version, wanted):
             fail(f"torch {torch.version} was found, and {wanted} is needed; `pip install '{wanted}'`.")
         result[torch.layer] = torch
     return list(result.values())

@@ -10,20 +10,19 @@ import os
 import platform
 import re
 import shlex
-import struct
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from .build_layers import KERNELS, OPS, PACKAGE, built_layers, layer_name
+from .build_layers import KERNELS, OPS, PACKAGE, binding_name, built_layers, is_too_old, is_whole, layer_name
 from .supported import TORCH
 
 _LIBRARIES = PACKAGE / "lib"
 
 
 def carried() -> list[str]:
-    """The versions of torch that there are builds for, such as "2.13"."""
-    found = {path.parent.name.removeprefix("torch").partition("-")[0] for path in _LIBRARIES.glob(f"torch*/{OPS}")}
+    """The versions of torch that the package came with builds for, such as "2.13"."""
+    found = {path.parent.name.removeprefix("torch") for path in _LIBRARIES.glob(f"torch*/{OPS}")}
+    found = {version for version in found if not re.search(r"-[0-9a-f]{16}$", version)}  # of build_layers.py
     return sorted(found, key=lambda version: [int(n) for n in re.findall(r"\d+", version)])
 
 
@@ -32,16 +31,6 @@ def torch_libraries() -> Path:
     import torch
 
     return built_layers(torch.__version__)[0] or _LIBRARIES / layer_name(torch.__version__)
-
-
-def is_whole(library: Path) -> bool:
-    """Whether the file goes on to the end of its ELF section table. To load one that was cut kills the process."""
-    with library.open("rb") as file:
-        head = file.read(64)
-    if len(head) < 64 or head[:4] != b"\x7fELF":
-        return False
-    (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
-    return library.stat().st_size >= table + size * count
 
 
 def load(package: str) -> None:
@@ -61,17 +50,19 @@ def load(package: str) -> None:
 
     python, version = shlex.quote(sys.executable), torch.__version__
     build = f"`{python} {shlex.quote(str(PACKAGE / 'build_layers.py'))}`, which takes g++ and a minute"
-    numbers = [int(n) for n in re.findall(r"\d+", version)[:2]]
-    if numbers and numbers < [int(n) for n in re.findall(r"\d+", TORCH)[:2]]:
+    kernels = _LIBRARIES / KERNELS
+    if is_too_old(version, TORCH):
         raise ImportError(f"rmsnorm_cuda needs {TORCH}, and this is torch {version}; `pip install '{TORCH}'`.")
-    if not (_LIBRARIES / KERNELS).exists():
+    if not kernels.exists() or not is_whole(kernels):
         if (PACKAGE.parent / "setup.py").exists():
-            build = f"`cd {shlex.quote(str(PACKAGE.parent))} && {python} setup.py build_ext --inplace`"
+            mend = f"build it by `cd {shlex.quote(str(PACKAGE.parent))} && {python} setup.py build_ext --inplace`"
         else:  # pip's cache would give what it built before
-            build = f"`{python} -m pip install --force-reinstall --no-cache-dir --no-deps --no-build-isolation <its wheel or sources>`"
+            options = "--force-reinstall --no-cache-dir --no-deps --no-build-isolation"
+            mend = f"install it again by `{python} -m pip install {options} <its wheel or sources>`"
+        what = f"was cut: {kernels} ends too early" if kernels.exists() else f"is not compiled in {PACKAGE}"
         raise ImportError(
-            f"rmsnorm_cuda is not compiled in {PACKAGE}. If that is the source tree and the package is installed, start Python "
-            f"in another directory; otherwise build it by {build}."
+            f"rmsnorm_cuda {what}. If that is the source tree and the package is installed, start Python in another directory; "
+            f"otherwise {mend}."
         )
     try:
         folder, refused = built_layers(version)
@@ -84,18 +75,18 @@ def load(package: str) -> None:
             f"rmsnorm_cuda in {PACKAGE} carries builds for torch {', '.join(carried()) or '(none)'}, and this is torch {version}; "
             f"build it for this one by {build}.{refused}"
         )
-    bindings = [path for path in (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES) if path.exists()]
+    libraries, binding = (folder / OPS, kernels), folder / binding_name()
     pythons = ", ".join(sorted(file.name.split(".")[1] for file in folder.glob("_C.*.so")))
-    if pythons and not bindings:
+    if pythons and not binding.exists():
         raise ImportError(
             f"rmsnorm_cuda in {PACKAGE} was built for another Python ({pythons}), and this is {platform.python_implementation()} "
             f"{platform.python_version()}; install it with this Python's pip, or build it by {build}."
         )
-    libraries = folder / OPS, _LIBRARIES / KERNELS
     try:
-        if not all(path.exists() and is_whole(path) for path in (*libraries, *bindings)) or not bindings:
-            raise ImportError("a library is not there, or was cut")
-        module = _import(f"{package}._C", bindings[0])
+        for path in (folder / OPS, binding):
+            if not path.exists() or not is_whole(path):
+                raise ImportError(f"{path.name} is not there, or was cut")
+        module = _import(f"{package}._C", binding)
         for path, there in zip(libraries, module.libraries(), strict=True):
             if not os.path.samefile(path, there):
                 raise ImportError(f"{there} was loaded before, and is used in place of {path}")

@@ -3,10 +3,10 @@
     python .../rmsnorm_cuda/build_layers.py
 
 A wheel carries them for the releases of torch that it knows. For any other torch (a newer release, a nightly, a vendor's
-build) run this file by its path, which works although the package cannot be imported. It takes g++ and a minute: no nvcc, no
-network, no pip. The layers go into the package's lib/ or, where that cannot be written, into the user's cache, where the
+build) run this file by its path, which works although the package cannot be imported. It takes g++ and a minute of CPU time: no
+nvcc, no network, no pip; nothing where the package loads already. The layers go into the package's lib/ or, where that cannot be written, into the user's cache, where the
 package looks too: RMSNORM_CUDA_CACHE, else $XDG_CACHE_HOME/rmsnorm_cuda, else ~/.cache/rmsnorm_cuda. Two at once do not hurt
-each other: each builds in a folder of its own, which takes its place whole.
+each other: each builds in a folder of its own, which takes its place whole, once it loads.
 
 CXX names another compiler, MAX_JOBS how many run at once, LDFLAGS more options for the linker. setup.py builds with the same
 flags, from here.
@@ -20,7 +20,9 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import stat
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -67,6 +69,12 @@ def layer_name(version):
     return f"torch{release[1] if release else version}"
 
 
+def is_too_old(version, wanted):
+    """Whether a torch is older than the requirement "torch>=..." allows, by major and minor version."""
+    given, least = ([int(n) for n in re.findall(r"\d+", text)[:2]] for text in (version, wanted))
+    return bool(given) and given < least
+
+
 def find_torch(where=None):
     """The torch in that folder, or the one that this Python would import, without importing it; or None."""
     spec = importlib.machinery.PathFinder.find_spec("torch", [where]) if where else importlib.util.find_spec("torch")
@@ -107,7 +115,7 @@ def jobs():
     """How many compilers may run at once, if MAX_JOBS says it, as a string."""
     value = os.environ.get("MAX_JOBS")
     if value and not (value.isdecimal() and int(value)):
-        fail(f"MAX_JOBS={value!r} is not understood; expected a number.")
+        fail(f"MAX_JOBS={value!r} is not understood; expected a positive number.")
     return value
 
 
@@ -191,15 +199,27 @@ def built_layers(version):
     for parent in (PACKAGE / "lib", cache):
         if parent and any(parent.glob(f"torch{glob_escape(version)}-*")):  # otherwise nothing is to be hashed at import
             folder = parent / built_name(version)
-            if folder.is_dir():
-                refused = why_not_trusted(folder) if parent == cache else None
-                if not refused:
-                    return folder, None
+            if parent == cache and folder.is_dir():
+                refused = why_not_trusted(folder)
+            if not refused and all(os.path.exists(folder / name) for name in (OPS, binding_name())):
+                return folder, None
     return None, refused
 
 
+def is_whole(library):
+    """Whether the file goes on to the end of its ELF section table. To load one that was cut kills the process."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:4] != b"\x7fELF":
+        return False
+    (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return library.stat().st_size >= table + size * count
+
+
 def why_not_trusted(folder):
-    """The part of the path that somebody else may write to, as a sentence's subject and verb; None: there is none."""
+    """What is wrong with a folder of the cache, in a sentence: somebody else may write to it. None: nothing is."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return f"{folder} cannot be read"
     folder = Path(os.path.realpath(folder))
     for path in (folder, *folder.parents):
         try:
@@ -246,31 +266,43 @@ def put_in_place(made, folder):
             shutil.rmtree(made)
 
 
+def loads(code):
+    """Whether a fresh Python runs it; what it says, if not."""
+    run = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    return run.returncode == 0, run.stderr
+
+
 def build(torch, cxx):
     """Builds both layers and returns their folder."""
+    most = int(jobs() or os.cpu_count() or 1)
     made, folder = make_destination(built_name(torch.version))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was made is removed then, too
     try:
-        csrc = sources()
+        csrc, lib = sources(), PACKAGE / "lib"
         files = [(path, ops_flags(torch)) for path in sorted((csrc / "torch").glob("*.cpp"))]
         files.append((csrc / "python" / "bindings.cpp", binding_flags(torch)))
         commands = [[*cxx, *flags, "-c", str(path), "-o", str(made / f"{path.stem}.o")] for path, flags in files]
         waiting, running, failed = commands[::-1], [], False
+        print(f"rmsnorm_cuda: building the layers for torch {torch.version}, which takes a minute of CPU time", flush=True)
         while waiting or running:
-            if waiting and len(running) < int(jobs() or os.cpu_count() or 1):
+            if waiting and len(running) < most:
                 running.append(subprocess.Popen(waiting.pop()))
             else:
                 failed |= running.pop(0).wait() != 0
         *ops_objects, binding_object = (command[-1] for command in commands)
-        ops, lib = made / OPS, PACKAGE / "lib"
-        in_package = folder.parent == lib
-        rpaths = [] if in_package else [f"{lib}:{torch.folder / 'lib'}"]
+        ops, binding = made / OPS, made / binding_name()
+        rpaths = [] if folder.parent == lib else [f"{lib}:{torch.folder / 'lib'}"]
         for target, objects, flags in (
             (ops, ops_objects, ops_link(torch, lib, *rpaths)),
-            (made / binding_name(), [binding_object], binding_link(torch, lib, ops, *(f"$ORIGIN:{p}" for p in rpaths))),
+            (binding, [binding_object], binding_link(torch, lib, ops, *(f"$ORIGIN:{path}" for path in rpaths))),
         ):
             failed = failed or subprocess.run([*cxx, "-shared", "-o", str(target), *objects, *flags]).returncode != 0
         if failed:
-            fail(f"the build for torch {torch.version} failed; the compiler's message is above. A newer rmsnorm_cuda may know this torch.")
+            fail(f"`{shlex.join(cxx)}` does not build the layers for torch {torch.version}; what it said is above.")
+        code = f"import torch, importlib.util as u; s = u.spec_from_file_location('_C', {str(binding)!r}); "
+        right, said = loads(code + "m = u.module_from_spec(s); s.loader.exec_module(m); m.libraries()")
+        if not right:
+            fail(f"what was built does not load beside torch {torch.version}:\n{said}")
         for path in made.glob("*.o"):
             path.unlink()
         put_in_place(made, folder)
@@ -285,20 +317,22 @@ def main():
         sys.exit(sys.argv[1:] not in (["-h"], ["--help"]))
     sys.path = [path for path in sys.path if os.path.abspath(path) != str(PACKAGE)]  # this script's folder
     torch = find_torch() or fail(f"torch is not installed for {sys.executable}.")
+    wanted = runpy.run_path(str(PACKAGE / "supported.py"))["TORCH"]
+    if is_too_old(torch.version, wanted):
+        fail(f"torch {torch.version} was found, and {wanted} is needed; `pip install '{wanted}'`.")
+    kernels = PACKAGE / "lib" / KERNELS
+    if not kernels.exists() or not is_whole(kernels):
+        fail(f"{kernels} is not there, or was cut: install or build the package first.")
+    if loads(f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rmsnorm_cuda")[0]:
+        print(f"rmsnorm_cuda loads beside torch {torch.version} as it is; nothing is to be built.")
+        return
     cxx = find_compiler()
-    if not (PACKAGE / "lib" / KERNELS).exists():
-        fail(f"there is no lib/{KERNELS} in {PACKAGE}: the kernels are not compiled, and install or build the package first.")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         fail(f"Python.h of {sys.executable} was not found; install Python's headers (python3-dev or python3-devel).")
-    print(f"rmsnorm_cuda: building the layers for torch {torch.version}, which takes a minute", flush=True)
     try:
-        folder = build(torch, cxx)
+        print(f"rmsnorm_cuda: built in {build(torch, cxx)}")
     except ValueError as error:
         fail(f"{error}.")
-    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rmsnorm_cuda"
-    if subprocess.run([sys.executable, "-c", code], cwd="/").returncode:
-        fail(f"what was built in {folder} does not load; the message is above.")
-    print(f"rmsnorm_cuda: built in {folder}")
 
 
 if __name__ == "__main__":
