@@ -103,7 +103,8 @@ def test_torch_that_is_not_carried(version, tmp_path, package):
     (package / "lib" / "torch2.9").mkdir()
     (package / "lib" / "torch2.9" / build_layers.OPS).touch()
     said = last_line("import rmsnorm_cuda", fake_torch(tmp_path / "other", version), package.parent, cwd=tmp_path)
-    assert f"carries builds for torch 2.9, {LAYER.removeprefix('torch')}" in said and f"this is torch {version}; build it for this one by" in said
+    carried = ", ".join(["2.9", *binary.carried()])
+    assert f"carries builds for torch {carried}, and this is torch {version}; build it for this one by" in said
     assert COMMAND.format(package) in said
 
 
@@ -212,12 +213,15 @@ def test_installation_of_links(farm, tmp_path, package):
 def test_frozen_application(tmp_path):
     """PyInstaller takes the libraries along, by the hook that the package brings. Torch stays outside: it takes minutes."""
     pytest.importorskip("PyInstaller")
+    if torch.version.cuda:
+        pytest.skip("gigabytes of CUDA's libraries would be copied")
     (point,) = (e for e in entry_points(group="pyinstaller40") if e.value.startswith("rmsnorm_cuda"))
     (tmp_path / "app.py").write_text(f"import sys; sys.path += sys.argv[1:]; {FILES}")
     outside = "torch", "transformers", "numpy", "unittest", "kernels", "vllm", "torchtitan", "megatron", "setuptools", "pytest"
     options = [f"--additional-hooks-dir={point.load()()[0]}", *(f"--exclude-module={name}" for name in outside)]
     command = [sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level=ERROR", *options, "app.py"]
     subprocess.run(command, cwd=tmp_path, check=True)
+    shutil.rmtree(tmp_path / "dist" / "app" / "_internal" / "torch", ignore_errors=True)  # libraries of its alone
     path = [p for p in sys.path if p and Path(p) != PACKAGE.parent]
     run = subprocess.run([tmp_path / "dist" / "app" / "app", *path], cwd="/", capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -247,6 +251,68 @@ def test_kernels_that_are_not_there(what, tmp_path, package):
         assert re.search(mend, said)
     said, succeeds = build(package)
     assert not succeeds and said == f"rmsnorm_cuda: {kernels} is not there, or was cut: install or build the package first.\n"
+
+
+# What vLLM and SGLang do with the entry points of a group, without what they catch; and what they do it with.
+LOAD = """if True:
+    from importlib.metadata import entry_points
+    for plugin in entry_points(group="{}"):
+        if plugin.name == "rmsnorm_cuda":
+            plugin.load()()
+"""
+SERVERS = {
+    "vLLM": (LOAD.format("vllm.general_plugins"), "vllm", "from vllm.plugins import load_general_plugins; load_general_plugins()"),
+    "SGLang": (LOAD.format("sglang.srt.plugins"), "sglang", "from sglang.srt.plugins import load_plugins; load_plugins()"),
+}
+
+
+def load_plugins(code, package, *path, **environment):
+    """What a server prints that has our entry points, and this package."""
+    groups = re.findall(r'^\[project\.entry-points\."(.*)"\]\n(.*) = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert len(groups) == len(SERVERS)
+    info = package.parent / f"rmsnorm_cuda-{rmsnorm_cuda.__version__}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rmsnorm_cuda\nVersion: {rmsnorm_cuda.__version__}\n")
+    (info / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {target}\n" for group, name, target in groups))
+    shutil.copy(rmsnorm_cuda_plugins.__file__, package.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*path, package.parent]))} | environment
+    run = subprocess.run([sys.executable, "-c", code], cwd=package.parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stdout + run.stderr, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("spoilt", ["nothing compiled", "another torch", "an error"])
+@pytest.mark.parametrize("server", SERVERS)
+def test_server_that_cannot_import_the_package(server, spoilt, tmp_path, package):
+    """It logs one line and goes on."""
+    other = [fake_torch(tmp_path / "other", "3.0.0")] if spoilt == "another torch" else []
+    if spoilt == "nothing compiled":
+        shutil.rmtree(package / "lib")
+    elif spoilt == "an error":
+        (package / "__init__.py").write_text("raise RuntimeError('this\\nand that')")
+    said = load_plugins(SERVERS[server][0], package, *other, SGLANG_PLUGINS="rmsnorm_cuda")
+    reason = {
+        "nothing compiled": f"ImportError: rmsnorm_cuda is not compiled in {package}. ",
+        "another torch": f"ImportError: rmsnorm_cuda in {package} carries builds for torch ",
+        "an error": "RuntimeError: this\n",
+    }[spoilt]
+    assert said.startswith(f"rmsnorm_cuda: {server} keeps its own norms: {reason}") and said.count("\n") == 1, said
+
+
+def test_sglang_that_did_not_ask_for_the_package(package):
+    shutil.rmtree(package / "lib")
+    assert load_plugins(SERVERS["SGLang"][0], package, SGLANG_PLUGINS="") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", SERVERS)
+def test_real_server_that_cannot_import_the_package(server, package):
+    _, name, code = SERVERS[server]
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{server} is not installed")
+    shutil.rmtree(package / "lib")
+    lines = load_plugins(code, package, SGLANG_PLUGINS="rmsnorm_cuda").splitlines()
+    assert len([line for line in lines if f"rmsnorm_cuda: {server} keeps its own norms: ImportError: " in line]) == 1, lines
 
 
 def test_site_packages_that_cannot_be_written(tmp_path, package):
