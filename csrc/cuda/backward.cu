@@ -416,7 +416,7 @@ int64_t rms_norm_backward_workspace(const RmsNormBackward& p) {
 int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const Device here = device();
-  if (here.multiprocessors == 0) return cudaErrorNoDevice;
+  if (here.multiprocessors == 0) return why_no_device();
   const Layout layout(p, here);
   if (layout.in_double) return backward_in_double(p, s);
 

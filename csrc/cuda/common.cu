@@ -93,6 +93,13 @@ bool overlapping() {
   return wanted && device().arch >= 90;
 }
 
+int why_no_device() {
+  int current = 0;
+  const cudaError_t error = cudaGetDevice(&current);
+  cudaGetLastError();
+  return error == cudaSuccess ? cudaErrorNoDevice : error;
+}
+
 Device device() {
   constexpr int kKnownDevices = 64;  // the answer costs microseconds, and never changes
   static Device known[kKnownDevices];

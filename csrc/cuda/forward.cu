@@ -405,7 +405,7 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   }
   if (in_double) return forward_in_double(p, s);
   const Device here = device();
-  if (here.multiprocessors == 0) return cudaErrorNoDevice;
+  if (here.multiprocessors == 0) return why_no_device();
 
   const Quant& quant = p.quant;
   const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, quant.data != nullptr);

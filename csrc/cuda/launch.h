@@ -10,6 +10,9 @@ namespace rmsnorm::cuda {
 // The current device; multiprocessors is 0 if there is none that answers.
 Device device();
 
+// The cudaError_t by which device() found none: the driver may be too old.
+int why_no_device();
+
 // Rows in double, for any dtypes, and sums of any dtypes: slow.cu.
 int add_any(const RmsNormForward& p, cudaStream_t stream);
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream);
