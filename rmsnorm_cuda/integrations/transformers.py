@@ -115,8 +115,7 @@ def replace_rms_norm(
     new_of: dict[nn.Module, RMSNorm] = {}
     known: dict[tuple, Recognized | str] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        meant = match(name, module) if match else _may_be_rms_norm(module)
-        if is_a(module, RMSNorm) or not meant:
+        if is_a(module, RMSNorm) or not (match(name, module) if match else _may_be_rms_norm(module)):
             continue
         parent, child = _slot(model, name)
         found = _reason_to_skip(module, parent) or _recognize_once(module, known)
