@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import math
 import sys
 import threading
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from .again import is_a
 from .functional import _C, is_dynamo_compiling
-from .integrations.families import _InWeightDtype, _OfAnyWidth
+from .integrations.families import _InWeightDtype, _OfAnyWidth, called_with
 from .modules import RMSNorm
 
 _forward_op = torch.ops.rmsnorm_cuda.rms_norm_forward.default
@@ -522,7 +524,10 @@ def _new(cls: type) -> RMSNorm:
 
 def _reduce_ex(self, protocol):
     """A copy is of the original class."""
-    return _new, (self._original,), {key: value for key, value in self.__getstate__().items() if key != "_watch"}
+    function, arguments, state, *rest = self._original.__reduce_ex__(self, max(protocol, 2))
+    state = {key: value for key, value in state.items() if key != "_watch"}
+    function = _new if function is copyreg.__newobj__ else function  # which asks for its argument's class
+    return function, tuple(self._original if argument is type(self) else argument for argument in arguments), state, *rest
 
 
 # By code, which the classes of an earlier import of the package have as well.
@@ -534,11 +539,17 @@ _FORWARDS = {
 _WATCHED: dict[type, type] = {}
 
 
+def _computes(cls: type) -> type:
+    """The class whose forward this is; a twin's is the same by another name of its input."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return vars(owner).get("_computes", cls)
+
+
 def _reason_to_skip(module: RMSNorm) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on this instance (accelerate hooks, kernels, ...)"
     known = (*_FORWARDS, *(forward.__code__ for forward in _FORWARDS.values()))
-    if getattr(type(module).forward, "__code__", None) not in known:
+    if getattr(_computes(type(module)).forward, "__code__", None) not in known:
         return f"{type(module).__name__} has a forward of its own"
     return ""
 
@@ -551,7 +562,7 @@ def _start(module: RMSNorm, watch: _Watch) -> None:
         module._watch = watch
         return
     if cls not in _WATCHED:
-        forward = _FORWARDS[cls.forward.__code__]
+        forward = called_with(_FORWARDS[_computes(cls).forward.__code__], cls.forward)
         body = {"forward": forward, "_original": cls, "_watch": None, "__reduce_ex__": _reduce_ex}
         _WATCHED[cls] = type(cls.__name__, (cls,), body | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
     module.__class__ = _WATCHED[cls]
@@ -592,16 +603,19 @@ def _faulty_settings(model: nn.Module, norms: dict[str, RMSNorm]) -> list[Alarm]
 
 def _ways_of_the_family(model: nn.Module) -> set[tuple[float, bool]]:
     """How the RMSNorms round that transformers has for this kind of model; empty if that is not what it is."""
-    from .integrations.families import recognize
     from .integrations.transformers import norm_classes
 
-    ways = set()
-    for module in {sys.modules[type(m).__module__] for m in model.modules() if "transformers.models" in type(m).__module__}:
-        for cls in norm_classes(module).values():
-            try:
-                found = recognize(cls(64))
-            except Exception:  # it wants something else to be built
-                continue
-            if not isinstance(found, str):
-                ways.add((found.family.weight_offset, found.family.cast_before_weight))
-    return ways
+    modules = {sys.modules[type(m).__module__] for m in model.modules() if "transformers.models" in type(m).__module__}
+    ways = {_way_of(cls) for module in modules for cls in norm_classes(module).values()}
+    return {way for way in ways if way is not None}
+
+
+@functools.cache
+def _way_of(cls: type[nn.Module]) -> tuple[float, bool] | None:
+    from .integrations.recognize import recognize
+
+    try:
+        found = recognize(cls(64))
+    except Exception:  # it wants something else to be built
+        return None
+    return None if isinstance(found, str) else (found.family.weight_offset, found.family.cast_before_weight)

@@ -1,13 +1,12 @@
-"""The RMSNorms that models are built with, and which of them a module is: found by what it computes, not by its name."""
+"""The RMSNorms that models are built with, and our module in place of one of them."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
-import warnings
+import types
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import rms_norm
@@ -30,20 +29,6 @@ FAMILIES = (
     Family("gemma", 1.0, False, "input", ("eps",), "Gemma 1/2/3, T5Gemma, Qwen3-Next, Qwen 3.5"),
     Family("t5", 0.0, True, "weight", ("variance_epsilon",), "T5, MT5, UMT5, LongT5, Switch Transformers, Idefics"),
 )
-_OF_NO_WEIGHT = FAMILIES[:1]  # without a weight there is one rounding, whatever the family
-
-# Input and weight, in what models run in. Where a module takes no mixed pair, the other two decide.
-_PAIRS = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.bfloat16),
-]
-
-
-class Recognized(NamedTuple):
-    family: Family
-    eps: float | None
 
 
 class _OfAnyWidth(RMSNorm):
@@ -78,130 +63,131 @@ def normalize(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: flo
     return rms_norm(x, shape, weight, eps, weight_offset=family.weight_offset, cast_before_weight=family.cast_before_weight)
 
 
-def twin(old: nn.Module, family: Family, eps: float | None) -> RMSNorm:
+def twin(old: nn.Module, family: Family, eps: float | None, eps_name: str | None = None) -> RMSNorm:
     """Our module on the very state of `old`: the same dictionaries of parameters and hooks, not copies.
 
     So a hook handle taken from either one removes the hook from both, and a parameter assigned to one
-    (load_state_dict(assign=True), to_empty()) is there in the other.
+    (load_state_dict(assign=True), to_empty()) is there in the other. It is an instance of the class of `old` too, is called
+    with the same parameter name, and has its other methods; what it calls eps, `eps_name`, is another name of eps.
     """
-    weight = getattr(old, "weight", None)
-    shape = getattr(old, "normalized_shape", None) or (None if weight is None else tuple(weight.shape))
-    cls = _OfAnyWidth if shape is None else _InWeightDtype if family.result == "weight" else RMSNorm
-    new = cls.__new__(cls)
+    new = object.__new__(type(old))
     vars(new).update(vars(old))
-    new._parameters.setdefault("weight", None)
-    new.normalized_shape = (shape,) if isinstance(shape, int) else shape
-    new.eps = eps
-    new.elementwise_affine = weight is not None
-    new.weight_offset = family.weight_offset
-    new.cast_before_weight = family.cast_before_weight
+    become_twin(new, family, eps, eps_name)
     return new
 
 
-def recognize(module: nn.Module) -> Recognized | str:
-    """The family and eps with which twin() computes what the module computes, or a sentence why there are none.
-
-    A copy of the module with a random weight is called on rows of several sizes in fp32, bf16 and their mixtures, on
-    the CPU, and compared with the twin of each family. The module itself, its hooks and its weights take no part.
-    """
-    reason = _another_structure(module)
-    if reason:
-        return reason
-    weight = module._parameters.get("weight")
-    shape = getattr(module, "normalized_shape", None) or ((256,) if weight is None else weight.shape)
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    if weight is not None and (weight.shape != shape or weight.numel() < 2):
-        return f"its weight has the shape {list(weight.shape)}, and one number for each column is expected"
-    numbers = {name: value for name, value in vars(module).items() if type(value) is float and 0 <= value < 1}
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(8, *shape, generator=generator, device="cpu")  # even where torch.device("meta") is set
-    # An eps shows in rows whose mean of squares is about as large; a tiny one is left to rows that it does not reach.
-    scales = [1.0, 2e-4, *(value**0.5 for value in numbers.values() if 1e-20 < value < 1)]
-    x = torch.cat([rows * scale for scale in scales])
-    gain = None if weight is None else 1 + torch.randn(shape, generator=generator, device="cpu") / 4
-    theirs, error = {}, None
-    for pair in _PAIRS if gain is not None else [(torch.float32,) * 2, (torch.bfloat16,) * 2]:
-        try:
-            theirs[pair] = _call(type(module), _copy(module, gain, pair[1]), x.to(pair[0]))
-        except Exception as exception:
-            error = error or exception
-    if not {(dtype, dtype) for dtype in (torch.float32, torch.bfloat16)} <= theirs.keys():
-        return f"it could not be tried on the CPU: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    nearest = 2.0, ""  # the share that differs, and a sentence
-    for family in FAMILIES if gain is not None else _OF_NO_WEIGHT:
-        for eps in _candidates(module, family, numbers):
-            off, where = 0.0, ""
-            for pair, want in theirs.items():
-                ours = twin(_copy(module, gain, pair[1]), family, eps)
-                share = _share_off(_call(type(ours), ours, x.to(pair[0])), want)
-                if share > off:
-                    off, where = share, " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in pair))
-            if off < 0.01:
-                if _heeds_leading_dimensions(module, gain, x):
-                    return "its result depends on how many dimensions there are before the normalized ones"
-                return Recognized(family, eps)
-            if off < nearest[0]:
-                nearest = off, f"{family.name!r} with eps={eps}: {off:.0%} of its values differ in {where}"
-    if not nearest[1]:
-        return "it has no attribute that could be its eps"
-    return f"it computes what no known family computes; the nearest is {nearest[1]}"
+def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: str | None = None) -> None:
+    """twin(), made of the module itself."""
+    state = vars(module)
+    weight = getattr(module, "weight", None)
+    shape = getattr(module, "normalized_shape", None) or (None if weight is None else tuple(weight.shape))
+    base = _OfAnyWidth if shape is None else _InWeightDtype if family.result == "weight" else RMSNorm
+    if eps_name is not None and eps_name != "eps":
+        state.pop(eps_name)  # the class has it
+    module.__class__ = twin_class(type(module), base, eps_name, "normalized_shape" not in state and weight is not None)
+    module._parameters.setdefault("weight", None)
+    state.update(
+        normalized_shape=(shape,) if isinstance(shape, int) else shape,
+        eps=eps,
+        elementwise_affine=weight is not None,
+        weight_offset=family.weight_offset,
+        cast_before_weight=family.cast_before_weight,
+    )
 
 
-def _heeds_leading_dimensions(module: nn.Module, weight: Tensor | None, x: Tensor) -> bool:
-    try:
-        one, two = (_call(type(module), _copy(module, weight, x.dtype), t) for t in (x, x.reshape(2, -1, *x.shape[1:])))
-        return not torch.equal(one.reshape(two.shape), two)
-    except Exception:
-        return True
+def give_back(old: nn.Module, new: RMSNorm) -> None:
+    """Gives the module that `new` is the twin of what happened to `new` since: a hook, a parametrization, another eps."""
+    state = vars(old)
+    made = next(cls for cls in type(new).__mro__ if "_twin_of" in vars(cls) or cls is RMSNorm)
+    eps_name = getattr(made, "_eps_name", None) or "eps"
+    kept = {key: state[key] for key in (*_SETTINGS, eps_name) if key in state}
+    before = kept.get(eps_name)
+    if eps_name in kept and (None if before is None else float(before)) != new.eps:
+        kept[eps_name] = new.eps
+    state.clear()
+    state.update({key: value for key, value in vars(new).items() if key not in _SETTINGS} | kept)
+    if type(new) is not made:  # somebody derived a class from it
+        old.__class__ = rebased(type(new), made, type(old))
 
 
-def _another_structure(module: nn.Module) -> str:
-    name = type(module).__name__
-    if any(True for _ in module.children()):
-        return f"{name} has submodules"
-    others = [key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None and key != "weight"]
-    if others:
-        return f"{name} has {', '.join(others)}, where one parameter is expected, called weight"
-    if getattr(module, "weight", None) is not module._parameters.get("weight"):
-        return f"the weight of {name} is not a parameter"
-    try:
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    except (TypeError, ValueError):
-        return f"the signature of {name}.forward cannot be read"
-    if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
-        return f"{name}.forward takes more than the input: {', '.join(p.name for p in parameters)}"
-    return ""
+_SETTINGS = ("normalized_shape", "eps", "elementwise_affine", "weight_offset", "cast_before_weight")
 
 
-def _candidates(module: nn.Module, family: Family, numbers: dict[str, float]) -> list[float | None]:
-    """None is one for torch.nn.RMSNorm, whose eps=None means that of the type computed in."""
-    named = [getattr(module, name) for name in family.eps if isinstance(getattr(module, name, ""), (float, type(None)))]
-    return list(dict.fromkeys([*named, *numbers.values()]))
+def rebased(cls: type, made: type, original: type) -> type:
+    """`cls`, which parametrize, FSDP or somebody else derived from the class `made`, as it would be derived from `original`."""
+    if cls is made:
+        return original
+    bases = tuple(rebased(base, made, original) if issubclass(base, made) else base for base in cls.__bases__)
+    return type(cls)(cls.__name__, bases, {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")})
 
 
-def _copy(module: nn.Module, weight: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    new = copy.copy(module)
-    new._parameters = {} if weight is None else {"weight": nn.Parameter(weight.to(dtype), requires_grad=False)}
-    if weight is None and "weight" in module._parameters:
-        new._parameters["weight"] = None
+@functools.cache
+def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its_weight: bool) -> type[RMSNorm]:
+    """The class of the twins of `original`: it computes what `base` does, and else is an `original`."""
+    if original is nn.RMSNorm:
+        return base
+
+    def __init__(self, *args, **kwargs):
+        """What type(norm)(...) calls: builds an `original`, and makes a twin of it if it is one."""
+        from .recognize import recognize
+
+        self.__class__ = original
+        self.__init__(*args, **kwargs)
+        found = recognize(self)
+        if not isinstance(found, str):
+            become_twin(self, *found)
+
+    def __reduce_ex__(self, protocol):
+        _, _, *rest = super(made, self).__reduce_ex__(max(protocol, 2))
+        return _new, (original, base, eps_name, of_its_weight), *rest
+
+    def __setattr__(self, name, value):
+        super(made, self).__setattr__(name, value)
+        if name == "weight" and isinstance(value, Tensor):  # the original is as wide as its weight, whichever it is given
+            self.normalized_shape = tuple(value.shape)
+
+    body = {
+        "__doc__": original.__doc__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__init__": __init__,
+        "__reduce_ex__": __reduce_ex__,
+        "_twin_of": original,
+        "_computes": base,
+        "_eps_name": eps_name,
+        "forward": called_with(base.forward, original.forward),
+    }
+    if eps_name is not None and eps_name != "eps":
+        body[eps_name] = property(lambda self: self.eps, lambda self, eps: setattr(self, "eps", eps), doc="Another name of eps.")
+    if of_its_weight:
+        body["__setattr__"] = __setattr__
+    if hasattr(original, "reset_parameters"):
+        body["reset_parameters"] = original.reset_parameters
+    if hasattr(original, "kernel_layer_name"):  # a mark of the `kernels` library, which would put another kernel there
+        body["kernel_layer_name"] = _Absent()
+    made = types.new_class(base.__name__, (base, original), exec_body=lambda namespace: namespace.update(body))
+    return made
+
+
+def _new(*args) -> RMSNorm:
+    return object.__new__(twin_class(*args))
+
+
+class _Absent:
+    """An attribute that the class has and is not to show."""
+
+    def __get__(self, instance, owner):
+        raise AttributeError
+
+
+def called_with(forward: types.FunctionType, other: types.FunctionType) -> types.FunctionType:
+    """`forward`, whose input has the name that it has in `other`: norm(hidden_states=x)."""
+    code, name = forward.__code__, list(inspect.signature(other).parameters)[1]
+    names = code.co_varnames
+    if name in names:
+        return forward
+    code = code.replace(co_varnames=(names[0], name, *names[2:]))
+    new = types.FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+    new.__doc__, new.__qualname__ = forward.__doc__, forward.__qualname__
+    new.__annotations__ = {name if key == names[1] else key: value for key, value in forward.__annotations__.items()}
     return new
-
-
-@torch.no_grad()
-def _call(cls: type, module: nn.Module, x: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.nn.RMSNorm on mixed dtypes
-        return cls.forward(module, x)
-
-
-def _share_off(ours: Tensor, theirs: Tensor) -> float:
-    """How many of the values are further apart than the roundings of fp32 arithmetic put them."""
-    if not isinstance(theirs, Tensor) or theirs.dtype != ours.dtype or theirs.shape != ours.shape:
-        return 1.0
-    if theirs.dtype == torch.float32:
-        # Theirs rounds the sum, the mean, the root and two products. Where the input has 16 bits and the family rounds to it,
-        # a near-tie may fall the other way, but in few elements.
-        off = (ours - theirs).abs() > 8 * torch.finfo(torch.float32).eps * theirs.abs()
-    else:
-        off = ours != theirs
-    return off.float().mean().item()

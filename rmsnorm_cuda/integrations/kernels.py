@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from ..versions import TRACES_MODULE_DICT
-from .families import Recognized, normalize, recognize
+from .families import normalize
+from .recognize import Recognized, recognize
 
 # The names that transformers decorates its norms with; "RMSNormGated" is another function, of two inputs.
 LAYER_NAMES = ("RMSNorm", "RMSNormZeroCentered")

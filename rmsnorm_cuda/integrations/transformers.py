@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import numbers
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from torch import nn
 
 from ..again import is_a
 from ..modules import RMSNorm
-from .families import Family, Recognized, recognize, twin
+from .families import Family, give_back, twin
 from .fuse_residual import fuse, unfuse
+from .recognize import _OF_EVERY_MODULE, Recognized, number, recognize
 
 
 class Replaced(NamedTuple):
@@ -67,7 +69,7 @@ class Replacement(list):
         for name, old, new, _ in self:
             parent, child = _slot(self._model, name)
             if parent is not None and parent._modules.get(child) is new:
-                vars(old).update((key, value) for key, value in vars(new).items() if key in vars(old))
+                give_back(old, new)
                 setattr(parent, child, old)
 
     def __enter__(self) -> Replacement:
@@ -112,6 +114,15 @@ def replace_rms_norm(
     if match is not None and not callable(match):
         raise TypeError(f"replace_rms_norm: expected match to be a function of a name and a module, got {match!r}")
     result = Replacement(model)
+    try:
+        _swap(model, match, fuse_residual, result)
+    except BaseException:
+        result.restore()
+        raise
+    return result
+
+
+def _swap(model: nn.Module, match: Callable[[str, nn.Module], bool] | None, fuse_residual: bool, result: Replacement) -> None:
     new_of: dict[nn.Module, RMSNorm] = {}
     known: dict[tuple, Recognized | str] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -139,7 +150,6 @@ def replace_rms_norm(
                 result.skipped.append(Skipped(name, layer, fused))
             elif fused:
                 result.fused.append(Fused(name, layer, fused))
-    return result
 
 
 @contextlib.contextmanager
@@ -155,7 +165,8 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
     """
     from transformers import monkey_patching
 
-    mapping = {}
+    mapping: dict[str, type] = {}
+    known: dict[tuple, Recognized | str] = {}
     for model_type in model_types:
         try:
             module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
@@ -163,7 +174,7 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
             if not f"transformers.models.{model_type}.modeling_{model_type}".startswith(str(error.name)):
                 raise
             raise ValueError(f"patch_transformers: expected names such as config.model_type has them, got {model_type!r}") from error
-        mapping |= {name: _building_twins(cls) for name, cls in norm_classes(module).items()}
+        mapping |= {name: _building_twins(cls, known) for name, cls in norm_classes(module).items()}
     monkey_patching.register_patch_mapping(mapping)
     try:
         yield mapping
@@ -177,13 +188,13 @@ def norm_classes(module: types.ModuleType) -> dict[str, type]:
     return {name: cls for name, cls in classes.items() if cls.__module__ == module.__name__ and "Norm" in name}
 
 
-def _building_twins(original: type) -> type:
+def _building_twins(original: type, known: dict[tuple, Recognized | str]) -> type:
     """A class to call in place of `original`: builds one, and returns its twin if it is of a known family."""
 
     class Builder(original):
         def __new__(cls, *args, **kwargs):
             old = original(*args, **kwargs)
-            found = recognize(old)
+            found = _recognize_once(old, known)
             return old if isinstance(found, str) else twin(old, *found)
 
     Builder.__name__, Builder.__qualname__ = original.__name__, original.__qualname__
@@ -213,19 +224,16 @@ def _may_be_rms_norm(module: nn.Module) -> bool:
 
 def _reason_to_skip(module: nn.Module, parent: nn.Module | None) -> str:
     if "forward" in vars(module):
-        return "its forward was replaced on this instance (accelerate hooks, kernels, Liger, ...)"
+        return "its forward was replaced on this instance (accelerate hooks, kernels, Liger, ...); swap before that"
     if getattr(module, "_compiled_call_impl", None) is not None or type(parent).__name__ == "OptimizedModule":
         return "it was compiled by itself; swap first, then compile"
     return ""
 
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
-
-
 def _recognize_once(module: nn.Module, known: dict[tuple, Recognized | str]) -> Recognized | str:
     """recognize(), once for all modules of a class that have the same settings and shape, if these are all that they have."""
     attributes = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
-    plain = (int, float, str, torch.dtype, type(None))
+    plain = (numbers.Number, str, torch.dtype, type(None))
     if not all(isinstance(part, plain) for value in attributes.values() for part in (value if isinstance(value, tuple) else [value])):
         return recognize(module)
     held = [*module._parameters.items(), *module._buffers.items()]
