@@ -4,7 +4,9 @@
     residual = hidden_states                        ->  hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
     hidden_states = self.norm(hidden_states)
 
-Names are what they are, and anything may be added to the residual. Any other form is left alone.
+Names are what they are, and anything may be added to the residual. Any other form is left alone, and so is a forward whose source
+is not what runs: compiled as it stands, it has to give the very bytecode. All else is the original's: globals, defaults, what it
+closes over, decorators.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ import __future__
 import ast
 import functools
 import inspect
-import textwrap
 import types
-from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.modules import module as _hooks_of_all
 
 from ..again import is_a, same
 from ..modules import RMSNorm
+from .families import rebased
 
 
 def fuse(layer: nn.Module) -> tuple[str, ...] | str:
@@ -32,8 +34,8 @@ def fuse(layer: nn.Module) -> tuple[str, ...] | str:
         return ()
     if "forward" in vars(layer):
         return "its forward was replaced on this instance, and its norms do not add the residual"
-    hooked = {name for name in ours if layer._modules[name]._forward_hooks or layer._modules[name]._forward_pre_hooks}
-    fused = _fused_class(type(layer), frozenset(ours - hooked))
+    hooked = {name for name in ours if _hooks(layer._modules[name])}
+    fused = _fused_class(type(layer), type(layer).forward, frozenset(ours - hooked))
     if not isinstance(fused, type):
         return fused and fused + (f" that has no hooks ({', '.join(sorted(hooked))} has)" if hooked else "")
     layer.__class__ = fused
@@ -41,13 +43,23 @@ def fuse(layer: nn.Module) -> tuple[str, ...] | str:
 
 
 def unfuse(layer: nn.Module) -> None:
-    if not is_a(layer, _AddsInNorms):
-        return
-    cls, original = type(layer), type(layer)._original
-    if "_original" not in vars(cls):  # fully_shard() made one of it
-        bases = tuple(original if "_original" in vars(base) else base for base in cls.__bases__)
-        original = type(cls)(cls.__name__, bases, {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})
-    layer.__class__ = original
+    if is_a(layer, _AddsInNorms):
+        made = next(cls for cls in type(layer).__mro__ if "_original" in vars(cls))
+        layer.__class__ = rebased(type(layer), made, made._original)
+
+
+def _hooks(norm: nn.Module) -> bool:
+    """Whether there is a hook, of this norm or of every module: it expects the sum, and one result."""
+    return bool(
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or _hooks_of_all._global_forward_hooks
+        or _hooks_of_all._global_forward_pre_hooks
+        or _hooks_of_all._global_backward_hooks
+        or _hooks_of_all._global_backward_pre_hooks
+    )
 
 
 class _AddsInNorms:
@@ -64,69 +76,158 @@ class _AddsInNorms:
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         cls = getattr(norm, "_original", type(norm))  # before a monitor gave it another
         plain = cls is RMSNorm or same(cls, RMSNorm)
-        hooked = norm._forward_hooks or norm._forward_pre_hooks  # which expect the sum, and one result
-        if plain and not hooked and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
+        if plain and not _hooks(norm) and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
             return norm(hidden, residual)
         total = residual + hidden  # promoted or broadcast as torch does it; or another norm has been put there
         return norm(total), total
 
 
 def _rebuild(original: type, norms: frozenset[str]) -> nn.Module:
-    cls = _fused_class(original, norms)
+    cls = _fused_class(original, original.forward, norms)
     cls = cls if isinstance(cls, type) else original  # of another version, whose source is another
     return cls.__new__(cls)
 
 
 @functools.cache  # one class for all layers of a model: torch.compile compiles its forward once
-def _fused_class(cls: type, norms: frozenset[str]) -> type | str | tuple[()]:
-    # Around what the source says lie the decorators that it names, and what a base class puts around
-    # the forward of its subclasses (transformers does, for checkpointing). Ours get both, too.
-    wrappers, forward = [], cls.forward
+def _fused_class(cls: type, outermost: types.FunctionType, norms: frozenset[str]) -> type | str | tuple[()]:
+    decorators, forward = [], outermost
     while hasattr(forward, "__wrapped__"):
-        wrappers.append(forward)
+        decorators.append(forward)
         forward = forward.__wrapped__
-    if not isinstance(forward, types.FunctionType) or forward.__closure__:
-        return "its forward is decorated or calls super(), and its norms do not add the residual"
+    if not isinstance(forward, types.FunctionType):
+        return "its forward is no function of Python, and its norms do not add the residual"
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        source = _Source(forward)
     except (OSError, TypeError, SyntaxError):
         return "the source of its forward is not there, and its norms do not add the residual"
     rewriter = _Rewriter(norms)
-    rewriter.visit(tree)
+    rewritten = rewriter.visit(source.tree())
     if not rewriter.fused:
-        named = any(isinstance(node, ast.Name) and "residual" in node.id for node in ast.walk(tree))
+        if "__class__" in forward.__code__.co_freevars:
+            return "its forward calls super(), and its norms do not add the residual"
+        named = any("residual" in name for name in forward.__code__.co_varnames)
         return "its forward has no addition to the residual right before a norm" if named else ()
-    decorated = "its forward is decorated, and its norms do not add the residual"
     try:
-        new, outer = _compiled(tree, forward)
-    except Exception:  # a decorator that is not to be had in the module
-        return decorated
-    body = {"forward": outer, "_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused)}
-    fused = type(cls)(cls.__name__, (_AddsInNorms, cls), body | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    inner = fused.forward
-    for wrapper in wrappers:
-        if getattr(inner, "__code__", inner) is not getattr(wrapper, "__code__", None):
-            return decorated
-        inner = getattr(inner, "__wrapped__", None)
-    return fused if inner is new else decorated
+        if not _same_code(source.compiled(source.tree()), forward.__code__):
+            return "its forward is not what its source says (the file has changed, or somebody has rewritten it)"
+        code = source.compiled(rewritten)
+        new = _with(forward, code, dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)))
+        new = _decorated(decorators, forward, new)
+    except _Unknown as error:
+        return str(error)
+    body = {"_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    fused = type(cls)(cls.__name__, (_AddsInNorms, cls), body)
+    fused.forward = new  # now: a base class may put decorators around the forward of a new subclass, and they are there already
+    return fused
 
 
-def _compiled(tree: ast.Module, original: types.FunctionType) -> tuple[types.FunctionType, Callable]:
-    """The function of this source, in place of the original one; and with the decorators that are written above it."""
-    ast.increment_lineno(tree, original.__code__.co_firstlineno - 1)  # tracebacks show the original's lines
-    flags = original.__code__.co_flags & __future__.annotations.compiler_flag
-    scope: dict = {}
-    file = original.__code__.co_filename
-    (function,) = tree.body
-    written, globals_ = function.decorator_list, original.__globals__
-    decorators = [eval(compile(ast.Expression(d), file, "eval"), globals_) for d in written]
-    function.decorator_list = []
-    exec(compile(tree, file, "exec", flags=flags, dont_inherit=True), globals_, scope)
-    new = functools.update_wrapper(scope[original.__name__], original, updated=())
-    outer = new
+class _Unknown(Exception):
+    """Why a forward is left alone."""
+
+
+class _Source:
+    """The text of a function, and what it compiles to in the place where it stands: a class, variables around it."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.code = function.__code__
+        lines, _ = inspect.getsourcelines(function)
+        qualname = function.__qualname__.split(".")
+        around = []
+        if free := [name for name in self.code.co_freevars if name != "__class__"]:
+            around += ["def around():", " " + " = ".join(free) + " = None"]
+        if len(qualname) > 1 and qualname[-2] != "<locals>":  # private names have the class's in them
+            around.append(f"{' ' * bool(around)}class {qualname[-2]}:")
+        elif lines[0][:1].isspace():
+            around.append(f"{' ' * bool(around)}if True:")
+        self.text, self.above = "\n".join(around) + "\n" * bool(around) + "".join(lines), len(around)
+        self.tree()
+
+    def tree(self) -> ast.Module:
+        tree = ast.parse(self.text)
+        function = self._function(tree)
+        if function is None:
+            raise SyntaxError
+        function.decorator_list = []
+        return ast.increment_lineno(tree, self.code.co_firstlineno - 1 - self.above)  # tracebacks show the original's lines
+
+    def _function(self, tree: ast.Module) -> ast.FunctionDef | None:
+        named = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == self.code.co_name)
+        return next(named, None)
+
+    def compiled(self, tree: ast.Module) -> types.CodeType:
+        futures = functools.reduce(lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0)
+        module = compile(tree, self.code.co_filename, "exec", flags=self.code.co_flags & futures, dont_inherit=True)
+        found = next((code for code in _all_codes(module) if code.co_name == self.code.co_name), None)
+        if found is None:
+            raise _Unknown("the source of its forward is not there, and its norms do not add the residual")
+        return found
+
+
+def _all_codes(code: types.CodeType):
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _all_codes(constant)
+
+
+_FIELDS = (
+    "co_name", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_flags",
+    "co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_exceptiontable",
+)  # fmt: skip
+
+
+def _same_code(one: types.CodeType, other: types.CodeType) -> bool:
+    """But for where it stands."""
+    if any(getattr(one, field, None) != getattr(other, field, None) for field in _FIELDS) or len(one.co_consts) != len(other.co_consts):
+        return False
+    return all(
+        _same_code(a, b) if isinstance(a, types.CodeType) and isinstance(b, types.CodeType) else type(a) is type(b) and repr(a) == repr(b)
+        for a, b in zip(one.co_consts, other.co_consts, strict=True)
+    )
+
+
+def _with(function: types.FunctionType, code: types.CodeType, cells: dict[str, types.CellType]) -> types.FunctionType:
+    """The function with another code; all else is its own."""
+    if not cells.keys() >= {*code.co_freevars}:
+        raise _Unknown("its forward closes over names that are not there, and its norms do not add the residual")
+    if hasattr(code, "co_qualname"):
+        code = code.replace(co_qualname=function.__code__.co_qualname)
+    closure = tuple(cells[name] for name in code.co_freevars) or None
+    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    new.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(new, function)
+    del new.__wrapped__
+    return new
+
+
+def _decorated(decorators: list[types.FunctionType], forward: types.FunctionType, new: types.FunctionType) -> types.FunctionType:
+    """What the decorators, the outermost first, made of `forward`, made of `new`: the functions that they returned, which close
+    over what they call, and over themselves to tell whether they are the outermost."""
+    instead, filled = {forward: new}, []
     for decorator in reversed(decorators):
-        outer = decorator(outer)
-    return new, outer
+        if not isinstance(decorator, types.FunctionType):
+            raise _Unknown("its forward is decorated by an object, and its norms do not add the residual")
+        code, cells = decorator.__code__, {}
+        for name, cell in zip(code.co_freevars, decorator.__closure__ or (), strict=True):
+            held = _contents(cell)
+            cells[name] = types.CellType() if held in (*decorators, forward) else cell
+            if cells[name] is not cell:
+                filled.append((cells[name], held))
+        if decorator.__wrapped__ not in (held for _, held in filled):
+            raise _Unknown("its forward is decorated, and its norms do not add the residual")
+        outer = _with(decorator, code, cells)
+        outer.__wrapped__, instead[decorator], new = new, outer, outer
+    for cell, held in filled:
+        cell.cell_contents = instead[held]
+    return new
+
+
+def _contents(cell: types.CellType) -> types.FunctionType | None:
+    try:
+        held = cell.cell_contents
+    except ValueError:  # empty
+        return None
+    return held if isinstance(held, types.FunctionType) else None
 
 
 class _Rewriter(ast.NodeTransformer):
