@@ -5,16 +5,17 @@ from __future__ import annotations
 import copyreg
 import functools
 import math
+import operator
 import sys
 import threading
-import weakref
 from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .again import is_a
 from .functional import _C, is_dynamo_compiling
@@ -51,6 +52,9 @@ class RMSNormAlarm(RuntimeError):
         super().__init__(f"{alarm.norm}, step {alarm.step}: {alarm.message}")
         self.alarm = alarm
 
+    def __reduce__(self):  # an exception is built again from its message otherwise
+        return type(self), (self.alarm,)
+
 
 # Columns of a step's figures, one row for each norm.
 _FIGURES = ("rows", "nan", "inf", "small", "least", "mean", "std", "most", "dead", "weight")
@@ -59,6 +63,7 @@ _ROWS, _NAN, _INF, _SMALL, _LEAST, _MEAN, _STD, _MOST, _DEAD, _WEIGHT = range(le
 
 _KEPT_STEPS = 4096  # of more, every other one is let go of
 _ROWS_TO_BE_SURE = 4  # so many rows are not as long as before by chance: one is, once in a million
+_STEPS_TO_FIND_OUT = 3  # whose result a norm is given; in parts that call step() themselves it cannot be
 _WEIGHTS_EVERY = 16  # steps: what is written past autograd, as load_state_dict() and .data do, is seen after so many
 
 
@@ -66,9 +71,9 @@ class _Thread(threading.local):
     """What the norms have told in this thread since its last step."""
 
     def __init__(self, room: int) -> None:
-        self.calls: deque[tuple[int, Tensor, torch.dtype, bool | None]] = deque(maxlen=room)
-        self.last: dict[int, weakref.ref[Tensor]] = {}  # what the last norm of a width was given
+        self.calls: deque[tuple[int, Tensor, torch.dtype]] = deque(maxlen=room)
         self.depth = 0
+        self.provenance: _Provenance | None = None
 
 
 class _Watch:
@@ -79,24 +84,68 @@ class _Watch:
     def __init__(self, index: int, thread: _Thread) -> None:
         self.index, self.thread, self.rstd, self.dtype = index, thread, None, torch.float32
 
-    def saw(self, x: Tensor, rstd: Tensor) -> None:
+    def saw(self, x: Tensor, output: Tensor, rstd: Tensor) -> None:
+        if self.thread.provenance is not None:
+            self.thread.provenance.normed(self.index, x, output)
         if type(rstd) is not Tensor:
             rstd = rstd.to_local() if hasattr(rstd, "to_local") else None
         if rstd is None or rstd.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rstd):
             return  # there is nothing in it
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed layer, once more
-        thread, width = self.thread, x.shape[-1]
-        last = thread.last.get(width)
-        thread.last[width] = weakref.ref(x)
-        thread.calls.append((self.index, rstd, x.dtype, last is not None and last() is x))
+        self.thread.calls.append((self.index, rstd, x.dtype))
+
+
+class _Provenance(TorchDispatchMode):
+    """Finds out, while one forward runs, which norms' results are in what each norm is given.
+
+    Two norms see rows of one length where what is between them adds nothing, and also where both are given the same by design:
+    parallel branches, a context that each layer norms anew. Then the result of the one is not in what the other is given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.within: dict[int, int] = {}  # memory: a bit for each norm whose result is in it
+        self.given: dict[int, int] = {}  # norm: the same of what it was given
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        read, written = _memory((args, kwargs)), _memory(result)
+        bits = functools.reduce(operator.or_, (self.within.get(memory, 0) for memory in read), 0)
+        for memory in written - read:  # new, or somebody's that is free again
+            self.within[memory] = bits
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            named = [*zip(schema.arguments, args), *((a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs)]
+            written |= _memory([value for a, value in named if a.alias_info is not None and a.alias_info.is_write])
+        for memory in written & read:
+            self.within[memory] = self.within.get(memory, 0) | bits
+        return result
+
+    def normed(self, norm: int, x: Tensor, output: Tensor) -> None:
+        bits = functools.reduce(operator.or_, (self.within.get(memory, 0) for memory in _memory(x)), 0)
+        self.given[norm] = self.given.get(norm, 0) | bits
+        self.within.update(dict.fromkeys(_memory(output), bits | 1 << norm))
+
+
+def _memory(tensors: object) -> set[int]:
+    """The storages of all tensors in it; a tensor that has none stands for itself."""
+    found = set()
+    for tensor in torch.utils._pytree.tree_leaves(tensors):
+        if isinstance(tensor, Tensor):
+            try:
+                found.add(tensor.untyped_storage()._cdata)
+            except Exception:
+                found.add(id(tensor))
+    return found
 
 
 class _Step(NamedTuple):
     number: int
     figures: Tensor  # [norms, figures]
     dtypes: dict[int, torch.dtype]  # of what the norms were given
-    alike: set[int]  # norms that were given what the one before was
+    before: dict[int, int]  # the norm that a norm's rows were compared with
     compiled: set[int]
     copied: torch.cuda.Event | None  # figures are there when this has happened
 
@@ -135,6 +184,9 @@ class Monitor:
         self._first_is_open = True
         self._equal = torch.zeros(len(self._list), dtype=torch.float32, device="cpu")  # rows in turn as long as in the norm before
         self._alike: set[int] = set()  # compiled norms that were so from the beginning
+        self._given: dict[int, int] = {}  # a bit for each norm whose result is in what a norm is given, once that was asked
+        self._asked: Counter[int] = Counter()  # norms of which it is to be found out, and for how many steps
+        self._before: dict[int, int] = {}
         self._coming: _Step | None = None
         self._weights: tuple[int, tuple, Tensor] | None = None  # step, versions, sizes
         self._constants: dict[tuple, Tensor] = {}
@@ -149,13 +201,10 @@ class Monitor:
                 _start(module, watch)
                 undo.callback(_stop, module)
             for module in _entries(self.model, self._list):
+                # Not hooks: what Ctrl-C ends calls none of them, and module.compile() would compile them with it.
                 compiled = module._compiled_call_impl
-                if compiled is None:
-                    undo.callback(module.register_forward_pre_hook(_Hook(self._enter)).remove)
-                    undo.callback(module.register_forward_hook(_Hook(self._leave), always_call=True).remove)
-                else:  # module.compile(): a hook would be compiled with it
-                    module._compiled_call_impl = self._stepping(compiled)
-                    undo.callback(setattr, module, "_compiled_call_impl", compiled)
+                module._compiled_call_impl = self._stepping(module._call_impl if compiled is None else compiled)
+                undo.callback(setattr, module, "_compiled_call_impl", compiled)
             self._undo = undo.pop_all()
         return self
 
@@ -171,34 +220,45 @@ class Monitor:
         with torch.no_grad():
             self._step()
 
-    def _enter(self) -> None:
-        self._thread.depth += 1
-
-    def _leave(self) -> None:
-        self._thread.depth -= 1
-        if self._thread.depth <= 0:
-            self.step()
-
-    def _stepping(self, compiled: Callable) -> Callable:
+    def _stepping(self, forward: Callable) -> Callable:
         def call(*args, **kwargs):
-            self._enter()
+            thread = self._thread
+            thread.depth += 1
             try:
-                return compiled(*args, **kwargs)
+                with self._provenance():
+                    return forward(*args, **kwargs)
             finally:
-                self._leave()
+                thread.depth -= 1
+                if thread.depth <= 0:
+                    self.step()
 
         return call
+
+    @contextmanager
+    def _provenance(self) -> Iterator[None]:
+        thread = self._thread
+        if not self._asked or thread.provenance is not None or is_dynamo_compiling():
+            yield
+            return
+        thread.provenance = _Provenance()
+        try:
+            with thread.provenance:
+                yield
+            with self._lock:
+                self._given.update(thread.provenance.given)
+                self._asked = Counter({norm: steps for norm, steps in self._asked.items() if norm not in self._given})
+        finally:
+            thread.provenance = None
 
     def _step(self) -> None:
         thread = self._thread
         calls = list(thread.calls)
         thread.calls.clear()
-        thread.last.clear()
         compiled = set()
         for watch in self._watches:
             if watch.rstd is not None:
                 (rstd, watch.rstd), dtype = (watch.rstd, None), watch.dtype
-                calls.append((watch.index, rstd.to_local() if hasattr(rstd, "to_local") else rstd, dtype, False))
+                calls.append((watch.index, rstd.to_local() if hasattr(rstd, "to_local") else rstd, dtype))
                 compiled.add(watch.index)
         with self._lock:
             step, self._calls = self._calls, self._calls + 1
@@ -209,13 +269,13 @@ class Monitor:
             for i, rstd, *_ in calls:
                 seen[i] = torch.cat([seen[i].reshape(-1), rstd.reshape(-1)]) if i in seen else rstd
             figures = self._figures(seen, step)
-            dtypes = {i: dtype for i, _, dtype, _ in calls}
+            dtypes = {i: dtype for i, _, dtype in calls}
             copied = None
             if figures.is_cuda:  # read in the next step, when it has long been copied
                 there = torch.empty(figures.shape, dtype=figures.dtype, device="cpu", pin_memory=True)
                 there.copy_(figures, non_blocking=True)
                 copied, figures = torch.cuda.current_stream(figures.device).record_event(), there
-            self._coming = _Step(step, figures, dtypes, {i for i, *_, alike in calls if alike}, compiled, copied)
+            self._coming = _Step(step, figures, dtypes, self._before, compiled, copied)
             if copied is None:
                 self._finish()
 
@@ -225,10 +285,11 @@ class Monitor:
         groups: dict[tuple, list[int]] = {}  # what has as many rows of one width is looked at together
         for i, rstd in seen.items():
             groups.setdefault((rstd.shape, rstd.dtype, rstd.device, self._shapes[i]), []).append(i)
-        parts, order = [], []
+        parts, order, self._before = [], [], {}
         for (shape, dtype, there, _), members in groups.items():
             if rows := shape.numel():
                 order += members
+                self._before |= dict(zip(members[1:], members))
                 rstd = torch.stack([seen[i] for i in members]).reshape(len(members), rows)
                 parts.append(_figures(rstd, self._eps_of(members, dtype, there)).to(device))
         figures = torch.cat(parts) if parts else torch.empty(0, _WEIGHT, dtype=torch.float32, device=device)
@@ -260,7 +321,7 @@ class Monitor:
         versions = tuple(None if w is None or w.is_inference() else (id(w), w._version) for w in weights)
         if late or self._weights[1] != versions:
             plain = {i: w.to_local() if hasattr(w, "to_local") else w for i, w in enumerate(weights) if w is not None}
-            plain = {i: w.detach().float() + o if (o := self._list[i].weight_offset) else w.detach() for i, w in plain.items() if w.numel()}
+            plain = {i: w.detach().float() + o if (o := self._list[i].weight_offset) else w.detach() for i, w in plain.items() if w.numel() and not w.is_meta}
             sizes = [torch.full((), math.nan, dtype=torch.float32, device=device)] * len(weights)
             if plain:
                 norms = torch._foreach_norm(list(plain.values()), 2, dtype=torch.float32)
@@ -361,11 +422,20 @@ class Monitor:
             equal = f[:, _DEAD] > 0
             if len(self._steps) == 1:
                 self._alike = {i for i in step.compiled if equal[i]}
-            if alike := self._alike | step.alike:
-                equal[list(alike)] = False
+            unsure = []
+            for i in equal.nonzero().flatten().tolist():
+                if i in step.compiled:
+                    equal[i] = i not in self._alike
+                elif i in self._given:
+                    equal[i] = bool(self._given[i] >> step.before[i] & 1)
+                elif self._asked[i] < _STEPS_TO_FIND_OUT:
+                    self._asked[i] += 1
+                    unsure.append(i)
             self._equal = torch.where(equal, self._equal + rows, 0)
             adds_nothing = "its rows are exactly as long as in the norm before: what is between adds nothing"
-            checks.append((self._equal >= _ROWS_TO_BE_SURE, "dead", lambda i: adds_nothing))
+            is_dead = self._equal >= _ROWS_TO_BE_SURE
+            is_dead[unsure] = False
+            checks.append((is_dead, "dead", lambda i: adds_nothing))
             checks.append((f[:, _WEIGHT] == 0, "dead", lambda i: "its weight is zero"))
         if not checks:
             return []
@@ -456,24 +526,6 @@ def _figures(rstd: Tensor, eps: Tensor) -> Tensor:
     return torch.stack([rows, nan, inf, small, least, mean, std, most, dead], 1).float()
 
 
-class _Hook:
-    """A hook of the model. A copy of the model has one that does nothing."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.call = call
-
-    def __call__(self, *_) -> None:
-        if not is_dynamo_compiling():  # whoever compiles more than the model has to call step()
-            self.call()
-
-    def __reduce__(self):
-        return _Hook, (_nothing,)
-
-
-def _nothing() -> None:
-    pass
-
-
 def _entries(model: nn.Module, norms: list[RMSNorm]) -> list[nn.Module]:
     """Where a forward begins: the model, and what is in it and still holds all norms, as generate() calls it."""
     entries, held = [model], set(norms)
@@ -508,7 +560,7 @@ def _forward(self, x: Tensor, residual: Tensor | None = None):
     if compiling:
         watch.rstd, watch.dtype = results[-1], given.dtype
     else:
-        watch.saw(given, results[-1])
+        watch.saw(given, results[0], results[-1])
     return results[0] if residual is None else results[:2]
 
 
@@ -577,15 +629,15 @@ def _stop(module: RMSNorm) -> None:
 
 def _faulty_settings(model: nn.Module, norms: dict[str, RMSNorm]) -> list[Alarm]:
     """Norms whose eps or rounding is not what the model's config, its family in transformers, or the other norms say."""
-    found, config = [], getattr(model, "config", None)
-    config = getattr(config, "text_config", config)
-    written = {getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")} - {None}
-    hidden = getattr(config, "hidden_size", None)
-    alike: dict[str, list[float | None]] = {}  # the eps of norms of one name: in all layers
+    found, parts = [], _parts(model, norms)
+    alike: dict[tuple, list[float | None]] = {}  # the eps of norms of one name in a part: in all its layers
     for name, module in norms.items():
-        alike.setdefault(name.rpartition(".")[2], []).append(module.eps)
+        alike.setdefault((parts[name][0], name.rpartition(".")[2]), []).append(module.eps)
     for name, module in norms.items():
-        says, others = written, alike[name.rpartition(".")[2]]
+        part, config = parts[name]
+        written = {getattr(config, key, None) for key in _EPS_OF_CONFIGS} - {None}
+        hidden = getattr(config, "hidden_size", None)
+        says, others = written, alike[part, name.rpartition(".")[2]]
         if not written or (hidden is not None and module.normalized_shape != (hidden,)):  # DeepSeek's inner norms do not heed the config
             usual, count = Counter(others).most_common(1)[0]
             says = {usual} if 2 * count > len(others) else {module.eps}
@@ -599,6 +651,21 @@ def _faulty_settings(model: nn.Module, norms: dict[str, RMSNorm]) -> list[Alarm]
             says = " or ".join(f"weight_offset={o}, cast_before_weight={c}" for o, c in sorted(known))
             found.append(Alarm(-1, name, "settings", f"it has weight_offset={way[0]}, cast_before_weight={way[1]}; its model has {says}"))
     return found
+
+
+_EPS_OF_CONFIGS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+
+
+def _parts(model: nn.Module, norms: dict[str, RMSNorm]) -> dict[str, tuple[int, object]]:
+    """For each norm the part of the model that it is in, and that part's config: the text, the images, what is between them."""
+    configs = {name.removeprefix("_orig_mod."): m.config for name, m in model.named_modules() if getattr(m, "config", None) is not None}
+    parts = {}
+    for name in norms:
+        part = max((p for p in configs if not p or name.startswith(f"{p}.")), key=len, default="")
+        config = configs.get(part)
+        text = getattr(config, "text_config", config)
+        parts[name] = id(text), text
+    return parts
 
 
 def _ways_of_the_family(model: nn.Module) -> set[tuple[float, bool]]:

@@ -395,6 +395,23 @@ def test_names_are_those_of_the_original(form, module):
     unchanged(made.Layer(), 1)
 
 
+def test_class_of_a_function():
+    factor = 3.0
+
+    class Local(PreNorm):
+        def forward(self, x):
+            residual = x
+            x = factor * self.mlp(self.norm1(x))
+            x = residual + x
+            residual = x
+            x = self.norm2(x)
+            return residual + x
+
+    unchanged(Local(), 1)
+    factor = 4.0
+    unchanged(Local(), 1)
+
+
 def test_default_that_is_filled(module):
     made, *_ = module("filled", arguments=", seen=[]", inside="seen.append(1); x = x * len(seen)")
     model, x = nn.Sequential(made.Layer()), torch.randn(3, 16)

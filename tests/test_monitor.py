@@ -2,9 +2,11 @@
 
 import copy
 import math
+import pickle
 import subprocess
 import sys
 import threading
+import types
 from collections import Counter
 
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 
 import rmsnorm_cuda
 from rmsnorm_cuda import RMSNorm, monitor, monitoring, replace_rms_norm
-from rmsnorm_cuda.monitoring import RMSNormAlarm, Thresholds
+from rmsnorm_cuda.monitoring import Alarm, RMSNormAlarm, Thresholds
 
 WIDTH, LAYERS = 32, 4
 
@@ -216,7 +218,8 @@ def test_dead_layer():
     model = Model()
     nn.init.zeros_(model.layers[1].linear.weight), nn.init.zeros_(model.layers[1].linear.bias)
     m = watch(model, inputs())
-    assert kinds(m) == [("layers.2.norm", "dead")] and m.alarms[0].step == 0 and "adds nothing" in m.alarms[0].message
+    # In the first step the rows are equal; in the second it is known that the one norm's result is in what the other is given.
+    assert kinds(m) == [("layers.2.norm", "dead")] and m.alarms[0].step == 1 and "adds nothing" in m.alarms[0].message
     model = Model()
     nn.init.zeros_(model.last.weight)
     assert ("last", "dead") in kinds(watch(model, inputs()))
@@ -390,20 +393,140 @@ def test_copies_made_meanwhile_are_plain(tmp_path):
     assert torch.equal(twin(x), model(x)) and torch.equal(loaded(x), model(x))
 
 
-def test_parallel_branches_are_not_dead():
-    class Parallel(nn.Module):
+PASSED_ON = {
+    "the same rows": lambda x: x,
+    "a view": lambda x: x.view(x.shape),
+    "a copy": lambda x: x.clone(),
+    "a detached copy": lambda x: x.detach().clone(),
+    "written elsewhere": lambda x: torch.empty_like(x).copy_(x),
+}
+
+
+class Parallel(nn.Module):
+    def __init__(self, pass_on=PASSED_ON["the same rows"]):
+        super().__init__()
+        self.a, self.b, self.linear, self.pass_on = RMSNorm(WIDTH), RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), pass_on
+
+    def forward(self, x):
+        return x + self.linear(self.a(x)) + self.b(self.pass_on(x)).tanh()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("how", PASSED_ON)
+def test_parallel_branches_are_not_dead(how, training):
+    model = nn.Sequential(Parallel(PASSED_ON[how]), Parallel(PASSED_ON[how]))
+    with torch.set_grad_enabled(training):
+        assert not watch(model, inputs() * 2).alarms
+    if how == "the same rows":
+        torch._dynamo.reset()
+        model.compile(backend="eager")
+        assert not watch(model, inputs()).alarms
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_context_that_each_layer_norms(training):
+    """Latents look at it; it is the same in all layers, and so are the rows of its norms."""
+
+    class Resampler(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of_context, self.of_latents = (nn.ModuleList(RMSNorm(WIDTH) for _ in range(3)) for _ in range(2))
+
+        def forward(self, context):
+            latents = torch.ones(2, 5, WIDTH).cumsum(-1)
+            for of_context, of_latents in zip(self.of_context, self.of_latents, strict=True):
+                k = of_context(context)
+                latents = latents + (of_latents(latents) @ k.mT).softmax(-1) @ k
+            return latents
+
+    with torch.set_grad_enabled(training):
+        assert not watch(Resampler(), [torch.randn(2, 7, WIDTH) for _ in range(4)]).alarms
+
+
+def test_dead_layer_that_writes_in_place():
+    """The norm's result goes through memory of others on its way to the next norm."""
+
+    class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = RMSNorm(WIDTH), RMSNorm(WIDTH)
 
         def forward(self, x):
-            return x + self.a(x) + self.b(x).tanh()
+            total = x.clone()
+            total[..., : WIDTH // 2].add_(0 * self.a(x)[..., WIDTH // 2 :])
+            return self.b(total)
 
-    model = nn.Sequential(Parallel(), Parallel())
-    assert not watch(model, inputs()).alarms
-    torch._dynamo.reset()
-    model.compile(backend="eager")
-    assert not watch(model, inputs()).alarms
+    with torch.no_grad():
+        assert kinds(watch(InPlace(), inputs())) == [("b", "dead")]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+def test_forward_that_is_interrupted(kind):
+    """The steps after it are seen."""
+
+    class Interrupted(Model):
+        stop = False
+
+        def forward(self, x):
+            x = super().forward(x)
+            if self.stop:
+                raise kind
+            return x
+
+    model, (x, *_) = Interrupted(), inputs()
+    with monitor(model) as m:
+        model(x)
+        model.stop = True
+        with pytest.raises(kind):
+            model(x)
+        model.stop, before = False, len(m.steps)
+        model(x), model(x)
+        assert len(m.steps) == before + 2
+        model(x * float("nan"))
+    assert m.alarms[0].kind == "non_finite" and type(model.last) is RMSNorm and model._compiled_call_impl is None
+
+
+def test_part_that_was_not_loaded():
+    model = nn.ModuleDict({"text": Model(), "vision": nn.Sequential(RMSNorm(WIDTH, device="meta"), nn.Linear(WIDTH, WIDTH, device="meta"))})
+    model.forward = lambda x: model["text"](x)
+    for training in (False, True):
+        with monitor(model) as m, torch.set_grad_enabled(training):
+            model(inputs()[0])
+        assert m.steps == [0] and not m.alarms
+
+
+def test_alarm_goes_to_another_process():
+    alarm = RMSNormAlarm(Alarm(3, "layers.0.norm", "non_finite", "NaN in 1 of 2 rows"))
+    for new in (pickle.loads(pickle.dumps(alarm)), copy.copy(alarm), copy.deepcopy(alarm)):
+        assert type(new) is RMSNormAlarm and str(new) == str(alarm) and new.alarm == alarm.alarm
+
+
+def test_settings_of_parts():
+    """Each part of a model has its config; the same width is no reason for the same eps."""
+
+    class Part(nn.Module):
+        def __init__(self, eps, **config):
+            super().__init__()
+            self.config = types.SimpleNamespace(hidden_size=WIDTH, **config)
+            self.layers = nn.ModuleList(RMSNorm(WIDTH, eps) for _ in range(3))
+
+        def forward(self, x):
+            for norm in self.layers:
+                x = x.sin() + norm(x)
+            return x
+
+    def whole(vision, text):
+        model = nn.Sequential(vision, text)
+        model.config = types.SimpleNamespace(text_config=text.config, vision_config=vision.config)
+        with monitor(model) as m:
+            pass
+        return kinds(m)
+
+    assert not whole(Part(1e-6), Part(1e-5, rms_norm_eps=1e-5))
+    assert not whole(Part(1e-6, rms_norm_eps=1e-6), Part(1e-5, rms_norm_eps=1e-5))
+    wrong = Part(1e-5, rms_norm_eps=1e-5)
+    wrong.layers[1].eps = 1e-6
+    assert whole(Part(1e-6, rms_norm_eps=1e-6), wrong) == [("1.layers.1", "settings")]
 
 
 def test_one_row_is_as_long_as_another_by_chance():

@@ -171,7 +171,7 @@ def _all_codes(code: types.CodeType):
 
 
 _FIELDS = (
-    "co_name", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_flags",
+    "co_name", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars",
     "co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_exceptiontable",
 )  # fmt: skip
 
@@ -179,6 +179,8 @@ _FIELDS = (
 def _same_code(one: types.CodeType, other: types.CodeType) -> bool:
     """But for where it stands."""
     if any(getattr(one, field, None) != getattr(other, field, None) for field in _FIELDS) or len(one.co_consts) != len(other.co_consts):
+        return False
+    if (one.co_flags ^ other.co_flags) & ~inspect.CO_NESTED:
         return False
     return all(
         _same_code(a, b) if isinstance(a, types.CodeType) and isinstance(b, types.CodeType) else type(a) is type(b) and repr(a) == repr(b)
