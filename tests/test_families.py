@@ -1,6 +1,11 @@
 """Which RMSNorm a module is: the families against the classes that transformers and others have, and what is refused."""
 
 import importlib
+import random
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -177,6 +182,120 @@ def test_what_is_not_ours(what):
     function, attributes, reason = NOT_OURS[what]
     found = recognize(Wrapped(function, **attributes))
     assert isinstance(found, str) and any(text in found for text in reason.split("|")), found
+
+
+# What computes the same where it is looked at first, and is another function
+
+
+def plain(self, x, weight=None):
+    return (x.float() * rms(x, self.eps) * (self.weight if weight is None else weight)).to(x.dtype)
+
+
+def written_over(self, x):
+    y = plain(self, x)
+    return y if torch.is_grad_enabled() else x.copy_(y)
+
+
+def counted(self, x):
+    self.calls += 1
+    return plain(self, x) * (1 + self.calls % 3)
+
+
+LOOK_ALIKES = {
+    "more while it trains": (lambda self, x: plain(self, x) + 0.1 * self.training, "of the values differ for rows of size 1 in float32 while it trains"),
+    "dropout": (lambda self, x: nn.functional.dropout(plain(self, x), 0.1, self.training), "while it trains"),
+    "clamped": (lambda self, x: plain(self, x.clamp(-1e3, 1e3)), "no known family"),
+    "clamped for fp16": (lambda self, x: plain(self, x.clamp(-5e4, 5e4)), "for rows near the largest number of fp16"),
+    "without NaN": (lambda self, x: plain(self, x.nan_to_num(posinf=float("inf"), neginf=-float("inf"))), "for rows with NaN"),
+    "without Inf": (lambda self, x: plain(self, torch.where(x.isinf(), 0, x)), "for rows with Inf"),
+    "the larger of the mean and eps": (
+        lambda self, x: (x.float() * x.float().square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt() * self.weight).to(x.dtype),
+        "no known family",
+    ),
+    "root without gradient": (
+        lambda self, x: (x.float() * rms(x, self.eps).detach() * self.weight).to(x.dtype),
+        "the gradient of its input differs",
+    ),
+    "weight without gradient": (lambda self, x: plain(self, x, self.weight.detach()), "its weight gets no gradient"),
+    "weight with half the gradient": (
+        lambda self, x: plain(self, x, self.weight / 2 + self.weight.detach() / 2),
+        "the gradient of its weight differs",
+    ),
+    "without gradients": (torch.no_grad()(plain), "its result requires no gradient"),
+    "fp32 for all": (lambda self, x: plain(self, x.float()), "no known family"),
+    "another result in fp16": (lambda self, x: plain(self, x) * (1 + (x.dtype == torch.float16)), "in float16"),
+    "other results in mixtures": (lambda self, x: plain(self, x) * (1 + (x.dtype == torch.float16 != self.weight.dtype)), "in float16 and float32"),
+    "writes to its input": (written_over, "it writes to its input"),
+    "one element": (lambda self, x: torch.cat([plain(self, x)[..., :-1], x[..., -1:]], -1), "of the values differ|no known family"),
+    "counts": (counted, "no known family|another at each call"),
+    "refuses NaN": (lambda self, x: plain(self, x) if not x.isnan().any() else x.nothing, "it raises AttributeError"),
+}
+
+
+@pytest.mark.parametrize("what", LOOK_ALIKES)
+def test_look_alike(what):
+    function, reason = LOOK_ALIKES[what]
+    found = recognize(Wrapped(function, eps=1e-6, calls=0))
+    assert isinstance(found, str) and any(text in found for text in reason.split("|")), found
+
+
+def test_what_is_the_same_in_other_ways():
+    """Computed in fp64; its eps a number of numpy's or torch's; a lock, a list and a tensor beside its weight."""
+    fp64 = Wrapped(lambda self, x: (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype), eps=1e-6)
+    assert recognize(fp64)[:2] == (FAMILIES[0], 1e-6)
+    numpy = pytest.importorskip("numpy")
+    for eps in (numpy.float32(1e-3), numpy.float64(1e-3), torch.tensor(1e-3), torch.tensor(1e-3, dtype=torch.float64)):
+        found = recognize(Wrapped(plain, eps=eps, lock=threading.Lock(), kept=[torch.ones(3)]))
+        assert found == (FAMILIES[0], float(eps), "eps") and type(found.eps) is float
+
+
+def test_the_attribute_that_is_read():
+    """Of two that hold the same number."""
+    assert recognize(Wrapped(plain, eps=1e-5, variance_epsilon=1e-5)).eps_name == "eps"
+    norm = Wrapped(lambda self, x: (x.float() * rms(x, self.variance_epsilon) * self.weight).to(x.dtype), eps=1e-5, variance_epsilon=1e-5)
+    assert recognize(norm).eps_name == "variance_epsilon"
+
+
+def test_sharded_weight():
+    norm = Wrapped(plain, eps=1e-5)
+    norm.weight.data, norm.weight.ds_shape = torch.empty(0), (40,)
+    assert recognize(norm) == "its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"
+
+
+def test_nothing_is_left_behind():
+    """No random number is drawn, no list filled, no warning silenced for others."""
+
+    def noisy(self, x):
+        self.log.append(x.shape)
+        self.largest.copy_(x.abs().max())
+        return plain(self, x) * (1 + random.random() * torch.rand(()))
+
+    norm = Wrapped(noisy, eps=1e-5, log=[], largest=torch.zeros(()))
+    states, filters = (torch.get_rng_state(), random.getstate()), list(warnings.filters)
+    assert isinstance(recognize(norm), str)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert norm.log == [] and norm.largest == 0 and warnings.filters == filters
+
+
+def test_threads_warn_as_before():
+    """Two threads meet in a trial, one leaves it later; warnings are those of before, meanwhile and after."""
+    barrier, filters = threading.Barrier(3), list(warnings.filters)
+    local = threading.local()
+
+    def meets(self, x):
+        if not hasattr(local, "met"):
+            local.met = True
+            barrier.wait(20)
+            time.sleep(0.2 * self.late)
+        return plain(self, x)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(recognize, Wrapped(meets, eps=1e-5, late=late)) for late in (0.0, 0.5)]
+        barrier.wait(20)
+        with pytest.warns(UserWarning, match="of somebody else"):
+            warnings.warn("of somebody else", stacklevel=1)
+        assert [f.result().family.name for f in found] == ["torch", "torch"]
+    assert warnings.filters == filters
 
 
 def test_structure_that_is_not_ours():

@@ -1,18 +1,21 @@
 """replace_rms_norm(): the swap changes the kernels of a model and nothing else about it."""
 
+import contextlib
 import copy
-import functools
 import importlib.util
+import inspect
 import pathlib
 import pickle
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 import torch
 from cases import same_bits
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import rmsnorm_cuda
 from rmsnorm_cuda import replace_rms_norm
@@ -522,6 +525,135 @@ def test_compile_after_the_swap():
     model, x = Block(), torch.randn(2, 16)
     replace_rms_norm(model)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+# What a model asks of its norm
+
+
+class OwnRMSNorm(nn.Module):
+    """As Llama's; a tenth added to its weight, so that a fresh one would show."""
+
+    def __init__(self, width=16, eps=1e-6):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.full((width,), 1.1)), eps
+
+    def _norm(self, hidden):
+        return hidden * torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    def reset_parameters(self):
+        nn.init.constant_(self.weight, 1.1)
+
+    def forward(self, hidden_states):
+        return self.weight * self._norm(hidden_states.float()).to(hidden_states.dtype)
+
+
+ASKED = {
+    "its parameter by name": lambda norm, x: norm(hidden_states=x),
+    "a helper": lambda norm, x: norm._norm(x),
+    "forward": lambda norm, x: norm.forward(x),
+    "forward by name": lambda norm, x: norm.forward(hidden_states=x),
+    "forward of the class": lambda norm, x: OwnRMSNorm.forward(norm, x),
+    "its class": lambda norm, x: x * isinstance(norm, OwnRMSNorm),
+    "its eps": lambda norm, x: x * norm.variance_epsilon,
+    "its signature": lambda norm, x: x * len(list(inspect.signature(norm.forward).parameters)[0]),
+    "another of its kind": lambda norm, x: type(norm)(16, eps=1e-3)(x),
+    "a fresh weight": lambda norm, x: norm.reset_parameters() or norm(x),
+}
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["", "monitored"])
+@pytest.mark.parametrize("what", ASKED)
+def test_what_a_model_asks_of_its_norm(what, watched):
+    model, x = nn.Sequential(OwnRMSNorm()), torch.randn(3, 16)
+    want = ASKED[what](model[0], x)
+    assert len(replace_rms_norm(model)) == 1 and isinstance(model[0], rmsnorm_cuda.RMSNorm)
+    with rmsnorm_cuda.monitor(model) if watched else contextlib.nullcontext():
+        torch.testing.assert_close(ASKED[what](model[0], x), want)  # fp32, some roundings
+
+
+def test_eps_by_both_names():
+    model, x = nn.Sequential(OwnRMSNorm()), torch.randn(3, 16)
+    swap = replace_rms_norm(model)
+    model[0].variance_epsilon = 0.5
+    assert model[0].eps == 0.5
+    torch.testing.assert_close(model(x), OwnRMSNorm(eps=0.5)(x))
+    model[0].eps = 0.25
+    assert model[0].variance_epsilon == 0.25
+    swap.restore()
+    assert model[0].variance_epsilon == 0.25 and "eps" not in vars(model[0]) and type(model[0]) is OwnRMSNorm
+    torch.testing.assert_close(model(x), OwnRMSNorm(eps=0.25)(x))
+
+
+def test_weight_of_another_length():
+    """Pruned, or grown: the original is as wide as its weight, whichever it has."""
+    model, x = nn.Sequential(OwnRMSNorm()), torch.randn(3, 8)
+    replace_rms_norm(model)
+    model[0].weight = nn.Parameter(torch.full((8,), 2.0))
+    torch.testing.assert_close(model(x), 2 / 1.1 * OwnRMSNorm(8)(x))
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["", "monitored"])
+@pytest.mark.parametrize("cls", [nn.RMSNorm, OwnRMSNorm])
+def test_twin_is_copied_and_pickled(cls, watched):
+    model, x = nn.Sequential(cls(16, eps=1e-3)), torch.randn(3, 16)
+    replace_rms_norm(model)
+    want = model(x)
+    with rmsnorm_cuda.monitor(model) if watched else contextlib.nullcontext():
+        copies = copy.copy(model[0]), copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]
+    assert all(isinstance(new, cls) and type(new) is type(model[0]) and same_bits(new(x), want) for new in copies)
+
+
+@pytest.mark.parametrize("how", ["parametrized", "pruned", "with weight_norm"])
+@pytest.mark.parametrize("cls", [nn.RMSNorm, OwnRMSNorm])
+def test_weight_that_is_computed_when_it_is_restored(cls, how):
+    """What was done to the twin's weight is the restored module's, and can be taken off it."""
+
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    model, x = nn.Sequential(cls(16, eps=1e-6)), torch.randn(3, 16)
+    swap = replace_rms_norm(model)
+    if how == "parametrized":
+        parametrize.register_parametrization(model[0], "weight", Doubled())
+    elif how == "pruned":
+        prune.custom_from_mask(model[0], "weight", torch.arange(16) % 2)
+    else:
+        nn.utils.parametrizations.weight_norm(model[0])
+    want = model(x)
+    swap.restore()
+    assert isinstance(model[0], cls) and not isinstance(model[0], rmsnorm_cuda.RMSNorm)
+    torch.testing.assert_close(model(x), want)
+    (prune.remove if how == "pruned" else parametrize.remove_parametrizations)(model[0], "weight")
+    torch.testing.assert_close(model(x), want)
+    assert type(model[0]) is cls
+
+
+def test_parametrized_before():
+    model = nn.Sequential(OwnRMSNorm())
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert "swap before" in replace_rms_norm(model).skipped[0].reason or "submodules" in replace_rms_norm(model).skipped[0].reason
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_under_fake_tensors(fuse):
+    """How much memory will it take? The norms are tried for all that."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        model, x = nn.Sequential(OwnRMSNorm(), nn.RMSNorm(16)), torch.randn(3, 16)
+        with replace_rms_norm(model, fuse_residual=fuse) as swap:
+            assert len(swap) == 2 and isinstance(model(x), FakeTensor)
+        assert type(model[0]) is OwnRMSNorm
+
+
+def test_swap_is_quick():
+    """One trial for all norms of a class and shape."""
+    model = nn.ModuleList(OwnRMSNorm(576) for _ in range(61))
+    replace_rms_norm(nn.ModuleList([OwnRMSNorm(8)]))  # what is done once in a process
+    start = time.perf_counter()
+    assert len(replace_rms_norm(model)) == 61
+    assert time.perf_counter() - start < 2  # 0.1 s where nothing else runs
 
 
 def test_import_is_lazy():
