@@ -28,6 +28,7 @@ from .functional import (  # noqa: E402
     rms_norm,
     rms_norm_quant,
 )
+from .integrations import jagged  # noqa: E402
 from .integrations.dtensor import register_when_imported  # noqa: E402
 from .modules import RMSNorm  # noqa: E402
 from .paths import cmake_dir, include_dir, library_dir, torch_library_dir  # noqa: E402
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 register_when_imported()
+jagged.register()
 
 
 if TYPE_CHECKING:

@@ -65,7 +65,8 @@ def rms_norm(
     arguments = input, normalized_shape, weight, eps
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
-        return (_ops.rms_norm_formula if config.decompose else _ops.rms_norm)(*arguments, **options)
+        # By overload: of the packet's name nested tensors think that it is F.rms_norm.
+        return (_ops.rms_norm_formula if config.decompose else _ops.rms_norm).default(*arguments, **options)
     _ops.rms_norm.out(*arguments, **options, out=out)
     return out
 
@@ -114,6 +115,7 @@ def fused_add_rms_norm(
         results = _C.fused_add_rms_norm(input, residual, weight, eps, weight_offset, cast_before_weight)
         if results is not NotImplemented:
             return results
+        _check_kinds("fused_add_rms_norm", eps, input=input, residual=residual)
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
         decompose = config.decompose and is_dynamo_compiling()
@@ -146,6 +148,7 @@ def fused_add_rms_norm_(
     if not is_dynamo_compiling():
         if _C.fused_add_rms_norm_(input, residual, weight, eps, weight_offset, cast_before_weight) is None:
             return
+        _check_kinds("fused_add_rms_norm_", eps, input=input, residual=residual)
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     _ops.fused_add_rms_norm_(input, residual, weight, eps, **options)
 
@@ -236,6 +239,15 @@ def fused_add_rms_norm_quant(
     return _quantized("fused_add_rms_norm_quant", (input, residual), weight, scale, eps, options, out)
 
 
+def _check_kinds(op, eps, **tensors):
+    """What torch.ops says of an argument of the wrong Python type names its schema; this names the argument."""
+    for name, value in tensors.items():
+        if not hasattr(value, "__torch_function__"):
+            raise TypeError(f"{op}: expected {name} to be a Tensor, but got {type(value).__name__}")
+    if not (eps is None or hasattr(eps, "__float__")):
+        raise TypeError(f"{op}: expected eps to be a number or None, but got {type(eps).__name__}")
+
+
 def _check_count(op, out, count):
     if not isinstance(out, (tuple, list)):
         raise TypeError(f"{op}: expected out to be a tuple of {count} tensors, but got {type(out).__name__}")
@@ -252,6 +264,9 @@ def _quantized(op, tensors, weight, scale, eps, options, out):
         results = getattr(_C, op)(*tensors, weight, scale, eps, *options, out)
         if results is not NotImplemented:
             return results
+        _check_kinds(op, eps, **dict(zip(("input", "residual"), tensors)))
+        if not isinstance(options[0], torch.dtype):
+            raise TypeError(f"{op}: expected dtype to be a torch.dtype, but got {type(options[0]).__name__}")
     arguments, keywords = (*tensors, weight, scale, eps), dict(zip(_QUANT_OPTIONS, options))
     added = len(tensors) - 1
     if out is None:
@@ -341,12 +356,15 @@ def _check(input, normalized_shape, weight, eps, weight_offset):
             lambda: "rms_norm: expected weight to be of same shape as normalized_shape, but got weight of shape "
             f"{list(weight.shape)} and normalized_shape={list(normalized_shape)}",
         )
-        torch._check(
-            weight.device == input.device,
-            lambda: f"rms_norm: expected all tensors to be on the same device, but input is on "
-            f"{input.device} and weight is on {weight.device}",
-        )
+        _check_device("rms_norm", "weight", weight, input)
     return lead
+
+
+def _check_device(op, name, tensor, input):
+    torch._check(
+        tensor.device == input.device,
+        lambda: f"{op}: expected all tensors to be on the same device, but input is on {input.device} and {name} is on {tensor.device}",
+    )
 
 
 def _output_dtype(input, weight, cast_before_weight):
@@ -367,11 +385,7 @@ def _(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast
     _check_sizes(
         out.shape, input.shape, lambda: f"rms_norm: expected out of shape {list(input.shape)}, but got {list(out.shape)}"
     )
-    torch._check(
-        out.device == input.device,
-        lambda: "rms_norm: expected all tensors to be on the same device, but input is on "
-        f"{input.device} and out is on {out.device}",
-    )
+    _check_device("rms_norm", "out", out, input)
 
 
 @_fake("rms_norm_forward")
@@ -406,6 +420,7 @@ def _(
         if tensor is not None:
             message = f"rms_norm_backward: expected {name} of shape {list(shape)}, but got {list(tensor.shape)}"
             _check_sizes(tensor.shape, shape, lambda message=message: message)
+            _check_device("rms_norm_backward", name, tensor, input)
     grad_input = input.new_empty(input.shape) if output_mask[0] else None
     grad_weight = weight.new_empty(weight.shape) if output_mask[1] and weight is not None else None
     return grad_input, grad_weight
@@ -423,11 +438,7 @@ def _check_fused(input, residual, weight, eps, weight_offset):
         residual.dtype == input.dtype or wide,
         lambda: f"fused_add_rms_norm: expected residual of input's dtype {input.dtype}, but got {residual.dtype}",
     )
-    torch._check(
-        residual.device == input.device,
-        lambda: "fused_add_rms_norm: expected all tensors to be on the same device, but input is on "
-        f"{input.device} and residual is on {residual.device}",
-    )
+    _check_device("fused_add_rms_norm", "residual", residual, input)
     _check(input, input.shape[-1:], weight, eps, weight_offset)
 
 
@@ -465,16 +476,13 @@ def _(input, residual, weight=None, eps=None, *, weight_offset=0.0, cast_before_
         ("out", out, _output_dtype(input, weight, cast_before_weight)),
         ("residual_out", residual_out, residual.dtype),
     ):
-        _check_given("fused_add_rms_norm", name, have, input.shape, dtype, input.device)
+        _check_given("fused_add_rms_norm", name, have, input.shape, dtype, input)
 
 
-def _check_given(op, name, have, shape, dtype, device):
+def _check_given(op, name, have, shape, dtype, input):
     torch._check(have.dtype == dtype, lambda: f"{op}: expected {name} of dtype {dtype}, but got {have.dtype}")
     _check_sizes(have.shape, shape, lambda: f"{op}: expected {name} of shape {list(shape)}, but got {list(have.shape)}")
-    torch._check(
-        have.device == device,
-        lambda: f"{op}: expected all tensors to be on the same device, but input is on {device} and {name} is on {have.device}",
-    )
+    _check_device(op, name, have, input)
 
 
 def _quant_results(
@@ -498,10 +506,7 @@ def _quant_results(
             scale.dtype == torch.float32 and scale.numel() == 1,
             lambda: f"{op}: expected scale to be one float32, but got {scale.dtype} of shape {list(scale.shape)}",
         )
-        torch._check(
-            scale.device == input.device,
-            lambda: f"{op}: expected all tensors to be on the same device, but input is on {input.device} and scale is on {scale.device}",
-        )
+        _check_device(op, "scale", scale, input)
     if block not in (None, 64, 128):
         raise ValueError(f"{op}: expected block to be 64 or 128, but got {block}")
     if scale_ub is not None and not scale_ub > 0:
@@ -534,7 +539,7 @@ def _(input, weight=None, scale=None, eps=None, *, dtype, block=None, scale_ub=N
       weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
     options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     for name, want in _quant_results("rms_norm_quant", input, None, weight, scale, *options).items():
-        _check_given("rms_norm_quant", name, given[name], want.shape, want.dtype, want.device)
+        _check_given("rms_norm_quant", name, given[name], want.shape, want.dtype, input)
 
 
 @_fake("fused_add_rms_norm_quant")
@@ -549,4 +554,4 @@ def _(input, residual, weight=None, scale=None, eps=None, *, dtype, block=None, 
       keep_norm=False, weight_offset=0.0, cast_before_weight=False, **given):  # fmt: skip
     options = eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset, cast_before_weight
     for name, want in _quant_results("fused_add_rms_norm_quant", input, residual, weight, scale, *options).items():
-        _check_given("fused_add_rms_norm_quant", name, given[name], want.shape, want.dtype, want.device)
+        _check_given("fused_add_rms_norm_quant", name, given[name], want.shape, want.dtype, input)

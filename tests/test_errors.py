@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import LLAMA, ops, random
 
-from rmsnorm_cuda import _C, rms_norm
+from rmsnorm_cuda import RMSNorm, _C, fused_add_rms_norm, fused_add_rms_norm_, rms_norm, rms_norm_quant
 
 X, W = torch.ones(3, 8), torch.ones(8)
 NAN, INF = math.nan, math.inf
@@ -55,6 +55,101 @@ def test_bad_input(args, options, error, message):
             rms_norm(*args, **options, **destination)
         assert type(raised.value) is error  # not a subclass: torch raises NotImplementedError for missing kernels too
     assert out.isnan().all()
+
+
+def freed(tensor):
+    """As FSDP, offloading and sleep modes leave it: with its sizes, without memory."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+Y, RSTD = ops.rms_norm_forward(X, [8], W)
+WITHOUT_MEMORY = {  # the tensor's name: what reads or writes it
+    "input": [lambda t: rms_norm(t(X), 8, W), lambda t: ops.rms_norm_forward(t(X), [8], W), lambda t: ops.rms_norm_backward(X, t(X), [8], W, RSTD, None, [True, True]),
+              lambda t: fused_add_rms_norm(t(X), X, W), lambda t: fused_add_rms_norm_(t(X), X.clone(), W), lambda t: rms_norm_quant(t(X), W, dtype=torch.int8)],
+    "weight": [lambda t: rms_norm(X, 8, t(W)), lambda t: RMSNorm.forward(module_with(t(W)), X), lambda t: fused_add_rms_norm_(X.clone(), X.clone(), t(W)),
+               lambda t: rms_norm_quant(X, t(W), dtype=torch.int8), lambda t: ops.rms_norm_backward(X, X, [8], t(W), RSTD, None, [True, True])],
+    "residual": [lambda t: fused_add_rms_norm(X, t(X), W), lambda t: fused_add_rms_norm_(X.clone(), t(X), W)],
+    "out": [lambda t: rms_norm(X, 8, W, out=t(X)), lambda t: rms_norm_quant(X, W, dtype=torch.int8, out=(t(X.to(torch.int8)), torch.empty(3, 1)))],
+    "residual_out": [lambda t: fused_add_rms_norm(X, X, W, out=(torch.empty(3, 8), t(X)))],
+    "scale_out": [lambda t: rms_norm_quant(X, W, dtype=torch.int8, out=(torch.empty(3, 8, dtype=torch.int8), t(torch.empty(3, 1))))],
+    "scale": [lambda t: rms_norm_quant(X, W, dtype=torch.int8, scale=t(torch.ones(1)))],
+    "grad_output": [lambda t: ops.rms_norm_backward(t(X), X, [8], W, RSTD, None, [True, True])],
+    "rstd": [lambda t: ops.rms_norm_backward(X, X, [8], W, t(RSTD), None, [True, True])],
+    "grad_residual": [lambda t: ops.rms_norm_backward(X, X, [8], W, RSTD, None, [True, True], t(X))],
+}  # fmt: skip
+
+
+def module_with(weight):
+    module = RMSNorm(8)
+    module.weight.data = weight
+    return module
+
+
+@pytest.mark.parametrize("which", WITHOUT_MEMORY)
+def test_tensor_without_memory(which):
+    """Not taken for one that was not given; no other error, no crash."""
+    for call in WITHOUT_MEMORY[which]:
+        call(lambda t: t.clone())  # right with memory
+        with pytest.raises(RuntimeError, match=f"expected {which} to have memory, but its storage was freed"):
+            call(freed)
+
+
+@pytest.mark.parametrize("which", ["grad_output", "rstd", "grad_residual", "weight"])
+def test_one_meta_tensor_among_others(which):
+    arguments = {"grad_output": X, "input": X, "weight": W, "rstd": RSTD, "grad_residual": X}
+    arguments[which] = arguments[which].to("meta")
+    grad_output, input, weight, rstd, grad_residual = arguments.values()
+    with pytest.raises(RuntimeError, match=f"on the same device, but input is on cpu and {which} is on meta"):
+        ops.rms_norm_backward(grad_output, input, [8], weight, rstd, None, [True, True], grad_residual)
+
+
+def test_saved_tensor_that_comes_back_elsewhere():
+    x = X.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.to("meta") if t.dim() == 1 else t):
+        y = rms_norm(x, 8)
+    with pytest.raises(RuntimeError, match="input is on cpu and rstd is on meta"):
+        y.sum().backward()
+
+
+KINDS = {  # of the ops whose arguments torch.ops would judge
+    "text for input": (lambda: rms_norm_quant("x", dtype=torch.int8, out=(X, X)), "expected input to be a Tensor, but got str"),
+    "list for residual": (lambda: fused_add_rms_norm(X, [1.0]), "expected residual to be a Tensor, but got list"),
+    "text for eps": (lambda: fused_add_rms_norm(X, X, W, "a"), "expected eps to be a number or None, but got str"),
+    "text for eps, in place": (lambda: fused_add_rms_norm_(X.clone(), X.clone(), W, "a"), "expected eps to be a number or None, but got str"),
+    "text for eps, quantized": (lambda: rms_norm_quant(X, W, "a", dtype=torch.int8), "expected eps to be a number or None, but got str"),
+    "int for dtype": (lambda: rms_norm_quant(X, dtype=1), "expected dtype to be a torch.dtype, but got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_wrong_kinds(what):
+    call, message = KINDS[what]
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_numbers_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    want = rms_norm(X, 8, W, 1e-3)
+    for width in (numpy.int64(8), numpy.int32(8), (numpy.int64(8),)):
+        assert torch.equal(rms_norm(X, width, W, numpy.float64(1e-3)), want)
+        assert torch.equal(rms_norm(X, width, W, 1e-3, out=torch.empty(3, 8)), want)
+        assert torch.equal(RMSNorm(width, 1e-3)(X), want)
+    cast = {"cast_before_weight": numpy.True_, "weight_offset": numpy.float32(0)}
+    assert torch.equal(rms_norm(X, 8, W, 1e-3, **cast), want)
+    assert torch.equal(fused_add_rms_norm(X, 0 * X, W, 1e-3, **cast)[0], want)
+    fused_add_rms_norm_(X.clone(), X.clone(), W, 1e-3, **cast)
+    rms_norm_quant(X, W, 1e-3, dtype=torch.int8, **cast)
+    for width in (numpy.float64(8), numpy.True_, "8"):
+        with pytest.raises(TypeError, match="normalized_shape"):
+            rms_norm(X, width)
+
+
+def test_name_with_a_nul():
+    with pytest.raises(ValueError, match="unknown or unsupported instruction set"):
+        _C.set_isa("scalar\0x")
 
 
 BUFFER = torch.full((40,), NAN)

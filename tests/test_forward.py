@@ -21,7 +21,7 @@ from cases import (
 )
 
 from rmsnorm_cuda import rms_norm
-from rmsnorm_cuda.reference import ulp_distance
+from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
 
 pytestmark = pytest.mark.usefixtures("painted")
 
@@ -100,6 +100,32 @@ def test_long_equal_rows(device):
     for value in (0.1, 1.0000001, 3.3):
         x = torch.full((1, cols), value)
         assert_forward(rms_norm(x.to(device), cols), x, (cols,), None, None, {})
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 10, 100, 1000])
+@pytest.mark.parametrize("cols", [27, 64, 128, 576, 4096])
+def test_row_that_one_element_dominates(cols, ratio):
+    """A massive activation: its square alone makes rounding errors that nothing averages out, 3 ulp of them in fp32 sums."""
+    rows = max(64, 400_000 // cols)
+    generator = torch.Generator().manual_seed(ratio)
+    x = torch.randn(rows, cols, generator=generator)
+    at = torch.randint(0, cols, (rows,), generator=generator)
+    x[torch.arange(rows), at] = ratio * (1 + torch.rand(rows, generator=generator))
+    for weight in (None, 1 + torch.randn(cols, generator=generator) / 5):
+        assert_forward(rms_norm(x, cols, weight, 1e-6), x, (cols,), weight, 1e-6, {})
+    _, rstd = torch.ops.rmsnorm_cuda.rms_norm_forward(x, [cols], None, 1e-6)
+    assert ulp_distance(rstd, (x.double().square().mean(-1) + 1e-6).rsqrt().float()).max() <= 1
+
+
+@pytest.mark.parametrize("cols", [64, 192, 256, 1024])
+def test_worst_rows_of_fp32(cols):
+    """One large element in each of 8 lanes, and small ones that are the same in all: every lane makes the same 7 roundings. Of
+    the sum 7 * 2^-24, half of that of 1 / rms, and the last rounding: 4 ulp at most. (3 were found.)"""
+    generator = torch.Generator().manual_seed(0)
+    lane = torch.rand(20_000, cols // 8, generator=generator) / 20
+    lane[:, 0] = 1 + torch.rand(20_000, generator=generator)
+    x = lane.repeat_interleave(8, 1)
+    assert ulp_distance(rms_norm(x, cols, None, 0.0), rms_norm_reference(x, (cols,), None, 0.0)).max() <= 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

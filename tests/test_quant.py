@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -335,3 +337,56 @@ def test_llama_order_is_that_of_vllm(device):
     want_scale = (norm.abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
     assert torch.equal(scale.cpu(), want_scale)
     assert torch.equal(bits(output), bits((norm / want_scale).clamp(-448, 448).to(E4M3)))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=name)
+@pytest.mark.parametrize("cols", [24, 64, 1000])
+def test_nan_is_the_same_in_any_batch(cols, dtype):
+    """Rows with NaNs of both signs, alone and among others: one NaN, in the norm and in 8 bits."""
+    x = random(40, cols, dtype=dtype)
+    integers = x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
+    sign = torch.iinfo(integers.dtype).min
+    for row in range(0, 40, 3):
+        x[row, torch.randint(0, cols, (4,))] = math.nan
+        integers[row, ::2] ^= sign
+    y, (codes, _) = rms_norm(x, cols), rms_norm_quant(x, dtype=E4M3)
+    for row in range(40):
+        assert torch.equal(bits(y[row]), bits(rms_norm(x[row], cols)))
+        assert torch.equal(bits(codes[row]), bits(rms_norm_quant(x[row : row + 1], dtype=E4M3)[0][0]))
+
+
+def test_no_memory_left():
+    """The workspace is allocated before anything is written: an error leaves out= and the residual as they were."""
+    code = """if True:
+        import gc, resource, torch, rmsnorm_cuda as R
+        torch.set_num_threads(2)
+        rows, cols = 64, 1 << 18
+        x, residual, w = torch.randn(rows, cols), torch.randn(rows, cols), torch.randn(cols)
+        codes, scale = torch.zeros(rows, cols, dtype=torch.int8), torch.zeros(rows, 1)
+        before = residual.clone()
+        run = lambda: R.fused_add_rms_norm_quant(x, residual, w, dtype=torch.int8, out=(codes, scale, residual))
+        run()  # the threads are there now
+        residual.copy_(before), codes.zero_(), scale.zero_()
+        gc.collect()
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        # Takes the freed blocks that malloc still has, so that the workspace has to come from the system.
+        kept = []
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), hard))
+        try:
+            while True:
+                kept.append(torch.empty(1 << 20, dtype=torch.uint8))
+        except RuntimeError:
+            pass
+        try:
+            run()
+        except RuntimeError as error:
+            assert "memory" in str(error), error
+        else:
+            raise SystemExit("no error")
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        assert torch.equal(residual, before) and not codes.any() and not scale.any()
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -57,6 +57,20 @@ def test_many_threads():
                 assert torch.equal(a, b)
 
 
+def test_thread_with_a_small_stack():
+    """Tiles of weights are not on it; torch's norm runs on as little."""
+    x, weight = torch.randn(20, 9000, dtype=torch.bfloat16), torch.randn(9000)
+    want, got = rmsnorm_cuda.rms_norm(x, 9000, weight), []
+    before = threading.stack_size(40 << 10)
+    try:
+        thread = threading.Thread(target=lambda: got.append(rmsnorm_cuda.rms_norm(x, 9000, weight)))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert torch.equal(got[0], want)
+
+
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL")
 def test_no_gil():
     """Importing the package does not turn it on again."""

@@ -84,6 +84,11 @@ const char* isa() { return kernels().name; }
 const char* last_isa() { return last; }
 void set_last_isa(const char* name) { last = name; }
 
+float* weight_tile() {
+  alignas(kLine) thread_local float tile[kWeightTile];
+  return tile;
+}
+
 bool set_isa(const char* name) {
   const Kernels* chosen = name ? find(name) : best();
   if (!chosen) return false;
@@ -132,12 +137,12 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
 }
 
 // A block of 32768 elements is some 10 us of work and enough rows to pay for its row of partial
-// sums. At most 128 blocks, until a block has 256 rows: so many terms fp32 sums up well.
+// sums. At most 128 blocks, until a block has 256 rows.
 BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
   const int64_t least = std::clamp<int64_t>(32768 / p.cols, 8, kMaxBlockRows);
   const int64_t block_rows = std::min(std::max(least, (p.rows + 127) / 128), kMaxBlockRows);
   const int64_t blocks = (p.rows + block_rows - 1) / block_rows;
-  const int64_t bytes = p.dweight ? blocks * p.cols * (wide(p) ? 8 : 4) : 0;
+  const int64_t bytes = p.dweight ? blocks * p.cols * 8 : 0;  // fp32: two sums for each column, see backward_blocks
   return {block_rows, blocks, bytes};
 }
 

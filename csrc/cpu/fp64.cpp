@@ -39,16 +39,17 @@ float to_float_odd(double value) {
   return bits_to_float(bits | 1);
 }
 
+// Every NaN is the same one, whichever the row held first.
 uint16_t to_bfloat16(double value) {
+  if (value != value) return 0x7fc0;
   const uint32_t bits = float_to_bits(to_float_odd(value));
-  if (value != value) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 uint16_t to_half(double value) {
+  if (value != value) return 0x7e00;
   const uint32_t bits = float_to_bits(to_float_odd(value));
   const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-  if (value != value) return uint16_t(sign | 0x7e00);
   if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 and above
   if (rest < 0x38800000) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(value) * 0x1p24)));
   return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
@@ -71,10 +72,10 @@ void store(void* base, DType dtype, int64_t begin, int64_t end, F value) {
     for (int64_t i = begin; i < end; ++i) out[i] = round(value(i));
   };
   switch (dtype) {
-    case DType::kFloat32: return each(static_cast<float*>(base), [](double v) { return float(v); });
+    case DType::kFloat32: return each(static_cast<float*>(base), [](double v) { return v != v ? float(NAN) : float(v); });
     case DType::kFloat16: return each(static_cast<uint16_t*>(base), to_half);
     case DType::kBFloat16: return each(static_cast<uint16_t*>(base), to_bfloat16);
-    case DType::kFloat64: return each(static_cast<double*>(base), [](double v) { return v; });
+    case DType::kFloat64: return each(static_cast<double*>(base), [](double v) { return v != v ? double(NAN) : v; });
   }
 }
 

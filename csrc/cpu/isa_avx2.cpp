@@ -132,6 +132,14 @@ INLINE void accumulate(Doubles& d, V v) {
   d.low = _mm256_add_pd(d.low, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
   d.high = _mm256_add_pd(d.high, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
 }
+INLINE void accumulate_squares(Doubles& d, V v) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+  d.low = _mm256_fmadd_pd(low, low, d.low);
+  d.high = _mm256_fmadd_pd(high, high, d.high);
+}
+INLINE bool exceeds(const Doubles& d, double limit) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_max_pd(d.low, d.high), _mm256_set1_pd(limit), _CMP_GT_OQ)) != 0;
+}
 INLINE double total(const Doubles& d) {
   const __m256d four = _mm256_add_pd(d.low, d.high);
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));

@@ -148,6 +148,13 @@ INLINE void accumulate(Doubles& d, V v) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper(v));
   d.v = _mm512_add_pd(d.v, _mm512_cvtps_pd(eight));
 }
+INLINE void accumulate_squares(Doubles& d, V v) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(upper(v));
+  d.v = _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, d.v));
+}
+INLINE bool exceeds(const Doubles& d, double limit) {
+  return _mm512_cmp_pd_mask(d.v, _mm512_set1_pd(limit), _CMP_GT_OQ) != 0;
+}
 INLINE double total(const Doubles& d) {
   const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(d.v), _mm512_extractf64x4_pd(d.v, 1));
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));

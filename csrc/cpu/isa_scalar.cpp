@@ -173,6 +173,15 @@ INLINE void accumulate(Doubles& d, V low, V high) {
   d.low += to_double(low);
   d.high += to_double(high);
 }
+INLINE void accumulate_squares(Doubles& d, V low, V high) {
+  d.low += to_double(low) * to_double(low);  // exact: rounded once with or without an fma
+  d.high += to_double(high) * to_double(high);
+}
+INLINE bool exceeds(const Doubles& d, double limit) {
+  bool any = false;
+  for (int i = 0; i < 4; ++i) any |= d.low[i] > limit || d.high[i] > limit;
+  return any;
+}
 INLINE double total(const Doubles& d) {
   const D four = d.low + d.high;
   return (four[0] + four[2]) + (four[1] + four[3]);

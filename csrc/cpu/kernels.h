@@ -66,6 +66,10 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
 
+// Memory of the thread for a tile of weights: on the stack it would be too much for threads with small ones.
+constexpr int64_t kWeightTile = 8192;
+float* weight_tile();
+
 // Each entry point of a Kernels calls it with its own name: a test sees which code ran.
 void set_last_isa(const char* name);
 
@@ -81,6 +85,7 @@ constexpr double kMinGradientSum = 0x1p-80;
 constexpr float kMaxPlainRstd = 0x1p12f;
 
 constexpr int64_t kMaxBlockRows = 256;  // of the backward
+constexpr int64_t kFoldRows = 32;       // whose dweight is summed up by itself: more rows of equal values would lose bits
 
 // The backward's groups of rows, see backward_blocks: a part of an L2 cache; and columns at a time, a part of an L1 cache.
 constexpr int64_t kGradientBytes = 128 << 10;

@@ -19,6 +19,8 @@
 //   any_denormal(pair, pair)         with kUnit
 //   Large                            split(p), then any_small(): was any of them below 2^kLargeExponent?
 //   Doubles, accumulate(d, v...)     8 double lanes, plus the last 8 fp32 lanes of a sum
+//   accumulate_squares(d, v...)      plus the squares of 8 elements after the other, exact in double
+//   exceeds(d, limit)                is one of the lanes larger?
 //   largest_lane(v)                  of the lanes as integers
 //   total(d)  totals(d, sums)        their sum by halving; those of kTotals of them
 // V and what it is cast to are the compiler's vectors, which have operators.
@@ -277,7 +279,7 @@ struct Bool {
 // whole blocks of a tile are in the order of Pair, as those of a sum are.
 class WeightTiles {
  public:
-  static constexpr int64_t kTile = 8192;  // 32 KB of stack
+  static constexpr int64_t kTile = kWeightTile;
   static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0 && kAddTile % kFold == 0 && kBlock % kStep == 0, "see add_products and for_each_step");
   static INLINE int64_t tile_end(int64_t begin, int64_t cols) { return begin + kTile < cols ? begin + kTile : cols; }
 
@@ -305,7 +307,7 @@ class WeightTiles {
   bool pairs_;
   const float* plain_ = nullptr;
   int64_t filled_ = -1;
-  float tile_[kTile];
+  float* const tile_ = weight_tile();
 };
 
 // Are all weights 0, or at least 2^`exponent` and less than 2^128 times that? A quick look at all, and a closer one if
@@ -389,8 +391,27 @@ INLINE bool is_far(int64_t bytes) {
   return bytes >= (kIsFloat<Tx> ? kFarBytes : kFarBytes16);
 }
 
-// A NaN is: it is in the row itself and comes out of every product with it.
-INLINE bool in_fast_range(double rstd) { return !(rstd < kMinRstd || rstd > kMaxRstd); }
+INLINE bool in_fast_range(double rstd) { return rstd >= kMinRstd && rstd <= kMaxRstd; }
+
+// The sum of a row's squares is off by 7 roundings at most: of the product, of 3 additions to it in its lane, and of 3 in
+// halving 64 lanes to 8, each by 2^-24 of what is there then. Terms of about one size average that out. One that is most of
+// the row does not, and where a lane holds so much of the sum, the row is summed again in double.
+constexpr double kDominant = 0.35;
+
+template <class Tx>
+__attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
+  constexpr int kEight = kLanes > 8 ? kLanes : 8;
+  Doubles sum = {};
+  for (int64_t i = 0; i < cols; i += kEight) {
+    const int n = i + kEight <= cols ? kEight : int(cols - i);
+    if constexpr (kLanes == kEight) {
+      accumulate_squares(sum, load(x + i, n));
+    } else {
+      accumulate_squares(sum, load(x + i, n < kLanes ? n : kLanes), n > kLanes ? load(x + i + kLanes, n - kLanes) : zero());
+    }
+  }
+  return total(sum);
+}
 
 // One row of y. Fp32 forms its products to twice the
 // precision: with the error of a short row's sum on top, two roundings would make 2 ulps now and then.
@@ -475,13 +496,21 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
     }
     double rstd[kGroup];
     bool fast = true;
+    const auto look_for_dominant = [&](int64_t j) INLINE_LAMBDA {
+      if constexpr (kIsFloat<Tx>) {
+        if (__builtin_expect(exceeds(sums[j], kDominant * rstd[j]), false)) rstd[j] = sum_squares_in_double(row_of_x(first + j), cols);
+      }
+    };
     if (count == kGroup) {
       for (int j = 0; j < kGroup; j += kTotals) totals(sums + j, rstd + j);
+      for (int j = 0; j < kGroup; ++j) look_for_dominant(j);
       for (int j = 0; j < kGroup; ++j) rstd[j] = 1 / __builtin_sqrt(rstd[j] * per_col + p.eps);
       for (int j = 0; j < kGroup; ++j) fast &= in_fast_range(rstd[j]);
     } else {
       for (int64_t j = 0; j < count; ++j) {
-        rstd[j] = 1 / __builtin_sqrt(total(sums[j]) * per_col + p.eps);
+        rstd[j] = total(sums[j]);
+        look_for_dominant(j);
+        rstd[j] = 1 / __builtin_sqrt(rstd[j] * per_col + p.eps);
         fast &= in_fast_range(rstd[j]);
       }
     }
@@ -684,8 +713,18 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
   const int64_t group = fitting > kRows ? kRows : fitting > 1 ? fitting : 1;
   constexpr int64_t kColumns = kRows == 1 ? WeightTiles::kTile : kGradientTile;
   for (int64_t block = block_begin; block < block_end; ++block) {
-    float* partial = kDweight ? static_cast<float*>(p.workspace) + block * cols : nullptr;
-    if (kDweight) for_each_vector(0, cols, [&](int64_t i, int n) { store(partial + i, zero(), n); });
+    // What up to kFoldRows rows add to dweight, and what the rows before them did.
+    float* const folded = kDweight ? static_cast<float*>(p.workspace) + 2 * block * cols : nullptr;
+    float* const partial = kDweight ? folded + cols : nullptr;
+    if (kDweight) for_each_vector(0, 2 * cols, [&](int64_t i, int n) { store(folded + i, zero(), n); });
+    int64_t unfolded = 0;
+    const auto fold_dweight = [&] {
+      for_each_vector(0, cols, [&](int64_t i, int n) {
+        store(folded + i, add(load(folded + i, n), load(partial + i, n)), n);
+        store(partial + i, zero(), n);
+      });
+      unfolded = 0;
+    };
     const int64_t block_first = block * block_rows;
     const int64_t block_last = block_first + block_rows < p.rows ? block_first + block_rows : p.rows;
     enum : char { kFast, kDxAgain, kAllAgain } verdict[kMaxBlockRows];
@@ -714,7 +753,9 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
         rows[j].mean = float(sum * rows[j].rstd / double(cols));
         auto& row_verdict = verdict[first - block_first + j];
         const float rstd = rows[j].rstd;
-        row_verdict = !in_fast_range(rstd) ? kAllAgain : kDx && rstd == rstd && !certain(sum, rstd) ? kDxAgain : kFast;
+        // A NaN comes out of every product with the row that it is in.
+        const bool nan = rstd != rstd;
+        row_verdict = nan ? kFast : !in_fast_range(rstd) ? kAllAgain : kDx && !certain(sum, rstd) ? kDxAgain : kFast;
         again |= row_verdict != kFast;
       }
       for (int64_t begin = 0; begin < cols; begin += kColumns) {
@@ -732,11 +773,13 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
           }
         }
       }
+      if (kDweight && (unfolded += count) >= kFoldRows) fold_dweight();
     }
-    if (kDweight && kGradientPairs<Tdy, Tx>) unpair(partial, cols);
+    if (kDweight && unfolded) fold_dweight();
+    if (kDweight && kGradientPairs<Tdy, Tx>) unpair(folded, cols);
     if (again && stream) fence();
     for (int64_t j = 0; again && j < block_last - block_first; ++j) {
-      if (verdict[j] != kFast) backward_row_fp64(p, block_first + j, verdict[j] == kAllAgain ? partial : nullptr);
+      if (verdict[j] != kFast) backward_row_fp64(p, block_first + j, verdict[j] == kAllAgain ? folded : nullptr);
     }
   }
   if (stream) fence();
@@ -751,8 +794,8 @@ void sum_partials(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) 
     const int64_t count = col_end - begin < kColumns ? col_end - begin : kColumns;
     double sums[kColumns] = {};
     for (int64_t block = 0; block < blocks; ++block) {
-      const float* partial = static_cast<const float*>(p.workspace) + block * p.cols + begin;
-      for (int64_t i = 0; i < count; ++i) sums[i] += partial[i];
+      const float* folded = static_cast<const float*>(p.workspace) + 2 * block * p.cols + begin;
+      for (int64_t i = 0; i < count; ++i) sums[i] += folded[i];
     }
     float rounded_sums[kColumns];
     for (int64_t i = 0; i < kColumns; ++i) rounded_sums[i] = float(sums[i]);
@@ -937,7 +980,7 @@ void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end) 
     const T* from = static_cast<const T*>(p.y) + p.y_rows.offset(row);
     uint8_t* to = static_cast<uint8_t*>(q.data) + row * p.cols;
     for (int64_t begin = 0; begin < p.cols; begin += width) {
-      float scale = *q.scale;
+      float scale = q.block ? 0 : *q.scale;  // those that are found are written by other threads meanwhile
       bool plain = false;
       if (q.block) {
         const float most = largest(from + begin, width), bounded = most > q.bound ? q.bound : most;

@@ -12,6 +12,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_arg_parser.h>
 
+#include <cstring>
+
 #include "../torch/checks.h"
 #include "../torch/signatures.h"
 
@@ -44,6 +46,16 @@ PyObject* call(const Tensor& input, c10::SymIntArrayRef normalized_shape, const 
 
 constexpr Py_ssize_t kArguments = 7;
 
+// numpy's numbers stand for an integer (normalized_shape) or a bool (cast_before_weight), and torch's parser refuses them.
+py::object of_numpy(py::handle object) {
+  const bool is = std::strncmp(Py_TYPE(object.ptr())->tp_name, "numpy.", 6) == 0;
+  if (is && std::strncmp(Py_TYPE(object.ptr())->tp_name, "numpy.bool", 10) == 0) return py::bool_(PyObject_IsTrue(object.ptr()) == 1);
+  if (is && PyIndex_Check(object.ptr()) && !PySequence_Check(object.ptr())) {
+    return py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
+  }
+  return py::reinterpret_borrow<py::object>(object);
+}
+
 PyObject* parse_and_call(PyObject* args) {
   static torch::PythonArgParser parser(
       {"rms_norm(Tensor input, SymIntArrayRef[1] normalized_shape, Tensor? weight=None, double? eps=None, "
@@ -51,14 +63,20 @@ PyObject* parse_and_call(PyObject* args) {
       /*traceable=*/false);
   torch::ParsedArgs<kArguments> parsed;
   torch::PythonArgs r = parser.parse(args, nullptr, parsed);
-  if (r.has_torch_function()) {
-    // The override is handed the public function and arguments as its signature takes them.
+  // Of nested tensors' override F.rms_norm is all that it knows; they have our ops (integrations/jagged.py).
+  if (r.has_torch_function() && (at::impl::torch_function_mode_enabled() || !r.tensor(0).is_nested())) {
+    // The override is handed the public function, and what torch.nn.functional.rms_norm would hand it: the options that
+    // are ours only where they are not at their defaults.
     const py::module_ package = py::module_::import("rmsnorm_cuda");
     const py::tuple all = py::reinterpret_borrow<py::tuple>(args);
     py::dict keywords;
-    constexpr const char* names[] = {"weight_offset", "cast_before_weight", "out"};
-    for (size_t i = 4; i < all.size(); ++i) keywords[names[i - 4]] = all[i];
-    const py::tuple positional = all[py::slice(0, 4, 1)];
+    constexpr const char* names[] = {"weight", "eps", "weight_offset", "cast_before_weight", "out"};
+    const py::object defaults[] = {py::object(), py::object(), py::int_(0), py::bool_(false), py::none()};
+    for (size_t i = 2; i < all.size(); ++i) {
+      const bool is_default = defaults[i - 2] && !THPVariable_Check(all[i].ptr()) && py::object(all[i]).equal(defaults[i - 2]);
+      if (!is_default) keywords[names[i - 2]] = all[i];
+    }
+    const py::tuple positional = all[py::slice(0, 2, 1)];
     return torch::handle_torch_function_no_python_arg_parser(r.overloaded_args, positional.ptr(), keywords.ptr(),
                                                              "rms_norm", package.attr("rms_norm").ptr(),
                                                              "rmsnorm_cuda");
@@ -124,7 +142,7 @@ PyObject* rms_norm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count
     return call(input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out);
   }
   py::tuple all(count);
-  for (Py_ssize_t i = 0; i < count; ++i) all[i] = py::reinterpret_borrow<py::object>(args[i]);
+  for (Py_ssize_t i = 0; i < count; ++i) all[i] = i == 1 || i == 5 ? of_numpy(args[i]) : py::reinterpret_borrow<py::object>(args[i]);
   return parse_and_call(all.ptr());
   END_HANDLE_TH_ERRORS
 }
@@ -269,7 +287,7 @@ py::dict isas() {
 }
 
 void set_isa(const std::optional<std::string>& name) {
-  if (cpu::set_isa(name ? name->c_str() : nullptr)) return;
+  if ((!name || name->find('\0') == std::string::npos) && cpu::set_isa(name ? name->c_str() : nullptr)) return;
   std::string message = "unknown or unsupported instruction set '" + name.value_or("") + "': expected one of";
   for (int i = 0; i < cpu::isa_count(); ++i) {
     if (cpu::isa_supported(i)) message += std::string(" ") + cpu::isa_name(i);

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "../rmsnorm.h"
@@ -36,7 +37,19 @@ inline void check_device(const char* op, const char* name, const at::Tensor& t, 
               input.device(), " and ", name, " is on ", t.device());
 }
 
+// A tensor may have elements and no memory: FSDP and offloading free a storage until it is gathered again.
+inline void check_memory(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK(!t.has_storage() || t.unsafeGetTensorImpl()->storage_initialized(), op, ": expected ", name,
+              " to have memory, but its storage was freed (as FSDP and offloading do until the tensor is gathered again)");
+}
+
+// Sizes of tensors that a kernel reads; those of a compiler are SymInt, and behind them is no memory.
+template <class Int>
+constexpr bool kInMemory = std::is_same_v<Int, int64_t>;
+
+// Of what a kernel reads or writes.
 inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape) {
+  check_memory(op, name, t);
   TORCH_CHECK(t.sizes() == shape, op, ": expected ", name, " of shape ", shape, ", but got ", t.sizes());
 }
 
@@ -49,6 +62,10 @@ void check_arguments(const char* op, const at::Tensor& input, c10::ArrayRef<Int>
   TORCH_CHECK(normalized > 0, op, ": expected normalized_shape to be at least 1-dimensional, i.e., containing at least "
               "one element, but got normalized_shape=", normalized_shape);
   check_dtype(op, "input", input);
+  if constexpr (kInMemory<Int>) {
+    check_memory(op, "input", input);
+    if (weight) check_memory(op, "weight", *weight);
+  }
   TORCH_CHECK_VALUE(input.dim() >= normalized, op, ": input tensor must have at least ", normalized,
                     " dimensions for normalized_shape=", normalized_shape, ", but got ", input.dim());
   TORCH_CHECK(sizes.slice(input.dim() - normalized) == normalized_shape, op, ": given normalized_shape=",
@@ -73,6 +90,7 @@ void check_residual(const char* op, const at::Tensor& input, c10::ArrayRef<Int> 
   TORCH_CHECK_VALUE(input.dim() > 0, op, ": expected input with at least one dimension, but got a scalar");
   TORCH_CHECK(residual_sizes == sizes, op, ": expected residual of input's shape ", sizes, ", but got ", residual_sizes);
   check_device(op, "residual", residual, input);
+  if constexpr (kInMemory<Int>) check_memory(op, "residual", residual);
   const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   TORCH_CHECK(residual.scalar_type() == input.scalar_type() || (half && residual.scalar_type() == at::kFloat), op,
               ": expected residual of input's dtype ", input.scalar_type(), half ? " or of Float" : "", ", but got ",
@@ -232,6 +250,7 @@ inline void check_quant(const char* op, const at::Tensor& input, const std::opti
     TORCH_CHECK(q.scale->scalar_type() == at::kFloat && q.scale->numel() == 1, op,
                 ": expected scale to be one float32, but got ", q.scale->scalar_type(), " of shape ", q.scale->sizes());
     check_device(op, "scale", *q.scale, input);
+    check_memory(op, "scale", *q.scale);
     TORCH_CHECK_VALUE(!q.block && !q.scale_ub, op, ": block and scale_ub are for scales that are found; expected neither beside a given scale, but got ",
                       q.block ? "block" : "scale_ub");
   }

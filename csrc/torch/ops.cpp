@@ -113,17 +113,22 @@ void forward_into(const char* op, const Tensor& input, const Geometry& geometry,
     cpu::isa();  // throws here, outside the parallel region, if the environment asks for what is not there
     const int64_t row_elements = p.cols * (addends.input ? 2 : 1);
     const int64_t bytes = row_elements * static_cast<int64_t>(input.element_size() + c10::elementSize(y_type));
+    // A part of the rows for each thread, with a workspace that is there before anything is written.
+    const int64_t least = grain(bytes), most = at::get_num_threads();
+    const int64_t parts = p.rows * bytes <= kGrainBytes ? 1 : std::clamp<int64_t>((p.rows + least - 1) / least, 1, most);
     const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p);
-    const auto rows = [&](int64_t begin, int64_t end) {
-      constexpr std::align_val_t kAligned{64};
-      const auto free = [](void* memory) { ::operator delete(memory, kAligned); };
-      const std::unique_ptr<void, decltype(free)> workspace(workspace_bytes ? ::operator new(workspace_bytes, kAligned) : nullptr, free);
-      cpu::rms_norm_forward(p, begin, end, workspace.get());
+    const Tensor workspace = workspace_bytes ? at::empty({parts * workspace_bytes}, input.options().dtype(at::kByte)) : Tensor();
+    char* const memory = workspace_bytes ? static_cast<char*>(workspace.mutable_data_ptr()) : nullptr;
+    const auto part = [&](int64_t i) {
+      const int64_t begin = i * p.rows / parts, end = (i + 1) * p.rows / parts;
+      cpu::rms_norm_forward(p, begin, end, memory ? memory + i * workspace_bytes : nullptr);
     };
-    if (p.rows * bytes <= kGrainBytes) {
-      rows(0, p.rows);
+    if (parts == 1) {
+      part(0);
     } else {
-      at::parallel_for(0, p.rows, grain(bytes), rows);
+      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) part(i);
+      });
     }
   } else {
     run_cuda(op, input, [&](void* stream) { return cuda::rms_norm_forward(p, stream); });

@@ -1,0 +1,62 @@
+"""The ops on jagged nested tensors: on their values, which are rows one after the other, without a copy."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
+
+_OPS = (
+    "rms_norm",
+    "rms_norm.out",
+    "rms_norm_forward",
+    "rms_norm_backward",
+    "fused_add_rms_norm",
+    "fused_add_rms_norm.out",
+    "fused_add_rms_norm_forward",
+    "fused_add_rms_norm_",
+    "rms_norm_quant",
+    "rms_norm_quant.out",
+    "fused_add_rms_norm_quant",
+    "fused_add_rms_norm_quant.out",
+)
+
+
+def _on_values(cls, func, types, args, kwargs):
+    from torch.nested._internal.ops import extract_kwargs
+
+    given = dict(zip([argument.name for argument in func._schema.arguments], args)) | kwargs
+    jagged = {name: value for name, value in given.items() if isinstance(value, NestedTensor)}
+    name, first = next(iter(jagged.items()))
+    for other_name, other in jagged.items():
+        if other._size[: other._ragged_idx + 1] != first._size[: first._ragged_idx + 1]:
+            raise RuntimeError(f"{func}: expected nested tensors of the same lengths, but {other_name} has {other._size} and {name} {first._size}")
+    normalized = len(given.get("normalized_shape", "1"))
+    rows_alike = {"grad_output", "input", "residual", "grad_residual", "rstd", "out", "residual_out"}
+    for missing in rows_alike - jagged.keys():
+        if given.get(missing) is not None:
+            raise RuntimeError(f"{func}: expected {missing} to be a nested tensor as {name} is, but got {type(given[missing]).__name__}")
+    if "input" in jagged and first.dim() - first._ragged_idx <= normalized:
+        raise RuntimeError(f"{func}: the normalized dimensions of a nested tensor may not be ragged, but it has the sizes {first._size}")
+    results = func(*(_values(a) for a in args), **{key: _values(value) for key, value in kwargs.items()})
+    layout = extract_kwargs(first)
+
+    def wrapped(result, what):
+        rows = isinstance(result, Tensor) and what != "grad_weight" and (result.numel() or not first._values.numel())
+        return NestedTensor(result, **layout) if rows else result
+
+    if isinstance(results, tuple):
+        return tuple(wrapped(result, returned.name) for result, returned in zip(results, func._schema.returns))
+    return wrapped(results, "")
+
+
+def _values(value):
+    return value._values if isinstance(value, NestedTensor) else value
+
+
+def register() -> None:
+    for op in _OPS:
+        with contextlib.suppress(RuntimeError):  # an earlier import of this package has done it
+            torch.library.register_torch_dispatch(f"rmsnorm_cuda::{op}", NestedTensor, _on_values)
