@@ -279,7 +279,7 @@ class BuildExt(build_ext):
         self.add_kernels(file, kernels)
         for torch, (ops, binding) in zip(self.torches, pairs):
             self.add_torch_layers(file, kernels, ops, binding, torch)
-        (build_dir / "build.ninja").write_text("\n".join(file.lines))
+        (build_dir / "build.ninja").write_text("\n".join(file.lines), encoding="utf-8")
         jobs = ["-j", layers.jobs()] if layers.jobs() else []
         if subprocess.run([find_ninja(), "-C", str(build_dir), *jobs]).returncode:
             fail("the build failed; the compiler's message is above.")

@@ -28,8 +28,7 @@ from .functional import (  # noqa: E402
     rms_norm,
     rms_norm_quant,
 )
-from .integrations import jagged  # noqa: E402
-from .integrations.dtensor import register_when_imported  # noqa: E402
+from .integrations import dtensor, jagged, onnx  # noqa: E402
 from .modules import RMSNorm  # noqa: E402
 from .paths import cmake_dir, include_dir, library_dir, torch_library_dir  # noqa: E402
 
@@ -55,8 +54,9 @@ __all__ = [
     "torch_library_dir",
 ]
 
-register_when_imported()
 jagged.register()
+dtensor.register_when_imported()
+onnx.register_when_imported()
 
 
 if TYPE_CHECKING:

@@ -8,15 +8,9 @@ DTensor redistributes no keyword argument, and expects what was written to be re
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import sys
-import threading
-import warnings
-
 import torch
 
-from ..again import is_a
+from .when_imported import when_imported
 
 _DTENSOR = "torch.distributed.tensor"
 _OPS = (
@@ -61,8 +55,6 @@ def register() -> None:
 
         return sharding
 
-    if _hook not in sys.meta_path:  # done meanwhile
-        return
     for name in _OPS:
         op = getattr(torch.ops.rmsnorm_cuda, name).default
         register_sharding(op)(rule(op))
@@ -71,58 +63,9 @@ def register() -> None:
         info = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op]
         info.static_argnum = 0
         info.static_kwargkey = [a.name for a in op._schema.arguments if a.kwarg_only]
-    with contextlib.suppress(ValueError):
-        sys.meta_path.remove(_hook)
-
-
-class _Hook(threading.local):
-    """A finder that has register() called once torch.distributed.tensor has been executed, and then leaves sys.meta_path."""
-
-    asks = False  # the other finders, in this thread: one of somebody else may in turn ask this one
-
-    def find_spec(self, name, path=None, target=None):
-        # The second name: where a thread is importing that one, it holds a lock that register() needs in the thread that
-        # imports the first, which gives up then.
-        if self.asks or name not in (_DTENSOR, _DTENSOR + ".experimental"):
-            return None
-        # Not importlib.util.find_spec, which imports the parent: this is called under the lock of all imports.
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        self.asks = True
-        try:
-            spec = next((spec for spec in specs if spec is not None), None)
-        finally:
-            self.asks = False
-        if spec is not None:
-            self.after_exec(spec.loader)
-        return spec
-
-    def after_exec(self, loader):
-        # What another package's hook put there.
-        before = {key: value for key, value in vars(loader).items() if key == "exec_module"}
-
-        def exec_module(module):
-            del loader.exec_module  # the method of its class again
-            vars(loader).update(before)
-            loader.exec_module(module)
-            try:
-                register()
-            except Exception as error:  # that is no reason for torch's module not to be imported
-                warnings.warn(
-                    f"rmsnorm_cuda: no DTensor sharding rules until {_DTENSOR}.experimental is imported, which failed: "
-                    f"{type(error).__name__}: {error}",
-                    stacklevel=2,
-                )
-
-        loader.exec_module = exec_module
-
-
-_hook = _Hook()
 
 
 def register_when_imported() -> None:
-    """register(), now or when torch.distributed.tensor is imported: that takes a while, and most do not need it."""
-    # Instead of one that an earlier import of this package left.
-    sys.meta_path[:] = [_hook, *(finder for finder in sys.meta_path if not is_a(finder, _Hook))]
-    if _DTENSOR in sys.modules:
-        importlib.import_module(_DTENSOR)  # waits for a thread that is importing it
-        register()
+    # The second name: where a thread is importing that one, it holds a lock that register() needs in the thread that imports
+    # the first, which gives up then.
+    when_imported((_DTENSOR, _DTENSOR + ".experimental"), register, "DTensor sharding rules")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..again import same
 from ..functional import rms_norm
 from ..modules import RMSNorm
 
@@ -98,7 +99,7 @@ def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: 
 def give_back(old: nn.Module, new: RMSNorm) -> None:
     """Gives the module that `new` is the twin of what happened to `new` since: a hook, a parametrization, another eps."""
     state = vars(old)
-    made = next(cls for cls in type(new).__mro__ if "_twin_of" in vars(cls) or cls is RMSNorm)
+    made = next(cls for cls in type(new).__mro__ if "_twin_of" in vars(cls) or same(cls, RMSNorm))
     eps_name = getattr(made, "_eps_name", None) or "eps"
     kept = {key: state[key] for key in (*_SETTINGS, eps_name) if key in state}
     before = kept.get(eps_name)

@@ -70,7 +70,8 @@ class _AddsInNorms:
     _fused: tuple[str, ...]  # that do
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self._original, self._norms), vars(self)
+        _, _, *rest = super().__reduce_ex__(max(protocol, 2))
+        return _rebuild, (self._original, self._norms), *rest
 
     @staticmethod
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,150 @@
+"""The ops in ONNX, for both exporters of torch.onnx.export(): opset 23's RMSNormalization where that computes the same, else the
+formula. Registered by itself, as soon as an exporter is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .when_imported import when_imported
+
+_FLOAT, _DOUBLE = 1, 11  # of ONNX's TensorProto.DataType
+
+
+class _Ops:
+    """ONNX's ops in the current exporter, which traces functions over onnxscript's."""
+
+    def __init__(self, opset: Any) -> None:
+        self.opset = opset
+
+    def __call__(self, name: str, *inputs: Any, **attributes: Any) -> Any:
+        return getattr(self.opset, name)(*inputs, **attributes)
+
+    def dtype(self, x: Any) -> int:
+        return int(x.dtype)
+
+    def number(self, value: float) -> Any:
+        return self.opset.Constant(value_float=float(value))
+
+    def mean(self, x: Any, axes: list[int]) -> Any:
+        return self.opset.ReduceMean(x, self.opset.Constant(value_ints=axes), keepdims=1)
+
+
+class _Graph(_Ops):
+    """The same in the older exporter, which adds nodes to TorchScript's graph."""
+
+    def __init__(self, graph: Any, opset_version: int) -> None:
+        super().__init__(graph)
+        self.opset_version = opset_version
+
+    def __call__(self, name: str, *inputs: Any, **attributes: Any) -> Any:
+        suffix = {int: "_i", float: "_f"}
+        return self.opset.op(name, *inputs, **{key + suffix[type(value)]: value for key, value in attributes.items()})
+
+    def dtype(self, x: Any) -> int:
+        from torch.onnx import JitScalarType
+
+        return int(JitScalarType.from_value(x).onnx_type())
+
+    def number(self, value: float) -> Any:
+        return self.opset.op("Constant", value_t=torch.tensor(float(value), dtype=torch.float32))
+
+    def mean(self, x: Any, axes: list[int]) -> Any:
+        if self.opset_version < 18:
+            return self.opset.op("ReduceMean", x, axes_i=axes, keepdims_i=1)
+        return self.opset.op("ReduceMean", x, self.opset.op("Constant", value_t=torch.tensor(axes)), keepdims_i=1)
+
+
+def _formula(op: _Ops, x, x_dtype: int, axes: list[int], weight, eps: float | None, weight_offset: float, cast_before_weight: bool):
+    dtypes = {x_dtype} if weight is None else {x_dtype, op.dtype(weight)}
+    compute, result = _DOUBLE if _DOUBLE in dtypes else _FLOAT, x_dtype
+    if eps is None:
+        eps = torch.finfo(torch.float64 if x_dtype == _DOUBLE else torch.float32).eps
+
+    def constant(value):
+        return op("Cast", op.number(value), to=compute)
+
+    wide = op("Cast", x, to=compute)
+    y = op("Div", wide, op("Sqrt", op("Add", op.mean(op("Mul", wide, wide), axes), constant(eps))))
+    if weight is not None:
+        if cast_before_weight:
+            y = op("Cast", op("Cast", y, to=result), to=compute)
+            result = result if len(dtypes) == 1 else compute
+        gain = op("Cast", weight, to=compute)
+        y = op("Mul", y, gain if weight_offset == 0 else op("Add", gain, constant(weight_offset)))
+    return op("Cast", y, to=result)
+
+
+def _norm(op: _Ops, has_op: bool, x, x_dtype: int, axes: list[int], weight, eps: float | None, weight_offset: float, cast_before_weight: bool):
+    # RMSNormalization rounds once, in the weight's dtype, and computes in fp32.
+    once = weight_offset == 0 and (not cast_before_weight or x_dtype == _FLOAT) and x_dtype != _DOUBLE
+    if has_op and once and weight is not None and op.dtype(weight) == x_dtype:
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
+        return op("RMSNormalization", x, weight, axis=axes[0], epsilon=eps, stash_type=_FLOAT)
+    return _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight)
+
+
+def _fused_add(op: _Ops, has_op: bool, input, residual, weight, eps: float | None, weight_offset: float, cast_before_weight: bool):
+    compute = _DOUBLE if op.dtype(input) == _DOUBLE else _FLOAT
+    total = op("Cast", op("Add", op("Cast", input, to=compute), op("Cast", residual, to=compute)), to=op.dtype(residual))
+    y = _norm(op, has_op, total, op.dtype(residual), [-1], weight, eps, weight_offset, cast_before_weight)
+    promoted = cast_before_weight and weight is not None and op.dtype(weight) != op.dtype(input)
+    return op("Cast", y, to=compute if promoted else op.dtype(input)), total
+
+
+def _register() -> None:
+    from onnxscript.onnx_opset import opset18, opset23
+    from torch.onnx._internal.exporter._torchlib._torchlib_registry import onnx_impl
+
+    def implement(opset, introduced):
+        op, has_op = _Ops(opset), introduced >= 23
+
+        def rms_norm(
+            input, normalized_shape: Sequence[int], weight=None, eps: float | None = None, weight_offset: float = 0.0, cast_before_weight: bool = False
+        ):
+            return _norm(op, has_op, input, op.dtype(input), [*range(-len(normalized_shape), 0)], weight, eps, weight_offset, cast_before_weight)
+
+        def fused_add_rms_norm(input, residual, weight=None, eps: float | None = None, weight_offset: float = 0.0, cast_before_weight: bool = False):
+            return _fused_add(op, has_op, input, residual, weight, eps, weight_offset, cast_before_weight)
+
+        for function in (rms_norm, fused_add_rms_norm):
+            overload = getattr(torch.ops.rmsnorm_cuda, function.__name__).default
+            onnx_impl(overload, trace_only=True, opset_introduced=introduced)(function)
+
+    implement(opset18, 18)
+    implement(opset23, 23)
+
+
+def _register_symbolic() -> None:
+    from torch.onnx import register_custom_op_symbolic, symbolic_helper
+
+    def options(eps, weight_offset, cast_before_weight):
+        return [symbolic_helper._maybe_get_const(value, kind) for value, kind in ((eps, "f"), (weight_offset, "f"), (cast_before_weight, "b"))]
+
+    def given(value):
+        return None if value is None or symbolic_helper._is_none(value) else value
+
+    def implement(opset_version):
+        def rms_norm(g, input, normalized_shape, weight, eps, weight_offset, cast_before_weight):
+            op, axes = _Graph(g, opset_version), [*range(-len(symbolic_helper._get_const(normalized_shape, "is", "normalized_shape")), 0)]
+            eps, *rest = options(eps, weight_offset, cast_before_weight)
+            return _norm(op, False, input, op.dtype(input), axes, given(weight), eps if isinstance(eps, float) else None, *rest)
+
+        def fused_add_rms_norm(g, input, residual, weight, eps, weight_offset, cast_before_weight):
+            eps, *rest = options(eps, weight_offset, cast_before_weight)
+            op = _Graph(g, opset_version)
+            return _fused_add(op, False, input, residual, given(weight), eps if isinstance(eps, float) else None, *rest)
+
+        for function in (rms_norm, fused_add_rms_norm):
+            register_custom_op_symbolic(f"rmsnorm_cuda::{function.__name__}", function, opset_version)
+
+    implement(9)
+    implement(18)  # where the axes of ReduceMean have become an input
+
+
+def register_when_imported() -> None:
+    when_imported(("torch.onnx._internal.exporter._registration",), _register, "translation of its ops into ONNX")
+    when_imported(("torch.onnx",), _register_symbolic, "symbolics of its ops")
