@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from .functional import _C, fused_add_rms_norm, is_dynamo_compiling, rms_norm
+from .scriptable import ScriptableRMSNorm
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -47,6 +49,13 @@ class RMSNorm(torch.nn.RMSNorm):
         if self.elementwise_affine:
             torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
+    if TYPE_CHECKING:
+        # The second form is not Tensor, Tensor -> two tensors: then a subclass with the signature of torch's would be an error.
+        @overload
+        def forward(self, x: Tensor) -> Tensor: ...
+        @overload
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x; with a residual the norm of x + residual and that sum, as the layers of serving stacks expect.
 
@@ -65,6 +74,15 @@ class RMSNorm(torch.nn.RMSNorm):
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
             return _C.rms_norm(x, shape, weight, eps, offset, cast, None)
         return rms_norm(x, shape, weight, eps, weight_offset=offset, cast_before_weight=cast)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script() takes instead."""
+        if type(self).forward.__code__.co_code != RMSNorm.forward.__code__.co_code or "weight" not in self._parameters:
+            raise NotImplementedError(
+                f"torch.jit.script: {type(self).__name__} computes more than RMSNorm, and TorchScript cannot compile its forward; "
+                "use torch.jit.trace or torch.export"
+            )
+        return ScriptableRMSNorm(self)
 
     def _check_residual(self, x: Tensor, weight: Tensor | None) -> None:
         shape = self.normalized_shape

@@ -207,6 +207,16 @@ def test_public_api_is_typed(tmp_path):
         codes, scale, *_ = rmsnorm_cuda.rms_norm_quant(x, dtype=torch.int8)
         norm = RMSNorm(8, 1e-6, cast_before_weight=True)
         reveal_type(norm.weight_offset)
+
+        class Mine(RMSNorm):  # with the signature of torch's
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return super().forward(x) * 2
+
+        def of_torch(norm: torch.nn.RMSNorm) -> torch.Tensor:
+            return norm.forward(x) * 2
+
+        of_torch(norm)
+        normed, total = norm.forward(x, x)
         model = torch.nn.Sequential(norm)
         for swap in replace_rms_norm(model):
             name: str = swap.name

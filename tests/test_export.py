@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import GEMMA, LLAMA, ops, random, random_weight, same_bits
+from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.export import Dim
 
@@ -254,3 +255,33 @@ def test_linked_ops(cmake, tmp_path):
     program = cmake(tmp_path) / "linked"
     run(program)
     assert "librmsnorm_torch.so" in run("ldd", program)
+
+
+OPTIONS_OF_MODULES = [{}, {"eps": None}, {"weight_offset": 1.0}, {"cast_before_weight": True}, {"elementwise_affine": False}]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("options", OPTIONS_OF_MODULES, ids=str)
+def test_torchscript(options):
+    """Compiled, saved, read again, trained: one op, the bits of eager."""
+    model, x = nn.Sequential(nn.Linear(16, 16), RMSNorm(16, **({"eps": 1e-6} | options))), torch.randn(3, 16)
+    scripted, file = torch.jit.script(model), io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for made in (scripted, loaded):
+        assert same_bits(made(x).detach(), model(x).detach())
+        assert "rmsnorm_cuda::rms_norm" in str(made.inlined_graph)
+    if model[1].weight is not None:
+        scripted(x).sin().sum().backward()
+        assert model[1].weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_of_what_it_cannot_compile():
+    class Mine(RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(NotImplementedError, match="use torch.jit.trace or torch.export"):
+        torch.jit.script(nn.Sequential(Mine(4)))

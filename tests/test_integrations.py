@@ -273,6 +273,31 @@ def test_kernels_library_and_transformers(fresh, monkeypatch):
         assert model.model.norm._rmsnorm_cuda_family[1].family.name == family
 
 
+def test_kernelize_tells_where_it_changes_nothing(fresh, monkeypatch):
+    """With the marks as this transformers sets them, or does not."""
+    pytest.importorskip("kernels")
+    transformers = pytest.importorskip("transformers")
+    from kernels import Mode
+
+    from rmsnorm_cuda.integrations.kernels import kernelize
+
+    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    tokens = torch.randint(0, 99, (2, 16))
+    with torch.no_grad():
+        want = model(tokens).logits
+        if getattr(type(model.model.norm), "kernel_layer_name", None) is None:
+            with pytest.warns(UserWarning, match="no module of this LlamaForCausalLM is marked as one of RMSNorm, RMSNormZeroCentered"):
+                kernelize(model, mode=Mode.INFERENCE)
+            assert torch.equal(model(tokens).logits, want)
+            monkeypatch.setattr(type(model.model.norm), "kernel_layer_name", "RMSNorm", raising=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = kernelize(model, mode=Mode.INFERENCE)
+        assert "rmsnorm_cuda" in model.model.norm.forward.__func__.__module__
+        torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-5)
+
+
 # vLLM
 
 
@@ -685,6 +710,7 @@ def torchtitan(request, monkeypatch):
 def test_torchtitan_constructor(torchtitan):
     init = {"weight": nn.init.ones_}
     norm = torchtitan.RMSNorm.Config(normalized_shape=40, eps=1e-3, param_init=init).build()
+    assert list(inspect.signature(type(norm).forward).parameters) == ["self", "x"]  # what Module.parallelize() reads
     assert isinstance(norm, rmsnorm_cuda.RMSNorm) and isinstance(norm, torchtitan.Module)
     assert list(norm.state_dict()) == ["weight"] and norm._param_init is init
     x = torch.randn(8, 40)

@@ -1,10 +1,9 @@
 """A layer for the `kernels` library: `kernelize(model)` puts it in place of the forward of a model's norms.
 
-    from kernels import Mode, kernelize, use_kernel_mapping
-    from rmsnorm_cuda.integrations.kernels import mapping
+    from kernels import Mode
+    from rmsnorm_cuda.integrations.kernels import kernelize
 
-    with use_kernel_mapping(mapping()):
-        model = kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE)
+    model = kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE)
 
 A layer's name says nothing of the rounding order: transformers has "RMSNorm" on the norms of Llama, Olmo and GPT-OSS alike. So
 the layer finds out whose forward it takes the place of, as replace_rms_norm() does, when that is first called. What is not
@@ -46,6 +45,25 @@ class Repository:
 def mapping(layer_names: Iterable[str] = LAYER_NAMES, devices: Iterable[str] = ("cpu", "cuda")) -> dict[str, dict[str, Repository]]:
     """For use_kernel_mapping() and register_kernel_mapping(): our layer for these names on these devices, in every mode."""
     return {name: dict.fromkeys(devices, Repository()) for name in layer_names}
+
+
+def kernelize(model: nn.Module, *, layer_names: Iterable[str] = LAYER_NAMES, **options) -> nn.Module:
+    """`kernels.kernelize(model, **options)` with our mapping, and a warning where that changes nothing.
+
+    It changes the modules whose class carries one of the names. transformers gives them where it accepts the version of `kernels`
+    that is installed; where it does not, no norm has one, and `kernels` says nothing.
+    """
+    import kernels
+
+    names = set(layer_names)
+    if not any(getattr(type(module), "kernel_layer_name", None) in names for module in model.modules()):
+        warnings.warn(
+            f"rmsnorm_cuda: no module of this {type(model).__name__} is marked as one of {', '.join(sorted(names))}, so that kernelize() "
+            "changes none: does this transformers accept this version of `kernels`? replace_rms_norm(model) does not need the marks",
+            stacklevel=2,
+        )
+    with kernels.use_kernel_mapping(mapping(names)):
+        return kernels.kernelize(model, **options)
 
 
 class RMSNorm(nn.Module):
