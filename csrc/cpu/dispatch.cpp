@@ -142,7 +142,7 @@ BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
   const int64_t least = std::clamp<int64_t>(32768 / p.cols, 8, kMaxBlockRows);
   const int64_t block_rows = std::min(std::max(least, (p.rows + 127) / 128), kMaxBlockRows);
   const int64_t blocks = (p.rows + block_rows - 1) / block_rows;
-  const int64_t bytes = p.dweight ? blocks * p.cols * 8 : 0;  // fp32: two sums for each column, see backward_blocks
+  const int64_t bytes = p.dweight ? blocks * p.cols * (wide(p) ? 8 : 4 * dweight_sums(block_rows)) : 0;
   return {block_rows, blocks, bytes};
 }
 

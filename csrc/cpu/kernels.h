@@ -86,6 +86,7 @@ constexpr float kMaxPlainRstd = 0x1p12f;
 
 constexpr int64_t kMaxBlockRows = 256;  // of the backward
 constexpr int64_t kFoldRows = 32;       // whose dweight is summed up by itself: more rows of equal values would lose bits
+inline int64_t dweight_sums(int64_t block_rows) { return block_rows > kFoldRows ? 2 : 1; }  // rows of the workspace of a block
 
 // The backward's groups of rows, see backward_blocks: a part of an L2 cache; and columns at a time, a part of an L1 cache.
 constexpr int64_t kGradientBytes = 128 << 10;

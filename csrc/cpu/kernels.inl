@@ -396,7 +396,7 @@ INLINE bool in_fast_range(double rstd) { return rstd >= kMinRstd && rstd <= kMax
 // The sum of a row's squares is off by 7 roundings at most: of the product, of 3 additions to it in its lane, and of 3 in
 // halving 64 lanes to 8, each by 2^-24 of what is there then. Terms of about one size average that out. One that is most of
 // the row does not, and where a lane holds so much of the sum, the row is summed again in double.
-constexpr double kDominant = 0.35;
+constexpr double kDominant = 0.4;
 
 template <class Tx>
 __attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
@@ -514,6 +514,9 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
         fast &= in_fast_range(rstd[j]);
       }
     }
+    if (!fast) {
+      for (int64_t j = 0; j < count; ++j) rstd[j] = rstd[j] != rstd[j] ? __builtin_nan("") : rstd[j];
+    }
     if (p.rstd) {
       for (int64_t j = 0; j < count; ++j) static_cast<float*>(p.rstd)[first + j] = float(rstd[j]);
     }
@@ -522,12 +525,16 @@ INLINE void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, 
     for (int64_t j = 0; j < count; ++j) {
       const int64_t row = first + j;
       if (ahead && row + group < row_end) sum_row(row + group, j);
+      Ty* y = static_cast<Ty*>(p.y) + p.y_rows.offset(row);
+      if (!fast && rstd[j] != rstd[j]) {  // one NaN for all, whichever the row held first
+        for_each_vector(0, cols, [&](int64_t i, int n) { store(y + i, set1(__builtin_nanf("")), n); });
+        continue;
+      }
       if (!fast && !in_fast_range(rstd[j])) {
         forward_row_fp64(p, row);
         continue;
       }
       const Tx* x = row_of_x(row);
-      Ty* y = static_cast<Ty*>(p.y) + p.y_rows.offset(row);
       const Fetch<Tx> next = fetched(row + (ahead ? group + kGroup / 2 : group));
       if (kUnit && !small) {
         scale_row<kStream, kUnit, Tx, kCast>(x, weight, y, cols, rstd[j], next);
@@ -698,7 +705,7 @@ INLINE bool certain(double sum, float rstd) {
 template <class Tdy, class Tx, bool kDx, bool kDweight, int kRows>
 void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
   using Row = GradientRow<Tdy, Tx>;
-  const int64_t cols = p.cols, block_rows = rms_norm_backward_plan(p).block_rows;
+  const int64_t cols = p.cols, block_rows = rms_norm_backward_plan(p).block_rows, sums_of_block = dweight_sums(block_rows);
   const auto row_at = [&](int64_t row) {
     return Row{static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row), static_cast<const Tx*>(p.x) + p.x_rows.offset(row),
                p.dresidual ? static_cast<const Tx*>(p.dresidual) + p.dresidual_rows.offset(row) : nullptr,
@@ -713,18 +720,11 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
   const int64_t group = fitting > kRows ? kRows : fitting > 1 ? fitting : 1;
   constexpr int64_t kColumns = kRows == 1 ? WeightTiles::kTile : kGradientTile;
   for (int64_t block = block_begin; block < block_end; ++block) {
-    // What up to kFoldRows rows add to dweight, and what the rows before them did.
-    float* const folded = kDweight ? static_cast<float*>(p.workspace) + 2 * block * cols : nullptr;
-    float* const partial = kDweight ? folded + cols : nullptr;
-    if (kDweight) for_each_vector(0, 2 * cols, [&](int64_t i, int n) { store(folded + i, zero(), n); });
-    int64_t unfolded = 0;
-    const auto fold_dweight = [&] {
-      for_each_vector(0, cols, [&](int64_t i, int n) {
-        store(folded + i, add(load(folded + i, n), load(partial + i, n)), n);
-        store(partial + i, zero(), n);
-      });
-      unfolded = 0;
-    };
+    // What the rows of a block add to dweight; of a large one what up to kFoldRows rows add, and what those before them did.
+    float* const folded = kDweight ? static_cast<float*>(p.workspace) + sums_of_block * block * cols : nullptr;
+    float* const partial = kDweight ? folded + (sums_of_block - 1) * cols : nullptr;
+    if (kDweight) for_each_vector(0, sums_of_block * cols, [&](int64_t i, int n) { store(folded + i, zero(), n); });
+    int64_t fold_at = block * block_rows + kFoldRows;
     const int64_t block_first = block * block_rows;
     const int64_t block_last = block_first + block_rows < p.rows ? block_first + block_rows : p.rows;
     enum : char { kFast, kDxAgain, kAllAgain } verdict[kMaxBlockRows];
@@ -773,9 +773,14 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
           }
         }
       }
-      if (kDweight && (unfolded += count) >= kFoldRows) fold_dweight();
+      if (kDweight && sums_of_block > 1 && (first + count >= fold_at || first + count == block_last)) {
+        fold_at += kFoldRows;
+        for_each_vector(0, cols, [&](int64_t i, int n) {
+          store(folded + i, add(load(folded + i, n), load(partial + i, n)), n);
+          store(partial + i, zero(), n);
+        });
+      }
     }
-    if (kDweight && unfolded) fold_dweight();
     if (kDweight && kGradientPairs<Tdy, Tx>) unpair(folded, cols);
     if (again && stream) fence();
     for (int64_t j = 0; again && j < block_last - block_first; ++j) {
@@ -789,12 +794,13 @@ void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t bloc
 template <class Tw>
 void sum_partials(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
   constexpr int64_t kColumns = 256;  // 2 KB of sums, and whole cache lines of the partials
-  const int64_t blocks = rms_norm_backward_plan(p).blocks;
+  const BackwardPlan plan = rms_norm_backward_plan(p);
+  const int64_t blocks = plan.blocks, stride = dweight_sums(plan.block_rows) * p.cols;
   for (int64_t begin = col_begin; begin < col_end; begin += kColumns) {
     const int64_t count = col_end - begin < kColumns ? col_end - begin : kColumns;
     double sums[kColumns] = {};
     for (int64_t block = 0; block < blocks; ++block) {
-      const float* folded = static_cast<const float*>(p.workspace) + 2 * block * p.cols + begin;
+      const float* folded = static_cast<const float*>(p.workspace) + block * stride + begin;
       for (int64_t i = 0; i < count; ++i) sums[i] += folded[i];
     }
     float rounded_sums[kColumns];
