@@ -395,8 +395,10 @@ def _copy(module: nn.Module) -> nn.Module:
                 vars(new)[key] = copy.deepcopy(value, memo)
             except Exception:  # a lock, a generator
                 vars(new)[key] = value
-    if "weight" in module._parameters:
-        new.register_parameter("weight", None)
+    for name in module._parameters:
+        new.register_parameter(name, None)
+    for name in module._buffers:
+        new.register_buffer(name, None)
     return new
 
 

@@ -1,0 +1,165 @@
+"""Which norms of other libraries replace_rms_norm() swaps: every class called ...Norm, its family or why it stays.
+
+    python benchmarks/norm_classes.py transformers diffusers timm torchtitan fla --md benchmarks/results/norm_classes.md
+
+Each class that is swapped is then compared with what takes its place on random draws of input size, dtypes, and mode: results
+and gradients. One that differs is an error. Classes that want more than a width to be built are listed as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import importlib.metadata
+import io
+import os
+import pkgutil
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parent.parent))
+from rmsnorm_cuda.integrations.families import twin
+from rmsnorm_cuda.integrations.recognize import recognize
+
+WIDTH = 96
+ARGUMENTS = ({}, {"eps": 1e-6})  # beside the width
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DISTRIBUTIONS = {"fla": "flash-linear-attention"}
+
+
+def norm_classes(library: str) -> Iterator[type[nn.Module]]:
+    """Those that its modules define, as far as they can be imported here."""
+    package = importlib.import_module(library)
+    for info in pkgutil.walk_packages(package.__path__, f"{library}.", onerror=lambda name: None):
+        if library == "transformers" and ".modeling_" not in info.name:
+            continue
+        if any(part.startswith(("test", "_test", "cli")) or part == "__main__" for part in info.name.split(".")):
+            continue
+        try:
+            module = importlib.import_module(info.name)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            continue
+        for name, cls in sorted(vars(module).items()):
+            if isinstance(cls, type) and issubclass(cls, nn.Module) and "Norm" in name and cls.__module__ == info.name:
+                yield cls
+
+
+def build(cls: type[nn.Module]) -> nn.Module | str:
+    reason = ""
+    for options in ARGUMENTS:
+        try:
+            return cls(WIDTH, **options)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            reason = reason or f"it is not built from a width: {type(error).__name__}"
+    return reason
+
+
+def gradients(norm: nn.Module, x: torch.Tensor, towards: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    inputs = [x, *norm.parameters()]
+    return y.detach(), list(torch.autograd.grad((y.float() * towards).sum(), inputs, allow_unused=True))
+
+
+def differs(ours: torch.Tensor | None, theirs: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], ulps: float) -> bool:
+    """By more than `ulps` of the coarsest dtype, of each value, or of the length of the whole for gradients (ulps < 0)."""
+    if ours is None or theirs is None:
+        return ours is not theirs
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return True
+    info = max((torch.finfo(dtype) for dtype in (*dtypes, ours.dtype)), key=lambda info: info.eps)
+    a, b = ours.double(), theirs.double()
+    finite = a.isfinite() & b.isfinite()
+    if ulps < 0:  # fp16 has no number for some gradients of small rows
+        a, b = a[finite], b[finite]
+        return bool((a - b).norm() > -ulps * info.eps * b.norm() + info.tiny)
+    apart = (a - b).abs() > ulps * info.eps * b.abs() + 4 * info.tiny * info.eps
+    return bool((a.isnan() != b.isnan()).any() or (apart & finite).any() or ((a != b) & ~finite & ~a.isnan()).any())
+
+
+def compare(old: nn.Module, draws: int) -> str:
+    """In what the module and its twin differ; empty if in nothing."""
+    for draw in range(draws):
+        generator, dice = torch.Generator().manual_seed(draw), random.Random(draw)
+        pair, training, size = (dice.choice(DTYPES), dice.choice(DTYPES)), dice.random() < 0.5, 10 ** dice.uniform(-6, 4)
+        theirs = copy.deepcopy(old).to(pair[1]).train(training)
+        for parameter in theirs.parameters():
+            parameter.data = (1 + torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype)
+        found = recognize(theirs) if draw == 0 else found  # noqa: F821
+        ours = twin(copy.deepcopy(theirs), *found)
+        rows = torch.randn(dice.randint(1, 8), WIDTH, generator=generator)
+        x, towards = (size * rows).to(pair[0]), torch.randn(rows.shape, generator=generator) + rows.sign()
+        try:
+            want, want_grads = gradients(theirs, x, towards)
+        except Exception:
+            if pair[0] == pair[1]:
+                return f"it raises, for {pair[0]}"
+            continue  # it does not take this mixture
+        got, got_grads = gradients(ours, x, towards)
+        where = f"for {pair[0]} and {pair[1]}, rows of size {size:.2g}, training={training}"
+        if differs(got, want, pair, 8):
+            return f"results differ {where}"
+        if len(got_grads) != len(want_grads) or any(differs(a, b, pair, -16 if pair[0] != torch.float32 else -512) for a, b in zip(got_grads, want_grads)):
+            return f"gradients differ {where}"
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="+")
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--md", help="also write the table here")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # fla looks for a GPU when it is imported
+    warnings.simplefilter("ignore")
+    lines, wrong = [], 0
+    for library in args.libraries:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            classes = list(norm_classes(library))
+        rows: dict[tuple[str, str], list[str]] = {}
+        swapped = 0
+        for cls in classes:
+            norm = build(cls)
+            if "rmsnorm" not in cls.__name__.lower() and (isinstance(norm, str) or any(True for _ in norm.children())):
+                continue  # a network, a layer with a norm in it
+            found = norm if isinstance(norm, str) else recognize(norm)
+            if isinstance(found, str):
+                verdict = f"stays: {found}"
+            else:
+                difference = compare(norm, args.draws)
+                verdict = f"**{difference}**" if difference else f"{found.family.name}, eps={found.eps}"
+                wrong, swapped = wrong + bool(difference), swapped + 1
+            rows.setdefault((cls.__name__, verdict), []).append(cls.__module__)
+        version = importlib.metadata.version(DISTRIBUTIONS.get(library, library))
+        listed = sum(map(len, rows.values()))
+        lines += [f"\n## {library} {version}\n", f"{listed} classes, {swapped} of them swapped.\n", "| class | in | |", "|---|---|---|"]
+        for (name, verdict), modules in sorted(rows.items()):
+            more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+            lines.append(f"| {name} | {modules[0].removeprefix(library + '.')}{more} | {verdict} |")
+        print("\n".join(lines[-len(rows) - 4 :]), flush=True)
+    if args.md:
+        head = [
+            "# Norms of other libraries, and what replace_rms_norm() makes of them\n",
+            f"`python benchmarks/norm_classes.py {' '.join(args.libraries)}`, torch {torch.__version__}, CPU. Each class that is swapped, named by its",
+            f"family, has been compared with what takes its place on {args.draws} random draws of input size (1e-6 to 1e4), dtypes and mode: results",
+            f"and gradients. {wrong} differ.",
+        ]
+        Path(args.md).write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
