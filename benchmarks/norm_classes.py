@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib
 import importlib.metadata
+import inspect
 import io
 import os
 import pkgutil
@@ -56,9 +57,15 @@ def norm_classes(library: str) -> Iterator[type[nn.Module]]:
 
 def build(cls: type[nn.Module]) -> nn.Module | str:
     reason = ""
-    for options in ARGUMENTS:
+    first = next(iter(inspect.signature(cls).parameters), "")
+    ways = [lambda options=options: cls(WIDTH, **options) for options in ARGUMENTS]
+    if first == "eps":  # without a weight
+        ways = [lambda: cls(eps=1e-6)]
+    elif hasattr(cls, "Config"):  # torchtitan's
+        ways = [lambda: cls.Config(normalized_shape=WIDTH).build(), lambda: cls.Config(dim=WIDTH).build()]
+    for build_it in ways:
         try:
-            return cls(WIDTH, **options)
+            return build_it()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

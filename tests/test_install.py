@@ -27,6 +27,7 @@ from rmsnorm_cuda import _C, binary, build_layers, supported
 PACKAGE = Path(rmsnorm_cuda.__file__).parent
 ROOT = Path(__file__).parents[1]
 LAYER = build_layers.layer_name(torch.__version__)
+IN_USE = Path(rmsnorm_cuda.torch_library_dir())  # called LAYER, or as what build_layers.py has made here
 COMMAND = f"{sys.executable} {{}}/build_layers.py"
 SETUPTOOLS = Path(pytest.importorskip("setuptools").__file__).parents[1]
 
@@ -47,7 +48,9 @@ def last_line(code, *path, cwd, without_site=False, **environment):
 def package(tmp_path):
     """A copy of the package, to be spoilt; `import rmsnorm_cuda` takes it if its parent is ahead in sys.path."""
     there = tmp_path / "there" / "rmsnorm_cuda"
-    shutil.copytree(PACKAGE, there, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, there, ignore=shutil.ignore_patterns("__pycache__", f"torch{torch.__version__}-*"))
+    if not (there / "lib" / LAYER).exists():  # as if it had come with this layer
+        shutil.copytree(IN_USE, there / "lib" / LAYER)
     for path in SOURCES if not (there / "csrc").exists() else ():  # a wheel has them there
         (there / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, there / path.relative_to(ROOT))
@@ -103,7 +106,7 @@ def test_torch_that_is_not_carried(version, tmp_path, package):
     (package / "lib" / "torch2.9").mkdir()
     (package / "lib" / "torch2.9" / build_layers.OPS).touch()
     said = last_line("import rmsnorm_cuda", fake_torch(tmp_path / "other", version), package.parent, cwd=tmp_path)
-    carried = ", ".join(["2.9", *binary.carried()])
+    carried = ", ".join(dict.fromkeys(["2.9", *binary.carried(), LAYER.removeprefix("torch")]))
     assert f"carries builds for torch {carried}, and this is torch {version}; build it for this one by" in said
     assert COMMAND.format(package) in said
 
@@ -185,7 +188,7 @@ def test_another_copy_of_the_ops(tmp_path, package):
     """Registered once: the second copy is an error for a package, and a warning for a program that loads it."""
     code = f"import torch; torch.ops.load_library({str(package / 'lib' / LAYER / build_layers.OPS)!r}); "
     said = last_line(code + "import rmsnorm_cuda", PACKAGE.parent, cwd=tmp_path)
-    other, ours = (folder / "lib" / LAYER / build_layers.OPS for folder in (package, PACKAGE))
+    other, ours = (folder / build_layers.OPS for folder in (package / "lib" / LAYER, IN_USE))
     assert f"The loader said: {other} was loaded before, and is used in place of {ours}. " in said
     runs(RUN + code + RUN, PACKAGE.parent, cwd=tmp_path)
     runs(code + RUN, package.parent, cwd=tmp_path)  # its own copy
@@ -365,7 +368,7 @@ def stand_in(tmp_path):
           case $word in -shared) shared=1;; esac
           last=$word
         done
-        if [ $shared ]; then cp "{PACKAGE}/lib/{LAYER}/$(basename $out)" $out; else touch $out; fi
+        if [ $shared ]; then cp "{IN_USE}/$(basename $out)" $out; else touch $out; fi
     """
     return script(tmp_path / "stand-in", text)
 
@@ -400,7 +403,7 @@ def test_layers_are_built(way, tmp_path, package, stand_in):
     else:
         shutil.rmtree(lib / LAYER)
     if way == "older":
-        shutil.copytree(PACKAGE / "lib" / LAYER, lib / f"torch{torch.__version__}-0123456789abcdef")
+        shutil.copytree(IN_USE, lib / f"torch{torch.__version__}-0123456789abcdef")
     if way == "cut":
         build(package, CXX=stand_in)
         library = made_in(lib) / build_layers.OPS
