@@ -47,7 +47,7 @@ def install(folder, packages):
 
 
 def script(path, text):
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
 
 
@@ -58,14 +58,14 @@ def once(*recipe):
         @functools.wraps(make)
         def filled(folder):
             made = folder / "made-of"
-            if not made.exists() or made.read_text() != "\n".join(recipe):
+            if not made.exists() or made.read_text(encoding="utf-8") != "\n".join(recipe):
                 scratch = folder.with_name(folder.name + ".scratch")
                 for stale in (folder, scratch):
                     shutil.rmtree(stale, ignore_errors=True)
                     stale.mkdir(parents=True)
                 make(folder, scratch)
                 shutil.rmtree(scratch)
-                made.write_text("\n".join(recipe))
+                made.write_text("\n".join(recipe), encoding="utf-8")
             return folder
 
         return filled
@@ -114,7 +114,7 @@ def glibc_stubs(folder, scratch):
     names = sorted(path.name for path in objects.iterdir())
     subprocess.run(["strip", "--strip-debug", *names], cwd=objects, check=True)
     subprocess.run(["ar", "rcD", folder / "libc_nonshared.a", *names], cwd=objects, check=True)
-    (folder / "libc.so").write_text(LIBC_SO)
+    (folder / "libc.so").write_text(LIBC_SO, encoding="utf-8")
 
 
 @once(*CUDA, CICC, FATBINARY)

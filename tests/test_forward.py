@@ -94,6 +94,13 @@ def test_products_at_the_end_of_the_range(device, dtype):
             assert_forward(y, x, (cols,), weight, 0.0, options)
 
 
+@pytest.mark.parametrize("cols", [64, 4096, 770_000])
+def test_equal_rows_in_fp64(cols):
+    """Where each addition rounds alike; without what they round off 6454 ulp are lost."""
+    y = rms_norm(torch.full((1, cols), 1 / 3, dtype=torch.float64), cols, None, 0.0)
+    assert (y - 1).abs().max() <= 4 * 2**-53  # of square, root, quotient and product
+
+
 def test_long_equal_rows(device):
     """Equal values make the same rounding error in every step: naive fp32 sums are 5 ulp off at this length."""
     cols = 4097 if device == "cuda" else 100_003

@@ -635,6 +635,43 @@ def test_parametrized_before():
     assert "swap before" in replace_rms_norm(model).skipped[0].reason or "submodules" in replace_rms_norm(model).skipped[0].reason
 
 
+def test_weights_that_are_gathered_for_each_call():
+    """As DeepSpeed's ZeRO-3 does it: swapped before, it trains as without; after, the reason says to swap before."""
+
+    def partition(model):
+        full = {parameter: parameter.data for parameter in model.parameters()}
+        for module in model.modules():
+            for parameter in (own := list(module.parameters(recurse=False))):
+                parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+            if own:
+                gather = lambda m, _, own=own: [setattr(p, "data", full[p].clone()) for p in own] and None  # noqa: E731
+                module.register_forward_pre_hook(gather), module.register_full_backward_pre_hook(gather)
+                module.register_forward_hook(lambda m, args, y, own=own: [setattr(p, "data", torch.empty(0)) for p in own] and None)
+        return model
+
+    def gradient(model):
+        t = x.clone().requires_grad_()
+        return torch.autograd.grad(model(t).sin().sum(), t)[0]
+
+    x, model = torch.randn(3, 16), nn.Sequential(OwnRMSNorm(), nn.Linear(16, 16), nn.RMSNorm(16))
+    want, late = gradient(model), partition(copy.deepcopy(model))
+    assert len(replace_rms_norm(model)) == 2
+    torch.testing.assert_close(gradient(partition(model)), want)
+    reasons = [entry.reason for entry in replace_rms_norm(late).skipped]
+    assert reasons == ["its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"] * 2
+    torch.testing.assert_close(gradient(late), want)
+
+
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate")
+    x, model = torch.randn(3, 16), nn.Sequential(OwnRMSNorm(), nn.Linear(16, 16), nn.RMSNorm(16))
+    want = model(x)
+    late = accelerate.cpu_offload(copy.deepcopy(model), "cpu")
+    assert all("swap before" in entry.reason for entry in replace_rms_norm(late).skipped)
+    assert len(replace_rms_norm(model)) == 2
+    torch.testing.assert_close(accelerate.cpu_offload(model, "cpu")(x), want)
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 def test_under_fake_tensors(fuse):
     """How much memory will it take? The norms are tried for all that."""

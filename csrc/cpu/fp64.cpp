@@ -107,8 +107,14 @@ Row normalize(const P& p, int64_t row) {
     // For denormals 2^1000 is near enough; 2^1074 would overflow.
     x.scale = std::ldexp(1.0, -std::max(std::ilogb(largest), -1000));
   }
-  double lanes[8] = {};
-  for (int64_t i = 0; i < p.cols; ++i) lanes[i % 8] += x[i] * x[i];
+  // Each lane keeps what its additions round off (Knuth's two-sum): equal values would lose thousands of ulps in a long row.
+  double lanes[8] = {}, lost[8] = {};
+  for (int64_t i = 0; i < p.cols; ++i) {
+    const double square = x[i] * x[i], before = lanes[i % 8], sum = before + square, added = sum - before;
+    lanes[i % 8] = sum;
+    lost[i % 8] += (before - (sum - added)) + (square - added);
+  }
+  for (int j = 0; j < 8; ++j) lanes[j] += lost[j] == lost[j] ? lost[j] : 0;  // NaN behind an Inf
   for (int half = 4; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
   x.unit = 1 / std::sqrt(lanes[0] / double(p.cols) + p.eps * x.scale * x.scale);
