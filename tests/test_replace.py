@@ -571,6 +571,18 @@ def test_what_a_model_asks_of_its_norm(what, watched):
         torch.testing.assert_close(ASKED[what](model[0], x), want)  # fp32, some roundings
 
 
+def test_class_that_is_final():
+    class Final(OwnRMSNorm):
+        def __init_subclass__(cls):
+            raise TypeError("it is final")
+
+    model, x = nn.Sequential(Final(), OwnRMSNorm()), torch.randn(3, 16)
+    want = model(x)
+    swap = replace_rms_norm(model, lambda name, module: isinstance(module, OwnRMSNorm))
+    assert [entry.name for entry in swap] == ["1"] and "derived from Final: it is final" in swap.skipped[0].reason
+    torch.testing.assert_close(model(x), want)
+
+
 def test_eps_by_both_names():
     model, x = nn.Sequential(OwnRMSNorm()), torch.randn(3, 16)
     swap = replace_rms_norm(model)

@@ -130,6 +130,11 @@ def _swap(model: nn.Module, match: Callable[[str, nn.Module], bool] | None, fuse
             continue
         parent, child = _slot(model, name)
         found = _reason_to_skip(module, parent) or _recognize_once(module, known)
+        if not isinstance(found, str) and parent is not None and module not in new_of:
+            try:
+                new_of[module] = twin(module, *found)
+            except TypeError as error:  # a class that does not let others be derived from it
+                found = f"no class can be derived from {type(module).__name__}: {error}"
         if isinstance(found, str):
             if match or _named_rms_norm(module):
                 result.skipped.append(Skipped(name, module, found))
@@ -139,8 +144,6 @@ def _swap(model: nn.Module, match: Callable[[str, nn.Module], bool] | None, fuse
                 "inside a parent; construct rmsnorm_cuda.RMSNorm instead"
             )
         else:
-            if module not in new_of:
-                new_of[module] = twin(module, *found)
             setattr(parent, child, new_of[module])
             result.append(Replaced(name, module, new_of[module], found.family))
     if fuse_residual:
