@@ -52,7 +52,7 @@ def recognize(module: nn.Module) -> Recognized | str:
     if reason:
         return reason
     # In a thread of its own no mode of torch is on: neither fake tensors nor a transform, autocast or another device.
-    with ThreadPoolExecutor(1) as thread, _undisturbed():
+    with ThreadPoolExecutor(1) as thread, _without_warning:
         return thread.submit(_try, module).result()
 
 
@@ -103,50 +103,49 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
-class _Undisturbed:
-    """What trials in any number of threads share: the first one looks what is there, the last one puts it back."""
+class _Filter:
+    """One warning is ignored while trials run, in any number of threads: the first one puts the filter there, the last one takes
+    it away. catch_warnings() would take every filter of the process along, and is not for threads."""
 
     def __init__(self) -> None:
         self.lock, self.depth = threading.Lock(), 0
 
-    def begin(self) -> None:
+    def __enter__(self) -> None:
         with self.lock:
             self.depth += 1
             if self.depth == 1:
-                self.numpy = getattr(sys.modules.get("numpy"), "random", None)
-                self.states = self._states()
-                # catch_warnings() would take every filter of the process along, and is not for threads.
                 self.filters = warnings.filters
                 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of F.rms_norm
                 self.filter = warnings.filters[0]
 
-    def end(self) -> None:
+    def __exit__(self, *_) -> None:
         with self.lock:
             self.depth -= 1
             if self.depth == 0:
                 for filters in (self.filters, warnings.filters):
                     with contextlib.suppress(ValueError):
                         filters.remove(self.filter)
-                torchs, pythons, numpys = self.states
-                torch.set_rng_state(torchs)
-                random.setstate(pythons)
-                if self.numpy is not None:
-                    self.numpy.set_state(numpys)
-
-    def _states(self) -> tuple:
-        return torch.get_rng_state(), random.getstate(), None if self.numpy is None else self.numpy.get_state()
 
 
-_shared = _Undisturbed()
+_without_warning = _Filter()
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    _shared.begin()
+def _random_state_kept() -> Iterator[None]:
+    """Puts the process's generators back if somebody has drawn from them. Held for one call only: others draw meanwhile, too."""
+    of_numpy = getattr(sys.modules.get("numpy"), "random", None)
+    before = torch.get_rng_state(), random.getstate(), of_numpy and of_numpy.get_state()
     try:
         yield
     finally:
-        _shared.end()
+        if not torch.equal(torch.get_rng_state(), before[0]):
+            torch.set_rng_state(before[0])
+        if random.getstate() != before[1]:
+            random.setstate(before[1])
+        if of_numpy is not None:
+            after = of_numpy.get_state()
+            if after[2] != before[2][2] or (after[1] != before[2][1]).any():
+                of_numpy.set_state(before[2])
 
 
 class _Trial(NamedTuple):
@@ -174,7 +173,8 @@ def _their(copied: nn.Module) -> _Function:
         copied.training = training
         if weight is not None:
             copied._parameters["weight"] = weight
-        return type(copied).forward(copied, x)
+        with _random_state_kept():
+            return type(copied).forward(copied, x)
 
     return call
 
