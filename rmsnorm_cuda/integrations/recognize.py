@@ -134,6 +134,8 @@ _without_warning = _Filter()
 def _random_state_kept() -> Iterator[None]:
     """Puts the process's generators back if somebody has drawn from them. Held for one call only: others draw meanwhile, too."""
     of_numpy = getattr(sys.modules.get("numpy"), "random", None)
+    if hasattr(of_numpy, "get_bit_generator") and not isinstance(of_numpy.get_bit_generator(), of_numpy.MT19937):
+        of_numpy = None  # of another kind that somebody has put there, whose state is no tuple
     before = torch.get_rng_state(), random.getstate(), of_numpy and of_numpy.get_state()
     try:
         yield
@@ -144,7 +146,7 @@ def _random_state_kept() -> Iterator[None]:
             random.setstate(before[1])
         if of_numpy is not None:
             after = of_numpy.get_state()
-            if after[2] != before[2][2] or (after[1] != before[2][1]).any():
+            if after[2:] != before[2][2:] or (after[1] != before[2][1]).any():
                 of_numpy.set_state(before[2])
 
 
