@@ -646,3 +646,29 @@ def test_import_in_threads():
     """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_of_a_swapped_model(use_orig_params, tmp_path):
+    """Swapped before it is wrapped. Afterwards weights are views of one flat parameter, and the reason says to swap before."""
+    program = f"""if True:
+        import copy, torch, torch.distributed as dist
+        from torch import nn
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from rmsnorm_cuda import replace_rms_norm
+
+        dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+        wrap = lambda model: FullyShardedDataParallel(model, use_orig_params={use_orig_params}, device_id=torch.device("cpu"))
+        model, x = nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16, 1e-6)), torch.randn(3, 16)
+        nn.init.normal_(model[1].weight)
+        want, late = model(x).detach(), wrap(copy.deepcopy(model))
+        assert len(replace_rms_norm(model)) == 1
+        early = wrap(model)
+        torch.testing.assert_close(early(x).detach(), want)
+        early(x).sin().sum().backward()
+        assert all("swap before" in entry.reason for entry in replace_rms_norm(late).skipped)
+        torch.testing.assert_close(late(x).detach(), want)
+        dist.destroy_process_group()
+    """
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

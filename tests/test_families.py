@@ -256,6 +256,14 @@ def test_the_attribute_that_is_read():
     assert recognize(norm).eps_name == "variance_epsilon"
 
 
+def test_weight_that_is_a_view():
+    """As FSDP1 leaves it: an attribute, and no parameter."""
+    norm = nn.RMSNorm(40)
+    del norm.weight
+    norm.weight = torch.ones(40)
+    assert "the weight of RMSNorm is not a parameter; where it was sharded or parametrized, swap before that" == recognize(norm)
+
+
 def test_sharded_weight():
     norm = Wrapped(plain, eps=1e-5)
     norm.weight.data, norm.weight.ds_shape = torch.empty(0), (40,)

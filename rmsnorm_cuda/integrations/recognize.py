@@ -65,7 +65,9 @@ def number(value: object) -> float | None:
 
 def _as_built(module: nn.RMSNorm) -> bool:
     weight = module._parameters.get("weight")
-    return not module._modules and not module._buffers and (weight is None or weight.shape == module.normalized_shape)
+    if module._modules or module._buffers or getattr(module, "weight", None) is not weight:
+        return False
+    return weight is None or weight.shape == module.normalized_shape
 
 
 def _another_structure(module: nn.Module) -> str:
