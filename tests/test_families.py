@@ -256,6 +256,12 @@ def test_the_attribute_that_is_read():
     assert recognize(norm).eps_name == "variance_epsilon"
 
 
+def test_eps_that_is_no_number():
+    norm = nn.RMSNorm(40)
+    norm.eps = torch.full((2,), 1e-3)
+    assert isinstance(recognize(norm), str)
+
+
 def test_weight_that_is_a_view():
     """As FSDP1 leaves it: an attribute, and no parameter."""
     norm = nn.RMSNorm(40)

@@ -67,6 +67,8 @@ def _as_built(module: nn.RMSNorm) -> bool:
     weight = module._parameters.get("weight")
     if module._modules or module._buffers or getattr(module, "weight", None) is not weight:
         return False
+    if module.eps is not None and number(module.eps) is None:
+        return False
     return weight is None or weight.shape == module.normalized_shape
 
 
