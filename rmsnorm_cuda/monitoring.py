@@ -222,6 +222,8 @@ class Monitor:
 
     def _stepping(self, forward: Callable) -> Callable:
         def call(*args, **kwargs):
+            if is_dynamo_compiling():  # somebody compiles more than the model, and has to call step()
+                return forward(*args, **kwargs)
             thread = self._thread
             thread.depth += 1
             try:

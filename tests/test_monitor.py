@@ -486,6 +486,19 @@ def test_forward_that_is_interrupted(kind):
     assert m.alarms[0].kind == "non_finite" and type(model.last) is RMSNorm and model._compiled_call_impl is None
 
 
+def test_compiled_while_it_is_watched():
+    """As one graph; a step is what one says it is."""
+    torch._dynamo.reset()
+    model, (x, *_) = Model(), inputs()
+    want = model(x)
+    with monitor(model) as m:
+        compiled = torch.compile(lambda x: 2 * model(x), backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), 2 * want)
+            m.step()
+    assert m.steps == [0, 1] and (m.figures()[0, :, 0] > 0).all()
+
+
 def test_part_that_was_not_loaded():
     model = nn.ModuleDict({"text": Model(), "vision": nn.Sequential(RMSNorm(WIDTH, device="meta"), nn.Linear(WIDTH, WIDTH, device="meta"))})
     model.forward = lambda x: model["text"](x)
