@@ -64,7 +64,9 @@ PyObject* parse_and_call(PyObject* args) {
   torch::ParsedArgs<kArguments> parsed;
   torch::PythonArgs r = parser.parse(args, nullptr, parsed);
   // Of nested tensors' override F.rms_norm is all that it knows; they have our ops (integrations/jagged.py).
-  if (r.has_torch_function() && (at::impl::torch_function_mode_enabled() || !r.tensor(0).is_nested())) {
+  PyObject* const input = PyTuple_GET_ITEM(args, 0);
+  const bool is_nested = THPVariable_Check(input) && THPVariable_Unpack(input).is_nested();
+  if (r.has_torch_function() && (at::impl::torch_function_mode_enabled() || !is_nested)) {
     // The override is handed the public function, and what torch.nn.functional.rms_norm would hand it: the options that
     // are ours only where they are not at their defaults.
     const py::module_ package = py::module_::import("rmsnorm_cuda");
