@@ -65,8 +65,9 @@ def rms_norm(
     arguments = input, normalized_shape, weight, eps
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
-        # By overload: of the packet's name nested tensors think that it is F.rms_norm.
-        return (_ops.rms_norm_formula if config.decompose else _ops.rms_norm).default(*arguments, **options)
+        op = _ops.rms_norm_formula if config.decompose else _ops.rms_norm
+        # Of the packet's name nested tensors think that it is F.rms_norm. (The overload takes no tensor or numpy number as eps.)
+        return (op.default if input.is_nested else op)(*arguments, **options)
     _ops.rms_norm.out(*arguments, **options, out=out)
     return out
 

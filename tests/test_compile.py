@@ -374,3 +374,13 @@ def test_compiled_autograd(function):
         y.backward(dy)
     assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == 1
     assert all(same_bits(leaf.grad, w) for leaf, w in zip(leaves, want, strict=True))
+
+
+def test_eps_of_other_kinds():
+    """What eager takes for eps, a compiled module takes."""
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(4, 16)
+    for eps in (numpy.float32(1e-3), numpy.float64(1e-3), torch.tensor(1e-3), torch.tensor(1e-3, dtype=torch.float64)):
+        torch._dynamo.reset()
+        norm = rmsnorm_cuda.RMSNorm(16, eps)
+        assert torch.equal(torch.compile(norm, backend="aot_eager")(x), norm(x))
