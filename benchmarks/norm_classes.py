@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent))
 from rmsnorm_cuda.integrations.families import twin
-from rmsnorm_cuda.integrations.recognize import recognize
+from rmsnorm_cuda.integrations.recognize import Recognized, _off, recognize
 
 WIDTH = 96
 ARGUMENTS = ({}, {"eps": 1e-6})  # beside the width
@@ -80,31 +80,27 @@ def gradients(norm: nn.Module, x: torch.Tensor, towards: torch.Tensor) -> tuple[
     return y.detach(), list(torch.autograd.grad((y.float() * towards).sum(), inputs, allow_unused=True))
 
 
-def differs(ours: torch.Tensor | None, theirs: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], ulps: float) -> bool:
-    """By more than `ulps` of the coarsest dtype, of each value, or of the length of the whole for gradients (ulps < 0)."""
+def gradients_differ(ours: torch.Tensor | None, theirs: torch.Tensor | None, pair: tuple[torch.dtype, torch.dtype]) -> bool:
+    """By more than the roundings of the way back, which other orders of operations round elsewhere: a share of their length."""
     if ours is None or theirs is None:
         return ours is not theirs
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return True
-    info = max((torch.finfo(dtype) for dtype in (*dtypes, ours.dtype)), key=lambda info: info.eps)
     a, b = ours.double(), theirs.double()
-    finite = a.isfinite() & b.isfinite()
-    if ulps < 0:  # fp16 has no number for some gradients of small rows
-        a, b = a[finite], b[finite]
-        return bool((a - b).norm() > -ulps * info.eps * b.norm() + info.tiny)
-    apart = (a - b).abs() > ulps * info.eps * b.abs() + 4 * info.tiny * info.eps
-    return bool((a.isnan() != b.isnan()).any() or (apart & finite).any() or ((a != b) & ~finite & ~a.isnan()).any())
+    finite = a.isfinite() & b.isfinite()  # fp16 has no number for some gradients of small rows
+    a, b = a[finite], b[finite]
+    return bool((a - b).norm() > (1e-4 if {*pair} == {torch.float32} else 0.05) * b.norm() + torch.finfo(ours.dtype).tiny)
 
 
-def compare(old: nn.Module, draws: int) -> str:
+def compare(old: nn.Module, found: Recognized, draws: int) -> str:
     """In what the module and its twin differ; empty if in nothing."""
+    values = unequal = 0
     for draw in range(draws):
         generator, dice = torch.Generator().manual_seed(draw), random.Random(draw)
         pair, training, size = (dice.choice(DTYPES), dice.choice(DTYPES)), dice.random() < 0.5, 10 ** dice.uniform(-6, 4)
         theirs = copy.deepcopy(old).to(pair[1]).train(training)
         for parameter in theirs.parameters():
             parameter.data = (1 + torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype)
-        found = recognize(theirs) if draw == 0 else found  # noqa: F821
         ours = twin(copy.deepcopy(theirs), *found)
         rows = torch.randn(dice.randint(1, 8), WIDTH, generator=generator)
         x, towards = (size * rows).to(pair[0]), torch.randn(rows.shape, generator=generator) + rows.sign()
@@ -116,11 +112,14 @@ def compare(old: nn.Module, draws: int) -> str:
             continue  # it does not take this mixture
         got, got_grads = gradients(ours, x, towards)
         where = f"for {pair[0]} and {pair[1]}, rows of size {size:.2g}, training={training}"
-        if differs(got, want, pair, 8):
+        share, far = _off(got, want, pair)  # of the values, and whether one is by more than a rounding
+        values, unequal = values + got.numel(), unequal + round(share * got.numel())
+        if far:
             return f"results differ {where}"
-        if len(got_grads) != len(want_grads) or any(differs(a, b, pair, -16 if pair[0] != torch.float32 else -512) for a, b in zip(got_grads, want_grads)):
+        if any(gradients_differ(a, b, pair) for a, b in zip(got_grads, want_grads, strict=True)):
             return f"gradients differ {where}"
-    return ""
+    # Near-ties of a rounding fall the other way in fewer; another order of roundings shows in more.
+    return f"{unequal / values:.1%} of the results are rounded otherwise" if unequal > 0.01 * values else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             if isinstance(found, str):
                 verdict = f"stays: {found}"
             else:
-                difference = compare(norm, args.draws)
+                difference = compare(norm, found, args.draws)
                 verdict = f"**{difference}**" if difference else f"{found.family.name}, eps={found.eps}"
                 wrong, swapped = wrong + bool(difference), swapped + 1
             rows.setdefault((cls.__name__, verdict), []).append(cls.__module__)

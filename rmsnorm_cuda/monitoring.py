@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -227,7 +227,7 @@ class Monitor:
             thread = self._thread
             thread.depth += 1
             try:
-                with self._provenance():
+                with self._provenance() if self._asked else nullcontext():
                     return forward(*args, **kwargs)
             finally:
                 thread.depth -= 1
@@ -239,7 +239,7 @@ class Monitor:
     @contextmanager
     def _provenance(self) -> Iterator[None]:
         thread = self._thread
-        if not self._asked or thread.provenance is not None or is_dynamo_compiling():
+        if thread.provenance is not None:
             yield
             return
         thread.provenance = _Provenance()
