@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent))
 from rmsnorm_cuda.integrations.families import twin
-from rmsnorm_cuda.integrations.recognize import Recognized, _off, recognize
+from rmsnorm_cuda.integrations.recognize import Recognized, gradients_differ, recognize, values_off
 
 WIDTH = 96
 ARGUMENTS = ({}, {"eps": 1e-6})  # beside the width
@@ -80,18 +80,6 @@ def gradients(norm: nn.Module, x: torch.Tensor, towards: torch.Tensor) -> tuple[
     return y.detach(), list(torch.autograd.grad((y.float() * towards).sum(), inputs, allow_unused=True))
 
 
-def gradients_differ(ours: torch.Tensor | None, theirs: torch.Tensor | None, pair: tuple[torch.dtype, torch.dtype]) -> bool:
-    """By more than the roundings of the way back, which other orders of operations round elsewhere: a share of their length."""
-    if ours is None or theirs is None:
-        return ours is not theirs
-    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-        return True
-    a, b = ours.double(), theirs.double()
-    finite = a.isfinite() & b.isfinite()  # fp16 has no number for some gradients of small rows
-    a, b = a[finite], b[finite]
-    return bool((a - b).norm() > (1e-4 if {*pair} == {torch.float32} else 0.05) * b.norm() + torch.finfo(ours.dtype).tiny)
-
-
 def compare(old: nn.Module, found: Recognized, draws: int) -> str:
     """In what the module and its twin differ; empty if in nothing."""
     values = unequal = 0
@@ -112,11 +100,12 @@ def compare(old: nn.Module, found: Recognized, draws: int) -> str:
             continue  # it does not take this mixture
         got, got_grads = gradients(ours, x, towards)
         where = f"for {pair[0]} and {pair[1]}, rows of size {size:.2g}, training={training}"
-        share, far = _off(got, want, pair)  # of the values, and whether one is by more than a rounding
+        share, far = values_off(got, want, pair)  # of the values, and whether one is by more than a rounding
         values, unequal = values + got.numel(), unequal + round(share * got.numel())
         if far:
             return f"results differ {where}"
-        if any(gradients_differ(a, b, pair) for a, b in zip(got_grads, want_grads, strict=True)):
+        grads = [*zip(got_grads, want_grads, strict=True)]
+        if any((a is None) != (b is None) or (a is not None and gradients_differ(a, b, pair)) for a, b in grads):
             return f"gradients differ {where}"
     # Near-ties of a rounding fall the other way in fewer; another order of roundings shows in more.
     return f"{unequal / values:.1%} of the results are rounded otherwise" if unequal > 0.01 * values else ""
