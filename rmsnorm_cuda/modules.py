@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from .functional import _C, fused_add_rms_norm, is_dynamo_compiling, rms_norm
 from .scriptable import ScriptableRMSNorm
+
+
+def plain_eps(eps: Any) -> Any:
+    """A Python float of a number of numpy, which torch.compile would take for a tensor."""
+    return float(eps) if isinstance(eps, numbers.Real) and type(eps) not in (int, float) else eps
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -39,7 +45,7 @@ class RMSNorm(torch.nn.RMSNorm):
         cast_before_weight: bool = False,
     ) -> None:
         """Fills the weight of ``normalized_shape``, if ``elementwise_affine`` asks for one; see the class."""
-        super().__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
+        super().__init__(normalized_shape, plain_eps(eps), elementwise_affine, device=device, dtype=dtype)
         self.weight_offset = weight_offset
         self.cast_before_weight = cast_before_weight
         if weight_offset != 0.0:  # the base class filled the weight before it could know of the offset

@@ -602,6 +602,8 @@ def _computes(cls: type) -> type:
 def _reason_to_skip(module: RMSNorm) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on this instance (accelerate hooks, kernels, ...)"
+    if getattr(module, "_watch", None) is not None:
+        return ""  # _start() tells that it is being watched
     known = (*_FORWARDS, *(forward.__code__ for forward in _FORWARDS.values()))
     if getattr(_computes(type(module)).forward, "__code__", None) not in known:
         return f"{type(module).__name__} has a forward of its own"

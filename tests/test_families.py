@@ -166,7 +166,7 @@ NOT_OURS = {
     "scaled": (lambda self, x: (x * rms(x, self.eps) * self.weight * 2).to(x.dtype), {"eps": 1e-5}, "of its values differ in float32"),
     "L2": (lambda self, x: (nn.functional.normalize(x.float(), dim=-1) * self.weight).to(x.dtype), {"eps": 1e-12}, "no known family"),
     "raises": (lambda self, x: x.nothing, {"eps": 1e-5}, "could not be tried on the CPU: AttributeError: 'Tensor' object"),
-    "no tensor": (lambda self, x: (x, x), {"eps": 1e-5}, "of its values differ in float32"),
+    "no tensor": (lambda self, x: (x, x), {"eps": 1e-5}, "its result is a tuple, not a tensor"),
 }
 
 
@@ -206,6 +206,13 @@ LOOK_ALIKES = {
     "dropout": (lambda self, x: nn.functional.dropout(plain(self, x), 0.1, self.training), "while it trains"),
     "clamped": (lambda self, x: plain(self, x.clamp(-1e3, 1e3)), "no known family"),
     "clamped for fp16": (lambda self, x: plain(self, x.clamp(-5e4, 5e4)), "for rows near the largest number of fp16"),
+    "clamped result": (lambda self, x: plain(self, x).clamp(-1e3, 1e3), "values differ for rows"),
+    "clamped before the weight": (lambda self, x: plain(self, x, torch.ones(1)).clamp(-3.9, 3.9) * self.weight, "values differ for rows that one element|single values differ"),
+    "negative weights as none": (lambda self, x: plain(self, x, self.weight.relu()), "values differ for rows"),
+    "weights without sign": (lambda self, x: plain(self, x, self.weight.abs()), "values differ for rows"),
+    "clamped weights": (lambda self, x: plain(self, x, self.weight.clamp(max=100)), "values differ for rows"),
+    "a tuple": (lambda self, x: (plain(self, x), None), "its result is a tuple, not a tensor"),
+    "not of no rows": (lambda self, x: plain(self, x + 0 * x.detach().nan_to_num(0, 0, 0).float().max().to(x.dtype)), "of input of the shape [0, 40] it raises"),
     "without NaN": (lambda self, x: plain(self, x.nan_to_num(posinf=float("inf"), neginf=-float("inf"))), "for rows with NaN"),
     "without Inf": (lambda self, x: plain(self, torch.where(x.isinf(), 0, x)), "for rows with Inf"),
     "the larger of the mean and eps": (
@@ -246,7 +253,7 @@ def test_what_is_the_same_in_other_ways():
     numpy = pytest.importorskip("numpy")
     for eps in (numpy.float32(1e-3), numpy.float64(1e-3), torch.tensor(1e-3), torch.tensor(1e-3, dtype=torch.float64)):
         found = recognize(Wrapped(plain, eps=eps, lock=threading.Lock(), kept=[torch.ones(3)]))
-        assert found == (FAMILIES[0], float(eps), "eps") and type(found.eps) is float
+        assert found == (FAMILIES[0], float(eps), "eps", ()) and type(found.eps) is float
 
 
 def test_the_attribute_that_is_read():

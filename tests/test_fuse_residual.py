@@ -81,6 +81,12 @@ class Subtracts(PreNorm):
         return residual + x
 
 
+class SumHasAnotherName(PreNorm):
+    def forward(self, x):
+        h = x + self.attention(self.norm1(x))
+        return h + self.norm2(h)
+
+
 class CallsSuper(PreNorm):
     def forward(self, x):
         return super().forward(x)
@@ -176,9 +182,10 @@ del decorator_that_is_gone
 
 
 NOT_FUSED = {
-    PostNorm: "no addition to the residual right before a norm",
-    SumIsReadLater: "no addition to the residual right before a norm",
-    Subtracts: "no addition to the residual right before a norm",
+    PostNorm: "does not read `h = residual + h; residual = h",
+    SumIsReadLater: "does not read `h = residual + h; residual = h",
+    Subtracts: "does not read `h = residual + h; residual = h",
+    SumHasAnotherName: "does not read `h = residual + h; residual = h",
     CallsSuper: "calls super()",
     DecoratedByAnObject: "its forward is decorated by an object|its forward is no function",
     DecoratedByAList: "its forward is decorated",

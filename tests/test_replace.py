@@ -266,6 +266,8 @@ def test_lora(save):
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="expected match to be a function of a name and a module, got 'norm'"):
         replace_rms_norm(nn.Sequential(nn.RMSNorm(4)), "norm")
+    with pytest.raises(TypeError, match="expected match to be a function of a name and a module, got <class"):
+        replace_rms_norm(nn.Sequential(nn.RMSNorm(4)), nn.RMSNorm)
     if transformers is not None:
         with pytest.raises(ValueError, match="names such as config.model_type has them, got 'lama'"), patch_transformers("lama"):
             pass
@@ -594,6 +596,40 @@ def test_eps_by_both_names():
     swap.restore()
     assert model[0].variance_epsilon == 0.25 and "eps" not in vars(model[0]) and type(model[0]) is OwnRMSNorm
     torch.testing.assert_close(model(x), OwnRMSNorm(eps=0.25)(x))
+
+
+def test_a_number_that_decides_the_result():
+    """Set later it would change nothing: it is refused. One that decides nothing is like any attribute."""
+
+    class ScaledRMSNorm(OwnRMSNorm):
+        scale, hidden_size = 1.0, 16
+
+        def __init__(self):
+            super().__init__()
+            self.scale, self.hidden_size = 1.0, 16
+
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * self.scale
+
+    model = nn.Sequential(ScaledRMSNorm())
+    swap = replace_rms_norm(model)
+    assert len(swap) == 1 and model[0].scale == 1
+    with pytest.raises(AttributeError, match="RMSNorm.scale decided what the original computes"):
+        model[0].scale = 2.0
+    model[0].hidden_size = 8
+    assert model[0].hidden_size == 8 and copy.deepcopy(model)[0].scale == 1
+    swap.restore()
+    model[0].scale = 2.0
+    assert type(model[0]) is ScaledRMSNorm and model[0].scale == 2
+
+
+@pytest.mark.parametrize("eps", ["float64", "float32"])
+def test_eps_of_numpy_compiles(eps):
+    numpy = pytest.importorskip("numpy")
+    model, x = nn.Sequential(rmsnorm_cuda.RMSNorm(16, eps=getattr(numpy, eps)(0.5)), OwnRMSNorm()), torch.randn(3, 16)
+    replace_rms_norm(model)
+    model[1].variance_epsilon = getattr(numpy, eps)(0.25)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
 
 
 def test_weight_of_another_length():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..again import same
 from ..functional import rms_norm
-from ..modules import RMSNorm
+from ..modules import RMSNorm, plain_eps
 
 
 class Family(NamedTuple):
@@ -64,20 +64,21 @@ def normalize(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: flo
     return rms_norm(x, shape, weight, eps, weight_offset=family.weight_offset, cast_before_weight=family.cast_before_weight)
 
 
-def twin(old: nn.Module, family: Family, eps: float | None, eps_name: str | None = None) -> RMSNorm:
+def twin(old: nn.Module, family: Family, eps: float | None, eps_name: str | None = None, also_read: tuple[str, ...] = ()) -> RMSNorm:
     """Our module on the very state of `old`: the same dictionaries of parameters and hooks, not copies.
 
     So a hook handle taken from either one removes the hook from both, and a parameter assigned to one
     (load_state_dict(assign=True), to_empty()) is there in the other. It is an instance of the class of `old` too, is called
-    with the same parameter name, and has its other methods; what it calls eps, `eps_name`, is another name of eps.
+    with the same parameter name, and has its other methods; what it calls eps, `eps_name`, is another name of eps. The other
+    numbers that its forward reads, `also_read`, cannot be set any more: that would change nothing.
     """
     new = object.__new__(type(old))
     vars(new).update(vars(old))
-    become_twin(new, family, eps, eps_name)
+    become_twin(new, family, eps, eps_name, also_read)
     return new
 
 
-def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: str | None = None) -> None:
+def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: str | None = None, also_read: tuple[str, ...] = ()) -> None:
     """twin(), made of the module itself."""
     state = vars(module)
     weight = getattr(module, "weight", None)
@@ -85,7 +86,7 @@ def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: 
     base = _OfAnyWidth if shape is None else _InWeightDtype if family.result == "weight" else RMSNorm
     if eps_name is not None and eps_name != "eps":
         state.pop(eps_name)  # the class has it
-    module.__class__ = twin_class(type(module), base, eps_name, "normalized_shape" not in state and weight is not None)
+    module.__class__ = twin_class(type(module), base, eps_name, "normalized_shape" not in state and weight is not None, also_read)
     module._parameters.setdefault("weight", None)
     state.update(
         normalized_shape=(shape,) if isinstance(shape, int) else shape,
@@ -123,7 +124,7 @@ def rebased(cls: type, made: type, original: type) -> type:
 
 
 @functools.cache
-def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its_weight: bool) -> type[RMSNorm]:
+def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its_weight: bool, also_read: tuple[str, ...]) -> type[RMSNorm]:
     """The class of the twins of `original`: it computes what `base` does, and else is an `original`."""
     if original is nn.RMSNorm:
         return base
@@ -140,7 +141,7 @@ def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its
 
     def __reduce_ex__(self, protocol):
         _, _, *rest = super(made, self).__reduce_ex__(max(protocol, 2))
-        return _new, (original, base, eps_name, of_its_weight), *rest
+        return _new, (original, base, eps_name, of_its_weight, also_read), *rest
 
     def __setattr__(self, name, value):
         super(made, self).__setattr__(name, value)
@@ -158,8 +159,9 @@ def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its
         "_eps_name": eps_name,
         "forward": called_with(base.forward, original.forward),
     }
+    body |= {name: _Fixed(name) for name in also_read if name not in _SETTINGS}
     if eps_name is not None and eps_name != "eps":
-        body[eps_name] = property(lambda self: self.eps, lambda self, eps: setattr(self, "eps", eps), doc="Another name of eps.")
+        body[eps_name] = property(lambda self: self.eps, lambda self, eps: setattr(self, "eps", plain_eps(eps)), doc="Another name of eps.")
     if of_its_weight:
         body["__setattr__"] = __setattr__
     if hasattr(original, "reset_parameters"):
@@ -172,6 +174,27 @@ def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its
 
 def _new(*args) -> RMSNorm:
     return object.__new__(twin_class(*args))
+
+
+class _Fixed:
+    """A number of the instance that may be read only."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance, owner):
+        if instance is None:
+            return self
+        try:
+            return vars(instance)[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def __set__(self, instance, value):
+        raise AttributeError(
+            f"{type(instance).__name__}.{self.name} decided what the original computes, and is not read here: setting it would "
+            "change nothing; set it before replace_rms_norm(), or restore() first"
+        )
 
 
 class _Absent:

@@ -76,7 +76,7 @@ class _AddsInNorms:
     @staticmethod
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         cls = getattr(norm, "_original", type(norm))  # before a monitor gave it another
-        plain = cls is RMSNorm or same(cls, RMSNorm)
+        plain = (cls is RMSNorm or same(cls, RMSNorm)) and isinstance(hidden, Tensor) and isinstance(residual, Tensor)
         if plain and not _hooks(norm) and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
             return norm(hidden, residual)
         total = residual + hidden  # promoted or broadcast as torch does it; or another norm has been put there
@@ -107,7 +107,9 @@ def _fused_class(cls: type, outermost: types.FunctionType, norms: frozenset[str]
         if "__class__" in forward.__code__.co_freevars:
             return "its forward calls super(), and its norms do not add the residual"
         named = any("residual" in name for name in forward.__code__.co_varnames)
-        return "its forward has no addition to the residual right before a norm" if named else ()
+        if named or _norms_a_sum(source.tree(), norms):
+            return "its forward does not read `h = residual + h; residual = h; h = self.norm(h)` anywhere"
+        return ()
     try:
         if not _same_code(source.compiled(source.tree()), forward.__code__):
             return "its forward is not what its source says (the file has changed, or somebody has rewritten it)"
@@ -231,6 +233,22 @@ def _contents(cell: types.CellType) -> types.FunctionType | None:
     except ValueError:  # empty
         return None
     return held if isinstance(held, types.FunctionType) else None
+
+
+def _norms_a_sum(tree: ast.Module, norms: frozenset[str]) -> bool:
+    """Whether one of the norms is called with a sum, in whichever form."""
+    sums = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign([ast.Name(name)], ast.BinOp(_, ast.Add(), _)):
+                sums.add(name)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Attribute(_, attribute), [ast.Name(name)]) if attribute in norms and name in sums:
+                return True
+            case ast.Call(ast.Attribute(_, attribute), [ast.BinOp(_, ast.Add(), _)]) if attribute in norms:
+                return True
+    return False
 
 
 class _Rewriter(ast.NodeTransformer):

@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import cycle, product
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,15 @@ _PAIRS = tuple(product(_DTYPES, _DTYPES))  # input and weight
 _TELLING = _PAIRS[0], _PAIRS[4], _PAIRS[1], _PAIRS[3]  # fp32 and bf16: the families differ in them
 
 
+# For special rows, whose gradients are not compared: among such weights the others' would be lost.
+_EXTREME_WEIGHTS = (1.0, -1.0, 0.0, 3000.0, -3000.0)
+
+
 class Recognized(NamedTuple):
     family: Family
     eps: float | None
     eps_name: str | None = None  # the attribute that holds it, if one does
+    also_read: tuple[str, ...] = ()  # attributes whose numbers decide the result too, and are as they are
 
 
 def recognize(module: nn.Module) -> Recognized | str:
@@ -204,15 +209,25 @@ class _Laboratory:
         for what in ("NaN", "Inf", "-Inf"):
             special[f"rows with {what}"] = torch.randn(2, *shape, generator=generator)
             special[f"rows with {what}"].view(2, -1)[:, width // 2] = float(what)
-        self.usual, self.special = _batches(usual), _batches(special)
+        # Their result reaches the square root of the width, and with the weight beyond what anybody would clamp it to.
+        dominated = torch.randn(2 * len(_EXTREME_WEIGHTS), *shape, generator=generator)
+        for row, sign, column in zip(dominated.flatten(1), cycle((1e4, -1e4)), cycle(range(len(_EXTREME_WEIGHTS)))):
+            row[column % width] = sign
+        special["rows that one element dominates"] = dominated
+        self.usual, self.special, self.special_names = _batches(usual), _batches(special), special.keys()
         self.gain = 1 + torch.randn(shape, generator=generator) / 4 if has_weight else None
+        self.extreme_gain = None
+        if has_weight:
+            self.extreme_gain = self.gain.clone()
+            self.extreme_gain.view(-1)[: len(_EXTREME_WEIGHTS)] = torch.tensor(_EXTREME_WEIGHTS[:width])
         # In part along the row: what goes through the root is not lost among what does not.
         self.direction = torch.randn(shape, generator=generator) + 1
         self.pairs = _PAIRS if has_weight else tuple((dtype, dtype) for dtype in _DTYPES)
 
     def observe(self, function: _Function, trial: _Trial) -> _Outcome:
         x = torch.cat([*trial.batch.values()]).to(trial.pair[0])
-        weight = None if self.gain is None else nn.Parameter(self.gain.to(trial.pair[1]))
+        gain = self.extreme_gain if trial.batch.keys() <= self.special_names else self.gain
+        weight = None if gain is None else nn.Parameter(gain.to(trial.pair[1]))
         if not trial.grad:
             with torch.no_grad():
                 before = x.clone()
@@ -235,7 +250,7 @@ class _Laboratory:
         for name, a, b in zip(trial.batch, got.split(counts), want.split(counts), strict=True):
             share, far = values_off(a, b, trial.pair)
             if share >= 0.01 or far:
-                return f"{share:.0%} of the values differ for {name}"
+                return f"{f'{share:.0%} of the' if share >= 0.01 else 'single'} values differ for {name}"
         if not trial.grad:
             return ""
         if got.requires_grad != want.requires_grad:
@@ -312,6 +327,8 @@ def _try(module: nn.Module) -> Recognized | str:
             errors.append(error)
     if not {(dtype, dtype) for dtype in (torch.float32, torch.bfloat16)} <= {trial.pair for trial, _ in wants}:
         return f"it could not be tried on the CPU: {_in_a_line(errors[0])}"
+    if not isinstance(wants[0][1], Tensor):
+        return f"its result is {_kind(wants[0][1])}, not a tensor"
     # Of the families and numbers the one that comes nearest.
     nearest = 2.0, ""
     for family in FAMILIES if has_weight else _OF_NO_WEIGHT:
@@ -325,7 +342,8 @@ def _try(module: nn.Module) -> Recognized | str:
                 reason = _difference(laboratory, our, their)
                 if reason:
                     return f"it is like {family.name!r} with eps={eps}, but {reason}"
-                return Recognized(family, eps, _heeded(laboratory, copied, known_shape, family, eps, names))
+                eps_name = _heeded(laboratory, copied, known_shape, family, eps, names)
+                return Recognized(family, eps, eps_name, _also_read(laboratory, copied, named.keys() - {eps_name}))
     if not nearest[1]:
         return "it has no attribute that could be its eps"
     return f"it computes what no known family computes; the nearest is {nearest[1]}"
@@ -357,10 +375,10 @@ def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> st
         for t, want in ((x[None], once[None]), (x.reshape(2, -1, *x.shape[1:]), None), (x[0], once[0]), (x[:0], once[:0])):
             try:
                 got = their(t, weight, False)
-                want = once.reshape(t.shape) if want is None else want
-            except Exception:
-                got = None
-            if got is None or got.shape != t.shape or values_off(got, want, _PAIRS[0])[1]:
+            except Exception as error:
+                return f"of input of the shape {list(t.shape)} it raises {_in_a_line(error)}"
+            want = once.reshape(t.shape) if want is None else want
+            if got.shape != t.shape or values_off(got, want, _PAIRS[0])[1]:
                 return "its result depends on how many dimensions there are before the normalized ones"
     return ""
 
@@ -388,6 +406,23 @@ def _heeded(laboratory, copied, shape, family, eps, names) -> str | None:
                 return name
         vars(copied)[name] = before
     return None
+
+
+def _also_read(laboratory: _Laboratory, copied: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of these attributes on whose numbers the result depends."""
+    trial, their = _Trial(laboratory.usual[0], _PAIRS[0], False, False), _their(copied)
+    want, read = laboratory.observe(their, trial).result, []
+    for name in sorted(names):
+        before = vars(copied)[name]
+        try:
+            vars(copied)[name] = 2 * before + 1
+            same = _same(laboratory.observe(their, trial).result, want)
+        except Exception:
+            same = False
+        if not same:
+            read.append(name)
+        vars(copied)[name] = before
+    return tuple(read)
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -111,7 +111,7 @@ def replace_rms_norm(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_rms_norm: expected a torch.nn.Module, got {type(model).__name__}")
-    if match is not None and not callable(match):
+    if match is not None and (not callable(match) or isinstance(match, type)):
         raise TypeError(f"replace_rms_norm: expected match to be a function of a name and a module, got {match!r}")
     result = Replacement(model)
     try:
