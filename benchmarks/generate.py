@@ -127,7 +127,7 @@ def ulp_of(value: float, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def time_token(model, swap, inputs) -> dict:
-    """Seconds of the token after the prompt, and of its norms, with each norm: a list of rounds.
+    """What the norm costs of the token after the prompt, with each norm: a list of rounds.
 
     The two norms alternate within a round, so that what slows the machine down slows down both.
     Each round runs the same token at the same position: the cache is cut back to the prompt. The
@@ -135,7 +135,7 @@ def time_token(model, swap, inputs) -> dict:
     after: that is its latency, launch included.
     """
     norms = {"theirs": [r.old for r in swap], "ours": [r.new for r in swap]}
-    result = {f"{what} {who}": [] for what in ("token", "norm") for who in norms}
+    result = {f"{what} {who}": [] for what in ("token", "norm", "share") for who in norms}
     prompt = model(**inputs, use_cache=True)
     token = prompt.logits[:, -1:].argmax(-1)
     # transformers 5.24 calls it by another name.
@@ -152,14 +152,17 @@ def time_token(model, swap, inputs) -> dict:
         return seconds
 
     for i in range(-2, TIMED_ROUNDS):  # the first two warm up
-        for who in ("theirs", "ours") if i % 2 else ("ours", "theirs"):
+        turns = ("theirs", "ours") if i % 2 else ("ours", "theirs")
+        for who in turns:
             put_in_place(model, swap, norms[who])
-            seconds, in_norms = run(), seconds_in_norms(norms[who], run)
-            if i >= 0:
-                result[f"token {who}"].append(seconds)
-                result[f"norm {who}"].append(in_norms)
+            result[f"token {who}"].append(run())
+        for who in turns:
+            put_in_place(model, swap, norms[who])
+            whole, in_norms = seconds_in_norms(norms[who], run)
+            result[f"norm {who}"].append(in_norms)
+            result[f"share {who}"].append(in_norms / whole)
     put_in_place(model, swap, norms["theirs"])
-    return result
+    return {key: seconds[-TIMED_ROUNDS:] for key, seconds in result.items()}
 
 
 def put_in_place(model, swap, norms) -> None:
@@ -167,8 +170,8 @@ def put_in_place(model, swap, norms) -> None:
         model.set_submodule(r.name, norm)
 
 
-def seconds_in_norms(norms, run) -> float:
-    """Time inside all norms' forward while `run` runs."""
+def seconds_in_norms(norms, run) -> tuple[float, float]:
+    """What `run` takes, and the time inside all norms' forward in it."""
     total = 0.0
 
     def timed(forward):
@@ -186,19 +189,18 @@ def seconds_in_norms(norms, run) -> float:
     for norm in norms:
         norm.forward = timed(norm.forward)
     try:
-        run()
+        whole = run()
     finally:
         for norm in norms:
             del norm.forward
-    return total
+    return whole, total
 
 
 def median_and_interval(values) -> tuple[float, float, float]:
-    """The median and its 95 % interval, by ranks."""
+    """The median and its 95 % interval, by ranks: of 40 values the 14th and the 27th."""
     values = sorted(values)
-    half = 0.98 * len(values) ** 0.5
-    low, high = (round(len(values) / 2 + sign * half) for sign in (-1, 1))
-    return statistics.median(values), values[max(0, low)], values[min(len(values), high) - 1]
+    middle, half = len(values) / 2, 0.98 * len(values) ** 0.5
+    return statistics.median(values), values[int(middle - half)], values[int(middle + half)]
 
 
 def synchronize(device: torch.device) -> None:
@@ -270,29 +272,31 @@ def print_table(dtypes, device: torch.device, results: list[dict]) -> None:
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {rmsnorm_cuda._C.last_isa()}"
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"\n{where}, {threads}; medians of {TIMED_ROUNDS} alternating rounds\n")
-    print(f"{'':10}{'norm, us per token':^28}{'ms per token':^22}")
-    print(
-        f"{'dtype':10}{'transformers':>13}{'ours':>8}{'':7}{'transformers':>13}{'ours':>8}   tokens"
-    )
+    print(f"{'':10}{'norm, us per token':^28}{'ms per token':^24}")
+    columns = f"{'transformers':>13}{'ours':>8}{'':7}{'transformers':>13}{'ours':>10}   tokens"
+    print(f"{'dtype':10}{columns}")
     median = statistics.median
     for dtype, r in zip(dtypes, results, strict=True):
         theirs, ours = median(r["norm theirs"]) * 1e6, median(r["norm ours"]) * 1e6
         norm = f"{theirs:13.0f}{ours:8.0f}{theirs / ours:6.1f}x"
-        token = f"{median(r['token theirs']) * 1e3:14.1f}{median(r['token ours']) * 1e3:8.1f}"
+        change = f"{changes(r)[0]:+.1%}"
+        token = f"{median(r['token theirs']) * 1e3:14.1f}{change:>10}"
         print(f"{name_of(dtype):10}{norm}{token}   {r['tokens']}")
     print()
     for dtype, r in zip(dtypes, results, strict=True):
         print(f"{name_of(dtype)}: {meaning(r)}")
 
 
+def changes(r: dict) -> tuple[float, float, float]:
+    """Of a token's time, with ours in the place of transformers', in the same round."""
+    pairs = zip(r["token theirs"], r["token ours"], strict=True)
+    return median_and_interval([ours / theirs - 1 for theirs, ours in pairs])
+
+
 def meaning(r: dict) -> str:
     """One line: what the norm was of a token's time, what it is, and whether that time shows it."""
-    median = statistics.median
-    before, after = (
-        median(r[f"norm {who}"]) / median(r[f"token {who}"]) for who in ("theirs", "ours")
-    )
-    ratios = [b / a - 1 for a, b in zip(r["token theirs"], r["token ours"], strict=True)]
-    change, low, high = median_and_interval(ratios)
+    before, after = (statistics.median(r[f"share {who}"]) for who in ("theirs", "ours"))
+    change, low, high = changes(r)
     interval = f"95 % interval {low:+.1%} to {high:+.1%}"
     share = f"the norm was {before:.1%} of a token's time and is {after:.1%}"
     if low <= 0 <= high:

@@ -426,3 +426,30 @@ def test_what_was_tested_is_told(request):
     if request.config.getoption("--record"):
         pytest.skip("it is being recorded")
     assert table_of_what_was_tested() in PAGES["tests"].read_text()
+
+
+def test_charts_are_drawn(tmp_path):
+    """From the results, without measuring: what `make figures` calls."""
+    pytest.importorskip("matplotlib")
+    results = "benchmarks/results/cpu-epyc-zen4-avx512.json"
+    for command in (["uses.py"], ["cpu.py", "--from", results]):
+        script, *words = command
+        chart = tmp_path / f"{script}.png"
+        run = [sys.executable, f"benchmarks/{script}", *words, "--png", chart]
+        subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+        assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 10_000
+
+
+def test_demo_tells_what_the_norm_costs():
+    sys.path.append(str(ROOT))
+    from benchmarks import generate
+
+    times = {"share theirs": [0.05] * 40, "share ours": [0.01] * 40, "token theirs": [100.0] * 40}
+    noise = [(-1) ** i * 2 for i in range(40)]
+    said = generate.meaning(times | {"token ours": [96 + n / 2 for n in noise]})
+    assert said.startswith(
+        "the norm was 5.0% of a token's time and is 1.0%; a token takes 4.0% less"
+    )
+    said = generate.meaning(times | {"token ours": [100 + n for n in noise]})
+    assert "the token's time shows no difference (95 % interval -2.0% to +2.0%)" in said
+    assert generate.median_and_interval(range(1, 41)) == (20.5, 14, 27)
