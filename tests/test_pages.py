@@ -24,6 +24,7 @@ FOLDERS = (
     ".",
     ".ci",
     "benchmarks",
+    "benchmarks/layernorm_vs_rmsnorm",
     "csrc",
     "csrc/cuda",
     "rmsnorm_cuda",
@@ -32,6 +33,7 @@ FOLDERS = (
 )
 PAGES = {folder: ROOT / folder / "README.md" for folder in FOLDERS}
 FRONT = PAGES["."]
+STUDY = "layernorm_vs_rmsnorm"
 pytestmark = pytest.mark.skipif(not PAGES["rmsnorm_cuda"].exists(), reason="there are no sources")
 each_page = pytest.mark.parametrize("folder", FOLDERS)
 
@@ -69,7 +71,12 @@ def test_links(folder):
 
 
 def test_every_page_is_linked_from_the_front_page():
-    linked = {(ROOT / target.partition("#")[0]).resolve() for target in LINK.findall(prose(FRONT))}
+    """Or from a page that is."""
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page in (FRONT, PAGES["benchmarks"])
+        for target in LINK.findall(prose(page))
+    }
     assert {page.resolve() for page in PAGES.values()} - {FRONT.resolve()} <= linked
 
 
@@ -163,7 +170,7 @@ def test_front_page_on_a_package_index(tmp_path):
     text = info.get_payload()
     assert info["Description-Content-Type"] == "text/markdown"
     assert not LINK.findall(text) and text.startswith("# rmsnorm_cuda")
-    assert all(f"(`{folder}/README.md`)" in text for folder in FOLDERS[1:])
+    assert all(f"(`{folder}/README.md`)" in text for folder in FOLDERS[1:] if STUDY not in folder)
     assert [line for line in text.splitlines() if line.startswith("| decode")]
 
 
@@ -237,7 +244,8 @@ def options(words):
 
 def check_script(path, words):
     """A script of this repository: it is there, and has these options and subcommands."""
-    source = (ROOT / path).read_text()
+    file = ROOT / path
+    source = (file / "__main__.py" if file.is_dir() else file).read_text()
     for option in options(words):
         assert f'"{option}"' in source, option
     if "add_subparsers" in source:
@@ -428,16 +436,30 @@ def test_what_was_tested_is_told(request):
     assert table_of_what_was_tested() in PAGES["tests"].read_text()
 
 
-def test_charts_are_drawn(tmp_path):
-    """From the results, without measuring: what `make figures` calls."""
+@pytest.mark.parametrize(
+    "command, results",
+    [
+        (["uses.py"], None),
+        (["cpu.py"], "cpu"),
+        ([STUDY, "ops"], "layernorm-vs-rmsnorm-ops"),
+        ([STUDY, "train"], "layernorm-vs-rmsnorm-train"),
+    ],
+    ids=["uses", "cpu", "ops", "train"],
+)
+def test_charts_and_tables_are_made_of_the_results(command, results, tmp_path):
+    """What `make figures` calls: it measures nothing, and writes the tables that are there."""
     pytest.importorskip("matplotlib")
-    results = "benchmarks/results/cpu-epyc-zen4-avx512.json"
-    for command in (["uses.py"], ["cpu.py", "--from", results]):
-        script, *words = command
-        chart = tmp_path / f"{script}.png"
-        run = [sys.executable, f"benchmarks/{script}", *words, "--png", chart]
-        subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
-        assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 10_000
+    file = ROOT / "benchmarks" / "results" / f"{results}-epyc-zen4-avx512"
+    words = ["--png", tmp_path / "chart.png"]
+    words += ["--from", f"{file}.json"] if results else []
+    words += ["--md", tmp_path / "table.md"] if STUDY in command else []
+    script, *rest = command
+    run = [sys.executable, f"benchmarks/{script}", *rest, *words]
+    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+    charts = list(tmp_path.glob("chart*.png"))
+    assert charts and all(chart.read_bytes().startswith(b"\x89PNG") for chart in charts)
+    if STUDY in command:
+        assert (tmp_path / "table.md").read_text() == Path(f"{file}.md").read_text()
 
 
 def test_demo_tells_what_the_norm_costs():
