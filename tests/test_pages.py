@@ -171,7 +171,10 @@ def test_front_page_on_a_package_index(tmp_path):
     assert info["Description-Content-Type"] == "text/markdown"
     assert not LINK.findall(text) and text.startswith("# rmsnorm_cuda")
     assert all(f"(`{folder}/README.md`)" in text for folder in FOLDERS[1:] if STUDY not in folder)
-    assert [line for line in text.splitlines() if line.startswith("| decode")]
+    (listed,) = tmp_path.glob("*.egg-info/SOURCES.txt")  # in the source distribution
+    assert {page.resolve() for page in PAGES.values()} <= {
+        (ROOT / line).resolve() for line in listed.read_text().splitlines()
+    }
 
 
 # ---------------------------------------------------------------- code
