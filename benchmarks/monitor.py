@@ -1,11 +1,12 @@
-"""What rmsnorm_cuda.monitor() costs, and what it shows: SmolLM2-135M, whose norms are replaced by ours.
+"""What rmsnorm_cuda.monitor() costs, and what it shows: SmolLM2-135M with our norms.
 
-    python benchmarks/monitor.py [--tokens 1,16,128,512] [--threads 1] [--rounds 30] [--json FILE] [--png FILE]
-    python benchmarks/monitor.py --from FILE --png FILE    draws the chart again, and measures nothing
+    python benchmarks/monitor.py [--tokens 1,16,128,512] [--threads 1] [--rounds 30]
+                                 [--json FILE] [--png FILE]
+    python benchmarks/monitor.py --from FILE --png FILE   # draws the chart again, measures nothing
 
-Forwards of so many tokens without and with the monitor take turns in one process; logits are compared bit by bit. Then 64
-tokens are generated while the monitor looks on: the chart. Needs the demo's weights (`make demo`) and, for the chart,
-matplotlib.
+Forwards of so many tokens without and with the monitor take turns in one process; logits are
+compared bit by bit. Then 64 tokens are generated while the monitor looks on: the chart. Needs the
+demo's weights (`make demo`) and, for the chart, matplotlib.
 """
 
 import argparse
@@ -33,11 +34,14 @@ def timed(function):
 
 @torch.inference_mode()
 def overhead(model, tokens, rounds):
-    """Milliseconds of a forward without and with the monitor, and how much more with it: of the minima, and the rounds' median."""
+    """Milliseconds of a forward without and with the monitor, and how much more with it.
+
+    The latter of the minima, and as the median of the rounds.
+    """
     times, monitor = {"plain": [], "monitored": []}, rmsnorm_cuda.monitor(model)
 
     def forwards(name):
-        """The second to fourth forward: what the first finds cold, the one after a million others does not."""
+        """The second to fourth forward: the first finds the caches cold."""
         logits = model(ids, use_cache=False).logits
         times[name].append([timed(lambda: model(ids, use_cache=False)) for _ in range(3)])
         return logits
@@ -47,8 +51,13 @@ def overhead(model, tokens, rounds):
         want = forwards("plain")
         with monitor:
             assert torch.equal(forwards("monitored"), want)
-    least, middle = ({name: pick(sum(rounds, [])) for name, rounds in times.items()} for pick in (min, statistics.median))
-    ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(*times.values(), strict=True)]
+    least, middle = (
+        {name: pick(sum(rounds, [])) for name, rounds in times.items()}
+        for pick in (min, statistics.median)
+    )
+    ratios = [
+        statistics.median(b) / statistics.median(a) for a, b in zip(*times.values(), strict=True)
+    ]
     return {
         "tokens": tokens,
         "min ms": least,
@@ -66,8 +75,12 @@ def measure(args):
     times = []
     for tokens in map(int, args.tokens.split(",")):
         times.append(cell := overhead(model, tokens, args.rounds))
-        more = f"{cell['more, minima']:.1%} more (minima), {cell['more, median of rounds']:.1%} (median of rounds)"
-        print(f"{tokens:5} tokens: {cell['median ms']['plain']:8.2f} ms, with the monitor {more}", flush=True)
+        more = f"{cell['more, minima']:.1%} more (minima), "
+        more += f"{cell['more, median of rounds']:.1%} (median of rounds)"
+        print(
+            f"{tokens:5} tokens: {cell['median ms']['plain']:8.2f} ms, with the monitor {more}",
+            flush=True,
+        )
     with rmsnorm_cuda.monitor(model) as monitor:
         generate.generate(model, generate.encode(tokenizer, generate.PROMPT), 64)
     print(monitor.report())
@@ -90,7 +103,9 @@ def draw(result, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", default="1,16,128,512")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)

@@ -1,9 +1,11 @@
-"""Which norms of other libraries replace_rms_norm() swaps: every class called ...Norm, its family or why it stays.
+"""Which norms of other libraries replace_rms_norm() swaps: each class, its family or why it stays.
 
-    python benchmarks/norm_classes.py transformers diffusers timm torchtitan fla --md benchmarks/results/norm_classes.md
+    python benchmarks/norm_classes.py transformers diffusers timm torchtitan fla \\
+        --md benchmarks/results/norm_classes.md
 
-Each class that is swapped is then compared with what takes its place on random draws of input size, dtypes, and mode: results
-and gradients. One that differs is an error. Classes that want more than a width to be built are listed as such.
+Each class that is swapped is then compared with what takes its place on random draws of input size,
+dtypes, and mode: results and gradients. One that differs is an error. Classes that want more than a
+width to be built are listed as such.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def norm_classes(library: str) -> Iterator[type[nn.Module]]:
     for info in pkgutil.walk_packages(package.__path__, f"{library}.", onerror=lambda name: None):
         if library == "transformers" and ".modeling_" not in info.name:
             continue
-        if any(part.startswith(("test", "_test", "cli")) or part == "__main__" for part in info.name.split(".")):
+        if any(
+            part.startswith(("test", "_test", "cli")) or part == "__main__"
+            for part in info.name.split(".")
+        ):
             continue
         try:
             module = importlib.import_module(info.name)
@@ -51,7 +56,12 @@ def norm_classes(library: str) -> Iterator[type[nn.Module]]:
                 raise
             continue
         for name, cls in sorted(vars(module).items()):
-            if isinstance(cls, type) and issubclass(cls, nn.Module) and "Norm" in name and cls.__module__ == info.name:
+            if (
+                isinstance(cls, type)
+                and issubclass(cls, nn.Module)
+                and "Norm" in name
+                and cls.__module__ == info.name
+            ):
                 yield cls
 
 
@@ -62,7 +72,10 @@ def build(cls: type[nn.Module]) -> nn.Module | str:
     if first == "eps":  # without a weight
         ways = [lambda: cls(eps=1e-6)]
     elif hasattr(cls, "Config"):  # torchtitan's
-        ways = [lambda: cls.Config(normalized_shape=WIDTH).build(), lambda: cls.Config(dim=WIDTH).build()]
+        ways = [
+            lambda: cls.Config(normalized_shape=WIDTH).build(),
+            lambda: cls.Config(dim=WIDTH).build(),
+        ]
     for build_it in ways:
         try:
             return build_it()
@@ -73,11 +86,15 @@ def build(cls: type[nn.Module]) -> nn.Module | str:
     return reason
 
 
-def gradients(norm: nn.Module, x: torch.Tensor, towards: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+def gradients(
+    norm: nn.Module, x: torch.Tensor, towards: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     x = x.clone().requires_grad_()
     y = norm(x)
     inputs = [x, *norm.parameters()]
-    return y.detach(), list(torch.autograd.grad((y.float() * towards).sum(), inputs, allow_unused=True))
+    return y.detach(), list(
+        torch.autograd.grad((y.float() * towards).sum(), inputs, allow_unused=True)
+    )
 
 
 def compare(old: nn.Module, found: Recognized, draws: int) -> str:
@@ -85,13 +102,22 @@ def compare(old: nn.Module, found: Recognized, draws: int) -> str:
     values = unequal = 0
     for draw in range(draws):
         generator, dice = torch.Generator().manual_seed(draw), random.Random(draw)
-        pair, training, size = (dice.choice(DTYPES), dice.choice(DTYPES)), dice.random() < 0.5, 10 ** dice.uniform(-6, 4)
+        pair, training, size = (
+            (dice.choice(DTYPES), dice.choice(DTYPES)),
+            dice.random() < 0.5,
+            10 ** dice.uniform(-6, 4),
+        )
         theirs = copy.deepcopy(old).to(pair[1]).train(training)
         for parameter in theirs.parameters():
-            parameter.data = (1 + torch.randn(parameter.shape, generator=generator) / 4).to(parameter.dtype)
+            parameter.data = (1 + torch.randn(parameter.shape, generator=generator) / 4).to(
+                parameter.dtype
+            )
         ours = twin(copy.deepcopy(theirs), *found)
         rows = torch.randn(dice.randint(1, 8), WIDTH, generator=generator)
-        x, towards = (size * rows).to(pair[0]), torch.randn(rows.shape, generator=generator) + rows.sign()
+        x, towards = (
+            (size * rows).to(pair[0]),
+            torch.randn(rows.shape, generator=generator) + rows.sign(),
+        )
         try:
             want, want_grads = gradients(theirs, x, towards)
         except Exception:
@@ -100,19 +126,30 @@ def compare(old: nn.Module, found: Recognized, draws: int) -> str:
             continue  # it does not take this mixture
         got, got_grads = gradients(ours, x, towards)
         where = f"for {pair[0]} and {pair[1]}, rows of size {size:.2g}, training={training}"
-        share, far = values_off(got, want, pair)  # of the values, and whether one is by more than a rounding
+        share, far = values_off(
+            got, want, pair
+        )  # of the values, and whether one is by more than a rounding
         values, unequal = values + got.numel(), unequal + round(share * got.numel())
         if far:
             return f"results differ {where}"
         grads = [*zip(got_grads, want_grads, strict=True)]
-        if any((a is None) != (b is None) or (a is not None and gradients_differ(a, b, pair)) for a, b in grads):
+        if any(
+            (a is None) != (b is None) or (a is not None and gradients_differ(a, b, pair))
+            for a, b in grads
+        ):
             return f"gradients differ {where}"
     # Near-ties of a rounding fall the other way in fewer; another order of roundings shows in more.
-    return f"{unequal / values:.1%} of the results are rounded otherwise" if unequal > 0.01 * values else ""
+    return (
+        f"{unequal / values:.1%} of the results are rounded otherwise"
+        if unequal > 0.01 * values
+        else ""
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("libraries", nargs="+")
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--md", help="also write the table here")
@@ -128,19 +165,28 @@ def main(argv: list[str] | None = None) -> int:
         swapped = 0
         for cls in classes:
             norm = build(cls)
-            if "rmsnorm" not in cls.__name__.lower() and (isinstance(norm, str) or any(True for _ in norm.children())):
+            if "rmsnorm" not in cls.__name__.lower() and (
+                isinstance(norm, str) or any(True for _ in norm.children())
+            ):
                 continue  # a network, a layer with a norm in it
             found = norm if isinstance(norm, str) else recognize(norm)
             if isinstance(found, str):
                 verdict = f"stays: {found}"
             else:
                 difference = compare(norm, found, args.draws)
-                verdict = f"**{difference}**" if difference else f"{found.family.name}, eps={found.eps}"
+                verdict = (
+                    f"**{difference}**" if difference else f"{found.family.name}, eps={found.eps}"
+                )
                 wrong, swapped = wrong + bool(difference), swapped + 1
             rows.setdefault((cls.__name__, verdict), []).append(cls.__module__)
         version = importlib.metadata.version(DISTRIBUTIONS.get(library, library))
         listed = sum(map(len, rows.values()))
-        lines += [f"\n## {library} {version}\n", f"{listed} classes, {swapped} of them swapped.\n", "| class | in | |", "|---|---|---|"]
+        lines += [
+            f"\n## {library} {version}\n",
+            f"{listed} classes, {swapped} of them swapped.\n",
+            "| class | in | |",
+            "|---|---|---|",
+        ]
         for (name, verdict), modules in sorted(rows.items()):
             more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
             lines.append(f"| {name} | {modules[0].removeprefix(library + '.')}{more} | {verdict} |")
@@ -148,8 +194,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.md:
         head = [
             "# Norms of other libraries, and what replace_rms_norm() makes of them\n",
-            f"`python benchmarks/norm_classes.py {' '.join(args.libraries)}`, torch {torch.__version__}, CPU. Each class that is swapped, named by its",
-            f"family, has been compared with what takes its place on {args.draws} random draws of input size (1e-6 to 1e4), dtypes and mode: results",
+            f"`python benchmarks/norm_classes.py {' '.join(args.libraries)}`, torch "
+            f"{torch.__version__}, CPU. Each class that is swapped, named by its",
+            f"family, has been compared with what takes its place on {args.draws} random draws of "
+            "input size (1e-6 to 1e4), dtypes and mode: results",
             f"and gradients. {wrong} differ.",
         ]
         Path(args.md).write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")

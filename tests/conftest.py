@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", metavar="FILE", help="put what was tested into this JSON: test_build.py makes the README's table of it")
+    parser.addoption("--record", metavar="FILE", help="put what was tested into this JSON: test_pages.py makes the table of it")
 
 
 def pytest_terminal_summary(terminalreporter, config):

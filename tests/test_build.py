@@ -1,6 +1,5 @@
 """What was built: three libraries, each ignorant of the one above, none of which can crash an older CPU."""
 
-import json
 import os
 import re
 import shutil
@@ -120,29 +119,6 @@ def test_typed():
     assert not [name for name in public if not re.search(rf"^(def )?{name}\b", declared, re.M)]
 
 
-def test_readme_names_tests_that_exist():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    rows = readme[readme.index("## Works with") :].split("\n\n")[2].splitlines()[2:]
-    assert len(rows) > 10
-    for row in rows:
-        named = re.findall(r"`(\w+\.py)::(\w+)`", row)
-        assert named, row
-        for file, function in named:
-            assert re.search(rf"^def {function}\(", (Path(__file__).parent / file).read_text(), re.M), (file, function)
-
-
-def test_make_figures_draws_what_the_readme_shows():
-    root = Path(__file__).parents[1]
-    shown = re.findall(r"!\[[^]]+\]\((.*?)\)", (root / "README.md").read_text())
-    assert len(shown) >= 5 and all((root / image).exists() for image in shown)
-    commands = output("make", "-C", str(root), "-n", "-W", "pyproject.toml", "figures")
-    drawn = re.findall(r"--png (\S+)\.png", commands)
-    for image in shown:  # --png loss.png may come to loss-this.png and loss-that.png
-        assert any(image.removesuffix(".png").startswith(name) for name in drawn), image
-    for data in re.findall(r"--from (\S+)", commands):
-        assert (root / data).exists(), data
-
-
 def test_unbuilt_sources_say_so(tmp_path):
     """Python started inside the source tree of an installed package imports the sources."""
     package = Path(rmsnorm_cuda.__file__).parent
@@ -241,19 +217,3 @@ def test_public_api_is_typed(tmp_path):
     *said, last = run.stdout.strip().splitlines()
     assert len(said) == 2, run.stdout + run.stderr
     assert re.search('Revealed type is "(builtins.)?float"', said[0]) and "Incompatible types in assignment" in said[1]
-
-
-def table_of_what_was_tested():
-    """The README's, of what `pytest --record=tests/tested.json` has seen."""
-    lines = ["| Python | torch | installed | tests passed, skipped |", "|---|---|---|---|"]
-    for e in json.loads((Path(__file__).parent / "tested.json").read_text()):
-        assert e["failed"] == e["error"] == 0, e
-        lines.append(f"| {e['python']} | {e['torch']} | {e['installed']} | {e['passed']}, {e['skipped']} |")
-    return "\n".join(lines) + "\n"
-
-
-def test_readme_tells_what_was_tested(request):
-    """To write it anew, put what table_of_what_was_tested() returns in the README's place."""
-    if request.config.getoption("--record"):
-        pytest.skip("it is being recorded")
-    assert table_of_what_was_tested() in (Path(__file__).parents[1] / "README.md").read_text()

@@ -1,6 +1,7 @@
 """Writes what the two servers serve: python export.py FOLDER
 
-model.pt2 and requests.pt are for torch_server; fp32.x, fp32.weight, bf16.x and bf16.weight for kernel_server.
+model.pt2 and requests.pt are for torch_server; fp32.x, fp32.weight, bf16.x and bf16.weight for
+kernel_server.
 """
 
 import argparse
@@ -15,35 +16,54 @@ BATCHES = (1, 2, 3, 8)
 
 
 class Model(torch.nn.Module):
-    """Feed-forward layers between norms of every kind. Returns the last norm, in 8 bits and its scales, and the residual."""
+    """Feed-forward layers between norms of every kind.
+
+    Returns the last norm, in 8 bits and its scales, and the residual.
+    """
 
     def __init__(self, hidden, layers):
         super().__init__()
         self.embed = torch.nn.Linear(hidden, hidden, bias=False)
         self.norm = RMSNorm(hidden, eps=1e-6)
         self.weight = torch.nn.Parameter(torch.rand(hidden) + 0.5)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(hidden, hidden, bias=False) for _ in range(layers))
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(hidden, hidden, bias=False) for _ in range(layers)
+        )
 
     def forward(self, x):
-        y, residual = self.norm(self.embed(x), x)  # the sum is new, so that it may be written in place from here on
+        y, residual = self.norm(
+            self.embed(x), x
+        )  # the sum is new, so that it may be written in place from here on
         for layer in self.layers:
             y = layer(y).relu()
             fused_add_rms_norm_(y, residual, self.weight, 1e-6)
         y = rms_norm(y * 2, y.shape[-1:], self.weight, 1e-6)
-        last = rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8) if AOTI_KEEPS_DTYPE_ARGUMENTS else (y,)
+        last = (
+            rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8)
+            if AOTI_KEEPS_DTYPE_ARGUMENTS
+            else (y,)
+        )
         return *last, residual
 
 
 def export_model(folder, hidden, layers, **inductor_configs):
-    """Compiles the model for any batch size, and saves requests with the answers of Python. Returns the model."""
+    """Compiles the model for any batch size, and saves requests with the answers of Python.
+
+    Returns the model.
+    """
     model = Model(hidden, layers).requires_grad_(False)
-    program = torch.export.export(model, (torch.randn(2, hidden),), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
+    program = torch.export.export(
+        model, (torch.randn(2, hidden),), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},)
+    )
     path = torch._inductor.aoti_compile_and_package(
         program, package_path=str(folder / "model.pt2"), inductor_configs=inductor_configs
     )
     compiled = torch._inductor.aoti_load_package(path)
     inputs = [torch.randn(batch, hidden) for batch in BATCHES]
-    torch.save([(x, rms_norm(x, (hidden,), eps=1e-6), *compiled(x)) for x in inputs], folder / "requests.pt")
+    torch.save(
+        [(x, rms_norm(x, (hidden,), eps=1e-6), *compiled(x)) for x in inputs],
+        folder / "requests.pt",
+    )
     return model
 
 
