@@ -104,8 +104,10 @@ def is_overridden(input: object, *others: object) -> bool:
     F.rms_norm alone: they have these ops (integrations/jagged.py)."""
     if not has_torch_function((input, *others)):
         return False
-    is_nested = isinstance(input, Tensor) and input.is_nested
-    return torch._C._is_torch_function_mode_enabled() or not is_nested
+    if torch._C._is_torch_function_mode_enabled() or not isinstance(input, Tensor):
+        return True
+    with torch._C.DisableTorchFunctionSubclass():
+        return not input.is_nested
 
 
 def override(function: Callable, input, normalized_shape, weight, eps, **options):
