@@ -13,6 +13,12 @@ def has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"rmsnorm_cuda::{op}", key)
 
 
+def op_names() -> list[str]:
+    """The ops with kernels: "rmsnorm_cuda::rms_norm", "rmsnorm_cuda::rms_norm.out", ..."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n for n in names if n.startswith("rmsnorm_cuda::") and not n.endswith("_formula"))
+
+
 def same(one: type, other: type) -> bool:
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 

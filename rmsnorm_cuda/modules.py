@@ -78,7 +78,9 @@ class RMSNorm(torch.nn.RMSNorm):
             self._check_residual(x, weight)
             return fused_add_rms_norm(x, residual, weight, eps, weight_offset=offset, cast_before_weight=cast)
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
-            return _C.rms_norm(x, shape, weight, eps, offset, cast, None)
+            result = _C.rms_norm(x, shape, weight, eps, offset, cast)
+            if result is not NotImplemented:
+                return result
         return rms_norm(x, shape, weight, eps, weight_offset=offset, cast_before_weight=cast)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:

@@ -45,7 +45,7 @@ def rms_norm_reference(
     if weight is None:
         return round_once(xhat, input.dtype)
     gain = _gain(input, weight, weight_offset).to(dtype)
-    return round_once(xhat.to(dtype) * gain, _output_dtype(input, weight, cast_before_weight))
+    return round_once(xhat.to(dtype) * gain, output_dtype(input, weight, cast_before_weight))
 
 
 @torch.no_grad()
@@ -110,6 +110,13 @@ def default_eps(input: Tensor) -> float:
     return torch.finfo(compute_dtype(input)).eps
 
 
+def output_dtype(input: Tensor, weight: Tensor | None, cast_before_weight: bool) -> torch.dtype:
+    """The dtype of the norm that operators on these tensors return."""
+    if weight is None or not cast_before_weight:
+        return input.dtype
+    return torch.promote_types(input.dtype, weight.dtype)
+
+
 @torch.no_grad()
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value.to(dtype)` with one rounding, to nearest even.
@@ -164,7 +171,3 @@ def _rstd(x: Tensor, dims: list[int], eps: float) -> Tensor:
 def _gain(input: Tensor, weight: Tensor, weight_offset: float) -> Tensor:
     """weight + weight_offset: in fp32, or in fp64 where any operand is fp64, as the operators add it."""
     return weight.to(compute_dtype(input, weight)) + weight_offset
-
-
-def _output_dtype(input: Tensor, weight: Tensor, cast_before_weight: bool) -> torch.dtype:
-    return torch.promote_types(input.dtype, weight.dtype) if cast_before_weight else input.dtype

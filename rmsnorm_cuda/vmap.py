@@ -8,8 +8,8 @@ the kernels compute in: as they do, it rounds once.
 import torch
 
 from .again import has_kernel
-from .functional import _ops, _output_dtype
-from .reference import compute_dtype, default_eps, quantize_reference
+from .functional import _ops
+from .reference import compute_dtype, default_eps, output_dtype, quantize_reference
 
 
 def _front(tensor, dim, size):
@@ -58,7 +58,7 @@ def _rms_norm_forward(info, in_dims, input, normalized_shape, weight=None, eps=N
     xhat, rstd = _unscaled(input, normalized_shape, eps, cast_before_weight, dtype)
     lead = rstd.dim() - (input_dim is not None)
     output = xhat * _gain(weight, weight_dim, lead, weight_offset, dtype)
-    return (output.to(_output_dtype(input, weight, cast_before_weight)), rstd), (0, input_dim and 0)
+    return (output.to(output_dtype(input, weight, cast_before_weight)), rstd), (0, input_dim and 0)
 
 
 def _rms_norm(info, in_dims, input, normalized_shape, weight=None, eps=None, **options):
@@ -102,7 +102,7 @@ def _fused_add_rms_norm_forward(info, in_dims, input, residual, weight=None, eps
     total = (input.to(dtype) + residual.to(dtype)).to(residual.dtype)
     dims = 0, None, weight_dim
     (output, rstd), _ = _rms_norm_forward(info, dims, total, total.shape[-1:], weight, eps, **options)
-    return (output.to(_output_dtype(input, weight, options.get("cast_before_weight"))), total, rstd), (0, 0, 0)
+    return (output.to(output_dtype(input, weight, options.get("cast_before_weight"))), total, rstd), (0, 0, 0)
 
 
 def _fused_add_rms_norm(info, in_dims, *args, **options):

@@ -1,9 +1,12 @@
 """What the tests of the op share: dtypes, options, lengths, hard rows, the formula, and the tolerances."""
 
+import contextlib
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rmsnorm_cuda.reference import (
     default_eps,
@@ -171,3 +174,25 @@ def hard_rows(cols, dtype):
     # Between broken rows an ordinary one: it must not notice.
     rows["plain again"] = row.flip(0).to(dtype)
     return rows
+
+
+def refused_alike_while_tracing(function, *args, **options):
+    """A compiler's fake tensors are refused by the same words, and kind of exception."""
+    tensors = [t for t in tree_leaves((args, options)) if isinstance(t, torch.Tensor)]
+    if len({t.device for t in tensors}) > 1:
+        return  # which FakeTensor itself refuses, before it asks the op
+    told = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=False)):
+        of = (args, options)
+        if isinstance(mode, FakeTensorMode):
+            of = tree_map_only(torch.Tensor, mode.from_tensor, of)
+        with mode:
+            try:
+                function(*of[0], **of[1])
+            except Exception as error:
+                # FakeTensor takes NotImplementedError of a Meta kernel for "there is none".
+                kind = RuntimeError if type(error) is NotImplementedError else type(error)
+                told.append((kind, str(error).replace("FakeTensor", "Tensor")))
+            else:
+                told.append(None)
+    assert told[0] == told[1] and told[0] is not None

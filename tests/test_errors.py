@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cases import LLAMA, ops, random
+from cases import LLAMA, ops, random, refused_alike_while_tracing
 
 from rmsnorm_cuda import RMSNorm, _C, fused_add_rms_norm, fused_add_rms_norm_, rms_norm, rms_norm_quant
 
@@ -35,15 +35,15 @@ BAD_INPUT = {
     "infinite eps": ((X, 8, W, INF), {}, ValueError, "expected eps to be finite and not negative, but got inf"),
     "NaN offset": ((X, 8, W), {"weight_offset": NAN}, ValueError, "expected weight_offset to be finite, but got nan"),
     "infinite offset": ((X, 8, W), {"weight_offset": -INF}, ValueError, "expected weight_offset to be finite, but got -inf"),
-    "list for input": (([1.0], 1), {}, TypeError, "argument 'input' (position 1) must be Tensor, not list"),
-    "list for weight": ((X, 8, [1.0] * 8), {}, TypeError, "argument 'weight' (position 3) must be Tensor, not list"),
-    "text for eps": ((X, 8, W, "1e-6"), {}, TypeError, "argument 'eps' (position 4) must be float, not str"),
-    "text for normalized_shape": ((X, "8"), {}, TypeError, "argument 'normalized_shape' (position 2) must be tuple of ints, not str"),
-    "float for normalized_shape": ((X, 8.0), {}, TypeError, "argument 'normalized_shape' (position 2) must be tuple of ints, not float"),
+    "list for input": (([1.0], 1), {}, TypeError, "expected input to be a Tensor, but got list"),
+    "list for weight": ((X, 8, [1.0] * 8), {}, TypeError, "expected weight to be a Tensor or None, but got list"),
+    "text for eps": ((X, 8, W, "1e-6"), {}, TypeError, "expected eps to be a number or None, but got str"),
+    "text for normalized_shape": ((X, "8"), {}, TypeError, "expected normalized_shape to be an int or a tuple of ints, but got str"),
+    "float for normalized_shape": ((X, 8.0), {}, TypeError, "expected normalized_shape to be an int or a tuple of ints, but got float"),
     "no normalized_shape": ((X,), {}, TypeError, "normalized_shape"),
     "option by position": ((X, 8, W, None, 1.0), {}, TypeError, "positional arguments"),
     "unknown option": ((X, 8), {"bias": W}, TypeError, "unexpected keyword argument 'bias'"),
-    "text for out": ((X, 8), {"out": "x"}, TypeError, "must be Tensor, not str"),
+    "text for out": ((X, 8), {"out": "x"}, TypeError, "expected out to be a Tensor or None, but got str"),
 }  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def test_bad_input(args, options, error, message):
             rms_norm(*args, **options, **destination)
         assert type(raised.value) is error  # not a subclass: torch raises NotImplementedError for missing kernels too
     assert out.isnan().all()
+    refused_alike_while_tracing(rms_norm, *args, **options)
 
 
 def freed(tensor):
@@ -216,6 +217,7 @@ def test_bad_backward(replaced, error, message):
     args["output_mask"] = (True, True)
     with pytest.raises(error, match=re.escape(message)):
         ops.rms_norm_backward(**args | replaced)
+    refused_alike_while_tracing(ops.rms_norm_backward, **args | replaced)
 
 
 @pytest.mark.parametrize("op", [ops.rms_norm, ops.rms_norm_forward])

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from cases import refused_alike_while_tracing
 
 import rmsnorm_cuda
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, rms_norm
@@ -213,6 +214,7 @@ def test_errors(function, change, error, message):
     arguments = {"input": torch.ones(2, 8), "residual": torch.ones(2, 8), "weight": torch.ones(8), "eps": 1e-6} | change
     with pytest.raises(error, match=message):
         function(**arguments)
+    refused_alike_while_tracing(function, **arguments)
     if arguments["input"].device.type == "cpu":
         assert (arguments["input"] == arguments["input"].flatten()[0]).all(), "something was written"
 
@@ -227,7 +229,7 @@ def test_errors_in_place():
         fused_add_rms_norm_(x[:3], x[1:])
     with pytest.raises(RuntimeError, match="rows that do not overlap"):
         fused_add_rms_norm_(torch.ones(1, 8).expand(4, 8), x.clone())
-    with pytest.raises(RuntimeError, match="the last dimension contiguous"):
+    with pytest.raises(RuntimeError, match="the normalized dimensions contiguous"):
         fused_add_rms_norm_(torch.ones(8, 4).t(), x.clone())
     with pytest.raises(RuntimeError, match="cannot take the place of input"):
         fused_add_rms_norm_(x.bfloat16(), x.bfloat16(), torch.ones(8), cast_before_weight=True)

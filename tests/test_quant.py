@@ -11,7 +11,7 @@ import torch
 from rmsnorm_cuda import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from rmsnorm_cuda.reference import quantize_reference
 
-from cases import GEMMA, LLAMA, OPTIONS, name, random, random_weight
+from cases import GEMMA, LLAMA, OPTIONS, name, random, random_weight, refused_alike_while_tracing
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
@@ -183,7 +183,8 @@ X = torch.ones(2, 128)
         ({"input": X.double()}, NotImplementedError, "not implemented for 'Double'"),
         ({"weight": torch.ones(128).double()}, NotImplementedError, "not implemented for 'Double'"),
         ({"weight": torch.ones(64)}, RuntimeError, r"weight of shape \[64\]"),
-        ({"block": (64,)}, RuntimeError, "block"),
+        ({"block": (64,)}, TypeError, "block to be an int or None, but got tuple"),
+        ({"scale": 0.1}, TypeError, "scale to be a Tensor or None, but got float"),
         ({"block": 32}, ValueError, "block to be 64 or 128, but got 32"),
         ({"input": torch.ones(2, 100), "block": 64}, RuntimeError, "a multiple of block=64, but got 100"),
         ({"scale": torch.ones(2)}, RuntimeError, r"scale to be one float32, but got Float of shape \[2\]"),
@@ -212,6 +213,8 @@ def test_errors(change, error, message):
     if "out" not in change:
         with pytest.raises(error, match=message):
             fused_add_rms_norm_quant(residual=arguments["input"].detach().clone(), **arguments)
+    if "contiguous" not in message and "column-major" not in message:  # which memory alone shows
+        refused_alike_while_tracing(rms_norm_quant, **arguments)
     assert (X == 1).all(), "something was written"
 
 

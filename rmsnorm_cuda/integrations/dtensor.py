@@ -10,19 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from ..again import op_names
 from .when_imported import when_imported
 
 _DTENSOR = "torch.distributed.tensor"
-_OPS = (
-    "rms_norm",
-    "rms_norm_forward",
-    "rms_norm_backward",
-    "fused_add_rms_norm",
-    "fused_add_rms_norm_forward",
-    "fused_add_rms_norm_",
-    "rms_norm_quant",
-    "fused_add_rms_norm_quant",
-)
 
 
 def register() -> None:
@@ -55,8 +46,10 @@ def register() -> None:
 
         return sharding
 
-    for name in _OPS:
-        op = getattr(torch.ops.rmsnorm_cuda, name).default
+    for name in op_names():
+        if name.endswith(".out"):
+            continue
+        op = getattr(torch.ops.rmsnorm_cuda, name.partition("::")[2]).default
         register_sharding(op)(rule(op))
         # Decisions are cached by the arguments that this names; register_sharding names integers only, but normalized_shape,
         # output_mask, cast_before_weight and keep_norm decide too.

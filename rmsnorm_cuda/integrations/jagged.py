@@ -8,20 +8,7 @@ import torch
 from torch import Tensor
 from torch.nested._internal.nested_tensor import NestedTensor
 
-_OPS = (
-    "rms_norm",
-    "rms_norm.out",
-    "rms_norm_forward",
-    "rms_norm_backward",
-    "fused_add_rms_norm",
-    "fused_add_rms_norm.out",
-    "fused_add_rms_norm_forward",
-    "fused_add_rms_norm_",
-    "rms_norm_quant",
-    "rms_norm_quant.out",
-    "fused_add_rms_norm_quant",
-    "fused_add_rms_norm_quant.out",
-)
+from ..again import op_names
 
 
 def _on_values(cls, func, types, args, kwargs):
@@ -57,6 +44,6 @@ def _values(value):
 
 
 def register() -> None:
-    for op in _OPS:
+    for op in op_names():
         with contextlib.suppress(RuntimeError):  # an earlier import of this package has done it
-            torch.library.register_torch_dispatch(f"rmsnorm_cuda::{op}", NestedTensor, _on_values)
+            torch.library.register_torch_dispatch(op, NestedTensor, _on_values)

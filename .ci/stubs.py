@@ -1,0 +1,104 @@
+"""Writes the type stubs of what has no Python source: rmsnorm_cuda/ops.pyi, from the ops' schemas, and
+rmsnorm_cuda/_C.pyi, from these and from what pybind11 says of its functions.
+
+    python .ci/stubs.py           write them
+    python .ci/stubs.py --check   fail where one is not what this would write
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from rmsnorm_cuda import _C, ops  # noqa: E402
+
+TYPES = {
+    "Tensor": "Tensor",
+    "float": "float",
+    "bool": "bool",
+    "int": "int",
+    "SymInt[]": "Sequence[int]",
+    "bool[2]": "Sequence[bool]",
+    "ScalarType": "dtype",
+}
+HEADER = "# Written by `python .ci/stubs.py`.\nfrom collections.abc import Sequence\n"
+
+
+def type_of(kind):
+    name = str(kind.real_type if hasattr(kind, "real_type") else kind)
+    return TYPES[name[:-1]] + " | None" if name.endswith("?") else TYPES[name]
+
+
+def parameter(argument):
+    text = f"{argument.name}: {type_of(argument)}"
+    return f"{text} = {argument.default_value!r}" if argument.has_default_value() else text
+
+
+def result(schema):
+    kinds = [TYPES[str(returned.type)] for returned in schema.returns]
+    if not kinds:
+        return "None"
+    return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds)}]"
+
+
+def op_stub(schema):
+    parameters, keywords = [], False
+    for argument in schema.arguments:
+        if argument.kwarg_only and not keywords:
+            keywords = True
+            parameters.append("*")
+        parameters.append(parameter(argument))
+    return f"def {schema.name.partition('::')[2]}({', '.join(parameters)}) -> {result(schema)}: ..."
+
+
+def ops_stubs():
+    yield HEADER + "from typing import overload\n\nfrom torch import Tensor, dtype\n"
+    for name in ops.__dir__():
+        schemas = torch._C._jit_get_schemas_for_operator(f"rmsnorm_cuda::{name}")
+        for schema in schemas:
+            yield ("@overload\n" if len(schemas) > 1 else "") + op_stub(schema)
+
+
+def entry_stub(name):
+    """Of an eager entry point: the arguments of the op's schema, by position."""
+    op, _, overload = name.partition("_out")
+    schemas = torch._C._jit_get_schemas_for_operator(f"rmsnorm_cuda::{op}")
+    wanted = "out" if name.endswith("_out") else ""
+    schema = next(schema for schema in schemas if schema.overload_name == wanted)
+    parameters = [f"{a.name}: {type_of(a)}" for a in schema.arguments]
+    text = ", ".join(parameters).replace("Sequence[int]", "int | Sequence[int]")
+    return f"def {name}({text}, /) -> {result(schema)}: ...  # or NotImplemented"
+
+
+def binding_stubs():
+    yield HEADER + "\nfrom torch import Tensor, dtype\n"
+    for name, value in sorted(vars(_C).items()):
+        if name.startswith("__"):
+            continue
+        if isinstance(value, str):
+            yield f"{name}: str"
+        elif signature := re.match(r"(\w+\(.*\) -> .*)", value.__doc__):
+            text = re.sub(r"(?:typing\.)?Optional\[(\w+)\]", r"\1 | None", signature[1])
+            yield f"def {text.replace('torch.dtype', 'dtype')}: ..."
+        else:
+            yield entry_stub(name)
+
+
+def main():
+    stale = []
+    for name, lines in (("ops.pyi", ops_stubs()), ("_C.pyi", binding_stubs())):
+        path, text = ROOT / "rmsnorm_cuda" / name, "\n".join(lines) + "\n"
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+    if stale:
+        sys.exit(f"{', '.join(stale)}: not what the ops are now; run `python .ci/stubs.py`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+// The norm in ATen ops, in the type that the kernels compute in: for functorch's transforms,
+// forward-mode AD, second derivatives, and compilers that fuse it with its neighbours.
+#pragma once
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "op.h"
+#include "options.h"
+
+namespace rmsnorm {
+
+// kRescaled: as the kernels, right for rows whose squares leave the range of that type too.
+// kPlain is what a compiler is to fuse.
+enum class Rescaling : bool { kPlain, kRescaled };
+
+class Formula {
+ public:
+  // Checks its arguments as the op `name` does.
+  Formula(const char* name, Rescaling rescaling, const Tensor& input,
+          SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+          const NormOptions& options);
+
+  Tensor output() const;  // in the op's dtype
+  Tensor rstd() const;    // as the forward ops return it
+  // (grad_input, grad_weight): those of output_mask.
+  std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, std::array<bool, 2> output_mask,
+                                      const OptionalTensor& grad_residual) const;
+
+ private:
+  const char* name_;
+  const Tensor& input_;
+  const OptionalTensor& weight_;
+  const NormOptions options_;
+  const at::ScalarType compute_;
+  std::vector<int64_t> normalized_dims_;  // from the end: -1, -2, ...
+  std::vector<int64_t> lead_dims_;
+  Tensor x_;            // the input, times the factor of a rescaled row
+  Tensor inverse_rms_;  // of x_
+  Tensor rstd_;         // of the input
+  Tensor normalized_;   // what the gain multiplies
+  Tensor gain_;         // weight + weight_offset; undefined if there is no weight
+};
+
+}  // namespace rmsnorm

@@ -1,0 +1,77 @@
+#include "launch.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+namespace rmsnorm {
+
+using at::Tensor;
+
+ForwardLaunch::ForwardLaunch(const char* op, const Tensor& x, int64_t lead,
+                             const std::optional<Tensor>& weight, const NormOptions& options)
+    : op_(op), lead_(lead), x_(place(x, lead)), weight_(weight ? weight->contiguous() : Tensor()) {
+  p_.x = x_.tensor.const_data_ptr();
+  p_.weight = weight ? weight_.const_data_ptr() : nullptr;
+  p_.x_rows = x_.rows;
+  p_.rows = c10::multiply_integers(x.sizes().slice(0, lead));
+  p_.cols = c10::multiply_integers(x.sizes().slice(lead));
+  p_.eps = eps_or_default(options.eps, x);
+  p_.weight_offset = options.weight_offset;
+  p_.cast_before_weight = options.cast_before_weight;
+  p_.x_dtype = dtype(x);
+  p_.w_dtype = weight ? dtype(weight_) : p_.x_dtype;
+}
+
+void ForwardLaunch::add(const Tensor& input, const Tensor& residual) {
+  input_ = place(input, lead_);
+  residual_ = place(residual, lead_);
+  p_.addends = {input_.tensor.const_data_ptr(), residual_.tensor.const_data_ptr(), dtype(input),
+                input_.rows, residual_.rows};
+}
+
+void ForwardLaunch::write_to(const Tensor& y, const Rows& rows, bool stream) {
+  p_.y = y.mutable_data_ptr();
+  p_.y_rows = rows;
+  p_.y_dtype = dtype(y);
+  p_.stream = stream && p_.x != p_.y;
+}
+
+void ForwardLaunch::write_rstd(const Tensor& rstd) { p_.rstd = rstd.mutable_data_ptr(); }
+
+void ForwardLaunch::quantize(const Quant& quant, at::ScalarType norm_type) {
+  p_.quant = quant;
+  p_.y_dtype = *as_dtype(norm_type);
+  p_.y_rows = dense_rows(p_.cols);
+}
+
+void ForwardLaunch::run() const {
+  const Tensor& x = x_.tensor;
+  if (!x.is_cpu()) {
+    return run_cuda(op_, x, [&](void* stream) { return cuda::rms_norm_forward(p_, stream); });
+  }
+  cpu::isa();  // throws outside the parallel region if the environment asks for what is not there
+  const int64_t y_bytes = p_.y_dtype == DType::kFloat64 ? 8 : p_.y_dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t row_elements = p_.cols * (p_.addends.input ? 2 : 1);
+  const int64_t row_bytes = row_elements * (static_cast<int64_t>(x.element_size()) + y_bytes);
+  // A part of the rows for each thread, with a workspace that is there before anything is written.
+  const int64_t least_rows = grain(row_bytes), threads = at::get_num_threads();
+  const int64_t parts =
+      p_.rows * row_bytes <= kGrainBytes
+          ? 1
+          : std::clamp<int64_t>((p_.rows + least_rows - 1) / least_rows, 1, threads);
+  const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p_);
+  const Tensor workspace = workspace_bytes
+                               ? at::empty({parts * workspace_bytes}, x.options().dtype(at::kByte))
+                               : Tensor();
+  char* const memory = workspace_bytes ? static_cast<char*>(workspace.mutable_data_ptr()) : nullptr;
+  const auto part = [&](int64_t i) {
+    const int64_t begin = i * p_.rows / parts, end = (i + 1) * p_.rows / parts;
+    cpu::rms_norm_forward(p_, begin, end, memory ? memory + i * workspace_bytes : nullptr);
+  };
+  if (parts == 1) return part(0);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) part(i);
+  });
+}
+
+}  // namespace rmsnorm

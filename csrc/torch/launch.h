@@ -1,0 +1,68 @@
+// From checked tensors to a kernel: a launch of the forward, of any family, and one on a GPU.
+#pragma once
+#include <ATen/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+
+#include "layout.h"
+#include "options.h"
+
+namespace rmsnorm {
+
+// A thread is worth waking for this many bytes read and written: 2-3 us of work for a core, while
+// fork and join cost 1 us hot and far more once the pool has gone to sleep.
+constexpr int64_t kGrainBytes = 256 << 10;
+inline int64_t grain(int64_t bytes_per_item) {
+  return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item));
+}
+
+// Large outputs are written past the caches, which would have to read every line first: a quarter
+// to a third less time. Not where the lines are in a cache already. A new tensor often gets the
+// memory of one that was freed a moment ago; and from 32 MiB on (DEFAULT_MMAP_THRESHOLD_MAX) glibc
+// maps one afresh on every call, and the operating system clears its pages.
+inline bool stream_new(const at::Tensor& t) {
+  return t.defined() && t.nbytes() >= 8 << 20 && t.nbytes() < 32 << 20;
+}
+inline bool stream_owned(const at::Tensor& t) { return t.nbytes() >= 4 << 20; }
+
+// Runs `launch(stream)` on the device of `t`, on its current stream. c10's virtual guard instead of
+// CUDA's headers: one build loads on a CPU-only torch too.
+template <class Launch>
+void run_cuda(const char* op, const at::Tensor& t, const Launch& launch) {
+  TORCH_CHECK(cuda::built(), op, ": input is on ", t.device(),
+              ", but rmsnorm_cuda was built without CUDA (", cuda::architectures(), ")");
+  const c10::DeviceGuard guard(t.device());
+  const auto stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStream(t.device());
+  const int error = launch(stream.native_handle());
+  TORCH_CHECK(error == 0, op, ": CUDA kernel launch failed: ", cuda::error_string(error));
+}
+
+// A forward that is put together piece by piece, and then run. It keeps its tensors alive.
+class ForwardLaunch {
+ public:
+  // `x` is what is normalized, in all dimensions but the first `lead`.
+  ForwardLaunch(const char* op, const at::Tensor& x, int64_t lead,
+                const std::optional<at::Tensor>& weight, const NormOptions& options);
+
+  // x is first written, as the sum of these.
+  void add(const at::Tensor& input, const at::Tensor& residual);
+  // `stream`: past the caches, if the kernel can.
+  void write_to(const at::Tensor& y, const Rows& rows, bool stream);
+  void write_rstd(const at::Tensor& rstd);
+  // Quantized too. `norm_type` is the dtype that the norm is rounded to before.
+  void quantize(const Quant& quant, at::ScalarType norm_type);
+  void run() const;
+
+  int64_t cols() const { return p_.cols; }
+
+ private:
+  const char* op_;
+  const int64_t lead_;
+  const Placed x_;
+  const at::Tensor weight_;
+  Placed input_, residual_;
+  RmsNormForward p_{};
+};
+
+}  // namespace rmsnorm

@@ -1,0 +1,125 @@
+#include "layout.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <sys/mman.h>
+
+#include <utility>
+
+namespace rmsnorm {
+
+using at::Tensor;
+
+std::optional<Rows> rows_of(const Tensor& t, int64_t lead) {
+  int64_t dense = 1;
+  for (int64_t d = t.dim() - 1; d >= lead; --d) {
+    if (t.size(d) != 1 && t.stride(d) != dense) return std::nullopt;
+    dense *= t.size(d);
+  }
+  Rows rows{1, {1}, {dense}};
+  bool first = true;
+  for (int64_t d = 0; d < lead; ++d) {
+    if (t.size(d) == 1) continue;
+    const int last = rows.ndim - 1;
+    if (first) {
+      rows.size[0] = t.size(d);
+      rows.stride[0] = t.stride(d);
+      first = false;
+    } else if (rows.stride[last] == t.stride(d) * t.size(d)) {
+      rows.size[last] *= t.size(d);
+      rows.stride[last] = t.stride(d);
+    } else if (rows.ndim < Rows::kMaxDims) {
+      rows.size[rows.ndim] = t.size(d);
+      rows.stride[rows.ndim] = t.stride(d);
+      ++rows.ndim;
+    } else {
+      return std::nullopt;
+    }
+  }
+  return rows;
+}
+
+Placed place(const Tensor& t, int64_t lead) {
+  if (const auto rows = rows_of(t, lead)) return {t, *rows};
+  const Tensor dense = t.contiguous();
+  return {dense, *rows_of(dense, lead)};
+}
+
+// Each dimension has to step over all that those with smaller strides span.
+bool rows_overlap(const Rows& rows, int64_t cols) {
+  for (int d = 0; d < rows.ndim; ++d) {
+    int64_t extent = cols;
+    for (int e = 0; e < rows.ndim; ++e) {
+      const bool smaller =
+          rows.stride[e] < rows.stride[d] || (rows.stride[e] == rows.stride[d] && e < d);
+      if (smaller) extent += (rows.size[e] - 1) * rows.stride[e];
+    }
+    if (rows.size[d] > 1 && rows.stride[d] < extent) return true;
+  }
+  return false;
+}
+
+namespace {
+
+// The addresses that the elements of t lie in.
+std::pair<const char*, const char*> span_of(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const char* const begin = static_cast<const char*>(t.const_data_ptr());
+  return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size())};
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.sizes() != b.sizes() || a.element_size() != b.element_size()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool are_same_memory(const Tensor& a, const Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && same_layout(a, b);
+}
+
+bool are_apart(const Tensor& a, const Tensor& b, int64_t lead, int64_t cols) {
+  if (a.numel() == 0 || b.numel() == 0 || !a.is_alias_of(b)) return true;
+  const auto [a_begin, a_end] = span_of(a);
+  const auto [b_begin, b_end] = span_of(b);
+  if (a_begin >= b_end || b_begin >= a_end) return true;
+  const auto rows = rows_of(a, lead);
+  if (cols == 0 || !rows || !same_layout(a, b)) return false;
+  int64_t extent = cols;  // of what repeats every rows->stride[0] elements
+  for (int d = 1; d < rows->ndim; ++d) extent += (rows->size[d] - 1) * rows->stride[d];
+  const int64_t size = static_cast<int64_t>(a.element_size()), period = rows->stride[0] * size;
+  const int64_t phase = period > 0 ? (((a_begin - b_begin) % period) + period) % period : 0;
+  return phase >= extent * size && period - phase >= extent * size;
+}
+
+namespace {
+
+// First-touch faults of 4 KiB pages cost more than the norm itself once malloc maps an output
+// afresh on every call (from 32 MiB on, always). Advice only: without transparent huge pages
+// nothing happens.
+void advise_huge_pages(const Tensor& t) {
+  constexpr int64_t kHugePage = 2 << 20, kLeastBytes = 16 << 20;
+  const int64_t bytes = static_cast<int64_t>(t.nbytes());
+  if (bytes < kLeastBytes) return;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+}  // namespace
+
+Tensor allocate(c10::SymIntArrayRef shape, const Tensor& like, at::ScalarType type) {
+  if (!like.is_cpu()) return at::empty_symint(shape, like.options().dtype(type));
+  // What at::empty comes to, without another trip through the dispatcher.
+  Tensor t = at::detail::empty_cpu(C10_AS_INTARRAYREF_SLOW(shape), type);
+  advise_huge_pages(t);
+  return t;
+}
+
+}  // namespace rmsnorm

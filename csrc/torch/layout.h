@@ -1,0 +1,37 @@
+// How tensors lie in memory: as rows that a kernel can walk, and beside each other.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "../rmsnorm.h"
+
+namespace rmsnorm {
+
+inline Rows dense_rows(int64_t cols) { return Rows{1, {1}, {cols}}; }
+
+// Where the rows of `t` start: its first `lead` dimensions, merged. nullopt: the other dimensions
+// are not dense, or too many dimensions are left after merging; then a dense copy is needed.
+std::optional<Rows> rows_of(const at::Tensor& t, int64_t lead);
+
+// `t` itself if its rows can be walked as they lie, else a dense copy.
+struct Placed {
+  at::Tensor tensor;
+  Rows rows;
+};
+Placed place(const at::Tensor& t, int64_t lead);
+
+// Might two rows share elements? Outputs may not: their rows are written at the same time.
+bool rows_overlap(const Rows& rows, int64_t cols);
+
+// Are a and b known to share no element? They may lie in the same memory if their rows alternate,
+// as two slices of one fused projection; then `cols` columns after `lead` dimensions are a row.
+bool are_apart(const at::Tensor& a, const at::Tensor& b, int64_t lead = 0, int64_t cols = 0);
+
+// The same elements in the same order at the same place.
+bool are_same_memory(const at::Tensor& a, const at::Tensor& b);
+
+// A new tensor on the device of `like`; while a compiler traces, one without memory.
+at::Tensor allocate(c10::SymIntArrayRef shape, const at::Tensor& like, at::ScalarType type);
+
+}  // namespace rmsnorm

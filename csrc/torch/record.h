@@ -1,0 +1,28 @@
+// What an autograd::Function of this package keeps of its options.
+#pragma once
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "options.h"
+
+namespace rmsnorm {
+
+// An entry of saved_data costs an allocation or two: only what differs from the usual is kept.
+inline void save(torch::autograd::AutogradContext* ctx, const NormOptions& options) {
+  auto& data = ctx->saved_data;
+  if (options.eps) data["eps"] = *options.eps;
+  if (options.weight_offset != 0) data["weight_offset"] = options.weight_offset;
+  if (options.cast_before_weight) data["cast_before_weight"] = true;
+}
+
+inline NormOptions saved_options(torch::autograd::AutogradContext* ctx) {
+  const auto& data = ctx->saved_data;
+  NormOptions options{};
+  if (const auto eps = data.find("eps"); eps != data.end()) options.eps = eps->second.toDouble();
+  if (const auto offset = data.find("weight_offset"); offset != data.end()) {
+    options.weight_offset = offset->second.toDouble();
+  }
+  options.cast_before_weight = data.count("cast_before_weight") > 0;
+  return options;
+}
+
+}  // namespace rmsnorm
