@@ -215,7 +215,7 @@ def test_quantized_with_a_weight_for_each_sample(added, kind, options):
     assert (q.int() - want[0].int()).abs().max() <= 1 and (q != want[0]).float().mean() < 0.01
     rows = (norm == want[-1]).all(-1)
     assert rows.float().mean() > 0.7
-    exact([t[rows] for t in (q, *scale)], [t[rows] for t in want[: 1 + len(scale)]])
+    exact(tuple(t[rows] for t in (q, *scale)), tuple(t[rows] for t in want[: 1 + len(scale)]))
     if "column_major" in kind:
         assert scale[0].movedim(-1, 0).is_contiguous()
 

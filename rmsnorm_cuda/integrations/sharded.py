@@ -9,8 +9,8 @@ from torch.distributed import ProcessGroup, group as groups
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.tensor import DTensor
 
-from ..functional import _output_dtype, rms_norm
-from ..reference import compute_dtype, default_eps
+from ..functional import rms_norm
+from ..reference import compute_dtype, default_eps, output_dtype
 from ..versions import TRACES_FUNCTIONS_OVER_COLLECTIVES
 
 
@@ -78,7 +78,7 @@ class _Sharded(torch.autograd.Function):
             return xhat.to(input.dtype)
         if cast_before_weight:
             xhat = xhat.to(input.dtype).to(compute)
-        return (xhat * (weight.to(compute) + weight_offset)).to(_output_dtype(input, weight, cast_before_weight))
+        return (xhat * (weight.to(compute) + weight_offset)).to(output_dtype(input, weight, cast_before_weight))
 
     @staticmethod
     @once_differentiable
