@@ -11,11 +11,6 @@ from . import _C
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KEEPS = ("registers", "shared memory", "nowhere: read twice")
-KERNELS = {  # by where a row is kept
-    "forward": ("forward_rows", "forward_long_rows", "forward_long_rows"),
-    "backward": ("backward_rows", "backward_shared_rows", "backward_long_stats and backward_long_strips"),
-}
-IN_FLIGHT = 64  # bytes that a thread asks for before it needs the first: four vectors of x, or two of x and two of dy
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def explain(pass_, rows, cols, dtype, device):
         plan=plan,
         dram_bytes=dram_bytes,
         least_us=dram_bytes / device.gbps / 1e3,
-        in_flight=plan["resident"] * plan["threads"] * IN_FLIGHT,
+        in_flight=plan["resident"] * plan["threads"] * plan["bytes_in_flight"],
         needed=round(device.gbps * 1e3 * device.latency_us / device.multiprocessors),
         waves=plan["blocks"] / at_once,
         tail=1 - last / at_once if last else 0.0,
@@ -98,7 +93,7 @@ def lines(rows, cols, name):
             per_block = plan["threads"] // plan["lanes"]
             place = f"{plan['cluster']} blocks a row" if plan["cluster"] > 1 else f"{per_block} row{'s' * (per_block > 1)} a block"
             yield (
-                f"  {device_name:5} {KERNELS[pass_][plan['keep']]}: {plan['blocks']} blocks of {plan['threads']} threads, {place}, "
+                f"  {device_name:5} {plan['kernel']}: {plan['blocks']} blocks of {plan['threads']} threads, {place}, "
                 f"{plan['vectors']} x 16 bytes a thread; at most {plan['registers']} registers, "
                 f"{plan['shared_bytes'] / 1024:.0f} KiB shared; row kept in {KEEPS[plan['keep']]}"
             )

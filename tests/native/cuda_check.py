@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -96,46 +97,28 @@ def promoted(x, w):
 # The library and its memory
 
 
-class Rows(ctypes.Structure):
-    _fields_ = [("ndim", ctypes.c_int32), ("size", ctypes.c_int64 * 4), ("stride", ctypes.c_int64 * 4)]
-
-
 P, I64 = ctypes.c_void_p, ctypes.c_int64
 
 
-class Addends(ctypes.Structure):
-    _fields_ = [("input", P), ("residual", P), ("input_dtype", ctypes.c_int32), ("input_rows", Rows), ("residual_rows", Rows)]
+def structs(header):
+    """The types of rmsnorm.h for ctypes, by name. A member is a line of two spaces' indentation; Gpu checks the sizes."""
+    types = {"int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": I64, "bool": ctypes.c_bool}
+    types |= {"float": ctypes.c_float, "double": ctypes.c_double}
+    types |= dict.fromkeys(re.findall(r"enum class (\w+) : int", header), ctypes.c_int32)
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", header))
+    member = r"^  (?:const )?(\w+)(\*?) (\w+)(?:\[(\w+)\])?(?: = [^;(]+)?;"
+    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header, re.M | re.S):
+        fields = []
+        for kind, pointer, field, count in re.findall(member, body, re.M):
+            kind = (ctypes.c_char_p if kind == "char" else P) if pointer else types[kind]
+            fields.append((field, kind * int(constants[count]) if count else kind))
+        types[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return types
 
 
-class Quant(ctypes.Structure):
-    _fields_ = [("data", P), ("scale", P), ("block", I64), ("row_stride", I64), ("block_stride", I64), ("bound", ctypes.c_float),
-                ("least", ctypes.c_float), ("dtype", ctypes.c_int32)]
-
-
-class ForwardParams(ctypes.Structure):
-    _fields_ = [("x", P), ("weight", P), ("y", P), ("rstd", P), ("x_rows", Rows), ("y_rows", Rows), ("rows", I64),
-                ("cols", I64), ("eps", ctypes.c_double), ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool),
-                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("y_dtype", ctypes.c_int32),
-                ("stream", ctypes.c_bool), ("addends", Addends), ("quant", Quant)]
-
-
-class BackwardParams(ctypes.Structure):
-    _fields_ = [("dy", P), ("x", P), ("weight", P), ("rstd", P), ("dresidual", P), ("dx", P), ("dweight", P), ("workspace", P),
-                ("dy_rows", Rows), ("x_rows", Rows), ("dresidual_rows", Rows), ("rows", I64), ("cols", I64), ("eps", ctypes.c_double),
-                ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool), ("dy_dtype", ctypes.c_int32),
-                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("stream", ctypes.c_bool)]
-
-
-class Device(ctypes.Structure):
-    _fields_ = [("arch", ctypes.c_int), ("multiprocessors", ctypes.c_int), ("shared_bytes", I64)]
-
-
-class Plan(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("keep", "vectors", "lanes", "threads", "registers", "cluster")] + [
-        (name, I64) for name in ("slice", "shared_bytes", "resident", "blocks")
-    ]
-
-
+with open(os.path.join(HERE, "..", "..", "csrc", "rmsnorm.h"), encoding="utf-8") as header:
+    STRUCTS = structs(header.read())
+Rows, Addends, Quant, Device, Plan = map(STRUCTS.get, ("Rows", "Addends", "Quant", "Device", "Plan"))
 REGISTERS, SHARED, NOWHERE = range(3)
 
 
@@ -149,10 +132,10 @@ class Gpu:
         self.k.workspace.restype = I64
         self.k.error_string.restype = self.k.architectures.restype = ctypes.c_char_p
         self.k.plan.argtypes = [ctypes.c_int, I64, I64] + [ctypes.c_int] * 3 + [ctypes.POINTER(Device)]
-        self.k.plan.restype = Plan
+        self.k.plan.restype = self.k.last_plan.restype = Plan
         self.k.device.restype = Device
-        for which, params in enumerate((ForwardParams, BackwardParams)):
-            assert self.k.sizes(which) == ctypes.sizeof(params), "the structs here and in rmsnorm.h differ"
+        for which, name in enumerate(("RmsNormForward", "RmsNormBackward", "Device", "Plan")):
+            assert self.k.sizes(which) == ctypes.sizeof(STRUCTS[name]), f"{name} was read wrong from rmsnorm.h"
         self.simulated = hasattr(self.rt, "cusim_set_option")
 
     def check(self, error):
@@ -165,6 +148,11 @@ class Gpu:
 
     def plan(self, backward, cols, dy, x, rows=1, device=None):
         return self.k.plan(int(backward), rows, cols, dy, x, x, device or self.k.device())
+
+    def ran(self, plan):
+        """Was the last launch laid out like this?"""
+        last = self.k.last_plan()
+        return all(getattr(last, name) == getattr(plan, name) for name, _ in Plan._fields_)
 
     def stats(self):
         """What the simulator counted of the last launch."""
@@ -267,8 +255,11 @@ def run_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, x_layout
     yb = xb if in_place else Buffer(gpu, np.full(y_layout.elements, nan_of(yt), RAW[yt]), shift[2])
     rt = F64 if xt == F64 else F32
     rb = Buffer(gpu, np.full(rows, nan_of(rt), RAW[rt])) if want_rstd else None
-    p = ForwardParams(xb.address, wb and wb.address, yb.address, rb and rb.address, x_layout.rows, y_layout.rows, rows,
-                      cols, eps, offset, cast, xt, wt if w is not None else xt, yt)
+    p = STRUCTS["RmsNormForward"](
+        x=xb.address, weight=wb and wb.address, y=yb.address, rstd=rb and rb.address, x_rows=x_layout.rows,
+        y_rows=y_layout.rows, rows=rows, cols=cols, eps=eps, weight_offset=offset, cast_before_weight=cast,
+        x_dtype=xt, w_dtype=wt if w is not None else xt, y_dtype=yt,
+    )
     gpu.check(gpu.k.forward(ctypes.byref(p)))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     flat = yb.read()
@@ -337,12 +328,21 @@ def run_quant(gpu, x, xt, w, wt, dtype, block, *, scale=None, bound=np.inf, colu
     most = np.float32(MOST[dtype])
     least = np.finfo(np.float32).eps if dtype == INT8 else np.float32(1) / (most * np.float32(512))
     strides = (1, rows) if column_major else (blocks, 1)
-    quant = Quant(qb.address, sb.address, block if scale is None else 0, *strides, bound, least, dtype)
-    p = ForwardParams(xb.address, wb and wb.address, yb and yb.address, None, place, place, rows, cols, eps, offset, cast, rt,
-                      wt if w is not None else xt, yt, False, Addends(), quant)
+    quant = Quant(
+        data=qb.address, scale=sb.address, block=block if scale is None else 0, row_stride=strides[0],
+        block_stride=strides[1], bound=bound, least=least, dtype=dtype,
+    )
+    p = STRUCTS["RmsNormForward"](
+        x=xb.address, weight=wb and wb.address, y=yb and yb.address, x_rows=place, y_rows=place, rows=rows, cols=cols,
+        eps=eps, weight_offset=offset, cast_before_weight=cast, x_dtype=rt, w_dtype=wt if w is not None else xt,
+        y_dtype=yt, quant=quant,
+    )
     if residual is not None:
         total, old = Buffer(gpu, np.full((rows, cols), nan_of(rt), RAW[rt])), Buffer(gpu, residual[0])
-        p.x, p.addends = total.address, Addends(xb.address, old.address, xt, place, place)
+        p.x = total.address
+        p.addends = Addends(
+            input=xb.address, residual=old.address, input_dtype=xt, input_rows=place, residual_rows=place
+        )
     gpu.check(gpu.k.forward(ctypes.byref(p)))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     assert (xb.read() == x).all(), "x was written"
@@ -419,8 +419,12 @@ def run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, *, eps=1e-6, offset=0.0, cast
     db = Buffer(gpu, x_layout.place(dresidual, nan_of(xt)), shift[1]) if dresidual is not None else None
     dxb = Buffer(gpu, np.full((rows, cols), nan_of(xt), RAW[xt]), shift[3]) if want[0] else None
     dwb = Buffer(gpu, np.full(cols, nan_of(wt), RAW[wt])) if want[1] else None
-    p = BackwardParams(dyb.address, xb.address, wb and wb.address, rb.address, db and db.address, dxb and dxb.address, dwb and dwb.address,
-                       None, dy_layout.rows, x_layout.rows, x_layout.rows, rows, cols, eps, offset, cast, dyt, xt, wt)
+    p = STRUCTS["RmsNormBackward"](
+        dy=dyb.address, x=xb.address, weight=wb and wb.address, rstd=rb.address, dresidual=db and db.address,
+        dx=dxb and dxb.address, dweight=dwb and dwb.address, dy_rows=dy_layout.rows, x_rows=x_layout.rows,
+        dresidual_rows=x_layout.rows, rows=rows, cols=cols, eps=eps, weight_offset=offset, cast_before_weight=cast,
+        dy_dtype=dyt, x_dtype=xt, w_dtype=wt,
+    )
     size = gpu.k.workspace(ctypes.byref(p))
     wsb = Buffer(gpu, np.full(size, 0xFF, np.uint8)) if size else None
     p.workspace = wsb and wsb.address
@@ -523,6 +527,7 @@ def forward_every_length(gpu, rng, quick):
             with Case(op="forward", x=NAMES[xt], cols=cols):
                 x = random_values(rng, (2, cols), xt)
                 check_forward(gpu, x, xt, random_values(rng, cols, xt), xt)
+                assert gpu.ran(gpu.plan(False, cols, xt, xt, rows=2)), "last_plan"
 
 
 def layouts(rows, cols, pad):
@@ -637,6 +642,7 @@ def backward_every_length(gpu, rng, quick):
             with Case(op="backward", x=NAMES[xt], cols=cols):
                 x, dy = random_values(rng, (5, cols), xt), random_values(rng, (5, cols), xt)
                 check_backward(gpu, dy, xt, x, xt, random_values(rng, cols, xt), xt)
+                assert gpu.ran(gpu.plan(True, cols, xt, xt, rows=5)), "last_plan"
 
 
 def backward_forms(gpu, rng, quick):
