@@ -56,16 +56,6 @@ struct Backward {
     return {dy.x * (w.x + a.weight_offset), dy.y * (w.y + a.weight_offset)};
   }
 
-  static __device__ XChunk load_x(const BackwardArgs& a, int64_t index, int count) {
-    return load_chunk<X, kElems>(a.x, index, count);
-  }
-  static __device__ DYChunk load_dy(const BackwardArgs& a, int64_t index, int count) {
-    return load_chunk<DY, kElems>(a.dy, index, count);
-  }
-  static __device__ WChunk load_w(const BackwardArgs& a, int64_t col, int count) {
-    return load_weight<W, kElems>(a.weight, col, count);
-  }
-
   // The sum of g * xhat.
   template <int kChunks>
   static __device__ float dot(const BackwardArgs& a, const XChunk (&x)[kChunks],
@@ -113,6 +103,35 @@ struct Backward {
       store_chunk(static_cast<X*>(a.dx) + row * a.cols + col, dx, count, a.dx_aligned);
   }
 
+  // The thread's part of the sum of g * xhat over a longer row. With kShared it keeps x and dy.
+  template <bool kShared, typename Index>
+  static __device__ float dot_tiles(const BackwardArgs& a, int64_t row, const RowStats& stats,
+                                    const Slice<Index, kBackwardVectors, kElems>& slice,
+                                    uint4* kept) {
+    const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
+    Sum total;
+    for (Index first = 0; first < slice.chunks; first += slice.tile) {
+      XChunk x[kBackwardVectors];
+      DYChunk dy[kBackwardVectors];
+      WChunk w[kBackwardVectors];
+      slice.each_chunk(first, [&](int k, Index i) {
+        const int64_t col = slice.column(i);
+        const int count = slice.count(i);
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
+        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
+        w[k] = load_weight<W, kElems>(a.weight, col, count);
+        if (kShared && i < slice.chunks) fetch_dresidual(a, row, col);
+      });
+      total = total + Sum(dot(a, x, dy, w, stats));
+      slice.each_chunk(first, [&](int k, Index i) {
+        if (!kShared || i >= slice.chunks) return;
+        put_chunk(kept, slice.chunks, i, x[k]);
+        put_chunk(kept + slice.chunks, slice.chunks, i, dy[k]);
+      });
+    }
+    return total;
+  }
+
   static __device__ void store_partial(float* p, int count, const float2 (&dweight)[kPairs],
                                        bool aligned) {
     Chunk<float, kElems> c;
@@ -122,63 +141,26 @@ struct Backward {
   }
 };
 
-// The thread's part of the sum of g * xhat over a longer row. With kShared it keeps x and dy.
-template <typename B, bool kShared, typename Index>
-__device__ float dot_tiles(const BackwardArgs& a, int64_t row, const RowStats& stats,
-                           const Slice<Index, kBackwardVectors, B::kElems>& slice, uint4* kept) {
-  const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
-  Sum total;
-  for (Index first = 0; first < slice.chunks; first += slice.tile) {
-    typename B::XChunk x[kBackwardVectors];
-    typename B::DYChunk dy[kBackwardVectors];
-    typename B::WChunk w[kBackwardVectors];
-    slice.each_chunk(first, [&](int k, Index i) {
-      const int64_t col = slice.column(i);
-      const int count = slice.count(i);
-      x[k] = B::load_x(a, x_offset + col, count);
-      dy[k] = B::load_dy(a, dy_offset + col, count);
-      w[k] = B::load_w(a, col, count);
-      if (kShared && i < slice.chunks) B::fetch_dresidual(a, row, col);
-    });
-    total = total + Sum(B::dot(a, x, dy, w, stats));
-    slice.each_chunk(first, [&](int k, Index i) {
-      if (!kShared || i >= slice.chunks) return;
-      put_chunk(kept, slice.chunks, i, x[k]);
-      put_chunk(kept + slice.chunks, slice.chunks, i, dy[k]);
-    });
-  }
-  return total;
-}
-
-constexpr KernelLimits kRowsLimits = kTuned.limits[kBackwardRows];
-constexpr KernelLimits kSharedLimits = kTuned.limits[kBackwardSharedRows];
-constexpr KernelLimits kStatsLimits = kTuned.limits[kBackwardLongStats];
-constexpr KernelLimits kStripsLimits = kTuned.limits[kBackwardLongStrips];
-template <int kVectors>
-constexpr int kThreads =
-    kVectors < kBackwardVectors ? kTuned.backward_block_threads : kRowsLimits.threads;
 template <typename X, typename DY, typename W>
-constexpr int kBlocks =
-    blocks_of(kRowsLimits.threads, sizeof(DY) > sizeof(X) || sizeof(W) > sizeof(X)
-                                       ? kRowsLimits.mixed_registers
-                                       : kRowsLimits.registers);
+constexpr bool kMixed = sizeof(DY) > sizeof(X) || sizeof(W) > sizeof(X);
 
 // Rows held in registers: x and dy are read once. Each thread keeps the sums for dweight of its
 // columns over all rows that its block works on.
 template <typename X, typename DY, typename W, int kVectors>
-__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backward_rows(
+__global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
     const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   constexpr int kRows = kBackwardVectors / kVectors;
   __shared__ Scratch scratch;
   const Cluster alone(1);
   __shared__ alignas(8) float slot_sums[kTuned.backward_block_threads * kVectors * kElems];
-  RowGroup<kRows, kVectors, kElems> group(a.rows, a.cols, a.lanes, false);
+  RowGroup<kRows, kVectors, kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, false};
   typename B::WChunk w[kVectors];
   float2 dweight[kVectors][B::kPairs] = {};
-  group.each_chunk([&](int k, int col, int count) { w[k] = B::load_w(a, col, count); });
+  group.each_chunk(
+      [&](int k, int col, int count) { w[k] = load_weight<W, kElems>(a.weight, col, count); });
 
   for (int turn = 0; group.any(); group.advance(), ++turn) {
     typename B::XChunk x[kRows][kVectors] = {};
@@ -189,8 +171,8 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backwar
     group.each_row([&](int r, int64_t row) {
       const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
       group.each_chunk([&](int k, int col, int count) {
-        x[r][k] = B::load_x(a, x_offset + col, count);
-        dy[r][k] = B::load_dy(a, dy_offset + col, count);
+        x[r][k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
+        dy[r][k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
         B::fetch_dresidual(a, row, col);
       });
       stats[r] = B::row_scale(a, row);
@@ -231,12 +213,9 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backwar
 
 // Longer rows: x, dy and the sums for dweight are in shared memory, of several blocks if need be.
 template <typename X, typename DY, typename W>
-__global__ __launch_bounds__(
-    kSharedLimits.threads,
-    blocks_of(kSharedLimits.threads,
-              kSharedLimits
-                  .registers)) void backward_shared_rows(const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+__global__ LAUNCH_BOUNDS(kBackwardSharedRows,
+                         false) void backward_shared_rows(const __grid_constant__ BackwardArgs a) {
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   using DWChunk = Chunk<float, kElems>;
@@ -244,7 +223,8 @@ __global__ __launch_bounds__(
   __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
   const int64_t begin = cluster.rank * a.slice;
-  const Slice<int, kBackwardVectors, kElems> slice(begin, min(a.cols, begin + a.slice), blockDim.x);
+  const Slice<int, kBackwardVectors, kElems> slice{begin, min(a.cols, begin + a.slice),
+                                                   static_cast<int>(blockDim.x)};
   const int chunks = slice.chunks;
   uint4* const kept_dy = kept + chunks;
   uint4* const kept_dweight = kept_dy + chunks * (B::DYChunk::kBytes / 16);
@@ -254,14 +234,14 @@ __global__ __launch_bounds__(
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows;
        row += gridDim.x / cluster.size, ++turn) {
     RowStats stats = B::row_scale(a, row);
-    float sum[] = {dot_tiles<B, true>(a, row, stats, slice, kept)};
+    float sum[] = {B::template dot_tiles<true>(a, row, stats, slice, kept)};
     row_sum(sum, 1, slice.lanes, cluster, scratch, turn);
     stats.mean = sum[0] * a.inv_cols;
     slice.each_chunk([&](int i) {
       typename B::XChunk x;
       typename B::DYChunk dy;
       DWChunk kept_sum;
-      typename B::WChunk w = B::load_w(a, slice.column(i), slice.count(i));
+      typename B::WChunk w = load_weight<W, kElems>(a.weight, slice.column(i), slice.count(i));
       get_chunk(kept, chunks, i, x);
       get_chunk(kept_dy, chunks, i, dy);
       get_chunk(kept_dweight, chunks, i, kept_sum);
@@ -285,17 +265,17 @@ __global__ __launch_bounds__(
 
 // Rows of any length, in two passes that read x and dy each. The first finds the RowStats.
 template <typename X, typename DY, typename W>
-__global__ __launch_bounds__(kStatsLimits.threads,
-                             1) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+__global__ LAUNCH_BOUNDS(kBackwardLongStats,
+                         false) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
   __shared__ Scratch scratch;
   const Cluster alone(1);
-  const Slice<int64_t, kBackwardVectors, B::kElems> slice(0, a.cols, kStatsLimits.threads);
+  const Slice<int64_t, kBackwardVectors, B::kElems> slice{0, a.cols, kThreads<kBackwardLongStats>};
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
     RowStats stats = B::row_scale(a, row);
-    float sum[] = {dot_tiles<B, false>(a, row, stats, slice, nullptr)};
+    float sum[] = {B::template dot_tiles<false>(a, row, stats, slice, nullptr)};
     row_sum(sum, 1, slice.lanes, alone, scratch, turn);
     stats.mean = sum[0] * a.inv_cols;
     if (slice.lane == 0) a.stats[row] = stats;
@@ -304,27 +284,27 @@ __global__ __launch_bounds__(kStatsLimits.threads,
 
 // The second: a block owns a strip of columns and a range of rows, kStripRows at a time.
 template <typename X, typename DY, typename W>
-__global__ __launch_bounds__(kStripsLimits.threads,
-                             1) void backward_long_strips(const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+__global__ LAUNCH_BOUNDS(kBackwardLongStrips,
+                         false) void backward_long_strips(const __grid_constant__ BackwardArgs a) {
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
-  const int64_t col = (int64_t{blockIdx.x} * kStripsLimits.threads + threadIdx.x) * kElems;
+  const int64_t col = (int64_t{blockIdx.x} * kThreads<kBackwardLongStrips> + threadIdx.x) * kElems;
   const int count = static_cast<int>(min(a.cols - col, int64_t{kElems}));
   if (count <= 0) return;
   const int64_t groups = (a.rows + kStripRows - 1) / kStripRows;
   const int64_t block_rows = (groups + gridDim.y - 1) / gridDim.y * kStripRows;
   const int64_t begin = blockIdx.y * block_rows, end = min(a.rows, begin + block_rows);
 
-  typename B::WChunk w = B::load_w(a, col, count);
+  typename B::WChunk w = load_weight<W, kElems>(a.weight, col, count);
   float2 dweight[B::kPairs] = {};
   for (int64_t first = begin; first < end; first += kStripRows) {
     typename B::XChunk x[kStripRows];
     typename B::DYChunk dy[kStripRows];
     const auto row_of = [=](int r) { return first + r; };
     each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
-      x[r] = B::load_x(a, row_offset(a.x_rows, row) + col, count);
-      dy[r] = B::load_dy(a, row_offset(a.dy_rows, row) + col, count);
+      x[r] = load_chunk<X, kElems>(a.x, row_offset(a.x_rows, row) + col, count);
+      dy[r] = load_chunk<DY, kElems>(a.dy, row_offset(a.dy_rows, row) + col, count);
     });
     each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
       B::finish(a, row, col, count, x[r], dy[r], w, a.stats[row], dweight);
@@ -344,7 +324,7 @@ struct DWeightArgs {
 
 // The sum of the partial sums, each column's in one fixed order, in double.
 __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWeightArgs a) {
-  meet_neighbours();
+  sync_dependent_launch();
   __shared__ double sums[32][33];
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   const int64_t first = int64_t{blockIdx.x} * 32;
@@ -373,7 +353,7 @@ int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips
   const int error = launch(backward_long_stats<X, DY, W>, plan, a, stream);
   if (error != 0) return error;
   const dim3 grid(static_cast<unsigned>(strips.strips), static_cast<unsigned>(strips.blocks));
-  return launch(backward_long_strips<X, DY, W>, {grid, kStripsLimits.threads}, a, stream);
+  return launch(backward_long_strips<X, DY, W>, {grid, kThreads<kBackwardLongStrips>}, a, stream);
 }
 
 template <typename X>
@@ -395,8 +375,8 @@ struct Layout {
 
   Layout(const RmsNormBackward& p, const Device& here) {
     w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
-    const DType wide = DType::kFloat64;
-    in_double = p.dy_dtype == wide || p.x_dtype == wide || w_dtype == wide;
+    const auto is_double = [](DType type) { return type == DType::kFloat64; };
+    in_double = is_double(p.dy_dtype) || is_double(p.x_dtype) || is_double(w_dtype);
     if (in_double) return;
     plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, w_dtype, here);
     strips = plan_strips(p.rows, p.cols, p.x_dtype, here);

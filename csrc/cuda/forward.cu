@@ -32,30 +32,16 @@ __device__ void store_norm(const NormArgs& a, int64_t index, int count, typename
   store_chunk(static_cast<Y*>(a.y) + index, y, count, a.y_aligned);
 }
 
-// The launch bounds. Short rows need none: their registers are few.
-constexpr KernelLimits kRowsLimits = kTuned.limits[kForwardRows];
-constexpr KernelLimits kSharedLimits = kTuned.limits[kForwardSharedRows];
-constexpr KernelLimits kLongLimits = kTuned.limits[kForwardLongRows];
-template <int kVectors>
-constexpr int kThreads =
-    kVectors < kForwardVectors ? kTuned.forward_block_threads : kRowsLimits.threads;
-template <typename X, typename W, bool kAdd,
-          int kVectors>  // a residual is as many bytes in flight again
-constexpr int kBlocks = kVectors < kForwardVectors ? 1
-                        : kAdd && sizeof(W) > sizeof(X)
-                            ? blocks_of(kRowsLimits.threads, kRowsLimits.mixed_registers)
-                            : blocks_of(kRowsLimits.threads, kRowsLimits.registers);
-
-// Rows held in registers, kVectors chunks per thread.
+// Rows held in registers, kVectors chunks per thread. A residual is as many bytes in flight again.
 template <typename X, typename W, bool kCast, bool kAdd, int kVectors>
-__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) void forward_rows(
+__global__ ROWS_BOUNDS(kForwardRows, kVectors, kAdd && sizeof(W) > sizeof(X)) void forward_rows(
     const __grid_constant__ NormArgs a) {
-  meet_neighbours();
+  sync_dependent_launch();
   using N = Norm<X, W, kAdd>;
   constexpr int kRows = kForwardVectors / kVectors;
   __shared__ Scratch scratch;
   const Cluster alone(1);
-  RowGroup<kRows, kVectors, N::kElems> group(a.rows, a.cols, a.lanes, kRows == 1);
+  RowGroup<kRows, kVectors, N::kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, kRows == 1};
   typename N::WChunk w[kVectors];
   group.each_chunk(
       [&](int k, int col, int count) { w[k] = load_weight<W, N::kElems>(a.weight, col, count); });
@@ -78,7 +64,7 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, W, kAdd, kVectors>) 
 
 template <typename N, bool kCast, bool kShared>
 __device__ void long_rows(const NormArgs& a) {
-  meet_neighbours();
+  sync_dependent_launch();
   extern __shared__ uint4 kept[];
   __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
@@ -96,8 +82,8 @@ __device__ void long_rows(const NormArgs& a) {
     const Scale s = N::scale(a, sum[0], row, cluster, slice.lane);
     const int64_t x_offset = kShared ? 0 : row_offset(a.x_rows, row);
     for (; first >= 0; first -= slice.tile) {
-      const int64_t y_offset =
-          row_offset(a.y_rows, row);  // here, where it costs no register during the reduction
+      // Here, where it costs no register during the reduction.
+      const int64_t y_offset = row_offset(a.y_rows, row);
       slice.each_chunk_again(x_offset, first, w, [&](Index i, auto& x, auto& weight) {
         store_norm<N, kCast>(a, y_offset + slice.column(i), slice.count(i), x, weight, s);
       });
@@ -107,20 +93,14 @@ __device__ void long_rows(const NormArgs& a) {
 }
 
 template <typename X, typename W, bool kCast, bool kAdd>
-__global__ __launch_bounds__(
-    kSharedLimits.threads,
-    blocks_of(kSharedLimits.threads,
-              kAdd ? kSharedLimits.mixed_registers
-                   : kSharedLimits
-                         .registers)) void forward_shared_rows(const __grid_constant__ NormArgs a) {
+__global__ LAUNCH_BOUNDS(kForwardSharedRows,
+                         kAdd) void forward_shared_rows(const __grid_constant__ NormArgs a) {
   long_rows<Norm<X, W, kAdd>, kCast, true>(a);
 }
 
 template <typename X, typename W, bool kCast, bool kAdd>
-__global__ __launch_bounds__(
-    kLongLimits.threads,
-    blocks_of(kLongLimits.threads,
-              kLongLimits.registers)) void forward_long_rows(const __grid_constant__ NormArgs a) {
+__global__ LAUNCH_BOUNDS(kForwardLongRows,
+                         kAdd) void forward_long_rows(const __grid_constant__ NormArgs a) {
   long_rows<Norm<X, W, kAdd>, kCast, false>(a);
 }
 
@@ -151,11 +131,11 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const DType w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
   const Addends& addends = p.addends;
-  const int wide = size_of(DType::kFloat64);
-  const bool in_double = size_of(p.x_dtype) == wide || size_of(w_dtype) == wide;
-  const bool adds = addends.input != nullptr && !in_double &&
-                    (p.x_dtype == DType::kFloat32 ? size_of(addends.input_dtype) != wide
-                                                  : addends.input_dtype == p.x_dtype);
+  const auto is_double = [](DType type) { return type == DType::kFloat64; };
+  const bool in_double = is_double(p.x_dtype) || is_double(w_dtype);
+  const bool in_kernel = p.x_dtype == DType::kFloat32 ? !is_double(addends.input_dtype)
+                                                      : addends.input_dtype == p.x_dtype;
+  const bool adds = addends.input != nullptr && !in_double && in_kernel;
   if (addends.input != nullptr && !adds) {  // rare pairs of dtypes: two kernels
     const int error = add_any(p, s);
     if (error != 0) return error;

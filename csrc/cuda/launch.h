@@ -13,7 +13,7 @@ Device device();
 // The cudaError_t by which device() found none: the driver may be too old.
 int why_no_device();
 
-// Rows in double, for any dtypes, and sums of any dtypes: slow.cu.
+// Rows in double, for any dtypes, and sums of any dtypes: double.cu.
 int add_any(const RmsNormForward& p, cudaStream_t stream);
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream);
 int64_t backward_in_double_workspace(const RmsNormBackward& p);
@@ -36,13 +36,13 @@ template <typename Args>
 int launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStream_t stream) {
   const auto function = reinterpret_cast<const void*>(kernel);
   const auto shared_bytes = static_cast<unsigned>(shape.shared_bytes);
-  constexpr unsigned kFreeSharedBytes =
-      48 << 10;  // a kernel that wants more, its static arrays included, has to say so
+  // A kernel that wants more, its static arrays included, has to say so.
+  constexpr unsigned kFreeSharedBytes = 48 << 10;
   cudaError_t error = cudaSuccess;
   if (shared_bytes + kOtherSharedBytes >
       kFreeSharedBytes) {  // all that a plan may ask for: other threads set it too
-    const auto most = static_cast<int>(device().shared_bytes - kOtherSharedBytes);
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    const auto limit = static_cast<int>(device().shared_bytes - kOtherSharedBytes);
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
@@ -68,6 +68,7 @@ int launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStrea
   return error;
 }
 
+// For last_plan(), of this thread. A launch that fails is told too.
 void set_last_plan(const Plan& plan);
 
 template <typename Args>

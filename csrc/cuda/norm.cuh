@@ -112,14 +112,24 @@ struct Norm {
       if (kAdd && a.lanes <= 32) __syncwarp(group_mask(a.lanes));
       s = rescued_scale(static_cast<const X*>(a.x.data) + row_offset(a.x_rows, row), a.cols, a.eps,
                         a.lanes);
-      // Its warps read all of the row. It is the block's only one.
+      // Its warps read all of the row, which is the block's only one.
       if (a.lanes > 32) cluster.barrier();
     }
-    if (a.rstd != nullptr && lane == 0 && cluster.rank == 0)
+    if (a.rstd != nullptr && lane == 0 && cluster.rank == 0) {
       static_cast<float*>(a.rstd)[row] = s.hi * s.pre;
+    }
     return s;
   }
 };
+
+// The launch bounds of rows in registers. Short ones take few registers unasked.
+template <KernelIndex kKernel, int kVectors>
+constexpr int kRowsThreads =
+    kVectors < kForwardVectors ? kTuned.forward_block_threads : kThreads<kKernel>;
+template <KernelIndex kKernel, int kVectors, bool kMixed>
+constexpr int kRowsBlocks = kVectors < kForwardVectors ? 1 : kBlocks<kKernel, kMixed>;
+#define ROWS_BOUNDS(kernel, vectors, mixed) \
+  __launch_bounds__((kRowsThreads<kernel, vectors>), (kRowsBlocks<kernel, vectors, (mixed)>))
 
 // Loads the rows of a thread, or forms them, and sums up their squares.
 template <typename N, typename Group, int kRows, int kVectors>
@@ -158,7 +168,8 @@ struct LongRows : Slice<std::conditional_t<kShared, int, int64_t>, kForwardVecto
   uint4* const kept;
 
   __device__ LongRows(const NormArgs& a, const Cluster& cluster, uint4* kept)
-      : Base(cluster.rank * a.slice, min(a.cols, (cluster.rank + 1) * a.slice), blockDim.x),
+      : Base{cluster.rank * a.slice, min(a.cols, (cluster.rank + 1) * a.slice),
+             static_cast<int>(blockDim.x)},
         a(a),
         kept(kept) {}
 

@@ -145,7 +145,7 @@ inline StripPlan plan_strips(int64_t rows, int64_t cols, DType x, const Device& 
   StripPlan plan;
   const KernelLimits& kernel = tuning_of(device.arch).limits[kBackwardLongStrips];
   plan.strips = ceil_div(cols, kernel.threads * vector_elems(x));
-  const int64_t resident = device.multiprocessors * blocks_of(kernel.threads, kernel.registers);
+  const int64_t resident = device.multiprocessors * blocks_of(kernel, false);
   const int64_t limit = ceil_div(resident, plan.strips);
   plan.blocks = even_blocks(ceil_div(rows, kStripRows), limit);
   return plan;

@@ -27,11 +27,11 @@ __device__ inline Largest of_lane(Largest v, int distance) {
 // By which values are brought to the range of the format.
 struct QuantScale {
   float scale, inverse;
-  enum { kProduct, kQuotient, kDivision } way;
+  enum { kProduct, kQuotient, kDivision } method;
 
   // A static one.
   __device__ explicit QuantScale(float scale)
-      : scale(scale), inverse(1.0f / scale), way(kProduct) {}
+      : scale(scale), inverse(1.0f / scale), method(kProduct) {}
 
   // A dynamic one: largest is the largest magnitude of the values that share it.
   __device__ QuantScale(const QuantArgs& a, Largest largest) {
@@ -42,13 +42,13 @@ struct QuantScale {
     scale = scale < q.least ? q.least : scale;
     inverse = 1.0f / scale;
     const bool in_range = magnitude <= q.bound && isfinite(magnitude);
-    way = q.dtype == QType::kInt8 ? kProduct : in_range ? kQuotient : kDivision;
+    method = q.dtype == QType::kInt8 ? kProduct : in_range ? kQuotient : kDivision;
   }
 
   __device__ float operator()(float v) const {
     const float near = __fmul_rn(v, inverse);
-    if (way == kProduct) return near;
-    if (way == kDivision) return v / scale;
+    if (method == kProduct) return near;
+    if (method == kDivision) return v / scale;
     // Rounded as a division is (Markstein 1990); in this order of signs 0 keeps its own.
     return __fmaf_rn(__fmaf_rn(near, scale, -v), -inverse, near);
   }
@@ -187,26 +187,16 @@ __device__ void store_quant(const QuantArgs& a, int64_t row, int64_t col, int co
   store_codes<kElems>(a, index, count, v, scale);
 }
 
-constexpr KernelLimits kRowsLimits = kTuned.limits[kQuantRows];
-constexpr KernelLimits kSharedLimits = kTuned.limits[kQuantSharedRows];
-constexpr KernelLimits kLongLimits = kTuned.limits[kQuantLongRows];
-template <int kVectors>
-constexpr int kThreads =
-    kVectors < kForwardVectors ? kTuned.forward_block_threads : kRowsLimits.threads;
-template <int kVectors>
-constexpr int kBlocks =
-    kVectors < kForwardVectors ? 1 : blocks_of(kRowsLimits.threads, kRowsLimits.registers);
-
 // Rows held in registers, as forward_rows.
 template <typename X, bool kAdd, int kVectors>
-__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<kVectors>) void quant_rows(
-    const __grid_constant__ QuantArgs a) {
-  meet_neighbours();
+__global__ ROWS_BOUNDS(kQuantRows, kVectors,
+                       kAdd) void quant_rows(const __grid_constant__ QuantArgs a) {
+  sync_dependent_launch();
   using N = Norm<X, float, kAdd>;
   constexpr int kRows = kForwardVectors / kVectors;
   __shared__ Scratch scratch;
   const Cluster alone(1);
-  RowGroup<kRows, kVectors, N::kElems> group(a.rows, a.cols, a.lanes, kRows == 1);
+  RowGroup<kRows, kVectors, N::kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, kRows == 1};
   typename N::WChunk w[kVectors];
   group.each_chunk([&](int k, int col, int count) {
     w[k] = load_weight<float, N::kElems>(a.weight, col, count);
@@ -237,7 +227,7 @@ __global__ __launch_bounds__(kThreads<kVectors>, kBlocks<kVectors>) void quant_r
 
 template <typename N, bool kShared>
 __device__ void long_rows(const QuantArgs& a) {
-  meet_neighbours();
+  sync_dependent_launch();
   extern __shared__ uint4 kept[];
   __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
@@ -274,19 +264,14 @@ __device__ void long_rows(const QuantArgs& a) {
 }
 
 template <typename X, bool kAdd>
-__global__ __launch_bounds__(
-    kSharedLimits.threads,
-    blocks_of(kSharedLimits.threads,
-              kSharedLimits.registers)) void quant_shared_rows(const __grid_constant__ QuantArgs
-                                                                   a) {
+__global__ LAUNCH_BOUNDS(kQuantSharedRows,
+                         kAdd) void quant_shared_rows(const __grid_constant__ QuantArgs a) {
   long_rows<Norm<X, float, kAdd>, true>(a);
 }
 
 template <typename X, bool kAdd>
-__global__ __launch_bounds__(
-    kLongLimits.threads,
-    blocks_of(kLongLimits.threads,
-              kLongLimits.registers)) void quant_long_rows(const __grid_constant__ QuantArgs a) {
+__global__ LAUNCH_BOUNDS(kQuantLongRows,
+                         kAdd) void quant_long_rows(const __grid_constant__ QuantArgs a) {
   long_rows<Norm<X, float, kAdd>, false>(a);
 }
 
@@ -320,14 +305,9 @@ int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan
                     aligned,
                     p.quant.block == p.cols,
                     p.cast_before_weight && p.weight != nullptr};
-  switch (p.x_dtype) {
-    case DType::kFloat32:
-      return launch_rows<float>(a, plan, stream);
-    case DType::kFloat16:
-      return launch_rows<__half>(a, plan, stream);
-    default:
-      return launch_rows<__nv_bfloat16>(a, plan, stream);
-  }
+  return p.x_dtype == DType::kFloat32   ? launch_rows<float>(a, plan, stream)
+         : p.x_dtype == DType::kFloat16 ? launch_rows<__half>(a, plan, stream)
+                                        : launch_rows<__nv_bfloat16>(a, plan, stream);
 }
 
 }  // namespace rmsnorm::cuda

@@ -187,7 +187,7 @@ __device__ inline double pow2(int e) { return __hiloint2double((e + 1023) << 20,
 
 // 1 / sqrt(mean(x^2) + eps) = r * 2^exponent, in double, for x of any magnitude: x is scaled so
 // that the greatest of |x| and sqrt(eps) is near 1, and eps with it.
-struct WideScale {
+struct DoubleScale {
   double r;
   int exponent;
 };
@@ -200,7 +200,7 @@ __device__ inline uint32_t group_mask(int group) {
 // load(i): element i of the row, as double. The `group` lanes of a warp that call this share the
 // work, and each gets the result. Far off the hot path: it reads the row twice.
 template <typename Load>
-__device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int group) {
+__device__ DoubleScale double_scale(const Load& load, int64_t cols, double eps, int group) {
   const int lane = threadIdx.x % group;
   const uint32_t mask = group_mask(group);
   double top = sqrt(eps);
@@ -210,7 +210,7 @@ __device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int 
   for (int o = group / 2; o > 0; o /= 2) top = fmax(top, __shfl_xor_sync(mask, top, o));
   // 1000: so that both powers are normal numbers. An all-zero row and one with Inf stay as they
   // are.
-  WideScale s;
+  DoubleScale s;
   const int exponent = (__double2hiint(top) >> 20) - 1023;
   s.exponent = top > 0 && exponent < 1024 ? max(-1000, min(1000, -exponent)) : 0;
   const double pre = pow2(s.exponent);
@@ -232,8 +232,8 @@ __device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int 
 // it by itself, from memory. For fp32 and narrower x, whose exponents fit pre and hi.
 template <typename T>
 __device__ Scale rescued_scale(const T* x, int64_t cols, double eps, int lanes) {
-  const WideScale s = wide_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; }, cols,
-                                 eps, min(lanes, 32));
+  const DoubleScale s = double_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; },
+                                     cols, eps, min(lanes, 32));
   // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is
   // still normal), or the small elements of such a row would become subnormal on the way.
   const int pre = s.exponent > 0 ? min(126, s.exponent) : max(-126, min(0, s.exponent + 96));

@@ -22,19 +22,14 @@ __device__ void each_row(const RowOf& row_of, const int64_t& rows, const F& f) {
 template <int kRows, int kVectors, int kElems>
 struct RowGroup {
   const int64_t& rows;  // where the arguments are: a copy would take registers
-  const int cols, lanes, slots, lane, slot;
-  int64_t first;  // of the kRows rows, which are a stride apart
-
-  // warps_leave: where a thread has one row at a time, which then is of whole warps, these may
-  // leave the loop one by one. Else all of a block stay in it together.
-  __device__ RowGroup(const int64_t& rows, int64_t cols, int lanes, bool warps_leave)
-      : rows(rows),
-        cols(static_cast<int>(cols)),
-        lanes(lanes),
-        slots(blockDim.x / lanes),
-        lane(threadIdx.x % lanes),
-        slot(warps_leave ? 0 : threadIdx.x / lanes),
-        first(int64_t{blockIdx.x} * slots + (warps_leave ? threadIdx.x / lanes : 0)) {}
+  const int cols, lanes;
+  // Where a thread has one row at a time, which then is of whole warps, these may leave the loop
+  // one by one. Else all of a block stay in it together.
+  const bool warps_leave;
+  const int slots = blockDim.x / lanes, lane = threadIdx.x % lanes;
+  const int slot = warps_leave ? 0 : threadIdx.x / lanes;
+  // The first of the kRows rows, which are a stride apart.
+  int64_t first = int64_t{blockIdx.x} * slots + (warps_leave ? threadIdx.x / lanes : 0);
 
   __device__ int64_t stride() const { return int64_t{gridDim.x} * recomputed(slots); }
   __device__ bool any() const { return first < rows; }
@@ -71,17 +66,10 @@ struct RowGroup {
 // on in tiles of kVectors chunks per thread. The last chunk may be incomplete.
 template <typename Index, int kVectors, int kElems>
 struct Slice {
-  const int lane, lanes;
   const int64_t begin, end;
-  const Index chunks, tile;
-
-  __device__ Slice(int64_t begin, int64_t end, int lanes)
-      : lane(threadIdx.x),
-        lanes(lanes),
-        begin(begin),
-        end(end),
-        chunks(static_cast<Index>((max(end - begin, int64_t{0}) + kElems - 1) / kElems)),
-        tile(lanes * kVectors) {}
+  const int lanes, lane = threadIdx.x;
+  const Index chunks = static_cast<Index>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
+  const Index tile = lanes * kVectors;
 
   __device__ int64_t column(Index chunk) const { return begin + int64_t{chunk} * kElems; }
   __device__ int count(Index chunk) const {

@@ -56,11 +56,6 @@ constexpr KernelLimits kLimits[] = {
     {nullptr, 0, 0, 0},
 };
 
-// Blocks of a kernel that a multiprocessor has the registers for.
-constexpr int blocks_of(int threads, int registers) {
-  return kRegisterFile / (threads * registers);
-}
-
 struct Tuning {
   int arch;  // 90 is compute capability 9.0: from this one on
   // Threads of a block that works on several short rows. Few in the forward, so that blocks come
@@ -83,6 +78,7 @@ struct Tuning {
   const KernelLimits* limits;  // by KernelIndex
 };
 
+// An architecture goes by the last line that is not above it.
 constexpr Tuning kTuning[] = {
     // arch, threads of short rows, waves, rows, slice, cluster, multiprocessors, limits
     {75, 128, 256, 4, 2, 64 << 10, 1, 16, kLimits},
@@ -97,11 +93,19 @@ constexpr const Tuning& tuning_of(int arch) {
   return *tuning;
 }
 
-// In device code, of the architecture that it is compiled for.
 #ifdef __CUDA_ARCH__
 constexpr Tuning kTuned = tuning_of(__CUDA_ARCH__ / 10);
 #else
-constexpr Tuning kTuned = kTuning[0];
+constexpr Tuning kTuned = kTuning[0];  // not looked at
 #endif
+
+constexpr int blocks_of(const KernelLimits& limits, bool mixed) {
+  return kRegisterFile / (limits.threads * (mixed ? limits.mixed_registers : limits.registers));
+}
+template <KernelIndex kKernel>
+constexpr int kThreads = kTuned.limits[kKernel].threads;
+template <KernelIndex kKernel, bool kMixed>
+constexpr int kBlocks = blocks_of(kTuned.limits[kKernel], kMixed);
+#define LAUNCH_BOUNDS(kernel, mixed) __launch_bounds__(kThreads<kernel>, (kBlocks<kernel, mixed>))
 
 }  // namespace rmsnorm::cuda

@@ -15,7 +15,7 @@ namespace rmsnorm::cuda {
 
 // First in every kernel. A launch under RMSNORM_CUDA_PDL (launch.h) may start before the kernel
 // ahead of it has ended: here it is waited for, and the next one is let in. Otherwise nothing.
-__device__ inline void meet_neighbours() {
+__device__ inline void sync_dependent_launch() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();

@@ -1,10 +1,11 @@
 """Registers, spills and stack of every CUDA kernel, from what `nvcc -Xptxas -v` prints.
 
     python tests/native/ptxas_check.py BUILD_LOG...        # or - for stdin
-    python tests/native/ptxas_check.py --build [ARCH] [-v] # compiles csrc/cuda for one architecture (9.0) first
+    python tests/native/ptxas_check.py --build [ARCH] [-v] # compiles csrc/cuda first, for 9.0
 
-The exit status is 1 if a kernel spills, or takes more registers than the plans count on (csrc/cuda/tuning.h).
+The exit status is 1 if a kernel spills, or takes more registers than csrc/cuda/tuning.h allows.
 """
+
 import os
 import re
 import subprocess
@@ -26,8 +27,13 @@ class Kernel(NamedTuple):
 
 def demangle(names: List[str]) -> List[str]:
     try:
-        text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
-        return [re.sub(r"\(anonymous namespace\)::|rmsnorm::cuda::", "", n) for n in text.stdout.splitlines()]
+        text = subprocess.run(
+            ["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True
+        )
+        return [
+            re.sub(r"\(anonymous namespace\)::|rmsnorm::cuda::", "", n)
+            for n in text.stdout.splitlines()
+        ]
     except (OSError, subprocess.CalledProcessError):
         return names
 
@@ -44,13 +50,22 @@ def parse_ptxas(text: str) -> List[Kernel]:
 
         spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
         stack = number(r"(\d+) bytes stack frame")
-        found.append((name, arch, number(r"Used (\d+) registers"), spills, stack, number(r"(\d+) bytes smem")))
+        found.append(
+            (
+                name,
+                arch,
+                number(r"Used (\d+) registers"),
+                spills,
+                stack,
+                number(r"(\d+) bytes smem"),
+            )
+        )
     names = demangle([f[0] for f in found])
     return [Kernel(name, *rest[1:]) for name, rest in zip(names, found)]
 
 
 def registers_allowed(kernel: Kernel, limits: Dict[str, Tuple[int, int, int]]) -> int:
-    """By `limits`, from _C.cuda_limits: more where a residual is added (the last flag) or dtypes differ."""
+    """By `limits`, from _C.cuda_limits: more for a residual (the last flag) or several dtypes."""
     name, *arguments = re.findall(r"[\w]+", kernel.name.removeprefix("void "))
     if name not in limits:
         return 255
@@ -75,8 +90,22 @@ def build_log(arch: str) -> str:
     with tempfile.TemporaryDirectory() as out:
         logs = []
         for source in sorted(f for f in os.listdir(SOURCES) if f.endswith(".cu")):
-            command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-            command += ['-DRMSNORM_CUDA_ARCHS=""', "-c", os.path.join(SOURCES, source), "-o", os.path.join(out, "out.o")]
+            command = [
+                "nvcc",
+                "-std=c++17",
+                "-O3",
+                "-Xptxas",
+                "-v",
+                "-gencode",
+                f"arch=compute_{arch},code=sm_{arch}",
+            ]
+            command += [
+                '-DRMSNORM_CUDA_ARCHS=""',
+                "-c",
+                os.path.join(SOURCES, source),
+                "-o",
+                os.path.join(out, "out.o"),
+            ]
             logs.append(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
     return "\n".join(logs)
 
@@ -91,10 +120,14 @@ def main(args: List[str]) -> int:
     kernels = parse_ptxas(text)
     bad = failures(kernels)
     for k in kernels if verbose else bad:
-        print(f"{k.arch} {k.registers:4} registers {k.spill_bytes:5} spill {k.stack_bytes:5} stack "
-              f"{k.shared_bytes:6} shared  {k.name}")
+        print(
+            f"{k.arch} {k.registers:4} registers {k.spill_bytes:5} spill {k.stack_bytes:5} stack "
+            f"{k.shared_bytes:6} shared  {k.name}"
+        )
     most = max((k.registers for k in kernels), default=0)
-    print(f"{len(kernels)} kernels, at most {most} registers, {len(bad)} with more than is allowed, spills or local memory")
+    print(
+        f"{len(kernels)} kernels, at most {most} registers, {len(bad)} with more than is allowed, spills or local memory"
+    )
     return 1 if bad or not kernels else 0
 
 

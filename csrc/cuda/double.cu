@@ -35,14 +35,14 @@ struct Normalized {
 
 template <typename P>
 __device__ Normalized normalize(const P& p, int64_t x_offset) {
-  const WideScale s = wide_scale([&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); },
-                                 p.cols, p.eps, kWarp);
+  const DoubleScale s = double_scale(
+      [&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols, p.eps, kWarp);
   const int pre = s.exponent > 0 ? s.exponent : min(0, s.exponent + 900);  // as in rescued_scale
   return {s.r * pow2(s.exponent - pre), pow2(pre)};
 }
 
 __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
-  meet_neighbours();
+  sync_dependent_launch();
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
   for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
        row += gridDim.x * warps) {
@@ -63,7 +63,7 @@ __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
 
 // x as the sum of its addends.
 __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
-  meet_neighbours();
+  sync_dependent_launch();
   const Addends& a = p.addends;
   const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
@@ -84,7 +84,7 @@ __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
 
 // dx, and what the sums over columns need of each row: the workspace, if there is one.
 __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
-  meet_neighbours();
+  sync_dependent_launch();
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
   for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
        row += gridDim.x * warps) {
@@ -113,7 +113,7 @@ __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
 }
 
 __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
-  meet_neighbours();
+  sync_dependent_launch();
   for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < p.cols;
        col += gridDim.x * kThreads) {
     double sum = 0;
