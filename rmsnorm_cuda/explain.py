@@ -36,8 +36,8 @@ class Explanation:
     """One pass on one device. Sizes in bytes, times in us."""
 
     plan: dict  # as _C.cuda_plan gives it
-    # Least traffic: tensors once (x and dy twice where the row is kept nowhere), weight, and partial
-    # sums of dweight written and read again (not where the row is kept nowhere).
+    # Least traffic: tensors once (x and dy twice where the row is kept nowhere), weight, and
+    # partial sums of dweight written and read again (not where the row is kept nowhere).
     dram_bytes: int
     least_us: float  # dram_bytes at the nominal bandwidth
     in_flight: int  # per multiprocessor, once the machine is full
@@ -50,8 +50,8 @@ def explain(pass_, rows, cols, dtype, device):
     """The layout of one pass.
 
     Args:
-        pass_: "forward" or "backward": dx and dweight, without the small kernel that adds up partial
-            sums.
+        pass_: "forward" or "backward": dx and dweight, without the small kernel that adds up
+            partial sums.
         rows, cols: of the tensor; cols is the normalized length.
         dtype: of x, dy and the weight: torch.float32, torch.float16 or torch.bfloat16.
         device: a :class:`Device`.
@@ -122,7 +122,7 @@ def lines(rows, cols, name):
             )
             yield (
                 f"        {e.dram_bytes / 1e6:.2f} MB of DRAM traffic, {e.least_us:.1f} us "
-                f"at {device.gbps:.0f} GB/s; in flight {e.in_flight / 1024:.0f} KiB a multiprocessor "
-                f"({e.needed / 1024:.0f} needed); {e.waves:.2f} waves, "
+                f"at {device.gbps:.0f} GB/s; in flight {e.in_flight / 1024:.0f} KiB a "
+                f"multiprocessor ({e.needed / 1024:.0f} needed); {e.waves:.2f} waves, "
                 f"{e.tail:.0%} of the machine idle in the last"
             )

@@ -153,20 +153,21 @@ def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
 
 
 def test_cuda_kernels_compile_without_spills(cuda_build):
-    """Nor do they take more registers than the plans count on; and every kernel of the plans is there."""
+    """Nor do they take more registers than the plans count on. Every kernel of the plans is there."""
     from ptxas_check import failures, parse_ptxas
 
     kernels = parse_ptxas("\n".join(path.read_text() for path in cuda_build.rglob("*.ptxas")))
     assert len(kernels) > 100 and failures(kernels) == []
     limits = _C.cuda_limits(90)
-    assert {name for name in limits if any(k.name.startswith((name + "<", f"void {name}<")) for k in kernels)} == set(limits)
+    names = {kernel.name.removeprefix("void ").partition("<")[0] for kernel in kernels}
+    assert names >= set(limits)
 
 
 def test_a_kernel_that_takes_too_much_is_found():
     from ptxas_check import Kernel, failures
 
     kernel = Kernel("forward_rows<float, float, true, false, 4>", "sm_90", 80, 0, 0, 0)
-    with_residual = kernel._replace(name="void forward_rows<float, float, true, true, 4>", registers=128)
+    with_residual = kernel._replace(name="forward_rows<float, float, true, true, 4>", registers=128)
     mixed = kernel._replace(name="backward_rows<__half, float, float, 2>", registers=120)
     assert failures([kernel, with_residual, mixed]) == []
     bad = [k._replace(registers=k.registers + 1) for k in (kernel, with_residual, mixed)]

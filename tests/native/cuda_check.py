@@ -1,6 +1,6 @@
 """The CUDA kernels against the formula in fp64, through the C entry of cuda_entry.cu. Needs numpy.
 
-    python tests/native/cuda_check.py --build LIB [--arch 9.0]   # PTX of 8.0 and 9.0, or machine code
+    python tests/native/cuda_check.py --build LIB [--arch 9.0]  # PTX of 8.0 and 9.0, or machine code
     python tests/native/cuda_check.py --lib LIB [--quick] [--seed N]
 
 Memory comes from the libcudart.so.13 that the loader finds: that of a GPU, or a simulator by
@@ -604,8 +604,8 @@ def check_backward(gpu, dy, dyt, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=Fal
         if dw is not None:
             seen = wide(encode(xhat, xt), xt) if cast else xhat
             terms = np.abs(vdy * seen)
-            # A chain of additions per thread; and a rounded xhat that lay between two numbers may be
-            # the other one.
+            # A chain of additions per thread; and a rounded xhat that lay between two numbers may
+            # be the other one.
             slack = (10 + np.sqrt(len(x))) * unit * terms.sum(axis=0)
             if cast:
                 slack = slack + 2.0 ** (1 - BITS[xt]) * terms.max(axis=0)
@@ -752,7 +752,7 @@ def invariance(gpu, rng, quick):
 
 
 def extremes(gpu, rng, quick):
-    """Rows whose squares overflow or vanish, subnormal ones, NaN, Inf; beside rows that are none."""
+    """Rows whose squares overflow or vanish, subnormal ones, NaN, Inf; beside rows without."""
     for xt in (F32, BF16, F16, F64):
         top = {F32: 3e38, BF16: 3e38, F16: 65504.0, F64: 1e300}[xt]
         low = {F32: 1e-44, BF16: 9.2e-41, F16: 6e-8, F64: 1e-320}[xt]
@@ -967,7 +967,7 @@ def many_rows(gpu, rng, quick):
 
 
 def shared_rows(gpu, rng, quick):
-    """Rows in shared memory, of one block and of each size of cluster; in any order of the blocks, and in place."""
+    """Rows in shared memory, of one block and of each size of cluster; any order, and in place."""
     for backward in (False, True):
         for xt, dyt, wt in ((BF16, BF16, BF16), (F32, F32, F32), (F16, F32, F32)):
             seen = set()
@@ -1103,13 +1103,14 @@ def quantized(gpu, rng, quick):
 
 
 def traffic(gpu, rng, quick):
-    """Each byte of a row is asked for once, and written once, with few instructions an element and no bank conflicts."""
+    """A row is read once and written once, with few instructions and without bank conflicts."""
     if not gpu.simulated:
         return
 
     def work(stats, plan, rows, cols):
-        """Instructions an element, of the simulator's PTX, without moves between registers, which ptxas does away with."""
-        # A block writes its warps' sums into each block of its cluster at the same place: no conflict, but counted as one.
+        """PTX instructions an element, without moves between registers, which ptxas removes."""
+        # A block writes its warps' sums into each block of its cluster at the same place: no
+        # conflict, but counted as one.
         to_others = rows * plan.cluster * (plan.cluster - 1) * plan.lanes // 32
         assert stats["bank_conflicts"] == to_others, (
             "bank conflicts",
@@ -1137,7 +1138,8 @@ def traffic(gpu, rng, quick):
                 )
                 backward = work(gpu.stats(), gpu.plan(True, cols, xt, xt), rows, cols)
                 print(
-                    f"  {NAMES[xt]}/{NAMES[wt]} {rows}x{cols}: {forward:.1f} and {backward:.1f} instructions an element"
+                    f"  {NAMES[xt]}/{NAMES[wt]} {rows}x{cols}: {forward:.1f} and {backward:.1f} "
+                    "instructions an element"
                 )
                 assert forward <= most[0] and backward <= most[1], (forward, backward)
     for xt in (BF16, F32):

@@ -40,7 +40,8 @@ def demangle(names: List[str]) -> List[str]:
 
 def parse_ptxas(text: str) -> List[Kernel]:
     found = []
-    # One block per kernel: "Compiling entry function 'f' for 'sm_90'", "... stack frame ...", "Used n registers, ...".
+    # One block per kernel: "Compiling entry function 'f' for 'sm_90'", "... stack frame ...",
+    # "Used n registers, ...".
     for name, arch, body in re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'(.*?Used \d+ registers[^\n]*)", text, re.S
     ):
@@ -126,7 +127,8 @@ def main(args: List[str]) -> int:
         )
     most = max((k.registers for k in kernels), default=0)
     print(
-        f"{len(kernels)} kernels, at most {most} registers, {len(bad)} with more than is allowed, spills or local memory"
+        f"{len(kernels)} kernels, at most {most} registers, {len(bad)} with more "
+        "than is allowed, spills or local memory"
     )
     return 1 if bad or not kernels else 0
 
