@@ -1,6 +1,6 @@
 """The CUDA kernels against the formula in fp64, through the C entry of cuda_entry.cu. Needs numpy.
 
-    python tests/native/cuda_check.py --build LIB [--arch 9.0]  # PTX of 8.0 and 9.0, or machine code
+    python tests/native/cuda_check.py --build LIB [--arch 9.0]  # PTX 8.0 and 9.0, or machine code
     python tests/native/cuda_check.py --lib LIB [--quick] [--seed N]
 
 Memory comes from the libcudart.so.13 that the loader finds: that of a GPU, or a simulator by

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import Dict, List, NamedTuple, Tuple
+from typing import NamedTuple
 
 SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "csrc", "cuda")
 
@@ -25,7 +25,7 @@ class Kernel(NamedTuple):
     shared_bytes: int
 
 
-def demangle(names: List[str]) -> List[str]:
+def demangle(names: list[str]) -> list[str]:
     try:
         text = subprocess.run(
             ["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True
@@ -38,7 +38,7 @@ def demangle(names: List[str]) -> List[str]:
         return names
 
 
-def parse_ptxas(text: str) -> List[Kernel]:
+def parse_ptxas(text: str) -> list[Kernel]:
     found = []
     # One block per kernel: "Compiling entry function 'f' for 'sm_90'", "... stack frame ...",
     # "Used n registers, ...".
@@ -65,7 +65,7 @@ def parse_ptxas(text: str) -> List[Kernel]:
     return [Kernel(name, *rest[1:]) for name, rest in zip(names, found)]
 
 
-def registers_allowed(kernel: Kernel, limits: Dict[str, Tuple[int, int, int]]) -> int:
+def registers_allowed(kernel: Kernel, limits: dict[str, tuple[int, int, int]]) -> int:
     """By `limits`, from _C.cuda_limits: more for a residual (the last flag) or several dtypes."""
     name, *arguments = re.findall(r"[\w]+", kernel.name.removeprefix("void "))
     if name not in limits:
@@ -76,7 +76,7 @@ def registers_allowed(kernel: Kernel, limits: Dict[str, Tuple[int, int, int]]) -
     return mixed_registers if flags[-1:] == ["true"] or len(dtypes) > 1 else registers
 
 
-def failures(kernels: List[Kernel]) -> List[Kernel]:
+def failures(kernels: list[Kernel]) -> list[Kernel]:
     from rmsnorm_cuda import _C
 
     def fails(k):
@@ -111,7 +111,7 @@ def build_log(arch: str) -> str:
     return "\n".join(logs)
 
 
-def main(args: List[str]) -> int:
+def main(args: list[str]) -> int:
     verbose = "-v" in args
     args = [a for a in args if a != "-v"]
     if args[:1] == ["--build"]:
