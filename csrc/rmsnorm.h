@@ -51,9 +51,13 @@ struct Addends {
 
 enum class QType : int32_t { kFloat8E4M3, kFloat8E5M2, kInt8 };
 
+RMSNORM_HOST_DEVICE constexpr float largest_value(QType type) {
+  return type == QType::kFloat8E4M3 ? 448.0f : type == QType::kFloat8E5M2 ? 57344.0f : 127.0f;
+}
+
 // y, rounded to y_dtype, once more in 8 bits: saturated and rounded to nearest even, NaN to NaN (to 0 in kInt8). With a
 // given scale s it is y * (1 / s). Else each row, or each `block` columns of it, has its own: with M the largest value of
-// `dtype` (448, 57344, 127), s = max(min(largest |y|, bound) / M, least), and it is y / s, in kInt8 y * (1 / s); all in fp32.
+// `dtype`, s = max(min(largest |y|, bound) / M, least), and it is y / s, in kInt8 y * (1 / s); all in fp32.
 struct Quant {
   void* data;         // [rows, cols], dense; nullptr: not wanted
   float* scale;       // given: one, read; else written, that of (row, block) at row * row_stride + block * block_stride
@@ -158,11 +162,13 @@ struct Device {
 enum class Keep : int { kRegisters, kShared, kNowhere };  // kNowhere: it is read a second time
 
 struct Plan {
+  const char* kernel = "";  // its name in csrc/cuda
   Keep keep;
   int vectors;           // 16-byte vectors of a row (of a tile of it) that one thread holds at a time
   int lanes;             // threads of a row (of a block's slice of it): a power of two up to 32, beyond a multiple of 32
   int threads;           // of a block: lanes times the rows it works on at a time
   int registers;         // of a thread, at most
+  int bytes_in_flight;   // that a thread asks for before it needs the first
   int cluster;           // blocks that share a row
   int64_t slice;         // columns of a row that each of them has, the last one less
   int64_t shared_bytes;  // of a block, for its slice
@@ -174,6 +180,15 @@ struct Plan {
 Plan rms_norm_forward_plan(int64_t rows, int64_t cols, DType x, const Device& device);
 Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType w, const Device& device);
 
+// What an architecture's kernels may take at most, in blocks of so many threads; the last kernel is nullptr.
+struct KernelLimits {
+  const char* kernel;
+  int threads;
+  int registers;        // of a thread
+  int mixed_registers;  // where a residual is added (forward) or dtypes differ (backward)
+};
+const KernelLimits* kernel_limits(int arch);
+
 bool built();                     // were the CUDA kernels compiled into this library?
 const char* architectures();      // "9.0 12.0+PTX"; if not built, the reason
 int runtime_version();            // of the CUDA runtime in this library: 12090 is 12.9; 0 if not built
@@ -182,6 +197,7 @@ const char* error_string(int error);
 int rms_norm_forward(const RmsNormForward& p, void* stream);
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p);
 int rms_norm_backward(const RmsNormBackward& p, void* stream);
+Plan last_plan();                 // of what this thread launched last; its kernel is "" before the first
 
 }  // namespace cuda
 }  // namespace rmsnorm

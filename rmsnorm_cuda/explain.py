@@ -1,6 +1,7 @@
-"""How the CUDA kernels would be laid out for a shape, on four kinds of GPU: `python -m rmsnorm_cuda --explain`.
+"""How the CUDA kernels would be laid out for a shape: `python -m rmsnorm_cuda --explain`.
 
-Nothing here is measured: the plan is the one that a launch makes (csrc/cuda/plan.h), the rest is arithmetic on it.
+Nothing here is measured. The plan is the one that a launch on that kind of GPU makes
+(csrc/cuda/plan.h); the rest is arithmetic on it.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,6 @@ from . import _C
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KEEPS = ("registers", "shared memory", "nowhere: read twice")
-KERNELS = {  # by where a row is kept
-    "forward": ("forward_rows", "forward_long_rows", "forward_long_rows"),
-    "backward": ("backward_rows", "backward_shared_rows", "backward_long_stats and backward_long_strips"),
-}
-IN_FLIGHT = 64  # bytes that a thread asks for before it needs the first: four vectors of x, or two of x and two of dy
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,9 @@ class Explanation:
     """One pass on one device. Sizes in bytes, times in us."""
 
     plan: dict  # as _C.cuda_plan gives it
-    dram_bytes: int  # least traffic: tensors once (x and dy twice where the row is kept nowhere), weight, and partial sums
-    # of dweight written and read again (not where the row is kept nowhere)
+    # Least traffic: tensors once (x and dy twice where the row is kept nowhere), weight, and
+    # partial sums of dweight written and read again (not where the row is kept nowhere).
+    dram_bytes: int
     least_us: float  # dram_bytes at the nominal bandwidth
     in_flight: int  # per multiprocessor, once the machine is full
     needed: int  # per multiprocessor, for the nominal bandwidth: bandwidth * latency (Little's law)
@@ -53,7 +50,8 @@ def explain(pass_, rows, cols, dtype, device):
     """The layout of one pass.
 
     Args:
-        pass_: "forward" or "backward" (dx and dweight; the plan is that of the first kernel, not of the small one that adds up partial sums).
+        pass_: "forward" or "backward": dx and dweight, without the small kernel that adds up
+            partial sums.
         rows, cols: of the tensor; cols is the normalized length.
         dtype: of x, dy and the weight: torch.float32, torch.float16 or torch.bfloat16.
         device: a :class:`Device`.
@@ -63,11 +61,26 @@ def explain(pass_, rows, cols, dtype, device):
         ValueError: rows or cols below 1, another dtype.
     """
     if rows < 1 or cols < 1:
-        raise ValueError(f"explain: expected at least one row and one column, but got rows={rows} and cols={cols}")
+        raise ValueError(
+            f"explain: expected at least one row and one column, "
+            f"but got rows={rows} and cols={cols}"
+        )
     if dtype not in DTYPES.values():
-        raise ValueError(f"explain: expected one of {', '.join(map(str, DTYPES.values()))}, but got {dtype}")
+        raise ValueError(
+            f"explain: expected one of {', '.join(map(str, DTYPES.values()))}, but got {dtype}"
+        )
     backward = pass_ == "backward"
-    plan = _C.cuda_plan(backward, rows, cols, dtype, dtype, dtype, device.arch, device.multiprocessors, device.shared_kib << 10)
+    plan = _C.cuda_plan(
+        backward,
+        rows,
+        cols,
+        dtype,
+        dtype,
+        dtype,
+        device.arch,
+        device.multiprocessors,
+        device.shared_kib << 10,
+    )
     size = rows * cols * dtype.itemsize
     reads = (2 if backward else 1) * (2 if plan["keep"] == 2 else 1)
     dram_bytes = (reads + 1) * size + cols * dtype.itemsize
@@ -81,7 +94,7 @@ def explain(pass_, rows, cols, dtype, device):
         plan=plan,
         dram_bytes=dram_bytes,
         least_us=dram_bytes / device.gbps / 1e3,
-        in_flight=plan["resident"] * plan["threads"] * IN_FLIGHT,
+        in_flight=plan["resident"] * plan["threads"] * plan["bytes_in_flight"],
         needed=round(device.gbps * 1e3 * device.latency_us / device.multiprocessors),
         waves=plan["blocks"] / at_once,
         tail=1 - last / at_once if last else 0.0,
@@ -96,14 +109,20 @@ def lines(rows, cols, name):
             e = explain(pass_, rows, cols, DTYPES[name], device)
             plan = e.plan
             per_block = plan["threads"] // plan["lanes"]
-            place = f"{plan['cluster']} blocks a row" if plan["cluster"] > 1 else f"{per_block} row{'s' * (per_block > 1)} a block"
+            place = (
+                f"{plan['cluster']} blocks a row"
+                if plan["cluster"] > 1
+                else f"{per_block} row{'s' * (per_block > 1)} a block"
+            )
             yield (
-                f"  {device_name:5} {KERNELS[pass_][plan['keep']]}: {plan['blocks']} blocks of {plan['threads']} threads, {place}, "
+                f"  {device_name:5} {plan['kernel']}: {plan['blocks']} blocks of "
+                f"{plan['threads']} threads, {place}, "
                 f"{plan['vectors']} x 16 bytes a thread; at most {plan['registers']} registers, "
                 f"{plan['shared_bytes'] / 1024:.0f} KiB shared; row kept in {KEEPS[plan['keep']]}"
             )
             yield (
-                f"        {e.dram_bytes / 1e6:.2f} MB of DRAM traffic, {e.least_us:.1f} us at {device.gbps:.0f} GB/s; in flight "
-                f"{e.in_flight / 1024:.0f} KiB a multiprocessor ({e.needed / 1024:.0f} needed); {e.waves:.2f} waves, "
+                f"        {e.dram_bytes / 1e6:.2f} MB of DRAM traffic, {e.least_us:.1f} us "
+                f"at {device.gbps:.0f} GB/s; in flight {e.in_flight / 1024:.0f} KiB a "
+                f"multiprocessor ({e.needed / 1024:.0f} needed); {e.waves:.2f} waves, "
                 f"{e.tail:.0%} of the machine idle in the last"
             )

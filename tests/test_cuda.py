@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +78,32 @@ def test_autocast_on_cuda():
     with torch.autocast("cuda", torch.float16):
         got = every_function(x, x, weight)
     assert all(map(same_bits, got, want))
+
+
+@pytest.mark.parametrize("cols, where", ((64, "rows"), (4096, "rows"), (40_000, "shared_rows"), (2_000_000, "long_rows")))
+def test_last_plan(cols, where):
+    """Names the kernel that ran and its layout, which is the planner's; of this thread and of CUDA alone."""
+    x = random(3, cols, dtype=torch.bfloat16)
+    on_device = x.cuda()
+    here = torch.cuda.get_device_properties(on_device.device)
+    machine = here.major * 10 + here.minor, here.multi_processor_count, here.shared_memory_per_block_optin
+    types = (torch.bfloat16,) * 3
+
+    rms_norm(on_device, cols)
+    plan = _C.last_plan()
+    assert plan["kernel"] == "forward_" + where and plan == _C.cuda_plan(False, 3, cols, *types, *machine)
+    rstd = torch.ones(3).cuda()
+    torch.ops.rmsnorm_cuda.rms_norm_backward(on_device, on_device, None, rstd, [cols], 1e-6, [True, False])
+    assert _C.last_plan() == _C.cuda_plan(True, 3, cols, *types, *machine)
+    rms_norm_quant(on_device, dtype=torch.int8)
+    plan = _C.last_plan()
+    assert plan["kernel"] == "quant_" + where
+    rms_norm(x, cols)
+    assert _C.last_plan() == plan
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(_C.last_plan).result()["kernel"] == ""
+    rms_norm(on_device[:, :8], 8, torch.ones(8, dtype=torch.float64).cuda())
+    assert _C.last_plan()["kernel"] == "forward_double"
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -5,7 +5,7 @@ import torch
 
 from rmsnorm_cuda import __main__ as command
 from rmsnorm_cuda import _C
-from rmsnorm_cuda.explain import DEVICES, DTYPES, IN_FLIGHT, explain
+from rmsnorm_cuda.explain import DEVICES, DTYPES, explain
 
 LENGTHS = [*range(1, 600), *range(600, 20_000, 37), *range(20_000, 1_200_000, 4999), 65_536, 131_072]
 REGISTERS, SHARED, NOWHERE = range(3)
@@ -23,6 +23,8 @@ def test_every_length_is_covered(pass_, dtype, name):
     device, elems = DEVICES[name], 16 // dtype.itemsize
     for cols in LENGTHS:
         p = plan(pass_, cols, dtype, device)
+        kernel_threads, registers, _ = _C.cuda_limits(device.arch)[p["kernel"]]
+        assert p["kernel"].startswith(pass_) and p["threads"] <= kernel_threads and p["registers"] == registers, (cols, p)
         assert p["threads"] % 32 == 0 and p["threads"] <= 1024 and p["threads"] % p["lanes"] == 0, (cols, p)
         assert p["registers"] * p["threads"] * p["resident"] <= 1 << 16, (cols, p)
         assert p["cluster"] in ((1, 2, 4, 8) if device.arch >= 90 else (1,)) and p["blocks"] % p["cluster"] == 0, (cols, p)
@@ -58,11 +60,11 @@ def test_long_rows_are_read_once():
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_enough_bytes_in_flight(pass_):
-    """As many as bandwidth times latency asks for, on a full machine, with as many bytes of a thread as IN_FLIGHT says."""
+    """As many as bandwidth times latency asks for, on a full machine, with as many bytes of a thread as the plan says."""
     for name in ("H100", "A100", "L4"):
         for cols in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536):
             e = explain(pass_, 8192, cols, torch.bfloat16, DEVICES[name])
-            assert e.in_flight == e.plan["resident"] * e.plan["threads"] * IN_FLIGHT >= e.needed, (name, cols, e)
+            assert e.in_flight == e.plan["resident"] * e.plan["threads"] * e.plan["bytes_in_flight"] >= e.needed, (name, cols, e)
 
 
 def test_explained_traffic():
@@ -77,7 +79,7 @@ def test_explain_command(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rmsnorm_cuda", "--explain", "4096", "131072", "bf16"])
     assert command.main() == 0
     text = capsys.readouterr().out
-    assert "forward, 4096 rows of 131072, bf16" in text and "forward_long_rows: " in text and "4 blocks a row" in text and text.count("H100") == 2
+    assert "forward, 4096 rows of 131072, bf16" in text and "forward_shared_rows: " in text and "4 blocks a row" in text and text.count("H100") == 2
 
 
 @pytest.mark.parametrize("arguments", (["0", "64", "bf16"], ["1", "x", "bf16"], ["1", "64", "fp8"]))

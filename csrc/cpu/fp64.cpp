@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../round_to_odd.h"
 #include "kernels.h"
 
 namespace rmsnorm::cpu {
@@ -29,26 +30,16 @@ double half_to_double(uint16_t h) {
   return h & 0x8000 ? -magnitude : magnitude;
 }
 
-// Double to float, cut, with the last bit set if anything was lost ("round to odd"): rounding this
-// to 16 bits gives what rounding the double itself would give.
-float to_float_odd(double value) {
-  const float nearest = float(value);
-  if (double(nearest) == value || value != value) return nearest;
-  uint32_t bits = float_to_bits(nearest);
-  if (std::fabs(double(nearest)) > std::fabs(value)) --bits;
-  return bits_to_float(bits | 1);
-}
-
 // Every NaN is the same one, whichever the row held first.
 uint16_t to_bfloat16(double value) {
   if (value != value) return 0x7fc0;
-  const uint32_t bits = float_to_bits(to_float_odd(value));
+  const uint32_t bits = float_to_bits(round_to_odd(value));
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 uint16_t to_half(double value) {
   if (value != value) return 0x7e00;
-  const uint32_t bits = float_to_bits(to_float_odd(value));
+  const uint32_t bits = float_to_bits(round_to_odd(value));
   const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 and above
   if (rest < 0x38800000) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(value) * 0x1p24)));

@@ -1,5 +1,6 @@
 // Single elements of a dtype known at run time, as double: for what is off the hot path.
 #pragma once
+#include "../round_to_odd.h"
 #include "vec.cuh"
 
 namespace rmsnorm::cuda {
@@ -17,22 +18,16 @@ __device__ inline double load_any(const void* p, DType dtype, int64_t i) {
   }
 }
 
-// v as a float that rounds to 16 bits as v itself would: towards zero, and odd where that was not exact.
-__device__ inline float to_odd(double v) {
-  const float f = __double2float_rz(v);
-  return f == v ? f : __uint_as_float(__float_as_uint(f) | 1);
-}
-
 __device__ inline void store_any(void* p, DType dtype, int64_t i, double v) {
   switch (dtype) {
     case DType::kFloat32:
       static_cast<float*>(p)[i] = static_cast<float>(v);
       return;
     case DType::kFloat16:
-      static_cast<__half*>(p)[i] = __float2half_rn(to_odd(v));
+      static_cast<__half*>(p)[i] = __float2half_rn(round_to_odd(v));
       return;
     case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(to_odd(v));
+      static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(round_to_odd(v));
       return;
     default:
       static_cast<double*>(p)[i] = v;
@@ -44,9 +39,9 @@ __device__ inline double round_any(DType dtype, double v) {
     case DType::kFloat32:
       return static_cast<float>(v);
     case DType::kFloat16:
-      return __half2float(__float2half_rn(to_odd(v)));
+      return __half2float(__float2half_rn(round_to_odd(v)));
     case DType::kBFloat16:
-      return __bfloat162float(__float2bfloat16_rn(to_odd(v)));
+      return __bfloat162float(__float2bfloat16_rn(round_to_odd(v)));
     default:
       return v;
   }

@@ -1,14 +1,17 @@
-// dx and dweight of y = x * rstd * (weight + weight_offset): one reduction per row, and one over the rows.
+// dx and dweight of y = x * rstd * (weight + weight_offset): one reduction per row, and one over
+// the rows.
 #include "any.cuh"
 #include "launch.h"
 #include "reduce.cuh"
+#include "rows.cuh"
 
 namespace rmsnorm::cuda {
 namespace {
 
 // What the second pass over a long row needs of it.
 struct RowStats {
-  float rstd, pre, mean;  // as Scale: x is multiplied by pre, then by rstd; mean is that of g * xhat
+  float rstd, pre,
+      mean;  // as Scale: x is multiplied by pre, then by rstd; mean is that of g * xhat
 };
 
 struct BackwardArgs {
@@ -35,12 +38,13 @@ struct Backward {
   using DYChunk = Chunk<DY, kElems>;
   using WChunk = Chunk<W, kElems>;
 
-  // rstd as it is, but for the rows that did not fit its range: those are looked at again, in double.
+  // rstd as it is, but for the rows that did not fit its range: those are looked at again, in
+  // double.
   static __device__ RowStats row_scale(const BackwardArgs& a, int64_t row) {
-    constexpr float kMin = 0x1p-30f, kMax = 0x1p30f;
     const float rstd = a.rstd[row];
-    if (!(rstd < kMin || rstd > kMax)) return {rstd, 1.0f, 0.0f};
-    const Scale s = rescued_scale(static_cast<const X*>(a.x.data) + row_offset(a.x_rows, row), a.cols, a.eps, a.lanes);
+    if (!(rstd < kMinRstd || rstd > kMaxRstd)) return {rstd, 1.0f, 0.0f};
+    const Scale s = rescued_scale(static_cast<const X*>(a.x.data) + row_offset(a.x_rows, row),
+                                  a.cols, a.eps, a.lanes);
     return {s.hi, s.pre, 0.0f};
   }
 
@@ -54,45 +58,82 @@ struct Backward {
 
   // The sum of g * xhat.
   template <int kChunks>
-  static __device__ float dot(const BackwardArgs& a, const XChunk (&x)[kChunks], const DYChunk (&dy)[kChunks],
-                              const WChunk (&w)[kChunks], const RowStats& s) {
+  static __device__ float dot(const BackwardArgs& a, const XChunk (&x)[kChunks],
+                              const DYChunk (&dy)[kChunks], const WChunk (&w)[kChunks],
+                              const RowStats& s) {
     return tree_sum<kChunks * kPairs>([&](int i) {
       const int k = i / kPairs, j = i % kPairs;
-      const float2 g = times_weight(a, dy[k].get(j), w[k].get(j)), xhat = normalized(x[k].get(j), s);
+      const float2 g = times_weight(a, dy[k].get(j), w[k].get(j)),
+                   xhat = normalized(x[k].get(j), s);
       return __fmaf_rn(g.y, xhat.y, __fmul_rn(g.x, xhat.x));
     });
   }
 
   static __device__ void fetch_dresidual(const BackwardArgs& a, int64_t row, int64_t col) {
     if (a.dresidual.data == nullptr || a.dx == nullptr) return;
-    fetch_chunk(a.dresidual, sizeof(X), row_offset(a.dresidual_rows, row) + col, static_cast<int>(min(a.cols - col, int64_t{1})));
+    fetch_chunk(a.dresidual, sizeof(X), row_offset(a.dresidual_rows, row) + col,
+                static_cast<int>(min(a.cols - col, int64_t{1})));
   }
 
   // Stores dx and adds to the sums for dweight, `count` of each from (row, col) on.
-  static __device__ void finish(const BackwardArgs& a, int64_t row, int64_t col, int count, XChunk& x, DYChunk& dy, WChunk& w,
-                                const RowStats& s, float2 (&dweight)[kPairs]) {
+  static __device__ void finish(const BackwardArgs& a, int64_t row, int64_t col, int count,
+                                XChunk& x, DYChunk& dy, WChunk& w, const RowStats& s,
+                                float2 (&dweight)[kPairs]) {
     x.stay_packed();
     dy.stay_packed();
     w.stay_packed();
     const bool has_dresidual = a.dresidual.data != nullptr && a.dx != nullptr;
     XChunk dx, dresidual;
     if (has_dresidual) {
-      dresidual = load_chunk<X, kElems>(a.dresidual, row_offset(a.dresidual_rows, row) + col, count);
+      dresidual =
+          load_chunk<X, kElems>(a.dresidual, row_offset(a.dresidual_rows, row) + col, count);
     }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float2 d = dy.get(i), g = times_weight(a, d, w.get(i));
       float2 xhat = normalized(x.get(i), s);
-      float2 result = {(g.x - xhat.x * s.mean) * s.rstd * s.pre, (g.y - xhat.y * s.mean) * s.rstd * s.pre};
+      float2 result = {(g.x - xhat.x * s.mean) * s.rstd * s.pre,
+                       (g.y - xhat.y * s.mean) * s.rstd * s.pre};
       if (has_dresidual) result = {result.x + dresidual.get(i).x, result.y + dresidual.get(i).y};
       dx.set(i, result);
       if (a.cast_before_weight) xhat = round_to<X>(xhat);
       dweight[i] = {__fmaf_rn(d.x, xhat.x, dweight[i].x), __fmaf_rn(d.y, xhat.y, dweight[i].y)};
     }
-    if (a.dx != nullptr) store_chunk(static_cast<X*>(a.dx) + row * a.cols + col, dx, count, a.dx_aligned);
+    if (a.dx != nullptr)
+      store_chunk(static_cast<X*>(a.dx) + row * a.cols + col, dx, count, a.dx_aligned);
   }
 
-  static __device__ void store_partial(float* p, int count, const float2 (&dweight)[kPairs], bool aligned) {
+  // The thread's part of the sum of g * xhat over a longer row. With kShared it keeps x and dy.
+  template <bool kShared, typename Index>
+  static __device__ float dot_tiles(const BackwardArgs& a, int64_t row, const RowStats& stats,
+                                    const Slice<Index, kBackwardVectors, kElems>& slice,
+                                    uint4* kept) {
+    const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
+    Sum total;
+    for (Index first = 0; first < slice.chunks; first += slice.tile) {
+      XChunk x[kBackwardVectors];
+      DYChunk dy[kBackwardVectors];
+      WChunk w[kBackwardVectors];
+      slice.each_chunk(first, [&](int k, Index i) {
+        const int64_t col = slice.column(i);
+        const int count = slice.count(i);
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
+        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
+        w[k] = load_weight<W, kElems>(a.weight, col, count);
+        if (kShared && i < slice.chunks) fetch_dresidual(a, row, col);
+      });
+      total = total + Sum(dot(a, x, dy, w, stats));
+      slice.each_chunk(first, [&](int k, Index i) {
+        if (!kShared || i >= slice.chunks) return;
+        put_chunk(kept, slice.chunks, i, x[k]);
+        put_chunk(kept + slice.chunks, slice.chunks, i, dy[k]);
+      });
+    }
+    return total;
+  }
+
+  static __device__ void store_partial(float* p, int count, const float2 (&dweight)[kPairs],
+                                       bool aligned) {
     Chunk<float, kElems> c;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) c.set(i, dweight[i]);
@@ -100,213 +141,155 @@ struct Backward {
   }
 };
 
-template <int kVectors>
-constexpr int kThreads = kVectors < kBackwardVectors ? kBackwardThreads : kMaxThreads;
 template <typename X, typename DY, typename W>
-constexpr int kBlocks = kRegisterFile / (kMaxThreads * backward_registers(sizeof(DY) > sizeof(X) || sizeof(W) > sizeof(X)));
+constexpr bool kMixed = sizeof(DY) > sizeof(X) || sizeof(W) > sizeof(X);
 
-// Rows held in registers: x and dy are read once. Each thread keeps the sums for dweight of its columns over all
-// rows that its block works on.
+// Rows held in registers: x and dy are read once. Each thread keeps the sums for dweight of its
+// columns over all rows that its block works on.
 template <typename X, typename DY, typename W, int kVectors>
-__global__ __launch_bounds__(kThreads<kVectors>, kBlocks<X, DY, W>) void backward_rows(const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+__global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
+    const __grid_constant__ BackwardArgs a) {
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   constexpr int kRows = kBackwardVectors / kVectors;
   __shared__ Scratch scratch;
   const Cluster alone(1);
-  __shared__ alignas(8) float slot_sums[kBackwardThreads * kVectors * kElems];
-  const int lanes = a.lanes, cols = static_cast<int>(a.cols);
-  const int slots = blockDim.x / lanes, slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
-  const auto column = [=](int k) { return (k * lanes + recomputed(lane)) * kElems; };
-
-  const auto stride = [=] { return int64_t{gridDim.x} * recomputed(slots); };
+  __shared__ alignas(8) float slot_sums[kTuned.backward_block_threads * kVectors * kElems];
+  RowGroup<kRows, kVectors, kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, false};
   typename B::WChunk w[kVectors];
   float2 dweight[kVectors][B::kPairs] = {};
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    const int col = column(k);
-    w[k] = load_weight<W, kElems>(a.weight, col, cols - col);
-  }
-  int turn = 0;
-  for (int64_t first = int64_t{blockIdx.x} * slots; first < a.rows; first += kRows * stride(), ++turn) {
+  group.each_chunk(
+      [&](int k, int col, int count) { w[k] = load_weight<W, kElems>(a.weight, col, count); });
+
+  for (int turn = 0; group.any(); group.advance(), ++turn) {
     typename B::XChunk x[kRows][kVectors] = {};
     typename B::DYChunk dy[kRows][kVectors] = {};
     RowStats stats[kRows] = {};
     float sum[kRows] = {};
-    const int live = live_rows<kRows>(first, stride(), a.rows);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * stride() + slot;
-      if (row >= a.rows) continue;
+    const int live = group.live();
+    group.each_row([&](int r, int64_t row) {
       const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const int col = column(k);
-        x[r][k] = load_chunk<X, kElems>(a.x, x_offset + col, cols - col);
-        dy[r][k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, cols - col);
+      group.each_chunk([&](int k, int col, int count) {
+        x[r][k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
+        dy[r][k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
         B::fetch_dresidual(a, row, col);
-      }
+      });
       stats[r] = B::row_scale(a, row);
-    }
+    });
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= live) break;
       sum[r] = B::dot(a, x[r], dy[r], w, stats[r]);
     }
-    row_sum(sum, live, lanes, alone, scratch, turn);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * stride() + slot;
-      if (row >= a.rows) continue;
+    row_sum(sum, live, a.lanes, alone, scratch, turn);
+    group.each_row([&](int r, int64_t row) {
       stats[r].mean = sum[r] * a.inv_cols;
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const int col = column(k);
-        B::finish(a, row, col, cols - col, x[r][k], dy[r][k], w[k], stats[r], dweight[k]);
-      }
-    }
+      group.each_chunk([&](int k, int col, int count) {
+        B::finish(a, row, col, count, x[r][k], dy[r][k], w[k], stats[r], dweight[k]);
+      });
+    });
   }
   if (a.partial == nullptr) return;
   float* const partial = a.partial + blockIdx.x * a.cols;
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    const int col = column(k);
-    if (slots == 1) {
-      B::store_partial(partial + col, cols - col, dweight[k], cols % 4 == 0);
+  const int row_elems = group.lanes * kVectors * kElems;
+  group.each_chunk([&](int k, int col, int count) {
+    if (group.slots == 1) {
+      B::store_partial(partial + col, count, dweight[k], a.cols % 4 == 0);
     } else {
-      float2* const sums = reinterpret_cast<float2*>(slot_sums + slot * lanes * kVectors * kElems + col);
+      float2* const sums = reinterpret_cast<float2*>(slot_sums + group.slot * row_elems + col);
 #pragma unroll
       for (int i = 0; i < B::kPairs; ++i) sums[i] = dweight[k][i];
     }
-  }
-  if (slots == 1) return;
+  });
+  if (group.slots == 1) return;
   __syncthreads();
-  for (int col = threadIdx.x; col < cols; col += blockDim.x) {
+  for (int col = threadIdx.x; col < group.cols; col += blockDim.x) {
     float total = 0;
-    for (int i = 0; i < slots; ++i) total += slot_sums[i * lanes * kVectors * kElems + col];
+    for (int i = 0; i < group.slots; ++i) total += slot_sums[i * row_elems + col];
     partial[col] = total;
   }
 }
 
 // Longer rows: x, dy and the sums for dweight are in shared memory, of several blocks if need be.
 template <typename X, typename DY, typename W>
-__global__ __launch_bounds__(kBackwardSliceThreads, 2) void backward_shared_rows(const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+__global__ LAUNCH_BOUNDS(kBackwardSharedRows,
+                         false) void backward_shared_rows(const __grid_constant__ BackwardArgs a) {
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   using DWChunk = Chunk<float, kElems>;
   extern __shared__ uint4 kept[];
   __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
-  const int lane = threadIdx.x, lanes = blockDim.x, step = lanes * kBackwardVectors;
-  // The block's columns, counted from `begin` in chunks; the last may be incomplete.
-  const int64_t begin = cluster.rank * a.slice, end = min(a.cols, begin + a.slice);
-  const int chunks = static_cast<int>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
-  const auto column = [=](int chunk) { return begin + int64_t{chunk} * kElems; };
-  const auto count = [=](int chunk) { return static_cast<int>(min(end - column(chunk), int64_t{kElems})); };
+  const int64_t begin = cluster.rank * a.slice;
+  const Slice<int, kBackwardVectors, kElems> slice{begin, min(a.cols, begin + a.slice),
+                                                   static_cast<int>(blockDim.x)};
+  const int chunks = slice.chunks;
   uint4* const kept_dy = kept + chunks;
   uint4* const kept_dweight = kept_dy + chunks * (B::DYChunk::kBytes / 16);
 
-  for (int chunk = lane; chunk < chunks; chunk += lanes) put_chunk(kept_dweight, chunks, chunk, DWChunk{});
+  slice.each_chunk([&](int i) { put_chunk(kept_dweight, chunks, i, DWChunk{}); });
   int turn = 0;
-  for (int64_t row = blockIdx.x / cluster.size; row < a.rows; row += gridDim.x / cluster.size, ++turn) {
-    const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
+  for (int64_t row = blockIdx.x / cluster.size; row < a.rows;
+       row += gridDim.x / cluster.size, ++turn) {
     RowStats stats = B::row_scale(a, row);
-    Sum total;
-    for (int tile = 0; tile < chunks; tile += step) {
-      typename B::XChunk x[kBackwardVectors];
-      typename B::DYChunk dy[kBackwardVectors];
-      typename B::WChunk w[kBackwardVectors];
-#pragma unroll
-      for (int k = 0; k < kBackwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
-        x[k] = load_chunk<X, kElems>(a.x, x_offset + column(chunk), count(chunk));
-        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + column(chunk), count(chunk));
-        w[k] = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
-        if (chunk < chunks) B::fetch_dresidual(a, row, column(chunk));
-      }
-      total = total + Sum(B::dot(a, x, dy, w, stats));
-#pragma unroll
-      for (int k = 0; k < kBackwardVectors; ++k) {
-        const int chunk = tile + k * lanes + lane;
-        if (chunk >= chunks) continue;
-        put_chunk(kept, chunks, chunk, x[k]);
-        put_chunk(kept_dy, chunks, chunk, dy[k]);
-      }
-    }
-    float sum[] = {total};
-    row_sum(sum, 1, lanes, cluster, scratch, turn);
+    float sum[] = {B::template dot_tiles<true>(a, row, stats, slice, kept)};
+    row_sum(sum, 1, slice.lanes, cluster, scratch, turn);
     stats.mean = sum[0] * a.inv_cols;
-    for (int chunk = lane; chunk < chunks; chunk += lanes) {
+    slice.each_chunk([&](int i) {
       typename B::XChunk x;
       typename B::DYChunk dy;
       DWChunk kept_sum;
-      typename B::WChunk w = load_weight<W, kElems>(a.weight, column(chunk), count(chunk));
-      get_chunk(kept, chunks, chunk, x);
-      get_chunk(kept_dy, chunks, chunk, dy);
-      get_chunk(kept_dweight, chunks, chunk, kept_sum);
+      typename B::WChunk w = load_weight<W, kElems>(a.weight, slice.column(i), slice.count(i));
+      get_chunk(kept, chunks, i, x);
+      get_chunk(kept_dy, chunks, i, dy);
+      get_chunk(kept_dweight, chunks, i, kept_sum);
       float2 dweight[B::kPairs];
 #pragma unroll
-      for (int i = 0; i < B::kPairs; ++i) dweight[i] = kept_sum.get(i);
-      B::finish(a, row, column(chunk), count(chunk), x, dy, w, stats, dweight);
+      for (int j = 0; j < B::kPairs; ++j) dweight[j] = kept_sum.get(j);
+      B::finish(a, row, slice.column(i), slice.count(i), x, dy, w, stats, dweight);
 #pragma unroll
-      for (int i = 0; i < B::kPairs; ++i) kept_sum.set(i, dweight[i]);
-      put_chunk(kept_dweight, chunks, chunk, kept_sum);
-    }
+      for (int j = 0; j < B::kPairs; ++j) kept_sum.set(j, dweight[j]);
+      put_chunk(kept_dweight, chunks, i, kept_sum);
+    });
   }
   if (a.partial == nullptr) return;
   float* const partial = a.partial + blockIdx.x / cluster.size * a.cols;
-  for (int chunk = lane; chunk < chunks; chunk += lanes) {
+  slice.each_chunk([&](int i) {
     DWChunk sum;
-    get_chunk(kept_dweight, chunks, chunk, sum);
-    store_chunk(partial + column(chunk), sum, count(chunk), a.cols % 4 == 0);
-  }
+    get_chunk(kept_dweight, chunks, i, sum);
+    store_chunk(partial + slice.column(i), sum, slice.count(i), a.cols % 4 == 0);
+  });
 }
 
 // Rows of any length, in two passes that read x and dy each. The first finds the RowStats.
 template <typename X, typename DY, typename W>
-__global__ __launch_bounds__(kBackwardSliceThreads, 1) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+__global__ LAUNCH_BOUNDS(kBackwardLongStats,
+                         false) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
-  constexpr int kElems = B::kElems;
   __shared__ Scratch scratch;
   const Cluster alone(1);
-  const int lane = threadIdx.x;
-  const int64_t tile = int64_t{kBackwardSliceThreads} * kBackwardVectors * kElems;
+  const Slice<int64_t, kBackwardVectors, B::kElems> slice{0, a.cols, kThreads<kBackwardLongStats>};
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
-    const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
     RowStats stats = B::row_scale(a, row);
-    Sum total;
-    for (int64_t begin = 0; begin < a.cols; begin += tile) {
-      typename B::XChunk x[kBackwardVectors];
-      typename B::DYChunk dy[kBackwardVectors];
-      typename B::WChunk w[kBackwardVectors];
-#pragma unroll
-      for (int k = 0; k < kBackwardVectors; ++k) {
-        const int64_t col = begin + (k * kBackwardSliceThreads + lane) * kElems;
-        const int count = static_cast<int>(min(a.cols - col, int64_t{kElems}));
-        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
-        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
-        w[k] = load_weight<W, kElems>(a.weight, col, count);
-      }
-      total = total + Sum(B::dot(a, x, dy, w, stats));
-    }
-    float sum[] = {total};
-    row_sum(sum, 1, kBackwardSliceThreads, alone, scratch, turn);
+    float sum[] = {B::template dot_tiles<false>(a, row, stats, slice, nullptr)};
+    row_sum(sum, 1, slice.lanes, alone, scratch, turn);
     stats.mean = sum[0] * a.inv_cols;
-    if (lane == 0) a.stats[row] = stats;
+    if (slice.lane == 0) a.stats[row] = stats;
   }
 }
 
 // The second: a block owns a strip of columns and a range of rows, kStripRows at a time.
 template <typename X, typename DY, typename W>
-__global__ __launch_bounds__(kStripThreads, 1) void backward_long_strips(const __grid_constant__ BackwardArgs a) {
-  meet_neighbours();
+__global__ LAUNCH_BOUNDS(kBackwardLongStrips,
+                         false) void backward_long_strips(const __grid_constant__ BackwardArgs a) {
+  sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
-  const int64_t col = (int64_t{blockIdx.x} * kStripThreads + threadIdx.x) * kElems;
+  const int64_t col = (int64_t{blockIdx.x} * kThreads<kBackwardLongStrips> + threadIdx.x) * kElems;
   const int count = static_cast<int>(min(a.cols - col, int64_t{kElems}));
   if (count <= 0) return;
   const int64_t groups = (a.rows + kStripRows - 1) / kStripRows;
@@ -318,17 +301,14 @@ __global__ __launch_bounds__(kStripThreads, 1) void backward_long_strips(const _
   for (int64_t first = begin; first < end; first += kStripRows) {
     typename B::XChunk x[kStripRows];
     typename B::DYChunk dy[kStripRows];
-#pragma unroll
-    for (int r = 0; r < kStripRows; ++r) {
-      if (first + r >= end) continue;
-      x[r] = load_chunk<X, kElems>(a.x, row_offset(a.x_rows, first + r) + col, count);
-      dy[r] = load_chunk<DY, kElems>(a.dy, row_offset(a.dy_rows, first + r) + col, count);
-    }
-#pragma unroll
-    for (int r = 0; r < kStripRows; ++r) {
-      if (first + r >= end) continue;
-      B::finish(a, first + r, col, count, x[r], dy[r], w, a.stats[first + r], dweight);
-    }
+    const auto row_of = [=](int r) { return first + r; };
+    each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
+      x[r] = load_chunk<X, kElems>(a.x, row_offset(a.x_rows, row) + col, count);
+      dy[r] = load_chunk<DY, kElems>(a.dy, row_offset(a.dy_rows, row) + col, count);
+    });
+    each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
+      B::finish(a, row, col, count, x[r], dy[r], w, a.stats[row], dweight);
+    });
   }
   if (a.partial != nullptr) {
     B::store_partial(a.partial + blockIdx.y * a.cols + col, count, dweight, a.cols % 4 == 0);
@@ -344,7 +324,7 @@ struct DWeightArgs {
 
 // The sum of the partial sums, each column's in one fixed order, in double.
 __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWeightArgs a) {
-  meet_neighbours();
+  sync_dependent_launch();
   __shared__ double sums[32][33];
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   const int64_t first = int64_t{blockIdx.x} * 32;
@@ -362,22 +342,23 @@ __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWei
 }
 
 template <typename X, typename DY, typename W>
-int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips, cudaStream_t stream) {
+int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips,
+                cudaStream_t stream) {
   if (plan.keep != Keep::kNowhere) {
     void (*kernel)(BackwardArgs) = plan.keep == Keep::kShared ? backward_shared_rows<X, DY, W>
                                    : plan.vectors == 1        ? backward_rows<X, DY, W, 1>
                                                               : backward_rows<X, DY, W, 2>;
-    return launch(kernel, shape_of(plan), a, stream);
+    return launch(kernel, plan, a, stream);
   }
-  const int error = launch(backward_long_stats<X, DY, W>, shape_of(plan), a, stream);
+  const int error = launch(backward_long_stats<X, DY, W>, plan, a, stream);
   if (error != 0) return error;
   const dim3 grid(static_cast<unsigned>(strips.strips), static_cast<unsigned>(strips.blocks));
-  return launch(backward_long_strips<X, DY, W>, {grid, kStripThreads}, a, stream);
+  return launch(backward_long_strips<X, DY, W>, {grid, kThreads<kBackwardLongStrips>}, a, stream);
 }
 
 template <typename X>
-int launch_rows(const BackwardArgs& a, bool same_dy, bool same_w, const Plan& plan, const StripPlan& strips,
-                cudaStream_t stream) {
+int launch_rows(const BackwardArgs& a, bool same_dy, bool same_w, const Plan& plan,
+                const StripPlan& strips, cudaStream_t stream) {
   if (same_dy && same_w) return launch_rows<X, X, X>(a, plan, strips, stream);
   if (same_dy) return launch_rows<X, X, float>(a, plan, strips, stream);
   if (same_w) return launch_rows<X, float, X>(a, plan, strips, stream);
@@ -394,8 +375,8 @@ struct Layout {
 
   Layout(const RmsNormBackward& p, const Device& here) {
     w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
-    const DType wide = DType::kFloat64;
-    in_double = p.dy_dtype == wide || p.x_dtype == wide || w_dtype == wide;
+    const auto is_double = [](DType type) { return type == DType::kFloat64; };
+    in_double = is_double(p.dy_dtype) || is_double(p.x_dtype) || is_double(w_dtype);
     if (in_double) return;
     plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, w_dtype, here);
     strips = plan_strips(p.rows, p.cols, p.x_dtype, here);
@@ -410,7 +391,8 @@ struct Layout {
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p) {
   const Layout layout(p, device());
   if (layout.in_double) return backward_in_double_workspace(p);
-  return layout.stats_bytes + (p.dweight != nullptr ? layout.partial_rows * p.cols * int64_t{sizeof(float)} : 0);
+  return layout.stats_bytes +
+         (p.dweight != nullptr ? layout.partial_rows * p.cols * int64_t{sizeof(float)} : 0);
 }
 
 int rms_norm_backward(const RmsNormBackward& p, void* stream) {
@@ -426,13 +408,15 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   a.dy = {p.dy, p.dy_dtype, rows_aligned(p.dy, p.dy_rows, p.rows, p.dy_dtype, elems)};
   a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
   a.weight = {p.weight, layout.w_dtype, row_aligned(p.weight, layout.w_dtype, elems)};
-  a.dresidual = {p.dresidual, p.x_dtype, rows_aligned(p.dresidual, p.dresidual_rows, p.rows, p.x_dtype, elems)};
+  a.dresidual = {p.dresidual, p.x_dtype,
+                 rows_aligned(p.dresidual, p.dresidual_rows, p.rows, p.x_dtype, elems)};
   a.dresidual_rows = p.dresidual_rows;
   a.rstd = static_cast<const float*>(p.rstd);
   a.dx = p.dx;
   a.stats = static_cast<RowStats*>(p.workspace);
-  a.partial = p.dweight != nullptr ? reinterpret_cast<float*>(static_cast<char*>(p.workspace) + layout.stats_bytes)
-                                   : nullptr;
+  a.partial = p.dweight != nullptr
+                  ? reinterpret_cast<float*>(static_cast<char*>(p.workspace) + layout.stats_bytes)
+                  : nullptr;
   a.dy_rows = p.dy_rows;
   a.x_rows = p.x_rows;
   a.rows = p.rows;

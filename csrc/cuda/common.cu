@@ -28,7 +28,8 @@ int driver_version() {
 
 namespace {
 
-// Text by snprintf: what std::string instantiates here would be a symbol of this library that others see.
+// Text by snprintf: what std::string instantiates here would be a symbol of this library that
+// others see.
 struct Text {
   char value[200];
 };
@@ -44,8 +45,10 @@ Text driver_too_old() {
   if (driver == 0) {
     write("there is no NVIDIA driver, and these kernels need one of CUDA %d.0%s or newer");
   } else {
-    write("the NVIDIA driver is of CUDA %d.%d, too old: these kernels need one of CUDA %d.0%s or newer", driver / 1000,
-          driver % 1000 / 10);
+    write(
+        "the NVIDIA driver is of CUDA %d.%d, too old: these kernels need one of CUDA %d.0%s or "
+        "newer",
+        driver / 1000, driver % 1000 / 10);
   }
   return text;
 }
@@ -84,14 +87,26 @@ Device ask(int device) {
 bool overlapping() {
   static const bool wanted = [] {
     const char* value = std::getenv("RMSNORM_CUDA_PDL");
-    if (value == nullptr || std::strcmp(value, "") == 0 || std::strcmp(value, "0") == 0) return false;
+    if (value == nullptr || std::strcmp(value, "") == 0 || std::strcmp(value, "0") == 0)
+      return false;
     if (std::strcmp(value, "1") == 0) return true;
     Text text;
-    std::snprintf(text.value, sizeof text.value, "RMSNORM_CUDA_PDL is '%s': expected 1, 0 or unset", value);
+    std::snprintf(text.value, sizeof text.value, "RMSNORM_CUDA_PDL is '%s': expected 1, 0 or unset",
+                  value);
     throw std::runtime_error(text.value);
   }();
   return wanted && device().arch >= 90;
 }
+
+namespace {
+
+thread_local Plan last;
+
+}  // namespace
+
+void set_last_plan(const Plan& plan) { last = plan; }
+
+Plan last_plan() { return last; }
 
 int why_no_device() {
   int current = 0;

@@ -5,13 +5,14 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "plan.h"
+#include "tuning.h"
 #include "vec.cuh"
 
 namespace rmsnorm::cuda {
 
-// A sum with what its additions rounded off beside it (two-sum). Plain fp32 sums are too coarse for fp32 results:
-// the last levels of any tree are a few additions each of whose errors reaches y, and together they reach an ulp.
+// A sum with what its additions rounded off beside it (two-sum). Plain fp32 sums are too coarse for
+// fp32 results: the last levels of any tree are a few additions each of whose errors reaches y, and
+// together they reach an ulp.
 struct alignas(8) Sum {
   float hi = 0, lo = 0;
 
@@ -41,8 +42,8 @@ __device__ auto tree_sum(const F& leaf, int first = 0) {
   }
 }
 
-// The blocks that share a row, each with a slice of its columns; most often one. A kernel that is compiled for a device
-// without clusters has no more.
+// The blocks that share a row, each with a slice of its columns; most often one. A kernel that is
+// compiled for a device without clusters has no more.
 struct Cluster {
   int size, rank;
 
@@ -80,20 +81,11 @@ struct Cluster {
 
 // One partial sum per warp of a row; alternate halves, so that one barrier per row is enough.
 struct Scratch {
-  float2 warp_sum[2][kMaxCluster * kForwardSliceThreads / kWarp];
+  float2 warp_sum[2][kTuned.max_cluster * kTuned.limits[kForwardSharedRows].threads / kWarp];
 };
 
-// How many of the kRows rows first, first + stride, ... there are: for the whole block, where first is.
-template <int kRows>
-__device__ int live_rows(int64_t first, int64_t stride, int64_t rows) {
-  int live = 0;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) live += first + r * stride < rows;
-  return live;
-}
-
-// In which the sum of a row of X is formed. 16-bit results do not show what fp32 rounds off in the few additions of a tree;
-// what a thread sums up over a long row is a Sum for both.
+// In which the sum of a row of X is formed. 16-bit results do not show what fp32 rounds off in the
+// few additions of a tree; what a thread sums up over a long row is a Sum for both.
 template <typename X>
 using Total = std::conditional_t<sizeof(X) == 4, Sum, float>;
 
@@ -102,10 +94,12 @@ __device__ inline Sum of_lane(const Sum& s, int distance) {
   return Sum(of_lane(s.hi, distance), of_lane(s.lo, distance));
 }
 
-// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block take part. `turn`
-// counts the calls. Rows that are taken several at a time are no longer than a warp (plan.h).
+// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block
+// take part. `turn` counts the calls. Rows that are taken several at a time are no longer than a
+// warp (plan.h).
 template <typename T, int kRows>
-__device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& cluster, Scratch& scratch, int turn) {
+__device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& cluster,
+                        Scratch& scratch, int turn) {
   if constexpr (kRows > 1) {
 #pragma unroll 1
     for (int o = lanes / 2; o > 0; o /= 2) {
@@ -121,10 +115,12 @@ __device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& clust
     };
     over_warp();
     if (lanes == kWarp) return;
-    const int warps = lanes / 32, thread = recomputed(threadIdx.x), warp = thread / 32, lane = thread % 32, first = warp / warps * warps;
+    const int warps = lanes / 32, thread = recomputed(threadIdx.x), warp = thread / 32,
+              lane = thread % 32, first = warp / warps * warps;
     T* const sums = reinterpret_cast<T*>(scratch.warp_sum[turn % 2]);
     if (cluster.size > 1 && turn == 0) Cluster::wait();
-    if (lane < cluster.size) *Cluster::of_block(sums + cluster.rank * warps + warp, cluster.size > 1 ? lane : 0) = v[0];
+    if (lane < cluster.size)
+      *Cluster::of_block(sums + cluster.rank * warps + warp, cluster.size > 1 ? lane : 0) = v[0];
     cluster.barrier();
     v[0] = T{};
     for (int i = lane; i < cluster.size * warps; i += 32) v[0] = v[0] + sums[first + i];
@@ -132,7 +128,8 @@ __device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& clust
   }
 }
 
-// 1 / sqrt(mean(x^2) + eps) = pre * (hi + lo). pre is a power of two, and 1 but for rows that are rescued.
+// 1 / sqrt(mean(x^2) + eps) = pre * (hi + lo). pre is a power of two, and 1 but for rows that are
+// rescued.
 struct Scale {
   float hi, lo, pre;
 };
@@ -149,20 +146,22 @@ inline Mean mean_of(int64_t cols, double eps) {
   return {inv_hi, static_cast<float>(inv - inv_hi), eps_hi, static_cast<float>(eps - eps_hi)};
 }
 
-// Mean squares in this range neither overflow nor lose bits in fp32 on any way through the kernels, and their
-// reciprocal roots are within [2^-30, 2^30]. Other rows are rescued.
+// Mean squares in this range neither overflow nor lose bits in fp32 on any way through the kernels,
+// and their reciprocal roots are between kMinRstd and kMaxRstd. Other rows are rescued.
 constexpr float kMinMeanSquare = 0x1p-60f, kMaxMeanSquare = 0x1p60f;
+constexpr float kMinRstd = 0x1p-30f, kMaxRstd = 0x1p30f;
 
-// From the sum of squares, to about 2^-44: the error of the result is that of the sum. All in fp32, because
-// fp64 runs at 1/64 of its rate on most GPUs and this is done once for as few as 64 elements.
-// Returns false for a row out of range. (NaN is in: it comes out as NaN.)
+// From the sum of squares, to about 2^-44: the error of the result is that of the sum. All in fp32,
+// because fp64 runs at 1/64 of its rate on most GPUs and this is done once for as few as 64
+// elements. Returns false for a row out of range. (NaN is in: it comes out as NaN.)
 __device__ inline bool fast_scale(const Sum& sum, const Mean& m, Scale& out) {
   const float mean = __fmul_rn(sum.hi, m.inv_hi);
   const float rough = mean + m.eps_hi;
   if (rough < kMinMeanSquare || rough > kMaxMeanSquare) return false;
   const float part = rough - mean;
   const float rest = (mean - (rough - part)) + (m.eps_hi - part) + m.eps_lo;
-  const float v_lo = __fmaf_rn(sum.hi, m.inv_lo, __fmaf_rn(sum.hi, m.inv_hi, -mean)) + sum.lo * m.inv_hi + rest;
+  const float v_lo =
+      __fmaf_rn(sum.hi, m.inv_lo, __fmaf_rn(sum.hi, m.inv_hi, -mean)) + sum.lo * m.inv_hi + rest;
   // One Newton step on the hardware's estimate: e = 1 - v * r^2, with r^2 as the sum of two floats.
   const float r = rsqrtf(rough);
   const float sq = __fmul_rn(r, r);
@@ -186,9 +185,9 @@ __device__ inline bool fast_scale(float sum, const Mean& m, Scale& out) {
 
 __device__ inline double pow2(int e) { return __hiloint2double((e + 1023) << 20, 0); }
 
-// 1 / sqrt(mean(x^2) + eps) = r * 2^exponent, in double, for x of any magnitude: x is scaled so that the greatest
-// of |x| and sqrt(eps) is near 1, and eps with it.
-struct WideScale {
+// 1 / sqrt(mean(x^2) + eps) = r * 2^exponent, in double, for x of any magnitude: x is scaled so
+// that the greatest of |x| and sqrt(eps) is near 1, and eps with it.
+struct DoubleScale {
   double r;
   int exponent;
 };
@@ -198,10 +197,10 @@ __device__ inline uint32_t group_mask(int group) {
   return (group == 32 ? ~0u : (1u << group) - 1) << (threadIdx.x % 32 / group * group);
 }
 
-// load(i): element i of the row, as double. The `group` lanes of a warp that call this share the work, and each
-// gets the result. Far off the hot path: it reads the row twice.
+// load(i): element i of the row, as double. The `group` lanes of a warp that call this share the
+// work, and each gets the result. Far off the hot path: it reads the row twice.
 template <typename Load>
-__device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int group) {
+__device__ DoubleScale double_scale(const Load& load, int64_t cols, double eps, int group) {
   const int lane = threadIdx.x % group;
   const uint32_t mask = group_mask(group);
   double top = sqrt(eps);
@@ -209,8 +208,9 @@ __device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int 
   for (int64_t i = lane; i < cols; i += group) top = fmax(top, fabs(load(i)));
 #pragma unroll 1
   for (int o = group / 2; o > 0; o /= 2) top = fmax(top, __shfl_xor_sync(mask, top, o));
-  // 1000: so that both powers are normal numbers. An all-zero row and one with Inf stay as they are.
-  WideScale s;
+  // 1000: so that both powers are normal numbers. An all-zero row and one with Inf stay as they
+  // are.
+  DoubleScale s;
   const int exponent = (__double2hiint(top) >> 20) - 1023;
   s.exponent = top > 0 && exponent < 1024 ? max(-1000, min(1000, -exponent)) : 0;
   const double pre = pow2(s.exponent);
@@ -228,14 +228,14 @@ __device__ WideScale wide_scale(const Load& load, int64_t cols, double eps, int 
   return s;
 }
 
-// The scale of a row out of the range of fast_scale. Each warp (or smaller group) of the row finds it by itself,
-// from memory. For fp32 and narrower x, whose exponents fit pre and hi.
+// The scale of a row out of the range of fast_scale. Each warp (or smaller group) of the row finds
+// it by itself, from memory. For fp32 and narrower x, whose exponents fit pre and hi.
 template <typename T>
 __device__ Scale rescued_scale(const T* x, int64_t cols, double eps, int lanes) {
-  const WideScale s =
-      wide_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; }, cols, eps, min(lanes, 32));
-  // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is still normal), or
-  // the small elements of such a row would become subnormal on the way.
+  const DoubleScale s = double_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; },
+                                     cols, eps, min(lanes, 32));
+  // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is
+  // still normal), or the small elements of such a row would become subnormal on the way.
   const int pre = s.exponent > 0 ? min(126, s.exponent) : max(-126, min(0, s.exponent + 96));
   const double r = s.r * pow2(s.exponent - pre);
   Scale out;

@@ -1,6 +1,7 @@
-// Elements in registers: a chunk is the consecutive elements of a row that one thread handles at a time, as
-// many as 16 bytes of x hold, kept packed as they come from memory. How it is accessed (16 bytes at a time or
-// element by element) depends on the alignment; which thread gets which elements never does.
+// Elements in registers: a chunk is the consecutive elements of a row that one thread handles at a
+// time, as many as 16 bytes of x hold, kept packed as they come from memory. How it is accessed (16
+// bytes at a time or element by element) depends on the alignment; which thread gets which elements
+// never does.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,9 +13,9 @@
 
 namespace rmsnorm::cuda {
 
-// First in every kernel. A launch under RMSNORM_CUDA_PDL (launch.h) may start before the kernel ahead of it has ended: here it
-// is waited for, and the next one is let in. Otherwise nothing.
-__device__ inline void meet_neighbours() {
+// First in every kernel. A launch under RMSNORM_CUDA_PDL (launch.h) may start before the kernel
+// ahead of it has ended: here it is waited for, and the next one is let in. Otherwise nothing.
+__device__ inline void sync_dependent_launch() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
@@ -52,8 +53,8 @@ __device__ float2 round_to(float2 v) {
   return unpack<T>(w);
 }
 
-// v again, but nothing computed from it is shared with other places or moved out of a loop: a few integer
-// instructions per row cost less than the registers that would hold their results.
+// v again, but nothing computed from it is shared with other places or moved out of a loop: a few
+// integer instructions per row cost less than the registers that would hold their results.
 __device__ inline int recomputed(int v) {
   asm volatile("" : "+r"(v));
   return v;
@@ -68,7 +69,8 @@ struct Chunk {
   __device__ float2 get(int i) const { return unpack<T>(word + i * sizeof(T) / 2); }
   __device__ void set(int i, float2 v) { pack<T>(word + i * sizeof(T) / 2, v); }
 
-  // Keeps the compiler from unpacking ahead, which would hold twice the registers over a reduction or a loop.
+  // Keeps the compiler from unpacking ahead, which would hold twice the registers over a reduction
+  // or a loop.
   __device__ void stay_packed() {
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
@@ -77,8 +79,8 @@ struct Chunk {
   }
 };
 
-// `count` elements are there (none if negative); the others read as zero. aligned: p is at an address that
-// the widest access can take.
+// `count` elements are there (none if negative); the others read as zero. aligned: p is at an
+// address that the widest access can take.
 template <typename T, int kElems>
 __device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
   using C = Chunk<T, kElems>;
@@ -90,7 +92,8 @@ __device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
 #pragma unroll
       for (int i = 0; i < C::kBytes / 16; ++i) {
         const uint4 v = reinterpret_cast<const uint4*>(p)[i];
-        c.word[4 * i] = v.x, c.word[4 * i + 1] = v.y, c.word[4 * i + 2] = v.z, c.word[4 * i + 3] = v.w;
+        c.word[4 * i] = v.x, c.word[4 * i + 1] = v.y, c.word[4 * i + 2] = v.z,
+                   c.word[4 * i + 3] = v.w;
       }
     }
   } else {
@@ -107,7 +110,8 @@ __device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
   return c;
 }
 
-// To global memory. __stwb is the plain store; written as an assignment, nvcc split it into words in most kernels.
+// To global memory. __stwb is the plain store; written as an assignment, nvcc split it into words
+// in most kernels.
 template <typename T, int kElems>
 __device__ void store_chunk(T* p, const Chunk<T, kElems>& c, int count, bool aligned) {
   if (aligned && count >= kElems) {
@@ -138,7 +142,8 @@ template <typename T, int kElems>
 __device__ void put_chunk(uint4* kept, int n, int i, const Chunk<T, kElems>& c) {
 #pragma unroll
   for (int k = 0; k < c.kBytes / 16; ++k) {
-    kept[k * n + i] = make_uint4(c.word[4 * k], c.word[4 * k + 1], c.word[4 * k + 2], c.word[4 * k + 3]);
+    kept[k * n + i] =
+        make_uint4(c.word[4 * k], c.word[4 * k + 1], c.word[4 * k + 2], c.word[4 * k + 3]);
   }
 }
 template <typename T, int kElems>
@@ -150,8 +155,9 @@ __device__ void get_chunk(const uint4* kept, int n, int i, Chunk<T, kElems>& c) 
   }
 }
 
-// Rows::offset() on the device. A 64-bit division there is a subroutine that takes some twenty registers from
-// the kernel around it. So 32 bits where they do, and one bit at a time for the rare row beyond 2^32.
+// Rows::offset() on the device. A 64-bit division there is a subroutine that takes some twenty
+// registers from the kernel around it. So 32 bits where they do, and one bit at a time for the rare
+// row beyond 2^32.
 __device__ inline int64_t row_offset(const Rows& rows, int64_t row) {
   int64_t result = 0;
 #pragma unroll 1
@@ -182,7 +188,8 @@ struct View {
   bool aligned;  // every chunk is
 };
 
-// Elements [index, index + count) of v, held as T: those of another dtype as fp32 (held_dtype in plan.h).
+// Elements [index, index + count) of v, held as T: those of another dtype as fp32 (held_dtype in
+// plan.h).
 template <typename T, int kElems>
 __device__ Chunk<T, kElems> load_chunk(const View& v, int64_t index, int count) {
   if constexpr (std::is_same_v<T, float>) {
@@ -193,11 +200,12 @@ __device__ Chunk<T, kElems> load_chunk(const View& v, int64_t index, int count) 
       return c;
     };
     if (v.dtype == DType::kFloat16) {
-      return widened(load_chunk<__half, kElems>(static_cast<const __half*>(v.data) + index, count, v.aligned));
+      return widened(
+          load_chunk<__half, kElems>(static_cast<const __half*>(v.data) + index, count, v.aligned));
     }
     if (v.dtype == DType::kBFloat16) {
-      return widened(
-          load_chunk<__nv_bfloat16, kElems>(static_cast<const __nv_bfloat16*>(v.data) + index, count, v.aligned));
+      return widened(load_chunk<__nv_bfloat16, kElems>(
+          static_cast<const __nv_bfloat16*>(v.data) + index, count, v.aligned));
     }
   }
   return load_chunk<T, kElems>(static_cast<const T*>(v.data) + index, count, v.aligned);
@@ -205,7 +213,9 @@ __device__ Chunk<T, kElems> load_chunk(const View& v, int64_t index, int count) 
 
 // Into the L2 cache, for a load that comes later.
 __device__ inline void fetch_chunk(const View& v, int bytes, int64_t index, int count) {
-  if (count > 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(v.data) + index * bytes));
+  if (count > 0)
+    asm volatile(
+        "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(v.data) + index * bytes));
 }
 
 // The same of a weight, which may be absent: ones.

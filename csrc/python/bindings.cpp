@@ -157,6 +157,16 @@ void set_isa(const std::optional<std::string>& name) {
   throw py::value_error(message);
 }
 
+py::dict as_dict(const cuda::Plan& plan) {
+  using namespace py::literals;
+  return py::dict("kernel"_a = plan.kernel, "keep"_a = static_cast<int>(plan.keep),
+                  "vectors"_a = plan.vectors, "lanes"_a = plan.lanes, "threads"_a = plan.threads,
+                  "registers"_a = plan.registers, "bytes_in_flight"_a = plan.bytes_in_flight,
+                  "cluster"_a = plan.cluster, "slice"_a = plan.slice,
+                  "shared_bytes"_a = plan.shared_bytes, "resident"_a = plan.resident,
+                  "blocks"_a = plan.blocks);
+}
+
 py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy, at::ScalarType x,
                    at::ScalarType w, int arch, int multiprocessors, int64_t shared_bytes) {
   if (rows < 1 || cols < 1)
@@ -168,15 +178,17 @@ py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy,
       throw py::value_error("cuda_plan: expected float32, float16 or bfloat16");
     return *known;
   };
-  const cuda::Plan plan =
+  return as_dict(
       backward ? cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), dtype(w), device)
-               : cuda::rms_norm_forward_plan(rows, cols, dtype(x), device);
-  using namespace py::literals;
-  return py::dict("keep"_a = static_cast<int>(plan.keep), "vectors"_a = plan.vectors,
-                  "lanes"_a = plan.lanes, "threads"_a = plan.threads,
-                  "registers"_a = plan.registers, "cluster"_a = plan.cluster,
-                  "slice"_a = plan.slice, "shared_bytes"_a = plan.shared_bytes,
-                  "resident"_a = plan.resident, "blocks"_a = plan.blocks);
+               : cuda::rms_norm_forward_plan(rows, cols, dtype(x), device));
+}
+
+py::dict cuda_limits(int arch) {
+  py::dict result;
+  for (const cuda::KernelLimits* k = cuda::kernel_limits(arch); k->kernel != nullptr; ++k) {
+    result[k->kernel] = py::make_tuple(k->threads, k->registers, k->mixed_registers);
+  }
+  return result;
 }
 
 // The files that librmsnorm_torch.so and librmsnorm.so were loaded from: a namesake may have been
@@ -214,6 +226,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_error", cuda::error_string, "What a cudaError_t means here.");
   m.def("cuda_plan", cuda_plan,
         "The layout of a CUDA launch, in the terms of rmsnorm.h's Plan; needs no GPU.");
+  m.def("cuda_limits", cuda_limits,
+        "Of each CUDA kernel of an architecture: threads, registers, and those for mixed dtypes.");
+  m.def(
+      "last_plan", [] { return as_dict(cuda::last_plan()); },
+      "The layout of the CUDA launch that this thread made last, as cuda_plan; its kernel is '' "
+      "before the first.");
   m.attr("torch_version") = RMSNORM_TORCH_VERSION;
   m.attr("compiler") = "g++ " __VERSION__;
 }

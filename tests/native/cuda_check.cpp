@@ -1,9 +1,10 @@
-// The CUDA kernels against the formula in long double, without torch and without Python: one shape or more of every kernel.
-// For a GPU, and compute-sanitizer:
-//   nvcc -std=c++17 -O3 -lineinfo -arch=native '-DRMSNORM_CUDA_ARCHS="native"' tests/native/cuda_check.cpp csrc/cuda/*.cu -o cuda_check
+// The CUDA kernels against the formula in long double, without torch and without Python: one shape
+// or more of every kernel. For a GPU, and compute-sanitizer:
+//   nvcc -std=c++17 -O3 -lineinfo -arch=native '-DRMSNORM_CUDA_ARCHS="native"'
+//   tests/native/cuda_check.cpp csrc/cuda/*.cu -o cuda_check
 //   ./cuda_check && compute-sanitizer --tool racecheck ./cuda_check
-// For a simulator of the runtime: -cudart shared and PTX, -gencode arch=compute_90,code=compute_90. More dtypes, lengths
-// and layouts are in cuda_check.py.
+// For a simulator of the runtime: -cudart shared and PTX, -gencode arch=compute_90,code=compute_90.
+// More dtypes, lengths and layouts are in cuda_check.py.
 #include <cuda_runtime.h>
 
 #include "check.h"
@@ -21,14 +22,16 @@ class OnDevice {
  public:
   explicit OnDevice(Tensor& t) : tensor_(t) {
     expect(cudaMalloc(&memory_, t.bytes.size()), "cudaMalloc");
-    expect(cudaMemcpy(memory_, t.bytes.data(), t.bytes.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+    expect(cudaMemcpy(memory_, t.bytes.data(), t.bytes.size(), cudaMemcpyHostToDevice),
+           "cudaMemcpy");
   }
   ~OnDevice() { cudaFree(memory_); }
   OnDevice(const OnDevice&) = delete;
 
   void* data() const { return static_cast<char*>(memory_) + tensor_.origin; }
   void fetch() {
-    expect(cudaMemcpy(tensor_.bytes.data(), memory_, tensor_.bytes.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    expect(cudaMemcpy(tensor_.bytes.data(), memory_, tensor_.bytes.size(), cudaMemcpyDeviceToHost),
+           "cudaMemcpy");
   }
 
  private:
@@ -56,19 +59,23 @@ void run_forward(const Forward& f, Tensor& x, Tensor& w, Tensor& y, Tensor* r) {
 
 void check_forward(const Forward& f, int64_t rows, int64_t cols, Layout layout) {
   Tensor x(f.x_type, rows, cols, layout), w(f.w_type, 1, cols);
-  Tensor y(f.y_type(), rows, cols, layout, kGuard), r(f.rstd_type(), 1, rows, Layout::kDense, kGuard);
+  Tensor y(f.y_type(), rows, cols, layout, kGuard),
+      r(f.rstd_type(), 1, rows, Layout::kDense, kGuard);
   fill_normal(x);
-  if (rows > 1) x.set(1, cols / 2, 1e30L);  // a row that fp32 cannot sum, if the format has that number
+  if (rows > 1)
+    x.set(1, cols / 2, 1e30L);  // a row that fp32 cannot sum, if the format has that number
   fill_normal(w, 0.5, f.offset != 0 ? 0 : 1);
   run_forward(f, x, w, y, &r);
-  const std::string name = "forward " + f.name() + " " + std::to_string(rows) + "x" + std::to_string(cols);
+  const std::string name =
+      "forward " + f.name() + " " + std::to_string(rows) + "x" + std::to_string(cols);
   // rstd of 16-bit rows comes of plain fp32 sums: see Total in reduce.cuh.
   compare_forward(f, x, w, y, r, name.c_str(), f.x_type == DType::kFloat32 ? 1 : 4);
 
   Tensor one(f.x_type, 1, cols), y_of_one(f.y_type(), 1, cols, Layout::kDense, kGuard);
   fill(one, [&](int64_t, int64_t col) { return x.get(rows - 1, col); });
   run_forward(f, one, w, y_of_one, nullptr);
-  check(!std::memcmp(y_of_one.at(0, 0), y.at(rows - 1, 0), cols * format(y.dtype).bytes), "%s: one row alone has other bits", name.c_str());
+  check(!std::memcmp(y_of_one.at(0, 0), y.at(rows - 1, 0), cols * format(y.dtype).bytes),
+        "%s: one row alone has other bits", name.c_str());
   if (f.y_type() != f.x_type) return;
   run_forward(f, x, w, x, nullptr);
   check(x.same_bits(y), "%s: in place", name.c_str());
@@ -91,7 +98,8 @@ void check_fused(Fused fused) {
 
 Gradients run_backward(Backward& b, bool want_dx, bool want_dweight) {
   Gradients result(b);
-  OnDevice x(b.x), dy(b.dy), w(b.w), rstd(b.rstd), dresidual(b.dresidual), dx(result.dx), dweight(result.dweight);
+  OnDevice x(b.x), dy(b.dy), w(b.w), rstd(b.rstd), dresidual(b.dresidual), dx(result.dx),
+      dweight(result.dweight);
   RmsNormBackward p = params(b, result, want_dx, want_dweight);
   p.x = x.data(), p.dy = dy.data(), p.rstd = rstd.data();
   if (p.weight) p.weight = w.data();
@@ -125,14 +133,17 @@ void check_backward(const Forward& f, DType dy, int64_t rows, int64_t cols, Layo
   BackwardReference(b).compare(got, name.c_str());
   check(run_backward(b, true, true).same_bits(got), "%s: other bits in a second run", name.c_str());
   check(run_backward(b, true, false).dx.same_bits(got.dx), "%s: dx alone", name.c_str());
-  check(run_backward(b, false, true).dweight.same_bits(got.dweight), "%s: dweight alone", name.c_str());
+  check(run_backward(b, false, true).dweight.same_bits(got.dweight), "%s: dweight alone",
+        name.c_str());
 }
 
 }  // namespace
 
 int main() {
-  // Short rows several to a warp, one warp, a block in registers, shared memory, clusters of each size.
-  const int64_t sizes[] = {1, 7, 64, 96, 128, 200, 256, 300, 600, 1000, 2050, 4096, 5121, 9000, 20004, 40000};
+  // Short rows several to a warp, one warp, a block in registers, shared memory, clusters of each
+  // size.
+  const int64_t sizes[] = {1,   7,    64,   96,   128,  200,  256,   300,
+                           600, 1000, 2050, 4096, 5121, 9000, 20004, 40000};
   const int64_t long_sizes[] = {70001, 140000, 280008};
   const DType bf16 = DType::kBFloat16, f32 = DType::kFloat32, f64 = DType::kFloat64;
   int turn = 0;
@@ -142,7 +153,8 @@ int main() {
       const Layout layout = kLayouts[turn % 4];
       const int64_t rows = cols < 300 ? 20 : 3;
       check_forward(f, rows, cols, layout);
-      check_fused(Fused(f, f.x_type == f32 || turn % 4 == 0 ? kFast[turn % 3] : f.x_type, rows, cols, layout, turn % 2));
+      check_fused(Fused(f, f.x_type == f32 || turn % 4 == 0 ? kFast[turn % 3] : f.x_type, rows,
+                        cols, layout, turn % 2));
       check_backward(f, kFast[turn++ / 4 % 3], rows, cols, layout);
     }
   }

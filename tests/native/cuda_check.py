@@ -1,14 +1,17 @@
-"""The CUDA kernels against the formula in fp64, through the C entry of cuda_entry.cu. Needs numpy and nothing else.
+"""The CUDA kernels against the formula in fp64, through the C entry of cuda_entry.cu. Needs numpy.
 
-    python tests/native/cuda_check.py --build LIB [--arch 9.0]   # PTX 8.0 and 9.0 for a simulator, or machine code
+    python tests/native/cuda_check.py --build LIB [--arch 9.0]  # PTX 8.0 and 9.0, or machine code
     python tests/native/cuda_check.py --lib LIB [--quick] [--seed N]
 
-Memory comes from the libcudart.so.13 that the loader finds: that of a GPU, or a simulator by LD_LIBRARY_PATH.
+Memory comes from the libcudart.so.13 that the loader finds: that of a GPU, or a simulator by
+LD_LIBRARY_PATH.
 """
+
 import argparse
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,9 +35,22 @@ def build(lib, arch):
     for number in (arch or "8.0 9.0").replace(".", "").split():
         code += ["-gencode", f"arch=compute_{number},code={'sm' if arch else 'compute'}_{number}"]
     subprocess.run(
-        ["nvcc", "-t", "2", "-cudart", "shared", "-shared", "-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
+        [
+            "nvcc",
+            "-t",
+            "2",
+            "-cudart",
+            "shared",
+            "-shared",
+            "-O3",
+            "-std=c++17",
+            "-lineinfo",
+            "-Xcompiler",
+            "-fPIC",
+        ]
         + [f'-DRMSNORM_CUDA_ARCHS="{arch or "8.0 9.0"}"', *code, "-o", lib]
-        + sources + [os.path.join(HERE, "cuda_entry.cu")],
+        + sources
+        + [os.path.join(HERE, "cuda_entry.cu")],
         check=True,
     )
 
@@ -96,46 +112,30 @@ def promoted(x, w):
 # The library and its memory
 
 
-class Rows(ctypes.Structure):
-    _fields_ = [("ndim", ctypes.c_int32), ("size", ctypes.c_int64 * 4), ("stride", ctypes.c_int64 * 4)]
-
-
 P, I64 = ctypes.c_void_p, ctypes.c_int64
 
 
-class Addends(ctypes.Structure):
-    _fields_ = [("input", P), ("residual", P), ("input_dtype", ctypes.c_int32), ("input_rows", Rows), ("residual_rows", Rows)]
+def structs(header):
+    """The types of rmsnorm.h for ctypes, by name. A member is a line indented by two spaces."""
+    types = {"int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": I64, "bool": ctypes.c_bool}
+    types |= {"float": ctypes.c_float, "double": ctypes.c_double}
+    types |= dict.fromkeys(re.findall(r"enum class (\w+) : int", header), ctypes.c_int32)
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", header))
+    member = r"^  (?:const )?(\w+)(\*?) (\w+)(?:\[(\w+)\])?(?: = [^;(]+)?;"
+    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header, re.M | re.S):
+        fields = []
+        for kind, pointer, field, count in re.findall(member, body, re.M):
+            kind = (ctypes.c_char_p if kind == "char" else P) if pointer else types[kind]
+            fields.append((field, kind * int(constants[count]) if count else kind))
+        types[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return types
 
 
-class Quant(ctypes.Structure):
-    _fields_ = [("data", P), ("scale", P), ("block", I64), ("row_stride", I64), ("block_stride", I64), ("bound", ctypes.c_float),
-                ("least", ctypes.c_float), ("dtype", ctypes.c_int32)]
-
-
-class ForwardParams(ctypes.Structure):
-    _fields_ = [("x", P), ("weight", P), ("y", P), ("rstd", P), ("x_rows", Rows), ("y_rows", Rows), ("rows", I64),
-                ("cols", I64), ("eps", ctypes.c_double), ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool),
-                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("y_dtype", ctypes.c_int32),
-                ("stream", ctypes.c_bool), ("addends", Addends), ("quant", Quant)]
-
-
-class BackwardParams(ctypes.Structure):
-    _fields_ = [("dy", P), ("x", P), ("weight", P), ("rstd", P), ("dresidual", P), ("dx", P), ("dweight", P), ("workspace", P),
-                ("dy_rows", Rows), ("x_rows", Rows), ("dresidual_rows", Rows), ("rows", I64), ("cols", I64), ("eps", ctypes.c_double),
-                ("weight_offset", ctypes.c_double), ("cast", ctypes.c_bool), ("dy_dtype", ctypes.c_int32),
-                ("x_dtype", ctypes.c_int32), ("w_dtype", ctypes.c_int32), ("stream", ctypes.c_bool)]
-
-
-class Device(ctypes.Structure):
-    _fields_ = [("arch", ctypes.c_int), ("multiprocessors", ctypes.c_int), ("shared_bytes", I64)]
-
-
-class Plan(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("keep", "vectors", "lanes", "threads", "registers", "cluster")] + [
-        (name, I64) for name in ("slice", "shared_bytes", "resident", "blocks")
-    ]
-
-
+with open(os.path.join(HERE, "..", "..", "csrc", "rmsnorm.h"), encoding="utf-8") as header:
+    STRUCTS = structs(header.read())
+Rows, Addends, Quant, Device, Plan = map(
+    STRUCTS.get, ("Rows", "Addends", "Quant", "Device", "Plan")
+)
 REGISTERS, SHARED, NOWHERE = range(3)
 
 
@@ -148,11 +148,15 @@ class Gpu:
         self.k = ctypes.CDLL(os.path.abspath(lib))
         self.k.workspace.restype = I64
         self.k.error_string.restype = self.k.architectures.restype = ctypes.c_char_p
-        self.k.plan.argtypes = [ctypes.c_int, I64, I64] + [ctypes.c_int] * 3 + [ctypes.POINTER(Device)]
-        self.k.plan.restype = Plan
+        self.k.plan.argtypes = (
+            [ctypes.c_int, I64, I64] + [ctypes.c_int] * 3 + [ctypes.POINTER(Device)]
+        )
+        self.k.plan.restype = self.k.last_plan.restype = Plan
         self.k.device.restype = Device
-        for which, params in enumerate((ForwardParams, BackwardParams)):
-            assert self.k.sizes(which) == ctypes.sizeof(params), "the structs here and in rmsnorm.h differ"
+        for which, name in enumerate(("RmsNormForward", "RmsNormBackward", "Device", "Plan")):
+            assert self.k.sizes(which) == ctypes.sizeof(STRUCTS[name]), (
+                f"{name} was read wrong from rmsnorm.h"
+            )
         self.simulated = hasattr(self.rt, "cusim_set_option")
 
     def check(self, error):
@@ -165,6 +169,11 @@ class Gpu:
 
     def plan(self, backward, cols, dy, x, rows=1, device=None):
         return self.k.plan(int(backward), rows, cols, dy, x, x, device or self.k.device())
+
+    def ran(self, plan):
+        """Was the last launch laid out like this?"""
+        last = self.k.last_plan()
+        return all(getattr(last, name) == getattr(plan, name) for name, _ in Plan._fields_)
 
     def stats(self):
         """What the simulator counted of the last launch."""
@@ -186,7 +195,9 @@ class Buffer:
         self.start, self.bytes = GUARD + shift, raw.nbytes
         self.base = P()
         host = np.full(self.bytes + 2 * GUARD + shift, GUARD_BYTE, np.uint8)
-        host[self.start : self.start + self.bytes] = np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+        host[self.start : self.start + self.bytes] = (
+            np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+        )
         gpu.check(gpu.rt.cudaMalloc(ctypes.byref(self.base), host.nbytes))
         gpu.check(gpu.rt.cudaMemcpy(self.base, host.ctypes.data, host.nbytes, 1))
 
@@ -206,7 +217,7 @@ class Buffer:
 
 
 class Layout:
-    """Where rows start, in elements: a Rows, the offsets of all rows, and the elements that they reach over."""
+    """Where rows start: a Rows, the offsets of all rows, and the elements that they reach over."""
 
     def __init__(self, sizes, strides, cols):
         self.rows = Rows(len(sizes), (I64 * 4)(*sizes), (I64 * 4)(*strides))
@@ -256,8 +267,22 @@ def random_values(rng, shape, dtype, scale=1.0):
     return encode(rng.standard_normal(shape) * scale, dtype)
 
 
-def run_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, x_layout=None, y_layout=None, shift=(0, 0, 0),
-                in_place=False, want_rstd=True):
+def run_forward(
+    gpu,
+    x,
+    xt,
+    w,
+    wt,
+    *,
+    eps=1e-6,
+    offset=0.0,
+    cast=False,
+    x_layout=None,
+    y_layout=None,
+    shift=(0, 0, 0),
+    in_place=False,
+    want_rstd=True,
+):
     rows, cols = x.shape
     yt = promoted(xt, wt if w is not None else xt) if cast else xt
     x_layout = x_layout or dense(rows, cols)
@@ -267,8 +292,22 @@ def run_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, x_layout
     yb = xb if in_place else Buffer(gpu, np.full(y_layout.elements, nan_of(yt), RAW[yt]), shift[2])
     rt = F64 if xt == F64 else F32
     rb = Buffer(gpu, np.full(rows, nan_of(rt), RAW[rt])) if want_rstd else None
-    p = ForwardParams(xb.address, wb and wb.address, yb.address, rb and rb.address, x_layout.rows, y_layout.rows, rows,
-                      cols, eps, offset, cast, xt, wt if w is not None else xt, yt)
+    p = STRUCTS["RmsNormForward"](
+        x=xb.address,
+        weight=wb and wb.address,
+        y=yb.address,
+        rstd=rb and rb.address,
+        x_rows=x_layout.rows,
+        y_rows=y_layout.rows,
+        rows=rows,
+        cols=cols,
+        eps=eps,
+        weight_offset=offset,
+        cast_before_weight=cast,
+        x_dtype=xt,
+        w_dtype=wt if w is not None else xt,
+        y_dtype=yt,
+    )
     gpu.check(gpu.k.forward(ctypes.byref(p)))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     flat = yb.read()
@@ -291,11 +330,15 @@ def float8(dtype):
     fraction, bias = ((3, 7), (2, 15))[dtype]
     codes = np.arange(0x7F if dtype == E4M3 else 0x7C)
     exponent, rest = codes >> fraction, codes & (1 << fraction) - 1
-    return np.where(exponent > 0, (1 << fraction | rest) * 2.0 ** (exponent - bias - fraction), rest * 2.0 ** (1 - bias - fraction))
+    return np.where(
+        exponent > 0,
+        (1 << fraction | rest) * 2.0 ** (exponent - bias - fraction),
+        rest * 2.0 ** (1 - bias - fraction),
+    )
 
 
 def quantize(y, yt, dtype, block, scale=None, bound=np.inf):
-    """Codes and scales of a norm, in numpy's fp32, as rmsnorm.h has it; by the table of all codes."""
+    """Codes and scales of a norm, in numpy's fp32, as rmsnorm.h has it; by a table of all codes."""
     f32, most = np.float32, np.float32(MOST[dtype])
     v = decode(y, yt).astype(f32)
     least = f32(np.finfo(f32).eps) if dtype == INT8 else f32(1) / (most * f32(512))
@@ -310,7 +353,9 @@ def quantize(y, yt, dtype, block, scale=None, bound=np.inf):
             scale = f32(scale)
             q = v * (f32(1) / scale)
         if dtype == INT8:
-            return np.rint(np.clip(np.nan_to_num(q, nan=0.0), -128, 127)).astype(np.int8).view(np.uint8), scale
+            return np.rint(np.clip(np.nan_to_num(q, nan=0.0), -128, 127)).astype(np.int8).view(
+                np.uint8
+            ), scale
         table = float8(dtype)
         size = np.minimum(np.abs(np.nan_to_num(q, nan=0.0)).astype(np.float64), table[-1])
         above = np.clip(np.searchsorted(table, size), 1, len(table) - 1)
@@ -321,8 +366,25 @@ def quantize(y, yt, dtype, block, scale=None, bound=np.inf):
         return code.astype(np.uint8), scale
 
 
-def run_quant(gpu, x, xt, w, wt, dtype, block, *, scale=None, bound=np.inf, column_major=False, keep_norm=False, cast=False,
-              offset=0.0, residual=None, shift=0, eps=1e-6):
+def run_quant(
+    gpu,
+    x,
+    xt,
+    w,
+    wt,
+    dtype,
+    block,
+    *,
+    scale=None,
+    bound=np.inf,
+    column_major=False,
+    keep_norm=False,
+    cast=False,
+    offset=0.0,
+    residual=None,
+    shift=0,
+    eps=1e-6,
+):
     """(codes, scales, norm, sum): block 0 stands for a row; residual, of dtype rt = fp32 or xt."""
     rows, cols = x.shape
     rt = xt if residual is None else residual[1]
@@ -331,18 +393,56 @@ def run_quant(gpu, x, xt, w, wt, dtype, block, *, scale=None, bound=np.inf, colu
     qb = Buffer(gpu, np.full((rows, cols), 0xAA, np.uint8), shift)
     block = block or cols
     blocks = cols // block
-    sb = Buffer(gpu, np.full(rows * blocks, nan_of(F32), RAW[F32]) if scale is None else np.float32([scale]).view(np.uint32))
+    sb = Buffer(
+        gpu,
+        np.full(rows * blocks, nan_of(F32), RAW[F32])
+        if scale is None
+        else np.float32([scale]).view(np.uint32),
+    )
     yb = Buffer(gpu, np.full((rows, cols), nan_of(yt), RAW[yt])) if keep_norm else None
     place = dense(rows, cols).rows
     most = np.float32(MOST[dtype])
     least = np.finfo(np.float32).eps if dtype == INT8 else np.float32(1) / (most * np.float32(512))
     strides = (1, rows) if column_major else (blocks, 1)
-    quant = Quant(qb.address, sb.address, block if scale is None else 0, *strides, bound, least, dtype)
-    p = ForwardParams(xb.address, wb and wb.address, yb and yb.address, None, place, place, rows, cols, eps, offset, cast, rt,
-                      wt if w is not None else xt, yt, False, Addends(), quant)
+    quant = Quant(
+        data=qb.address,
+        scale=sb.address,
+        block=block if scale is None else 0,
+        row_stride=strides[0],
+        block_stride=strides[1],
+        bound=bound,
+        least=least,
+        dtype=dtype,
+    )
+    p = STRUCTS["RmsNormForward"](
+        x=xb.address,
+        weight=wb and wb.address,
+        y=yb and yb.address,
+        x_rows=place,
+        y_rows=place,
+        rows=rows,
+        cols=cols,
+        eps=eps,
+        weight_offset=offset,
+        cast_before_weight=cast,
+        x_dtype=rt,
+        w_dtype=wt if w is not None else xt,
+        y_dtype=yt,
+        quant=quant,
+    )
     if residual is not None:
-        total, old = Buffer(gpu, np.full((rows, cols), nan_of(rt), RAW[rt])), Buffer(gpu, residual[0])
-        p.x, p.addends = total.address, Addends(xb.address, old.address, xt, place, place)
+        total, old = (
+            Buffer(gpu, np.full((rows, cols), nan_of(rt), RAW[rt])),
+            Buffer(gpu, residual[0]),
+        )
+        p.x = total.address
+        p.addends = Addends(
+            input=xb.address,
+            residual=old.address,
+            input_dtype=xt,
+            input_rows=place,
+            residual_rows=place,
+        )
     gpu.check(gpu.k.forward(ctypes.byref(p)))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     assert (xb.read() == x).all(), "x was written"
@@ -386,11 +486,18 @@ def check_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, tolera
     y, rstd, yt = run_forward(gpu, x, xt, w, wt, eps=eps, offset=offset, cast=cast, **how)
     want, r = reference_forward(x, xt, w, wt if w is not None else xt, eps, offset, cast)
     off = ulps(y, encode(want, yt), yt)
-    if cast and xt not in (F32, F64):  # x * rstd that is nearly between two numbers may become either
+    if cast and xt not in (
+        F32,
+        F64,
+    ):  # x * rstd that is nearly between two numbers may become either
         for nudge in (2.0**-22, -(2.0**-22)):
-            other, _ = reference_forward(x, xt, w, wt if w is not None else xt, eps, offset, cast, nudge)
+            other, _ = reference_forward(
+                x, xt, w, wt if w is not None else xt, eps, offset, cast, nudge
+            )
             off = np.minimum(off, ulps(y, encode(other, yt), yt))
-    if cast and xt == F32:  # one ulp of x * rstd is more than two of y where it is subnormal and y is not
+    if (
+        cast and xt == F32
+    ):  # one ulp of x * rstd is more than two of y where it is subnormal and y is not
         n, _ = reference_forward(x, xt, None, xt, eps, 0.0, False)
         g = np.abs(gain(w, wt, xt, x.shape[1], offset, F64 in (xt, wt)))
         with np.errstate(all="ignore"):
@@ -407,8 +514,25 @@ def check_forward(gpu, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, tolera
     return y, rstd
 
 
-def run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, *, eps=1e-6, offset=0.0, cast=False, dy_layout=None, x_layout=None,
-                 shift=(0, 0, 0, 0), want=(True, True), dresidual=None):
+def run_backward(
+    gpu,
+    dy,
+    dyt,
+    x,
+    xt,
+    w,
+    wt,
+    rstd,
+    *,
+    eps=1e-6,
+    offset=0.0,
+    cast=False,
+    dy_layout=None,
+    x_layout=None,
+    shift=(0, 0, 0, 0),
+    want=(True, True),
+    dresidual=None,
+):
     rows, cols = x.shape
     dy_layout, x_layout = dy_layout or dense(rows, cols), x_layout or dense(rows, cols)
     wt = wt if w is not None else xt
@@ -416,11 +540,33 @@ def run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, *, eps=1e-6, offset=0.0, cast
     xb = Buffer(gpu, x_layout.place(x, nan_of(xt)), shift[1])
     wb = Buffer(gpu, w, shift[2]) if w is not None else None
     rb = Buffer(gpu, rstd)
-    db = Buffer(gpu, x_layout.place(dresidual, nan_of(xt)), shift[1]) if dresidual is not None else None
+    db = (
+        Buffer(gpu, x_layout.place(dresidual, nan_of(xt)), shift[1])
+        if dresidual is not None
+        else None
+    )
     dxb = Buffer(gpu, np.full((rows, cols), nan_of(xt), RAW[xt]), shift[3]) if want[0] else None
     dwb = Buffer(gpu, np.full(cols, nan_of(wt), RAW[wt])) if want[1] else None
-    p = BackwardParams(dyb.address, xb.address, wb and wb.address, rb.address, db and db.address, dxb and dxb.address, dwb and dwb.address,
-                       None, dy_layout.rows, x_layout.rows, x_layout.rows, rows, cols, eps, offset, cast, dyt, xt, wt)
+    p = STRUCTS["RmsNormBackward"](
+        dy=dyb.address,
+        x=xb.address,
+        weight=wb and wb.address,
+        rstd=rb.address,
+        dresidual=db and db.address,
+        dx=dxb and dxb.address,
+        dweight=dwb and dwb.address,
+        dy_rows=dy_layout.rows,
+        x_rows=x_layout.rows,
+        dresidual_rows=x_layout.rows,
+        rows=rows,
+        cols=cols,
+        eps=eps,
+        weight_offset=offset,
+        cast_before_weight=cast,
+        dy_dtype=dyt,
+        x_dtype=xt,
+        w_dtype=wt,
+    )
     size = gpu.k.workspace(ctypes.byref(p))
     wsb = Buffer(gpu, np.full(size, 0xFF, np.uint8)) if size else None
     p.workspace = wsb and wsb.address
@@ -435,7 +581,9 @@ def run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, *, eps=1e-6, offset=0.0, cast
 def check_backward(gpu, dy, dyt, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=False, **how):
     _, r = reference_forward(x, xt, None, xt, eps, 0.0, False)
     rstd = encode(r, F64 if xt == F64 else F32)
-    dx, dw = run_backward(gpu, dy, dyt, x, xt, w, wt, rstd, eps=eps, offset=offset, cast=cast, **how)
+    dx, dw = run_backward(
+        gpu, dy, dyt, x, xt, w, wt, rstd, eps=eps, offset=offset, cast=cast, **how
+    )
     wt = wt if w is not None else xt
     exact = F64 in (dyt, xt, wt)
     unit = 2.0**-50 if exact else 2.0**-24
@@ -445,7 +593,9 @@ def check_backward(gpu, dy, dyt, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=Fal
         xhat = vx * r[:, None]
         c = (g * xhat).mean(axis=1, keepdims=True)
         want_dx = r[:, None] * (g - xhat * c)
-        size = np.abs(r)[:, None] * (np.abs(g) + np.abs(xhat) * np.abs(g * xhat).mean(axis=1, keepdims=True))
+        size = np.abs(r)[:, None] * (
+            np.abs(g) + np.abs(xhat) * np.abs(g * xhat).mean(axis=1, keepdims=True)
+        )
         if how.get("dresidual") is not None:
             want_dx = want_dx + wide(how["dresidual"], xt)
             size = size + np.abs(want_dx)  # the sum rounds once more
@@ -454,7 +604,8 @@ def check_backward(gpu, dy, dyt, x, xt, w, wt, *, eps=1e-6, offset=0.0, cast=Fal
         if dw is not None:
             seen = wide(encode(xhat, xt), xt) if cast else xhat
             terms = np.abs(vdy * seen)
-            # A chain of additions per thread; and a rounded xhat that lay between two numbers may be the other one.
+            # A chain of additions per thread; and a rounded xhat that lay between two numbers may
+            # be the other one.
             slack = (10 + np.sqrt(len(x))) * unit * terms.sum(axis=0)
             if cast:
                 slack = slack + 2.0 ** (1 - BITS[xt]) * terms.max(axis=0)
@@ -467,7 +618,9 @@ def compare(name, raw, dtype, want, slack):
     same = (got == want) | (np.isnan(got) & np.isnan(want)) | (raw == encode(want, dtype))
     off = np.abs(got - want) / (0.505 * ulp_size(want.astype(np.float64), dtype) + slack)
     worst = np.where(same, 0, off)
-    assert (worst <= 1).all(), f"{name} is off by {np.nanmax(worst):.3g} of its tolerance, {np.isnan(worst).sum()} NaN"
+    assert (worst <= 1).all(), (
+        f"{name} is off by {np.nanmax(worst):.3g} of its tolerance, {np.isnan(worst).sum()} NaN"
+    )
 
 
 # What is checked
@@ -481,7 +634,11 @@ def boundaries(gpu, backward, x, dy=None, limit=20000):
 
     def kind(cols):
         plan = gpu.plan(backward, cols, dy, x)
-        return plan.keep, plan.cluster, *((plan.vectors, plan.lanes) if plan.keep == REGISTERS else ())
+        return (
+            plan.keep,
+            plan.cluster,
+            *((plan.vectors, plan.lanes) if plan.keep == REGISTERS else ()),
+        )
 
     last = kind(1)
     for cols in range(2, limit + 1):
@@ -494,7 +651,11 @@ def boundaries(gpu, backward, x, dy=None, limit=20000):
 
 
 def sample(rng, items, count):
-    return items if len(items) <= count else [items[i] for i in sorted(rng.choice(len(items), count, replace=False))]
+    return (
+        items
+        if len(items) <= count
+        else [items[i] for i in sorted(rng.choice(len(items), count, replace=False))]
+    )
 
 
 def forward_mixes(gpu, rng, quick):
@@ -504,10 +665,27 @@ def forward_mixes(gpu, rng, quick):
             for offset, cast in ((0.0, False), (1.0, False), (0.0, True), (1.0, True)):
                 for cols in sample(rng, lengths, 6 if quick else 16):
                     rows = int(rng.integers(1, 8))
-                    with Case(op="forward", x=NAMES[xt], w=wt, offset=offset, cast=cast, rows=rows, cols=cols):
+                    with Case(
+                        op="forward",
+                        x=NAMES[xt],
+                        w=wt,
+                        offset=offset,
+                        cast=cast,
+                        rows=rows,
+                        cols=cols,
+                    ):
                         w = None if wt is None else random_values(rng, cols, wt)
                         x = random_values(rng, (rows, cols), xt, 10.0 ** rng.integers(-3, 3))
-                        check_forward(gpu, x, xt, w, wt, offset=offset, cast=cast, want_rstd=bool(rng.integers(2)))
+                        check_forward(
+                            gpu,
+                            x,
+                            xt,
+                            w,
+                            wt,
+                            offset=offset,
+                            cast=cast,
+                            want_rstd=bool(rng.integers(2)),
+                        )
     for xt, wt in ((F64, F64), (F64, F32), (F32, F64), (BF16, F64), (F64, None)):
         for cols, cast in ((1, False), (33, True), (700, False), (5000, True)):
             with Case(op="forward", x=NAMES[xt], w=wt, cast=cast, cols=cols):
@@ -523,6 +701,7 @@ def forward_every_length(gpu, rng, quick):
             with Case(op="forward", x=NAMES[xt], cols=cols):
                 x = random_values(rng, (2, cols), xt)
                 check_forward(gpu, x, xt, random_values(rng, cols, xt), xt)
+                assert gpu.ran(gpu.plan(False, cols, xt, xt, rows=2)), "last_plan"
 
 
 def layouts(rows, cols, pad):
@@ -537,7 +716,12 @@ def layouts(rows, cols, pad):
 
 def invariance(gpu, rng, quick):
     """Strides, alignment, the batch and writing in place change no bit."""
-    for xt, wt, cast in ((BF16, BF16, False), (F32, F32, False), (F16, F32, True), (F32, BF16, False)):
+    for xt, wt, cast in (
+        (BF16, BF16, False),
+        (F32, F32, False),
+        (F16, F32, True),
+        (F32, BF16, False),
+    ):
         size = RAW[xt]().nbytes
         lengths = (8, 40, 72, 128, 256, 500, 512, 1000, 1536, 4096, 5120, 9000, 17000, 40000)
         for cols in lengths[::2] if quick else lengths:
@@ -562,11 +746,13 @@ def invariance(gpu, rng, quick):
                     same(in_place=True, x_layout=Layout([rows], [cols + 1], cols))
                 for row in (0, rows - 1):
                     y1, r1, _ = run_forward(gpu, x[row : row + 1], xt, w, wt, cast=cast)
-                    assert (y1[0] == y[row]).all() and r1[0] == rstd[row], "one row alone has other bits"
+                    assert (y1[0] == y[row]).all() and r1[0] == rstd[row], (
+                        "one row alone has other bits"
+                    )
 
 
 def extremes(gpu, rng, quick):
-    """Rows whose squares overflow or vanish, subnormal ones, NaN and Inf; next to rows that are none of it."""
+    """Rows whose squares overflow or vanish, subnormal ones, NaN, Inf; beside rows without."""
     for xt in (F32, BF16, F16, F64):
         top = {F32: 3e38, BF16: 3e38, F16: 65504.0, F64: 1e300}[xt]
         low = {F32: 1e-44, BF16: 9.2e-41, F16: 6e-8, F64: 1e-320}[xt]
@@ -574,7 +760,7 @@ def extremes(gpu, rng, quick):
         for cols in lengths[1:9] if quick else lengths:
             for wt, eps, cast in ((xt, 1e-6, False), (None, 0.0, False), (F32, 1e-300, True)):
                 rows = []
-                for scale in (1.0, top / 100, top ** 0.5, low * 50, low, low ** 0.5, 0.0):
+                for scale in (1.0, top / 100, top**0.5, low * 50, low, low**0.5, 0.0):
                     row = rng.standard_normal(cols) * scale
                     rows.append(np.clip(row, -top, top))
                 for special in (np.inf, -np.inf, np.nan):
@@ -590,24 +776,39 @@ def extremes(gpu, rng, quick):
                 with Case(op="extremes", x=NAMES[xt], w=wt, eps=eps, cast=cast, cols=cols):
                     y, _ = check_forward(gpu, x, xt, w, wt, eps=eps, cast=cast)
                     if not cast or xt in (F32, F64):
-                        y2, _, yt = run_forward(gpu, x, xt, w, wt, eps=eps, cast=cast, in_place=True)
+                        y2, _, yt = run_forward(
+                            gpu, x, xt, w, wt, eps=eps, cast=cast, in_place=True
+                        )
                         nan = np.isnan(decode(y, yt))
-                        assert ((y2 == y) | nan).all() and (np.isnan(decode(y2, yt)) == nan).all(), "other bits in place"
+                        assert ((y2 == y) | nan).all() and (
+                            np.isnan(decode(y2, yt)) == nan
+                        ).all(), "other bits in place"
                 # dy small enough for products with the greatest rstd
                 dy = random_values(rng, x.shape, xt)
                 with Case(op="extremes backward", x=NAMES[xt], w=wt, eps=eps, cols=cols):
                     values = decode(x, xt)
-                    finite = [i for i in range(len(x)) if np.isfinite(values[i]).all() and np.any(values[i])]
-                    keep = [i for i in finite if xt == F16 or np.abs(decode(x[i], xt)).max() > 1e-30]
+                    finite = [
+                        i
+                        for i in range(len(x))
+                        if np.isfinite(values[i]).all() and np.any(values[i])
+                    ]
+                    keep = [
+                        i for i in finite if xt == F16 or np.abs(decode(x[i], xt)).max() > 1e-30
+                    ]
                     check_backward(gpu, dy[keep], xt, x[keep], xt, w, wt, eps=eps)
-                    rstd = encode(reference_forward(x, xt, None, xt, eps, 0, False)[1], F64 if xt == F64 else F32)
+                    rstd = encode(
+                        reference_forward(x, xt, None, xt, eps, 0, False)[1],
+                        F64 if xt == F64 else F32,
+                    )
                     dx, _ = run_backward(gpu, dy, xt, x, xt, w, wt, rstd, eps=eps)
                     for i in range(len(x)):  # a row with NaN or Inf is all NaN, and spoils no other
                         values = decode(x[i], xt)
                         if not np.isfinite(values).all():
                             assert np.isnan(decode(dx[i], xt)).all(), "dx of a row with NaN or Inf"
                         elif i in keep:
-                            assert not np.isnan(decode(dx[i], xt)).any(), "NaN spread to another row"
+                            assert not np.isnan(decode(dx[i], xt)).any(), (
+                                "NaN spread to another row"
+                            )
 
 
 def backward_mixes(gpu, rng, quick):
@@ -619,11 +820,28 @@ def backward_mixes(gpu, rng, quick):
                 for offset, cast in ((0.0, False), (1.0, True)):
                     for cols in sample(rng, lengths, 4 if quick else 12):
                         rows = int(rng.integers(1, 12))
-                        with Case(op="backward", dy=NAMES[dyt], x=NAMES[xt], w=wt, offset=offset, rows=rows, cols=cols):
+                        with Case(
+                            op="backward",
+                            dy=NAMES[dyt],
+                            x=NAMES[xt],
+                            w=wt,
+                            offset=offset,
+                            rows=rows,
+                            cols=cols,
+                        ):
                             w = None if wt is None else random_values(rng, cols, wt)
-                            x, dy = random_values(rng, (rows, cols), xt), random_values(rng, (rows, cols), dyt)
+                            x, dy = (
+                                random_values(rng, (rows, cols), xt),
+                                random_values(rng, (rows, cols), dyt),
+                            )
                             check_backward(gpu, dy, dyt, x, xt, w, wt, offset=offset, cast=cast)
-    for dyt, xt, wt in ((F64, F64, F64), (F64, F32, F32), (F32, F64, F64), (F32, F32, F64), (F64, F64, None)):
+    for dyt, xt, wt in (
+        (F64, F64, F64),
+        (F64, F32, F32),
+        (F32, F64, F64),
+        (F32, F32, F64),
+        (F64, F64, None),
+    ):
         for rows, cols in ((1, 1), (9, 33), (70, 130), (3, 3000)):
             with Case(op="backward", dy=NAMES[dyt], x=NAMES[xt], w=wt, rows=rows, cols=cols):
                 w = None if wt is None else random_values(rng, cols, wt)
@@ -637,18 +855,26 @@ def backward_every_length(gpu, rng, quick):
             with Case(op="backward", x=NAMES[xt], cols=cols):
                 x, dy = random_values(rng, (5, cols), xt), random_values(rng, (5, cols), xt)
                 check_backward(gpu, dy, xt, x, xt, random_values(rng, cols, xt), xt)
+                assert gpu.ran(gpu.plan(True, cols, xt, xt, rows=5)), "last_plan"
 
 
 def backward_forms(gpu, rng, quick):
     """Masks, strides, expanded dy, alignment, and the same bits on every run."""
-    for xt, dyt, wt, cast in ((BF16, BF16, BF16, False), (F32, F32, F32, False), (F16, F32, F32, True), (F32, BF16, F16, False)):
+    for xt, dyt, wt, cast in (
+        (BF16, BF16, BF16, False),
+        (F32, F32, F32, False),
+        (F16, F32, F32, True),
+        (F32, BF16, F16, False),
+    ):
         size = RAW[xt]().nbytes
         lengths = (8, 40, 72, 128, 256, 500, 512, 1000, 1536, 4096, 5120, 9000, 17000)
         for cols in lengths[::2] if quick else lengths:
             rows = 48 if cols < 200 else 16
             x, w = random_values(rng, (rows, cols), xt), random_values(rng, cols, wt)
             dy = random_values(rng, (rows, cols), dyt)
-            with Case(op="backward forms", dy=NAMES[dyt], x=NAMES[xt], w=NAMES[wt], cast=cast, cols=cols):
+            with Case(
+                op="backward forms", dy=NAMES[dyt], x=NAMES[xt], w=NAMES[wt], cast=cast, cols=cols
+            ):
                 dx, dw = check_backward(gpu, dy, dyt, x, xt, w, wt, cast=cast)
                 rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
 
@@ -657,8 +883,18 @@ def backward_forms(gpu, rng, quick):
                     assert dx2 is None or (dx2 == dx).all(), f"other dx with {how}"
                     assert dw2 is None or (dw2 == dw).all(), f"other dweight with {how}"
 
-                check_backward(gpu, dy, dyt, x, xt, w, wt, cast=cast, dresidual=random_values(rng, (rows, cols), xt),
-                               x_layout=Layout([rows], [cols + int(rng.integers(5))], cols))
+                check_backward(
+                    gpu,
+                    dy,
+                    dyt,
+                    x,
+                    xt,
+                    w,
+                    wt,
+                    cast=cast,
+                    dresidual=random_values(rng, (rows, cols), xt),
+                    x_layout=Layout([rows], [cols + int(rng.integers(5))], cols),
+                )
                 gpu.option("order", "random:7")
                 same()
                 gpu.option("order", "reverse")
@@ -669,15 +905,35 @@ def backward_forms(gpu, rng, quick):
                 for layout in layouts(rows, cols, 64):
                     same(x_layout=layout)
                     same(dy_layout=layout)
-                same(x_layout=Layout([rows], [cols + 3], cols), dy_layout=Layout([rows], [cols + 1], cols))
-                for shift in ((RAW[dyt]().nbytes, 0, 0, 0), (0, size, 0, 0), (0, 0, RAW[wt]().nbytes, 0), (0, 0, 0, size),
-                              (8, 8, 8, 8)):
+                same(
+                    x_layout=Layout([rows], [cols + 3], cols),
+                    dy_layout=Layout([rows], [cols + 1], cols),
+                )
+                for shift in (
+                    (RAW[dyt]().nbytes, 0, 0, 0),
+                    (0, size, 0, 0),
+                    (0, 0, RAW[wt]().nbytes, 0),
+                    (0, 0, 0, size),
+                    (8, 8, 8, 8),
+                ):
                     same(shift=shift)
                 row = rows // 2
-                dx1, _ = run_backward(gpu, dy[row : row + 1], dyt, x[row : row + 1], xt, w, wt, rstd[row : row + 1], cast=cast)
+                dx1, _ = run_backward(
+                    gpu,
+                    dy[row : row + 1],
+                    dyt,
+                    x[row : row + 1],
+                    xt,
+                    w,
+                    wt,
+                    rstd[row : row + 1],
+                    cast=cast,
+                )
                 assert (dx1[0] == dx[row]).all(), "dx of one row alone has other bits"
                 dy = np.broadcast_to(dy[0], dy.shape)
-                check_backward(gpu, dy, dyt, x, xt, w, wt, cast=cast, dy_layout=Layout([rows], [0], cols))
+                check_backward(
+                    gpu, dy, dyt, x, xt, w, wt, cast=cast, dy_layout=Layout([rows], [0], cols)
+                )
     with Case(op="dweight of a rounded xhat"):
         x, one = random_values(rng, (1, 512), BF16), encode(np.ones((1, 512)), F32)
         _, dw = check_backward(gpu, one, F32, x, BF16, encode(np.ones(512), F32), F32, cast=True)
@@ -686,7 +942,13 @@ def backward_forms(gpu, rng, quick):
 
 def many_rows(gpu, rng, quick):
     """More rows than the grid holds."""
-    for xt, rows, cols in ((BF16, 65537, 8), (F32, 65537, 1), (F16, 20011, 24), (BF16, 3001, 128), (F32, 1301, 576)):
+    for xt, rows, cols in (
+        (BF16, 65537, 8),
+        (F32, 65537, 1),
+        (F16, 20011, 24),
+        (BF16, 3001, 128),
+        (F32, 1301, 576),
+    ):
         if quick:
             rows //= 4
         with Case(op="many rows", x=NAMES[xt], rows=rows, cols=cols):
@@ -705,7 +967,7 @@ def many_rows(gpu, rng, quick):
 
 
 def shared_rows(gpu, rng, quick):
-    """Rows in shared memory, of one block and of each size of cluster; in any order of the blocks, and in place."""
+    """Rows in shared memory, of one block and of each size of cluster; any order, and in place."""
     for backward in (False, True):
         for xt, dyt, wt in ((BF16, BF16, BF16), (F32, F32, F32), (F16, F32, F32)):
             seen = set()
@@ -717,15 +979,31 @@ def shared_rows(gpu, rng, quick):
                     continue
                 seen.add(kind)
                 rows = 3
-                with Case(op="shared rows", backward=backward, x=NAMES[xt], dy=NAMES[dyt], w=NAMES[wt], cols=cols, cluster=plan.cluster):
-                    x, w, dy = random_values(rng, (rows, cols), xt), random_values(rng, cols, wt), random_values(rng, (rows, cols), dyt)
-                    x[1] = encode(decode(x[1], xt) * (3e4 if xt == F16 else 1e25), xt)  # out of the fast path's range, not in fp16
+                with Case(
+                    op="shared rows",
+                    backward=backward,
+                    x=NAMES[xt],
+                    dy=NAMES[dyt],
+                    w=NAMES[wt],
+                    cols=cols,
+                    cluster=plan.cluster,
+                ):
+                    x, w, dy = (
+                        random_values(rng, (rows, cols), xt),
+                        random_values(rng, cols, wt),
+                        random_values(rng, (rows, cols), dyt),
+                    )
+                    x[1] = encode(
+                        decode(x[1], xt) * (3e4 if xt == F16 else 1e25), xt
+                    )  # out of the fast path's range, not in fp16
                     if not backward:
                         y, rstd = check_forward(gpu, x, xt, w, wt)
                         for order in ("reverse", "random:3"):
                             gpu.option("order", order)
                             y2, rstd2, _ = run_forward(gpu, x, xt, w, wt, in_place=True)
-                            assert (y2 == y).all() and (rstd2 == rstd).all(), f"other bits in place, {order}"
+                            assert (y2 == y).all() and (rstd2 == rstd).all(), (
+                                f"other bits in place, {order}"
+                            )
                         gpu.option("order", "seq")
                         y1, _, _ = run_forward(gpu, x[1:2], xt, w, wt)
                         assert (y1[0] == y[1]).all(), "one row alone has other bits"
@@ -735,7 +1013,9 @@ def shared_rows(gpu, rng, quick):
                         gpu.option("order", "reverse")
                         dx2, dw2 = run_backward(gpu, dy, dyt, x, xt, w, wt, rstd)
                         gpu.option("order", "seq")
-                        assert (dx2 == dx).all() and (dw2 == dw).all(), "other bits in reverse order"
+                        assert (dx2 == dx).all() and (dw2 == dw).all(), (
+                            "other bits in reverse order"
+                        )
 
 
 def quantized(gpu, rng, quick):
@@ -751,56 +1031,116 @@ def quantized(gpu, rng, quick):
                 x[1] = encode(decode(x[1], xt) * (1e25 if xt != F16 else 1e-4), xt)
                 x[2] = 0
             for dtype in (E4M3, E5M2, INT8):
-                for kind in ({"block": 0}, {"block": 0, "bound": 1.5}, {"block": 64}, {"block": 128, "column_major": True},
-                             {"block": 0, "scale": 0.013}):
+                for kind in (
+                    {"block": 0},
+                    {"block": 0, "bound": 1.5},
+                    {"block": 64},
+                    {"block": 128, "column_major": True},
+                    {"block": 0, "scale": 0.013},
+                ):
                     turn += 1
-                    if kind["block"] and cols % kind["block"] or (quick and cols > 600 and turn % 3):
+                    if (
+                        kind["block"]
+                        and cols % kind["block"]
+                        or (quick and cols > 600 and turn % 3)
+                    ):
                         continue
                     cast, with_add = turn % 4 == 1 and wt is not None, turn % 2 == 0
                     offset = 1.0 if turn % 4 == 3 and wt is not None else 0.0
-                    with Case(op="quantized", x=NAMES[xt], cols=cols, dtype=dtype, cast=cast, add=with_add, offset=offset, **kind):
-                        residual = (random_values(rng, x.shape, F32 if turn % 8 == 0 else xt), F32 if turn % 8 == 0 else xt)
+                    with Case(
+                        op="quantized",
+                        x=NAMES[xt],
+                        cols=cols,
+                        dtype=dtype,
+                        cast=cast,
+                        add=with_add,
+                        offset=offset,
+                        **kind,
+                    ):
+                        residual = (
+                            random_values(rng, x.shape, F32 if turn % 8 == 0 else xt),
+                            F32 if turn % 8 == 0 else xt,
+                        )
                         how = kind | {"cast": cast, "offset": offset}
-                        codes, scales, norm, total = run_quant(gpu, x, xt, w, wt, dtype, keep_norm=turn % 5 == 0, shift=turn % 7 % 3,
-                                                               residual=residual if with_add else None, **how)
+                        codes, scales, norm, total = run_quant(
+                            gpu,
+                            x,
+                            xt,
+                            w,
+                            wt,
+                            dtype,
+                            keep_norm=turn % 5 == 0,
+                            shift=turn % 7 % 3,
+                            residual=residual if with_add else None,
+                            **how,
+                        )
                         source, st = (total, residual[1]) if with_add else (x, xt)
                         if with_add:
-                            sums = (decode(x, xt).astype(np.float32) + decode(residual[0], st).astype(np.float32))
+                            sums = decode(x, xt).astype(np.float32) + decode(
+                                residual[0], st
+                            ).astype(np.float32)
                             assert (total == encode(sums.astype(np.float64), st)).all(), "sum"
-                        y, _, yt = run_forward(gpu, source, st, w, wt, cast=cast, offset=offset, want_rstd=False)
+                        y, _, yt = run_forward(
+                            gpu, source, st, w, wt, cast=cast, offset=offset, want_rstd=False
+                        )
                         narrow = promoted(xt, wt if w is not None else xt) if cast else xt
-                        if narrow != yt:  # a wider residual: its norm is rounded to the input's dtype, once
+                        if (
+                            narrow != yt
+                        ):  # a wider residual: its norm is rounded to the input's dtype, once
                             continue
                         if norm is not None:
                             assert (norm == y).all(), "norm"
-                        want, want_scales = quantize(y, yt, dtype, kind["block"] or cols, kind.get("scale"), kind.get("bound", np.inf))
+                        want, want_scales = quantize(
+                            y,
+                            yt,
+                            dtype,
+                            kind["block"] or cols,
+                            kind.get("scale"),
+                            kind.get("bound", np.inf),
+                        )
                         assert (scales == want_scales).all(), "scales"
                         assert (codes == want).all(), f"{(codes != want).sum()} codes differ"
 
 
 def traffic(gpu, rng, quick):
-    """Each byte of a row is asked for once, and written once, with few instructions an element and no bank conflicts."""
+    """A row is read once and written once, with few instructions and without bank conflicts."""
     if not gpu.simulated:
         return
 
     def work(stats, plan, rows, cols):
-        """Instructions an element, of the simulator's PTX, without moves between registers, which ptxas does away with."""
-        # A block writes its warps' sums into each block of its cluster at the same place: no conflict, but counted as one.
+        """PTX instructions an element, without moves between registers, which ptxas removes."""
+        # A block writes its warps' sums into each block of its cluster at the same place: no
+        # conflict, but counted as one.
         to_others = rows * plan.cluster * (plan.cluster - 1) * plan.lanes // 32
-        assert stats["bank_conflicts"] == to_others, ("bank conflicts", stats["bank_conflicts"], to_others)
+        assert stats["bank_conflicts"] == to_others, (
+            "bank conflicts",
+            stats["bank_conflicts"],
+            to_others,
+        )
         moves = stats["by_category"]["mov"] / stats["warp_instructions"]
         return stats["lane_instructions"] * (1 - moves) / (rows * cols)
 
     for cols in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, 65536, 131072):
-        rows = max(2, (1 << (22 if cols <= 512 else 19)) // cols)  # of short ones a thread takes four, if they are many
+        rows = max(
+            2, (1 << (22 if cols <= 512 else 19)) // cols
+        )  # of short ones a thread takes four, if they are many
         for xt, wt, most in ((BF16, BF16, (25, 42)), (BF16, F32, (25, 42)), (F32, F32, (66, 60))):
             with Case(op="instructions", x=NAMES[xt], w=NAMES[wt], cols=cols):
-                x, dy, w = random_values(rng, (rows, cols), xt), random_values(rng, (rows, cols), xt), random_values(rng, cols, wt)
+                x, dy, w = (
+                    random_values(rng, (rows, cols), xt),
+                    random_values(rng, (rows, cols), xt),
+                    random_values(rng, cols, wt),
+                )
                 run_forward(gpu, x, xt, w, wt, want_rstd=False)
                 forward = work(gpu.stats(), gpu.plan(False, cols, xt, xt), rows, cols)
-                run_backward(gpu, dy, xt, x, xt, w, wt, np.ones(rows, np.float32), want=(True, False))
+                run_backward(
+                    gpu, dy, xt, x, xt, w, wt, np.ones(rows, np.float32), want=(True, False)
+                )
                 backward = work(gpu.stats(), gpu.plan(True, cols, xt, xt), rows, cols)
-                print(f"  {NAMES[xt]}/{NAMES[wt]} {rows}x{cols}: {forward:.1f} and {backward:.1f} instructions an element")
+                print(
+                    f"  {NAMES[xt]}/{NAMES[wt]} {rows}x{cols}: {forward:.1f} and {backward:.1f} "
+                    "instructions an element"
+                )
                 assert forward <= most[0] and backward <= most[1], (forward, backward)
     for xt in (BF16, F32):
         size = RAW[xt]().nbytes
@@ -811,33 +1151,64 @@ def traffic(gpu, rng, quick):
             with Case(op="traffic", x=NAMES[xt], cols=cols):
                 run_forward(gpu, x, xt, None, None)
                 if gpu.plan(False, cols, xt, xt).keep != NOWHERE:
-                    assert gpu.traffic() == (bytes_of_x, bytes_of_x + 4 * rows), ("forward", gpu.traffic(), bytes_of_x)
+                    assert gpu.traffic() == (bytes_of_x, bytes_of_x + 4 * rows), (
+                        "forward",
+                        gpu.traffic(),
+                        bytes_of_x,
+                    )
                     stats = gpu.stats()
-                    assert cols * size % 32 or stats["load_efficiency"] == 1, "sectors are loaded in part"
-                    widths = {width for width, count in stats["load_instr_by_width"].items() if count}
+                    assert cols * size % 32 or stats["load_efficiency"] == 1, (
+                        "sectors are loaded in part"
+                    )
+                    widths = {
+                        width for width, count in stats["load_instr_by_width"].items() if count
+                    }
                     assert cols * size % 16 or widths == {"16"}, f"loads of {widths} bytes"
-                if gpu.plan(False, cols, xt, xt).keep != NOWHERE:  # scales of rows, and with a residual that is added
+                if (
+                    gpu.plan(False, cols, xt, xt).keep != NOWHERE
+                ):  # scales of rows, and with a residual that is added
                     run_quant(gpu, x, xt, None, None, E4M3, 0)
-                    assert gpu.traffic() == (bytes_of_x, rows * cols + 4 * rows), ("quantized", gpu.traffic(), bytes_of_x)
+                    assert gpu.traffic() == (bytes_of_x, rows * cols + 4 * rows), (
+                        "quantized",
+                        gpu.traffic(),
+                        bytes_of_x,
+                    )
                     run_quant(gpu, x, xt, None, None, INT8, 0, residual=(dy, xt))
                     stored = bytes_of_x + rows * cols + 4 * rows
-                    assert gpu.traffic() == (2 * bytes_of_x, stored), ("added, quantized", gpu.traffic(), bytes_of_x)
+                    assert gpu.traffic() == (2 * bytes_of_x, stored), (
+                        "added, quantized",
+                        gpu.traffic(),
+                        bytes_of_x,
+                    )
                 rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
                 run_backward(gpu, dy, xt, x, xt, None, None, rstd, want=(True, False))
                 plan = gpu.plan(True, cols, xt, xt)
                 if plan.keep != NOWHERE:
                     loaded, stored = gpu.traffic()  # beside x and dy, each thread loads rstd
-                    assert loaded == 2 * bytes_of_x + 4 * rows * plan.lanes * plan.cluster, ("backward", loaded, bytes_of_x)
+                    assert loaded == 2 * bytes_of_x + 4 * rows * plan.lanes * plan.cluster, (
+                        "backward",
+                        loaded,
+                        bytes_of_x,
+                    )
                     assert stored == bytes_of_x, ("backward", stored, bytes_of_x)
-                    run_backward(gpu, dy, xt, x, xt, None, None, rstd, want=(True, False), dresidual=dy)
-                    assert gpu.traffic() == (loaded + bytes_of_x, stored), ("with dresidual", gpu.traffic())
+                    run_backward(
+                        gpu, dy, xt, x, xt, None, None, rstd, want=(True, False), dresidual=dy
+                    )
+                    assert gpu.traffic() == (loaded + bytes_of_x, stored), (
+                        "with dresidual",
+                        gpu.traffic(),
+                    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lib")
     parser.add_argument("--build", metavar="LIB")
-    parser.add_argument("--arch", help="with --build: machine code for this architecture instead of PTX for 9.0")
+    parser.add_argument(
+        "--arch", help="with --build: machine code for this architecture instead of PTX for 9.0"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="run the parts whose name contains this")
@@ -848,8 +1219,19 @@ def main():
         return 0 if args.build else parser.error("--lib or --build")
     gpu = Gpu(args.lib)
     started, failed = time.time(), 0
-    for part in (forward_mixes, forward_every_length, invariance, extremes, backward_mixes, backward_every_length, backward_forms,
-                 many_rows, shared_rows, quantized, traffic):
+    for part in (
+        forward_mixes,
+        forward_every_length,
+        invariance,
+        extremes,
+        backward_mixes,
+        backward_every_length,
+        backward_forms,
+        many_rows,
+        shared_rows,
+        quantized,
+        traffic,
+    ):
         if args.only and args.only not in part.__name__:
             continue
         before, t = Case.passed, time.time()
@@ -858,7 +1240,9 @@ def main():
         except (AssertionError, RuntimeError) as e:
             failed += 1
             print(f"{part.__name__}: {e}", file=sys.stderr)
-        print(f"{part.__name__}: {Case.passed - before} passed in {time.time() - t:.1f} s", flush=True)
+        print(
+            f"{part.__name__}: {Case.passed - before} passed in {time.time() - t:.1f} s", flush=True
+        )
     print(f"cuda_check: {Case.passed} passed, {failed} failed in {time.time() - started:.0f} s")
     return 1 if failed or not Case.passed else 0
 

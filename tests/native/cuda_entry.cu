@@ -6,7 +6,11 @@ using namespace rmsnorm;
 
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
-ENTRY int sizes(int which) { return which == 0 ? sizeof(RmsNormForward) : sizeof(RmsNormBackward); }
+ENTRY int sizes(int which) {
+  const size_t sizes[] = {sizeof(RmsNormForward), sizeof(RmsNormBackward), sizeof(cuda::Device),
+                          sizeof(cuda::Plan)};
+  return static_cast<int>(sizes[which]);
+}
 
 ENTRY int forward(const RmsNormForward* p) { return cuda::rms_norm_forward(*p, nullptr); }
 
@@ -20,7 +24,10 @@ ENTRY const char* architectures() { return cuda::built() ? cuda::architectures()
 
 ENTRY cuda::Device device() { return cuda::device(); }
 
-ENTRY cuda::Plan plan(int is_backward, int64_t rows, int64_t cols, int dy, int x, int w, const cuda::Device* device) {
+ENTRY cuda::Plan last_plan() { return cuda::last_plan(); }
+
+ENTRY cuda::Plan plan(int is_backward, int64_t rows, int64_t cols, int dy, int x, int w,
+                      const cuda::Device* device) {
   const auto type = [](int t) { return static_cast<DType>(t); };
   return is_backward ? cuda::plan_backward(rows, cols, type(dy), type(x), type(w), *device)
                      : cuda::plan_forward(rows, cols, type(x), *device);

@@ -1,5 +1,5 @@
-// Everything in double, for any dtypes: taken where one of them is double. One warp per row, element by element:
-// speed is no concern here.
+// Everything in double, for any dtypes: taken where one of them is double. One warp per row,
+// element by element: speed is no concern here.
 #include "any.cuh"
 #include "launch.h"
 #include "reduce.cuh"
@@ -10,9 +10,17 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = 1 << 16;
 
-int64_t blocks_for(int64_t items, int64_t per_block) {
-  const int64_t blocks = ceil_div(items, per_block);
-  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+// A warp, or a thread, for each of so many items.
+Plan plan_items(const char* kernel, int64_t items, int lanes) {
+  Plan plan{};
+  plan.kernel = kernel;
+  plan.keep = Keep::kNowhere;
+  plan.lanes = lanes;
+  plan.threads = kThreads;
+  plan.cluster = 1;
+  const int64_t blocks = ceil_div(items, kThreads / lanes);
+  plan.blocks = blocks < kMaxBlocks ? blocks : kMaxBlocks;
+  return plan;
 }
 
 template <typename P>
@@ -27,16 +35,17 @@ struct Normalized {
 
 template <typename P>
 __device__ Normalized normalize(const P& p, int64_t x_offset) {
-  const WideScale s =
-      wide_scale([&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols, p.eps, kWarp);
+  const DoubleScale s = double_scale(
+      [&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols, p.eps, kWarp);
   const int pre = s.exponent > 0 ? s.exponent : min(0, s.exponent + 900);  // as in rescued_scale
   return {s.r * pow2(s.exponent - pre), pow2(pre)};
 }
 
 __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
-  meet_neighbours();
+  sync_dependent_launch();
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
+  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
+       row += gridDim.x * warps) {
     const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
     const Normalized normalized = normalize(p, x_offset);
     if (p.rstd != nullptr && lane == 0) {
@@ -54,17 +63,20 @@ __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
 
 // x as the sum of its addends.
 __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
-  meet_neighbours();
+  sync_dependent_launch();
   const Addends& a = p.addends;
   const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
-    const int64_t input = row_offset(a.input_rows, row), residual = row_offset(a.residual_rows, row);
+  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
+       row += gridDim.x * warps) {
+    const int64_t input = row_offset(a.input_rows, row),
+                  residual = row_offset(a.residual_rows, row);
     const int64_t x = row_offset(p.x_rows, row);
     for (int64_t col = lane; col < p.cols; col += kWarp) {
       const double left = load_any(a.input, a.input_dtype, input + col);
       const double right = load_any(a.residual, p.x_dtype, residual + col);
-      const double sum = in_double ? left + right : double{static_cast<float>(left) + static_cast<float>(right)};
+      const double sum =
+          in_double ? left + right : double{static_cast<float>(left) + static_cast<float>(right)};
       store_any(const_cast<void*>(p.x), p.x_dtype, x + col, sum);
     }
   }
@@ -72,30 +84,38 @@ __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
 
 // dx, and what the sums over columns need of each row: the workspace, if there is one.
 __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
-  meet_neighbours();
+  sync_dependent_launch();
   const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
+  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
+       row += gridDim.x * warps) {
     const int64_t x_offset = row_offset(p.x_rows, row), dy_offset = row_offset(p.dy_rows, row);
     const Normalized normalized = normalize(p, x_offset);
-    if (p.workspace != nullptr && lane == 0) static_cast<Normalized*>(p.workspace)[row] = normalized;
+    if (p.workspace != nullptr && lane == 0)
+      static_cast<Normalized*>(p.workspace)[row] = normalized;
     if (p.dx == nullptr) continue;
-    const auto xhat = [&](int64_t col) { return normalized(load_any(p.x, p.x_dtype, x_offset + col)); };
-    const auto g = [&](int64_t col) { return load_any(p.dy, p.dy_dtype, dy_offset + col) * weight_at(p, col); };
+    const auto xhat = [&](int64_t col) {
+      return normalized(load_any(p.x, p.x_dtype, x_offset + col));
+    };
+    const auto g = [&](int64_t col) {
+      return load_any(p.dy, p.dy_dtype, dy_offset + col) * weight_at(p, col);
+    };
     double sum = 0;
     for (int64_t col = lane; col < p.cols; col += kWarp) sum += g(col) * xhat(col);
     for (int o = kWarp / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     const double mean = sum / p.cols;
     for (int64_t col = lane; col < p.cols; col += kWarp) {
       double dx = normalized(g(col) - xhat(col) * mean);
-      if (p.dresidual != nullptr) dx += load_any(p.dresidual, p.x_dtype, row_offset(p.dresidual_rows, row) + col);
+      if (p.dresidual != nullptr)
+        dx += load_any(p.dresidual, p.x_dtype, row_offset(p.dresidual_rows, row) + col);
       store_any(p.dx, p.x_dtype, row * p.cols + col, dx);
     }
   }
 }
 
 __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
-  meet_neighbours();
-  for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < p.cols; col += gridDim.x * kThreads) {
+  sync_dependent_launch();
+  for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < p.cols;
+       col += gridDim.x * kThreads) {
     double sum = 0;
     for (int64_t row = 0; row < p.rows; ++row) {
       double xhat = static_cast<const Normalized*>(p.workspace)[row](
@@ -110,11 +130,11 @@ __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
 }  // namespace
 
 int add_any(const RmsNormForward& p, cudaStream_t stream) {
-  return launch(add_rows, {static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp)), kThreads}, p, stream);
+  return launch(add_rows, plan_items("add_rows", p.rows, kWarp), p, stream);
 }
 
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream) {
-  return launch(forward_double, {static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp)), kThreads}, p, stream);
+  return launch(forward_double, plan_items("forward_double", p.rows, kWarp), p, stream);
 }
 
 int64_t backward_in_double_workspace(const RmsNormBackward& p) {
@@ -122,10 +142,10 @@ int64_t backward_in_double_workspace(const RmsNormBackward& p) {
 }
 
 int backward_in_double(const RmsNormBackward& p, cudaStream_t stream) {
-  const auto row_blocks = static_cast<unsigned>(blocks_for(p.rows, kThreads / kWarp));
-  const int error = launch(backward_double, {row_blocks, kThreads}, p, stream);
+  const int error =
+      launch(backward_double, plan_items("backward_double", p.rows, kWarp), p, stream);
   if (error != 0 || p.dweight == nullptr) return error;
-  return launch(dweight_double, {static_cast<unsigned>(blocks_for(p.cols, kThreads)), kThreads}, p, stream);
+  return launch(dweight_double, plan_items("dweight_double", p.cols, 1), p, stream);
 }
 
 }  // namespace rmsnorm::cuda

@@ -1,0 +1,94 @@
+// How the threads of a block share rows, and the columns of one.
+#pragma once
+#include <cstdint>
+
+#include "tuning.h"
+#include "vec.cuh"
+
+namespace rmsnorm::cuda {
+
+// f(r, row) for each of the rows row_of(0), row_of(1), ... of a thread that there are.
+template <int kRows, typename RowOf, typename F>
+__device__ void each_row(const RowOf& row_of, const int64_t& rows, const F& f) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = row_of(r);
+    if (row < rows) f(r, row);
+  }
+}
+
+// Rows in registers: a thread has kVectors chunks, of kElems elements each, of kRows rows at a
+// time.
+template <int kRows, int kVectors, int kElems>
+struct RowGroup {
+  const int64_t& rows;  // where the arguments are: a copy would take registers
+  const int cols, lanes;
+  // Where a thread has one row at a time, which then is of whole warps, these may leave the loop
+  // one by one. Else all of a block stay in it together.
+  const bool warps_leave;
+  const int slots = blockDim.x / lanes, lane = threadIdx.x % lanes;
+  const int slot = warps_leave ? 0 : threadIdx.x / lanes;
+  // The first of the kRows rows, which are a stride apart.
+  int64_t first = int64_t{blockIdx.x} * slots + (warps_leave ? threadIdx.x / lanes : 0);
+
+  __device__ int64_t stride() const { return int64_t{gridDim.x} * recomputed(slots); }
+  __device__ bool any() const { return first < rows; }
+  __device__ void advance() { first += kRows * stride(); }
+
+  // How many of the kRows rows there are in the block's first slot: the same for all of its
+  // threads.
+  __device__ int live() const {
+    int live = 0;
+    const int64_t apart = stride();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) live += first + r * apart < rows;
+    return live;
+  }
+
+  // f(r, row) for each of the thread's rows that there are.
+  template <typename F>
+  __device__ void each_row(const F& f) const {
+    cuda::each_row<kRows>([&](int r) { return first + r * stride() + slot; }, rows, f);
+  }
+
+  // f(k, column, count) for each chunk of a row. The count of the last is beyond its elements.
+  template <typename F>
+  __device__ void each_chunk(const F& f) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int col = (k * lanes + recomputed(lane)) * kElems;
+      f(k, col, cols - col);
+    }
+  }
+};
+
+// A longer row: the columns that a block has of it, in chunks counted from `begin`. They are worked
+// on in tiles of kVectors chunks per thread. The last chunk may be incomplete.
+template <typename Index, int kVectors, int kElems>
+struct Slice {
+  const int64_t begin, end;
+  const int lanes, lane = threadIdx.x;
+  const Index chunks = static_cast<Index>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
+  const Index tile = lanes * kVectors;
+
+  __device__ int64_t column(Index chunk) const { return begin + int64_t{chunk} * kElems; }
+  __device__ int count(Index chunk) const {
+    return static_cast<int>(min(end - column(chunk), int64_t{kElems}));
+  }
+
+  // f(k, chunk) for each of the thread's chunks in a tile; those beyond the slice too, of count 0
+  // or less.
+  template <typename F>
+  __device__ void each_chunk(Index first, const F& f) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) f(k, first + k * lanes + lane);
+  }
+
+  // f(chunk) for each of the thread's chunks in the slice, one at a time.
+  template <typename F>
+  __device__ void each_chunk(const F& f) const {
+    for (Index chunk = lane; chunk < chunks; chunk += lanes) f(chunk);
+  }
+};
+
+}  // namespace rmsnorm::cuda
