@@ -47,11 +47,8 @@ void advise_huge_pages(const Tensor& t) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-// Large outputs are written past the caches, which would have to read every line first: a quarter to a third less time.
-// Not where the lines are in a cache already. A new tensor often gets the memory of one that was freed a moment ago; and
-// from 32 MiB on (DEFAULT_MMAP_THRESHOLD_MAX) glibc maps one afresh on every call, and the kernel clears its pages.
-bool stream_new(const Tensor& t) { return t.defined() && t.nbytes() >= 8 << 20 && t.nbytes() < 32 << 20; }
-bool stream_owned(const Tensor& t) { return t.nbytes() >= 4 << 20; }
+bool stream_new(const Tensor& t) { return t.defined() && cpu::writes_past_caches(t.nbytes(), true); }
+bool stream_owned(const Tensor& t) { return cpu::writes_past_caches(t.nbytes(), false); }
 
 Tensor allocate(IntArrayRef shape, const Tensor& like, at::ScalarType type) {
   if (!like.is_cpu()) return at::empty(shape, like.options().dtype(type));
