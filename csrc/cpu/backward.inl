@@ -61,8 +61,7 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<T
     next_dy.template along<true, kStep>(i);
     next_x.template along<true, kStep>(i);
     if constexpr (kGradientPairs<Tdy, Tx>) {
-#pragma GCC unroll 2
-      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+      for_each_pair_of_step(i, [&](int64_t j) INLINE_LAMBDA {
         const Pair d = split(row.dy + j), x = split(row.x + j), w = kDx ? weight.pair(j) : Pair{};
         V even = vector(d.even, x.even, w.even, partial + j, kLanes);
         V odd = vector(d.odd, x.odd, w.odd, partial + j + kLanes, kLanes);
@@ -71,7 +70,7 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<T
           even = even + other.even, odd = odd + other.odd;
         }
         if constexpr (kDx) join<kStream, false>(row.dx + j, {even, odd});
-      }
+      });
     } else {
       for_each_vector_of_step(i, [&](int64_t j, int n) INLINE_LAMBDA { one(j, n, Bool<true>()); });
     }

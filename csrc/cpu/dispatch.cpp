@@ -139,10 +139,11 @@ bool set_isa(const char* name) {
 
 namespace {
 
-void norm_rows(const RmsNormForward& p, const RowRange& rows) {
-  if (wide(p)) return forward_fp64(p, rows);
+void norm_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  if (wide(p)) return forward_fp64(p, row_begin, row_end, y_begin);
   const Choice& chosen = choice();
-  (p.x_dtype == DType::kFloat16 ? chosen.for_half : chosen.kernels)->forward(p, rows);
+  (p.x_dtype == DType::kFloat16 ? chosen.for_half : chosen.kernels)
+      ->forward(p, row_begin, row_end, y_begin);
 }
 
 int64_t quant_row_bytes(const RmsNormForward& p) {
@@ -160,7 +161,7 @@ int64_t rms_norm_forward_workspace(const RmsNormForward& p) {
 
 void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
                       void* workspace) {
-  if (!p.quant.data) return norm_rows(p, {row_begin, row_end, 0});
+  if (!p.quant.data) return norm_rows(p, row_begin, row_end, 0);
   RmsNormForward part = p;
   if (!p.y) {  // the workspace is some rows of it
     part.y = workspace;
@@ -169,9 +170,9 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
   }
   const int64_t rows = quant_rows(p);
   for (int64_t row = row_begin; row < row_end; row += rows) {
-    const RowRange range = {row, std::min(row + rows, row_end), p.y ? 0 : row};
-    norm_rows(part, range);
-    kernels().quantize(part, range);
+    const int64_t end = std::min(row + rows, row_end), y_begin = p.y ? 0 : row;
+    norm_rows(part, row, end, y_begin);
+    kernels().quantize(part, row, end, y_begin);
   }
 }
 

@@ -82,11 +82,10 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
     const auto step = [&](int64_t i) {
       next.template along<true, kStep>(i);
       if constexpr (kPairs) {
-#pragma GCC unroll 2
-        for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+        for_each_pair_of_step(i, [&](int64_t j) INLINE_LAMBDA {
           const Pair v = split(x + j), g = w.pair(j);
           join<kStream, kRound>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
-        }
+        });
       } else {
         for_each_vector_of_step(i, [&](int64_t j, int n) {
           write<kStream>(y + j, scaled(load(x + j, n), w(j, n)), n);
@@ -132,13 +131,13 @@ INLINE RowSchedule schedule_rows(const RmsNormForward& p, int64_t cols) {
 template <bool kStream, class Tx, class Ty, bool kCast, bool kRound, int kCols, class W>
 class ForwardRows {
  public:
-  INLINE ForwardRows(const RmsNormForward& params, W& w, const RowRange& rows)
+  INLINE ForwardRows(const RmsNormForward& params, W& w, int64_t end, int64_t first_row_of_y)
       : p(params),
         weight(w),
-        row_end(rows.end),
-        y_begin(rows.y_begin),
+        row_end(end),
+        y_begin(first_row_of_y),
         y_address(reinterpret_cast<uintptr_t>(params.y) -
-                  rows.y_begin * params.y_rows.stride[0] * sizeof(Ty)),
+                  first_row_of_y * params.y_rows.stride[0] * sizeof(Ty)),
         any_cols(params.cols),
         per_col(1.0 / double(cols())),
         schedule(schedule_rows<Tx, Ty, kCols>(params, cols())),
@@ -289,19 +288,22 @@ class ForwardRows {
 };
 
 template <class Tx, class Ty, bool kCast, bool kRound, class W>
-void forward_rows(const RmsNormForward& p, W& weight, const RowRange& rows) {
+void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, int64_t row_end,
+                  int64_t y_begin) {
   const auto run = [&](auto stream) {
     constexpr bool kStream = stream.value;
     // Heads take a fifth less time without loops.
     if constexpr (Isa::kUnrollsHeads && kIsSame<Tx, Ty>) {
       if (p.cols == 64) {
-        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 64, W>(p, weight, rows).run(rows.begin);
+        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 64, W>(p, weight, row_end, y_begin)
+            .run(row_begin);
       }
       if (p.cols == 128) {
-        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 128, W>(p, weight, rows).run(rows.begin);
+        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 128, W>(p, weight, row_end, y_begin)
+            .run(row_begin);
       }
     }
-    ForwardRows<kStream, Tx, Ty, kCast, kRound, 0, W>(p, weight, rows).run(rows.begin);
+    ForwardRows<kStream, Tx, Ty, kCast, kRound, 0, W>(p, weight, row_end, y_begin).run(row_begin);
   };
   if (p.stream && streamable<Ty>(p.y, p.y_rows)) return run(Bool<Isa::kStreams>());
   run(Bool<false>());
@@ -309,19 +311,20 @@ void forward_rows(const RmsNormForward& p, W& weight, const RowRange& rows) {
 
 // Every product of a row would leave the fast path's range, or might.
 template <class Tx>
-void forward_rows_fp64(const RmsNormForward& p, const RowRange& rows) {
+void forward_rows_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                       int64_t y_begin) {
   const AddRow add_addends = add_row_of<Tx, false>(p);
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
     if (add_addends) add_addends(p, row, 0, p.cols, -1);
-    forward_row_fp64(p, row, rows.y_begin);
+    forward_row_fp64(p, row, y_begin);
   }
 }
 
 // Chooses how the weight is read.
 template <class Tx, class Ty, bool kCast, bool kRound>
-void forward_typed(const RmsNormForward& p, const RowRange& rows) {
+void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   const auto with = [&](auto round, auto& weight) {
-    forward_rows<Tx, Ty, kCast, round.value>(p, weight, rows);
+    forward_rows<Tx, Ty, kCast, round.value>(p, weight, row_begin, row_end, y_begin);
   };
   if (!p.weight) {
     if constexpr (kCast) return;  // forward() does not ask for it
@@ -331,8 +334,7 @@ void forward_typed(const RmsNormForward& p, const RowRange& rows) {
   // A tile does not pay for one row. In long rows it takes the place of x or y in the L1 cache.
   if constexpr (!kIsFloat<Tx> && kIsSame<Tx, Ty>) {
     const bool long_rows = Isa::kConverts16Bit && p.cols > kDirectCols;
-    if (p.w_dtype == p.x_dtype && p.weight_offset == 0 &&
-        (rows.end - rows.begin == 1 || long_rows)) {
+    if (p.w_dtype == p.x_dtype && p.weight_offset == 0 && (row_end - row_begin == 1 || long_rows)) {
       Weight<Tx> weight{static_cast<const Tx*>(p.weight)};
       if constexpr (kRound) {
         typename Isa::SmallElements small;
@@ -354,7 +356,7 @@ void forward_typed(const RmsNormForward& p, const RowRange& rows) {
     }
     if (!ordinary) {
       if constexpr (kRound) return with(Bool<false>(), weight);
-      return forward_rows_fp64<Tx>(p, rows);
+      return forward_rows_fp64<Tx>(p, row_begin, row_end, y_begin);
     }
   }
   with(Bool<kRound>(), weight);
@@ -362,7 +364,7 @@ void forward_typed(const RmsNormForward& p, const RowRange& rows) {
 
 // From dtypes to types. kRound: with Isa::round_pair.
 template <bool kRound>
-void forward(const RmsNormForward& p, const RowRange& rows) {
+void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   static_assert(!kRound || Isa::kRoundsBFloat16);
   set_last_isa(Isa::kNames[kRound]);
   with_type(p.x_dtype, [&](auto x) {
@@ -374,15 +376,16 @@ void forward(const RmsNormForward& p, const RowRange& rows) {
       if (p.y_dtype != p.x_dtype) {
         return with_type(p.y_dtype, [&](auto y) {
           using Ty = decltype(y);
-          if (cast) return forward_typed<Tx, Ty, true, false>(p, rows);
-          forward_typed<Tx, Ty, false, false>(p, rows);
+          if (cast) return forward_typed<Tx, Ty, true, false>(p, row_begin, row_end, y_begin);
+          forward_typed<Tx, Ty, false, false>(p, row_begin, row_end, y_begin);
         });
       }
     }
-    if (!cast) return forward_typed<Tx, Tx, false, kRoundTx>(p, rows);
+    if (!cast) return forward_typed<Tx, Tx, false, kRoundTx>(p, row_begin, row_end, y_begin);
     if (p.y_dtype == p.x_dtype) {
-      return forward_typed<Tx, Tx, true, kRoundTx>(p, rows);
+      return forward_typed<Tx, Tx, true, kRoundTx>(p, row_begin, row_end, y_begin);
     }
-    if constexpr (!kIsFloat<Tx>) forward_typed<Tx, float, true, false>(p, rows);
+    if constexpr (!kIsFloat<Tx>)
+      forward_typed<Tx, float, true, false>(p, row_begin, row_end, y_begin);
   });
 }

@@ -180,12 +180,12 @@ uint8_t code_of(QType type, float v) {
   return uint8_t(sign | (units + ((exponent + bias - 1) << fraction)));
 }
 
-void quantize_fp64(const RmsNormForward& p, const RowRange& rows) {
+void quantize_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   const Quant& q = p.quant;
   const int64_t width = q.block ? q.block : p.cols;
-  for (int64_t at = rows.begin * p.cols; at < rows.end * p.cols; at += width) {
+  for (int64_t at = row_begin * p.cols; at < row_end * p.cols; at += width) {
     const int64_t row = at / p.cols, begin = at % p.cols;
-    const int64_t first = p.y_rows.offset(row - rows.y_begin) + begin;
+    const int64_t first = p.y_rows.offset(row - y_begin) + begin;
     const auto y = [&](int64_t i) { return float(load(p.y, p.y_dtype, first + i)); };
     float scale = q.block ? 0 : *q.scale;
     if (q.block) {
@@ -242,10 +242,10 @@ void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
   store(p.rstd, rstd_dtype, row, row + 1, [&](int64_t) { return x.unit * x.scale; });
 }
 
-void forward_fp64(const RmsNormForward& p, const RowRange& rows) {
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
+void forward_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
     if (p.addends.input) add_row_fp64(p, row);
-    forward_row_fp64(p, row, rows.y_begin);
+    forward_row_fp64(p, row, y_begin);
   }
 }
 
@@ -276,9 +276,9 @@ void dweight_fp64(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) 
 // fp64 tensors take these functions under every instruction set; only here they give their name.
 const Kernels kFp64 = {
     "fp64",
-    [](const RmsNormForward& p, const RowRange& rows) {
+    [](const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
       set_last_isa("fp64");
-      forward_fp64(p, rows);
+      forward_fp64(p, row_begin, row_end, y_begin);
     },
     [](const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
       set_last_isa("fp64");

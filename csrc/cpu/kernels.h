@@ -32,19 +32,14 @@ constexpr int kMinWeightExponent = -70;
 // denormal.
 constexpr int kSmallExponent = -31;
 
-// The rows that a forward works on. p.y starts with row y_begin: 0, or the first one in a
-// workspace.
-struct RowRange {
-  int64_t begin, end, y_begin;
-};
-
 // One instruction set: everything but fp64 tensors, which have only fp64.cpp.
 struct Kernels {
   const char* name;
-  void (*forward)(const RmsNormForward& p, const RowRange& rows);
+  // Rows row_begin to row_end. p.y starts with row y_begin: 0, or the first one in a workspace.
+  void (*forward)(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
   void (*backward)(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
   void (*dweight)(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
-  void (*quantize)(const RmsNormForward& p, const RowRange& rows);
+  void (*quantize)(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
 };
 extern const Kernels kFp64;  // every row in double: what the instruction sets are held against
 extern const Kernels kScalar;
@@ -77,7 +72,7 @@ bool wide(const RmsNormForward& p);  // is one of the tensors fp64?
 bool wide(const RmsNormBackward& p);
 void add_row_fp64(const RmsNormForward& p, int64_t row);
 void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin);
-void forward_fp64(const RmsNormForward& p, const RowRange& rows);
+void forward_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
 // partial: [cols], to which dy * xhat is added; nullptr: dx alone.
 void backward_row_fp64(const RmsNormBackward& p, int64_t row, float* partial);
 void backward_fp64(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);

@@ -106,11 +106,11 @@ INLINE void quantize_span(const T* from, uint8_t* to, int64_t n, Scaled scaled) 
 }
 
 template <class F, class T>
-void quantize_rows(const RmsNormForward& p, const RowRange& rows) {
+void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   const Quant& q = p.quant;
   const int64_t width = q.block ? q.block : p.cols;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const T* from = static_cast<const T*>(p.y) + p.y_rows.offset(row - rows.y_begin);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const T* from = static_cast<const T*>(p.y) + p.y_rows.offset(row - y_begin);
     uint8_t* to = static_cast<uint8_t*>(q.data) + row * p.cols;
     for (int64_t begin = 0; begin < p.cols; begin += width) {
       float scale = q.block ? 0 : *q.scale;  // dynamic ones are written by other threads meanwhile
@@ -149,9 +149,11 @@ void quantize_rows(const RmsNormForward& p, const RowRange& rows) {
 }
 
 // Of y, which forward() wrote.
-void quantize(const RmsNormForward& p, const RowRange& rows) {
+void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   const auto as = [&](auto format) {
-    with_type(p.y_dtype, [&](auto y) { quantize_rows<decltype(format), decltype(y)>(p, rows); });
+    with_type(p.y_dtype, [&](auto y) {
+      quantize_rows<decltype(format), decltype(y)>(p, row_begin, row_end, y_begin);
+    });
   };
   switch (p.quant.dtype) {
     case QType::kFloat8E4M3:

@@ -117,6 +117,13 @@ INLINE void for_each_vector_of_step(int64_t i, F body) {
   for (int j = 0; j < kStep; j += kLanes) body(i + j, kLanes);
 }
 
+// The same of BFloat16, in pairs of 2 * kLanes.
+template <class F>
+INLINE void for_each_pair_of_step(int64_t i, F body) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kStep; j += 2 * kLanes) body(i + j);
+}
+
 template <class F>
 INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
   for_each_step(begin, end, [&](int64_t i) { for_each_vector_of_step(i, body); }, body);

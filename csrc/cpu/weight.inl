@@ -86,12 +86,11 @@ class WeightTiles {
     };
     const auto step = [&](int64_t i) {
       if (!pairs_) return for_each_vector_of_step(i, one);
-#pragma GCC unroll 2
-      for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+      for_each_pair_of_step(i, [&](int64_t j) {
         const Pair w = weight.pair(j);
         store(tile_ + (j - begin), w.even + offset, kLanes);
         store(tile_ + (j - begin) + kLanes, w.odd + offset, kLanes);
-      }
+      });
     };
     pairs_ ? for_each_step<kBlock>(begin, end, step, one) : for_each_step(begin, end, step, one);
   }
