@@ -1,9 +1,10 @@
-// The contract between the kernels (librmsnorm.so) and their callers. Plain C++17: no torch, no Python.
+// The contract between the kernels (librmsnorm.so) and their callers. Plain C++17: no torch, no
+// Python.
 //
 //   y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)        for each row of `cols` elements
 //
-// The caller has checked its arguments: pointers are valid, rows > 0, cols > 0, eps >= 0 and finite.
-// A kernel writes the outputs named in its struct and nothing else, and never allocates.
+// The caller has checked its arguments: pointers are valid, rows > 0, cols > 0, eps >= 0 and
+// finite. A kernel writes the outputs named in its struct and nothing else, and never allocates.
 #pragma once
 #include <cstdint>
 
@@ -40,7 +41,8 @@ struct Rows {
   }
 };
 
-// What x is the sum of, where it has to be formed first: input + residual in fp32 (fp64 if either is), rounded to x_dtype.
+// What x is the sum of, where it has to be formed first: input + residual in fp32 (fp64 if either
+// is), rounded to x_dtype.
 struct Addends {
   const void* input;     // [rows, cols], input_dtype, placed by input_rows; nullptr: x is there
   const void* residual;  // [rows, cols], x_dtype, placed by residual_rows; may be x itself
@@ -51,40 +53,46 @@ struct Addends {
 
 enum class QType : int32_t { kFloat8E4M3, kFloat8E5M2, kInt8 };
 
-RMSNORM_HOST_DEVICE constexpr float largest_value(QType type) {
+constexpr RMSNORM_HOST_DEVICE float max_value(QType type) {
   return type == QType::kFloat8E4M3 ? 448.0f : type == QType::kFloat8E5M2 ? 57344.0f : 127.0f;
 }
 
-// y, rounded to y_dtype, once more in 8 bits: saturated and rounded to nearest even, NaN to NaN (to 0 in kInt8). With a
-// given scale s it is y * (1 / s). Else each row, or each `block` columns of it, has its own: with M the largest value of
-// `dtype`, s = max(min(largest |y|, bound) / M, least), and it is y / s, in kInt8 y * (1 / s); all in fp32.
+// y, rounded to y_dtype, once more in 8 bits: saturated and rounded to nearest even, NaN to NaN (to
+// 0 in kInt8). With a static scale s it is y * (1 / s). Else each row, or each `block` columns of
+// it, has its own: s = max(min(largest |y|, bound) / max_value(dtype), least), and it is y / s, in
+// kInt8 y * (1 / s); all in fp32.
 struct Quant {
-  void* data;         // [rows, cols], dense; nullptr: not wanted
-  float* scale;       // given: one, read; else written, that of (row, block) at row * row_stride + block * block_stride
-  int64_t block;      // columns that share a scale, 64 or 128 or all; 0: the scale is given
+  void* data;     // [rows, cols], dense; nullptr: not wanted
+  float* scale;   // static: one, which is read; else dynamic ones are written, that of (row, block)
+                  // at row * row_stride + block * block_stride
+  int64_t block;  // columns that share a dynamic scale, 64 or 128 or all; 0: the scale is static
   int64_t row_stride;
   int64_t block_stride;
-  float bound;        // of the largest |y|; infinite: none
-  float least;        // scale
+  float bound;  // of the largest |y| of a dynamic scale; infinite: none
+  float least;  // dynamic scale
   QType dtype;
 };
 
-// y may be x itself, or the input of the addends (same pointer, same rows): a row is read before it is written.
+// y may be x itself, or the input of the addends (same pointer, same rows): a row is read before it
+// is written.
 struct RmsNormForward {
   const void* x;       // [rows, cols], x_dtype, placed by x_rows; written first if it has addends
   const void* weight;  // [cols], w_dtype; nullptr: no weight (and weight_offset is not looked at)
   void* y;             // [rows, cols], y_dtype, placed by y_rows; nullptr if only quant is wanted
-  void* rstd;          // [rows], 1 / sqrt(mean(x^2) + eps): double if x_dtype is kFloat64, else float; nullptr: not wanted
+  void* rstd;  // [rows], 1 / sqrt(mean(x^2) + eps): double if x_dtype is kFloat64, else float;
+               // nullptr: not wanted
   Rows x_rows;
   Rows y_rows;
   int64_t rows;
   int64_t cols;
   double eps;
   double weight_offset;     // added to the weight in fp32 (in fp64 if any dtype here is kFloat64)
-  bool cast_before_weight;  // round x * rstd to x_dtype, then multiply by the weight and round to y_dtype
+  bool cast_before_weight;  // round x * rstd to x_dtype, then multiply by the weight and round to
+                            // y_dtype
   DType x_dtype;
   DType w_dtype;
-  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype; beside fp32 x a 16-bit input_dtype
+  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype;
+                  // beside fp32 x a 16-bit input_dtype
   bool stream;    // a hint to the CPU: write y past the caches, which it would only pass through
   Addends addends;
   Quant quant;  // not with kFloat64
@@ -94,14 +102,16 @@ struct RmsNormForward {
 // with xhat = x * rstd and g = dy * (weight + weight_offset).
 // With cast_before_weight the xhat of dweight is the rounded one that the forward multiplied by.
 struct RmsNormBackward {
-  const void* dy;      // [rows, cols], dy_dtype, placed by dy_rows
-  const void* x;       // [rows, cols], x_dtype, placed by x_rows
-  const void* weight;  // [cols], w_dtype; nullptr: no weight
-  const void* rstd;    // [rows], as the forward returned it
-  const void* dresidual;  // [rows, cols], x_dtype, placed by dresidual_rows: added to dx before it is rounded; nullptr: absent
-  void* dx;            // [rows, cols], x_dtype, dense; nullptr: not wanted
-  void* dweight;       // [cols], w_dtype; nullptr: not wanted
-  void* workspace;     // as many bytes as *_backward_workspace() says, 64-byte aligned; nullptr if that is 0
+  const void* dy;         // [rows, cols], dy_dtype, placed by dy_rows
+  const void* x;          // [rows, cols], x_dtype, placed by x_rows
+  const void* weight;     // [cols], w_dtype; nullptr: no weight
+  const void* rstd;       // [rows], as the forward returned it
+  const void* dresidual;  // [rows, cols], x_dtype, placed by dresidual_rows: added to dx before it
+                          // is rounded; nullptr: absent
+  void* dx;               // [rows, cols], x_dtype, dense; nullptr: not wanted
+  void* dweight;          // [cols], w_dtype; nullptr: not wanted
+  void* workspace;  // as many bytes as *_backward_workspace() says, 64-byte aligned; nullptr if
+                    // that is 0
   Rows dy_rows;
   Rows x_rows;
   Rows dresidual_rows;
@@ -116,34 +126,49 @@ struct RmsNormBackward {
   bool stream;  // as above, of dx
 };
 
+// A row is done in fp32 while its rstd is in this range. Then mean(x^2) + eps is in [2^-60, 2^60],
+// and neither the sum of squares nor a product with rstd over- or underflows.
+constexpr float kMinFastRstd = 0x1p-30f;
+constexpr float kMaxFastRstd = 0x1p30f;
+
 // CPU. These functions use one thread, the caller's: the caller splits the work and may run the
 // parts of one stage in any order, at once. The bits do not depend on how it was split.
 namespace cpu {
 
-// workspace: 64-byte aligned, as many bytes as *_forward_workspace() says, of this call alone; nullptr if that is 0.
-void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, void* workspace = nullptr);
+// workspace: 64-byte aligned, as many bytes as *_forward_workspace() says, of this call alone;
+// nullptr if that is 0.
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                      void* workspace = nullptr);
 int64_t rms_norm_forward_workspace(const RmsNormForward& p);
 
 // Backward in two stages over blocks of rows, numbered 0 .. blocks - 1. Stage two is needed where
 // dweight is wanted, after all of stage one; it finishes columns [col_begin, col_end).
 struct BackwardPlan {
-  int64_t block_rows;       // rows in a block (the last may have fewer): from rows and cols alone
+  int64_t block_rows;  // rows in a block (the last may have fewer): from rows and cols alone
   int64_t blocks;
-  int64_t workspace_bytes;  // partial sums of dweight, [blocks, cols]
+  int64_t workspace_bytes;  // partial sums of dweight, [blocks, cols], 8 bytes each
 };
 BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p);
 void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
 
-// Instruction sets, best last: "scalar", "avx2", "avx512", "avx512_bf16". The best that the machine has is in use (where
-// another is known to be faster for a dtype, that one for it) unless the environment variable RMSNORM_CUDA_ISA or
-// set_isa() names one. The bits are the same for all but "scalar".
-int isa_count();                   // how many this library was built with
+// For `stream`: does writing so many bytes past the caches take less time? is_new: the memory was
+// allocated for this call.
+bool writes_past_caches(int64_t bytes, bool is_new);
+
+// Instruction sets, best last: "fp64", "scalar", "avx2", "avx512", "avx512_bf16". The best that the
+// machine has is in use (where another is known to be faster for a dtype, that one for it) unless
+// the environment variable RMSNORM_CUDA_ISA or set_isa() names one. The bits are the same for all
+// but "scalar" and "fp64". "fp64" does every row in double, of all dtypes: slow, and what a result
+// in doubt is held against.
+int isa_count();  // how many this library was built with
 const char* isa_name(int i);
-bool isa_supported(int i);         // does this machine have it?
-const char* isa();                 // the one in use; throws std::runtime_error if RMSNORM_CUDA_ISA names none that is supported
-bool set_isa(const char* name);    // nullptr: the best again; false, and nothing changes, if not built or not supported
-const char* last_isa();            // the one whose kernel ran last on this thread, "" before the first
+bool isa_supported(int i);  // does this machine have it?
+const char* isa();  // the one in use; throws std::runtime_error if RMSNORM_CUDA_ISA names none that
+                    // is supported
+bool set_isa(const char* name);  // nullptr: the best again; false, and nothing changes, if not
+                                 // built or not supported
+const char* last_isa();  // the one whose kernel ran last on this thread, "" before the first
 
 }  // namespace cpu
 
@@ -153,7 +178,7 @@ namespace cuda {
 
 // What the layout of a launch depends on, of a machine.
 struct Device {
-  int arch;              // that the kernels were compiled for: 90 is compute capability 9.0
+  int arch;  // that the kernels were compiled for: 90 is compute capability 9.0
   int multiprocessors;
   int64_t shared_bytes;  // shared memory that a block may ask for
 };
@@ -164,10 +189,11 @@ enum class Keep : int { kRegisters, kShared, kNowhere };  // kNowhere: it is rea
 struct Plan {
   const char* kernel = "";  // its name in csrc/cuda
   Keep keep;
-  int vectors;           // 16-byte vectors of a row (of a tile of it) that one thread holds at a time
-  int lanes;             // threads of a row (of a block's slice of it): a power of two up to 32, beyond a multiple of 32
-  int threads;           // of a block: lanes times the rows it works on at a time
-  int registers;         // of a thread, at most
+  int vectors;    // 16-byte vectors of a row (of a tile of it) that one thread holds at a time
+  int lanes;      // threads of a row (of a block's slice of it): a power of two up to 32, beyond a
+                  // multiple of 32
+  int threads;    // of a block: lanes times the rows it works on at a time
+  int registers;  // of a thread, at most
   int bytes_in_flight;   // that a thread asks for before it needs the first
   int cluster;           // blocks that share a row
   int64_t slice;         // columns of a row that each of them has, the last one less
@@ -178,9 +204,11 @@ struct Plan {
 
 // Pure functions, there without the CUDA kernels too: what a launch of them would be.
 Plan rms_norm_forward_plan(int64_t rows, int64_t cols, DType x, const Device& device);
-Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType w, const Device& device);
+Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType w,
+                            const Device& device);
 
-// What an architecture's kernels may take at most, in blocks of so many threads; the last kernel is nullptr.
+// What an architecture's kernels may take at most, in blocks of so many threads; the last kernel is
+// nullptr.
 struct KernelLimits {
   const char* kernel;
   int threads;
@@ -189,15 +217,16 @@ struct KernelLimits {
 };
 const KernelLimits* kernel_limits(int arch);
 
-bool built();                     // were the CUDA kernels compiled into this library?
-const char* architectures();      // "9.0 12.0+PTX"; if not built, the reason
-int runtime_version();            // of the CUDA runtime in this library: 12090 is 12.9; 0 if not built
-int driver_version();             // the newest CUDA that this machine's driver knows, in the same way; 0: there is none
+bool built();                 // were the CUDA kernels compiled into this library?
+const char* architectures();  // "9.0 12.0+PTX"; if not built, the reason
+int runtime_version();        // of the CUDA runtime in this library: 12090 is 12.9; 0 if not built
+int driver_version();  // the newest CUDA that this machine's driver knows, in the same way; 0:
+                       // there is none
 const char* error_string(int error);
 int rms_norm_forward(const RmsNormForward& p, void* stream);
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p);
 int rms_norm_backward(const RmsNormBackward& p, void* stream);
-Plan last_plan();                 // of what this thread launched last; its kernel is "" before the first
+Plan last_plan();  // of what this thread launched last; its kernel is "" before the first
 
 }  // namespace cuda
 }  // namespace rmsnorm

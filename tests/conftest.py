@@ -9,7 +9,7 @@ import torch
 import rmsnorm_cuda
 from rmsnorm_cuda import _C
 
-ISAS = [isa for isa, supported in _C.isas().items() if supported]  # test_isa.py says which are missing
+ISAS = [isa for isa, supported in _C.isas().items() if supported]  # test_invariance.py names all
 
 # The tests' tensors are small, and beside another busy process a pool of threads waits for its slowest member: 20 times
 # slower. test_invariance.py sets the number of threads itself.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import DTYPES, OPTIONS, name, ops, random, random_weight, same_bits
 
-from rmsnorm_cuda import _C, rms_norm
+from rmsnorm_cuda import _C, rms_norm, rms_norm_quant
 from rmsnorm_cuda.reference import ulp_distance
 
 # Two and a half MB and more in and out, at 256 KB a thread: enough for eight threads. Many short rows, few long ones.
@@ -133,6 +133,8 @@ def test_callers_in_threads():
 
 # ---------------------------------------------------------------- instruction sets
 
+ISAS = ["fp64", "scalar", "avx2", "avx512", "avx512_bf16"]
+
 
 @pytest.fixture
 def restore_isa():
@@ -140,7 +142,7 @@ def restore_isa():
     _C.set_isa(None)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_forced_isa_is_the_one_that_runs(restore_isa, isa):
     if not _C.isas().get(isa):
         with pytest.raises(ValueError, match=f"instruction set '{isa}'"):
@@ -160,12 +162,13 @@ def test_best_isa_is_the_default(restore_isa):
     _C.set_isa("scalar")
     _C.set_isa(None)
     assert _C.isa() == best
-    with pytest.raises(ValueError, match="'mmx': expected one of scalar"):
+    assert best != "fp64"
+    with pytest.raises(ValueError, match="'mmx': expected one of fp64 scalar"):
         _C.set_isa("mmx")
     assert _C.isa() == best
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "mmx", ""])
+@pytest.mark.parametrize("isa", [*ISAS, "mmx", ""])
 def test_isa_from_the_environment(isa):
     code = "import torch, rmsnorm_cuda; rmsnorm_cuda.rms_norm(torch.ones(2, 8), 8); print(rmsnorm_cuda._C.last_isa())"
     env = os.environ | {"RMSNORM_CUDA_ISA": isa}
@@ -176,6 +179,29 @@ def test_isa_from_the_environment(isa):
     else:
         message = f"RuntimeError: RMSNORM_CUDA_ISA is '{isa}', but this machine and build have only: "
         assert run.returncode and message in run.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
+def test_fp64_rounds_once(restore_isa, dtype):
+    """Every tensor that an op writes is the formula in double, as torch computes it, rounded once."""
+    _C.set_isa("fp64")
+    shape = 300, 200  # two blocks of the backward
+    dy, x = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
+    weight = random_weight(200, torch.float32)
+    y, rstd, dx, dweight = gradients(dy, x, weight)
+    assert _C.last_isa() == "fp64"
+    r = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    xhat, g = x.double() * r, dy.double() * weight.double()
+    want_dx = r * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    want = xhat * weight.double(), r[:, 0], want_dx, (dy.double() * xhat).sum(0)
+    for got, exact in zip((y, rstd, dx, dweight), want, strict=True):
+        half_ulp = torch.finfo(got.dtype).eps / 2 * (1 + 1e-6)
+        smallest = torch.finfo(got.dtype).smallest_normal * half_ulp * 1.01 + 1e-14
+        torch.testing.assert_close(got.double(), exact, rtol=half_ulp, atol=smallest)
+    output, scale = rms_norm_quant(x, weight, 1e-6, dtype=torch.int8)
+    want_scale = y.float().abs().amax(-1, keepdim=True) / 127
+    assert same_bits(scale, want_scale) and _C.last_isa() == "fp64"
+    assert torch.equal(output, (y.float() * (1 / scale)).round().clamp(-128, 127).to(torch.int8))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
@@ -192,6 +218,7 @@ def test_isas_agree(restore_isa, dtype, options):
             dy, x = random(5, cols, dtype=dtype), random(5, cols, dtype=dtype)
             weight = random_weight(cols, torch.float32)
             results[isa].append(gradients(dy, x, weight, **options))
+    del results["fp64"]
     scalar = results.pop("scalar")
     for other in results.values():
         for got, want in zip(other, next(iter(results.values())), strict=True):

@@ -1,5 +1,7 @@
 // Which kernels run: scalar first, better ones laid over it, as far as the machine goes. And what
 // all instruction sets share: the plan of the backward, and the way to fp64.
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -12,70 +14,110 @@
 namespace rmsnorm::cpu {
 namespace {
 
+// fp64 is no better than scalar, and stands before it: the last one that the machine has is the
+// best.
 #if RMSNORM_X86
-const Kernels* const kTable[] = {&kScalar, &kAvx2, &kAvx512, &kAvx512Bf16};
+const Kernels* const kTable[] = {&kFp64, &kScalar, &kAvx2, &kAvx512, &kAvx512Bf16};
 #else
-const Kernels* const kTable[] = {&kScalar};
+const Kernels* const kTable[] = {&kFp64, &kScalar};
 #endif
 constexpr int kCount = sizeof kTable / sizeof kTable[0];
 
 int supported_count() {
 #if RMSNORM_X86
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 1;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
     return 2;
   }
-  if (!__builtin_cpu_supports("avx512bf16")) return 3;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return 3;
+  }
+  if (!__builtin_cpu_supports("avx512bf16")) return 4;
 #endif
   return kCount;
 }
 
-const Kernels* find(const char* name) {
-  const int count = supported_count();
-  for (int i = 0; i < count; ++i) {
-    if (!std::strcmp(name, kTable[i]->name)) return kTable[i];
+// What runs, and what runs where x is Half.
+struct Choice {
+  const Kernels* kernels;
+  const Kernels* for_half;
+};
+
+const Choice* best() {
+  static const Choice choice = [] {
+    const int count = supported_count();
+    const Kernels* const kernels = kTable[count - 1];
+#if RMSNORM_X86
+    // On a Zen 4 the AVX2 kernels take an eighth to a fifth less time for cached rows of Half.
+    if (count > 3 && __builtin_cpu_is("amdfam19h")) return Choice{kernels, &kAvx2};
+#endif
+    return Choice{kernels, kernels};
+  }();
+  return &choice;
+}
+
+// nullptr: not built, or not supported.
+const Choice* find(const char* name) {
+  static Choice choices[kCount];
+  static const bool filled = [] {
+    for (int i = 0; i < kCount; ++i) choices[i] = {kTable[i], kTable[i]};
+    return true;
+  }();
+  for (int i = 0; filled && i < supported_count(); ++i) {
+    if (!std::strcmp(name, kTable[i]->name)) return &choices[i];
   }
   return nullptr;
 }
 
-const Kernels* best() { return kTable[supported_count() - 1]; }
-
-// On a Zen 4 the AVX2 kernels take an eighth to a fifth less time for cached rows of Half.
-bool avx2_is_better_for_half() {
-#if RMSNORM_X86
-  static const bool better = supported_count() > 2 && __builtin_cpu_is("amdfam19h");
-  return better;
-#else
-  return false;
-#endif
-}
-
-std::atomic<const Kernels*> current{nullptr};
-std::atomic<bool> named{false};  // was the current one asked for by name?
+std::atomic<const Choice*> current{nullptr};
 thread_local const char* last = "";
 
 // The choice at first use. Two threads that race here choose the same.
-const Kernels& choose() {
+const Choice& choose() {
   const char* name = std::getenv("RMSNORM_CUDA_ISA");
-  const Kernels* chosen = name && *name ? find(name) : best();
+  const Choice* chosen = name && *name ? find(name) : best();
   if (!chosen) {
     std::string available;
-    for (int i = 0; i < supported_count(); ++i) available += std::string(i ? ", " : "") + kTable[i]->name;
-    throw std::runtime_error("RMSNORM_CUDA_ISA is '" + std::string(name) + "', but this machine and build have only: " +
-                             available);
+    for (int i = 0; i < supported_count(); ++i) {
+      available += std::string(i ? ", " : "") + kTable[i]->name;
+    }
+    throw std::runtime_error("RMSNORM_CUDA_ISA is '" + std::string(name) +
+                             "', but this machine and build have only: " + available);
   }
-  const Kernels* none = nullptr;
-  if (current.compare_exchange_strong(none, chosen)) named = name && *name;
+  const Choice* none = nullptr;
+  current.compare_exchange_strong(none, chosen);
   return *current.load();
 }
 
-const Kernels& kernels() {
-  const Kernels* chosen = current.load(std::memory_order_relaxed);
+const Choice& choice() {
+  const Choice* chosen = current.load(std::memory_order_relaxed);
   return chosen ? *chosen : choose();
 }
 
+const Kernels& kernels() { return *choice().kernels; }
+
+int64_t cache_size([[maybe_unused]] int name, int64_t otherwise) {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  if (const long size = sysconf(name); size > 0) return size;
+#endif
+  return otherwise;
+}
+
 }  // namespace
+
+#ifndef _SC_LEVEL1_DCACHE_SIZE  // musl: the usual sizes
+enum { _SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE };
+#endif
+const CacheSizes kCaches = {
+    between(cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10), kMinL1, 256 << 10),
+    between(cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10), 256 << 10, 4 << 20),
+    between(cache_size(_SC_LEVEL3_CACHE_SIZE, 32 << 20), 4 << 20, 32 << 20),
+};
+
+bool writes_past_caches(int64_t bytes, bool is_new) {
+  return is_new ? bytes >= new_stream_bytes() && bytes < kMappedBytes : bytes >= stream_bytes();
+}
 
 int isa_count() { return kCount; }
 const char* isa_name(int i) { return kTable[i]->name; }
@@ -90,29 +132,26 @@ float* weight_tile() {
 }
 
 bool set_isa(const char* name) {
-  const Kernels* chosen = name ? find(name) : best();
-  if (!chosen) return false;
-  current = chosen;
-  named = name != nullptr;
-  return true;
+  const Choice* chosen = name ? find(name) : best();
+  if (chosen) current = chosen;
+  return chosen != nullptr;
 }
 
 namespace {
 
-void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end) {
-  const Kernels& k = kernels();
-  if (!wide(p)) {
-    const bool other = p.x_dtype == DType::kFloat16 && !named.load(std::memory_order_relaxed) && avx2_is_better_for_half();
-    return (other ? *find("avx2") : k).forward(p, row_begin, row_end);
-  }
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    if (p.addends.input) add_row_fp64(p, row);
-    forward_row_fp64(p, row);
-  }
+void norm_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  if (wide(p)) return forward_fp64(p, row_begin, row_end, y_begin);
+  const Choice& chosen = choice();
+  (p.x_dtype == DType::kFloat16 ? chosen.for_half : chosen.kernels)
+      ->forward(p, row_begin, row_end, y_begin);
 }
 
-int64_t quant_row_bytes(const RmsNormForward& p) { return p.cols * (p.y_dtype == DType::kFloat32 ? 4 : 2); }
-int64_t quant_rows(const RmsNormForward& p) { return std::max<int64_t>(1, kQuantBytes / quant_row_bytes(p)); }
+int64_t quant_row_bytes(const RmsNormForward& p) {
+  return p.cols * (p.y_dtype == DType::kFloat32 ? 4 : 2);
+}
+int64_t quant_rows(const RmsNormForward& p) {
+  return std::max<int64_t>(1, quant_bytes() / quant_row_bytes(p));
+}
 
 }  // namespace
 
@@ -120,46 +159,39 @@ int64_t rms_norm_forward_workspace(const RmsNormForward& p) {
   return p.quant.data && !p.y ? std::min(quant_rows(p), p.rows) * quant_row_bytes(p) : 0;
 }
 
-void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, void* workspace) {
-  if (!p.quant.data) return forward(p, row_begin, row_end);
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                      void* workspace) {
+  if (!p.quant.data) return norm_rows(p, row_begin, row_end, 0);
   RmsNormForward part = p;
+  if (!p.y) {  // the workspace is some rows of it
+    part.y = workspace;
+    part.y_rows = {1, {}, {p.cols}};
+    part.stream = false;
+  }
   const int64_t rows = quant_rows(p);
   for (int64_t row = row_begin; row < row_end; row += rows) {
-    if (!p.y) {  // the workspace is these rows of it
-      part.y = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(workspace) - row * quant_row_bytes(p));
-      part.y_rows = {1, {}, {p.cols}};
-      part.stream = false;
-    }
-    const int64_t end = std::min(row + rows, row_end);
-    forward(part, row, end);
-    kernels().quantize(part, row, end);
+    const int64_t end = std::min(row + rows, row_end), y_begin = p.y ? 0 : row;
+    norm_rows(part, row, end, y_begin);
+    kernels().quantize(part, row, end, y_begin);
   }
 }
 
 // A block of 32768 elements is some 10 us of work and enough rows to pay for its row of partial
 // sums. At most 128 blocks, until a block has 256 rows.
 BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
-  const int64_t least = std::clamp<int64_t>(32768 / p.cols, 8, kMaxBlockRows);
-  const int64_t block_rows = std::min(std::max(least, (p.rows + 127) / 128), kMaxBlockRows);
+  const int64_t worth_it = std::clamp<int64_t>(32768 / p.cols, 8, kMaxBlockRows);
+  const int64_t block_rows = std::min(std::max(worth_it, (p.rows + 127) / 128), kMaxBlockRows);
   const int64_t blocks = (p.rows + block_rows - 1) / block_rows;
-  const int64_t bytes = p.dweight ? blocks * p.cols * (wide(p) ? 8 : 4 * dweight_sums(block_rows)) : 0;
-  return {block_rows, blocks, bytes};
+  // Two rows of float, or one of double where fp64.cpp sums.
+  return {block_rows, blocks, p.dweight ? blocks * p.cols * int64_t(sizeof(double)) : 0};
 }
 
 void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-  const Kernels& k = kernels();
-  if (!wide(p)) return k.backward(p, block_begin, block_end);
-  const int64_t block_rows = rms_norm_backward_plan(p).block_rows;
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    double* partial = p.dweight ? static_cast<double*>(p.workspace) + block * p.cols : nullptr;
-    if (partial) std::fill_n(partial, p.cols, 0.0);
-    const int64_t end = std::min((block + 1) * block_rows, p.rows);
-    for (int64_t row = block * block_rows; row < end; ++row) backward_row_fp64(p, row, partial);
-  }
+  (wide(p) ? backward_fp64 : kernels().backward)(p, block_begin, block_end);
 }
 
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
-  wide(p) ? dweight_fp64(p, col_begin, col_end) : kernels().dweight(p, col_begin, col_end);
+  (wide(p) ? dweight_fp64 : kernels().dweight)(p, col_begin, col_end);
 }
 
 }  // namespace rmsnorm::cpu

@@ -1,5 +1,6 @@
 // The rows that fp32 cannot do: fp64 tensors, and rows so large, tiny or broken (Inf, NaN) that
-// their sum of squares leaves the range of the fast path. Exactness counts here, speed does not.
+// their sum of squares leaves the range of the fast path. And, as the instruction set "fp64", every
+// row: what the fast paths are held against. Exactness counts here, speed does not.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -42,16 +43,21 @@ uint16_t to_half(double value) {
   const uint32_t bits = float_to_bits(round_to_odd(value));
   const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 and above
-  if (rest < 0x38800000) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(value) * 0x1p24)));
+  if (rest < 0x38800000)
+    return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(value) * 0x1p24)));
   return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
 double load(const void* base, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::kFloat32: return static_cast<const float*>(base)[i];
-    case DType::kFloat16: return half_to_double(static_cast<const uint16_t*>(base)[i]);
-    case DType::kBFloat16: return bits_to_float(uint32_t(static_cast<const uint16_t*>(base)[i]) << 16);
-    case DType::kFloat64: return static_cast<const double*>(base)[i];
+    case DType::kFloat32:
+      return static_cast<const float*>(base)[i];
+    case DType::kFloat16:
+      return half_to_double(static_cast<const uint16_t*>(base)[i]);
+    case DType::kBFloat16:
+      return bits_to_float(uint32_t(static_cast<const uint16_t*>(base)[i]) << 16);
+    case DType::kFloat64:
+      return static_cast<const double*>(base)[i];
   }
   return 0;
 }
@@ -63,10 +69,14 @@ void store(void* base, DType dtype, int64_t begin, int64_t end, F value) {
     for (int64_t i = begin; i < end; ++i) out[i] = round(value(i));
   };
   switch (dtype) {
-    case DType::kFloat32: return each(static_cast<float*>(base), [](double v) { return v != v ? float(NAN) : float(v); });
-    case DType::kFloat16: return each(static_cast<uint16_t*>(base), to_half);
-    case DType::kBFloat16: return each(static_cast<uint16_t*>(base), to_bfloat16);
-    case DType::kFloat64: return each(static_cast<double*>(base), [](double v) { return v != v ? double(NAN) : v; });
+    case DType::kFloat32:
+      return each(static_cast<float*>(base), [](double v) { return v != v ? NAN : float(v); });
+    case DType::kFloat16:
+      return each(static_cast<uint16_t*>(base), to_half);
+    case DType::kBFloat16:
+      return each(static_cast<uint16_t*>(base), to_bfloat16);
+    case DType::kFloat64:
+      return each(static_cast<double*>(base), [](double v) { return v != v ? double(NAN) : v; });
   }
 }
 
@@ -88,7 +98,8 @@ struct Row {
   double xhat(int64_t i) const { return (*this)[i] * unit; }
 };
 
-// The scale does not follow x below sqrt(eps), which is what bounds rstd there: eps * scale^2 stays finite.
+// The scale does not follow x below sqrt(eps), which is what bounds rstd there: eps * scale^2 stays
+// finite.
 template <class P>
 Row normalize(const P& p, int64_t row) {
   Row x = {p.x, p.x_dtype, p.x_rows.offset(row)};
@@ -98,10 +109,12 @@ Row normalize(const P& p, int64_t row) {
     // For denormals 2^1000 is near enough; 2^1074 would overflow.
     x.scale = std::ldexp(1.0, -std::max(std::ilogb(largest), -1000));
   }
-  // Each lane keeps what its additions round off (Knuth's two-sum): equal values would lose thousands of ulps in a long row.
+  // Each lane keeps what its additions round off (Knuth's two-sum): equal values would lose
+  // thousands of ulps in a long row.
   double lanes[8] = {}, lost[8] = {};
   for (int64_t i = 0; i < p.cols; ++i) {
-    const double square = x[i] * x[i], before = lanes[i % 8], sum = before + square, added = sum - before;
+    const double square = x[i] * x[i], before = lanes[i % 8], sum = before + square,
+                 added = sum - before;
     lanes[i % 8] = sum;
     lost[i % 8] += (before - (sum - added)) + (square - added);
   }
@@ -142,30 +155,75 @@ void backward_row(const RmsNormBackward& p, int64_t row, T* partial) {
   });
 }
 
+// The code of v by the definition of its format.
+uint8_t code_of(QType type, float v) {
+  const float limit = max_value(type);
+  if (type == QType::kInt8) {
+    return v != v ? 0 : uint8_t(int(std::nearbyint(std::clamp(v, -limit - 1, limit))));
+  }
+  const int fraction = type == QType::kFloat8E4M3 ? 3 : 2,
+            bias = type == QType::kFloat8E4M3 ? 7 : 15;
+  const int sign = std::signbit(v) ? 0x80 : 0;
+  if (v != v) return uint8_t(sign | 0x7f);
+  const float magnitude = std::fmin(std::fabs(v), limit);
+  const int exponent = magnitude == 0 ? 1 - bias : std::max(std::ilogb(magnitude), 1 - bias);
+  const int units = int(std::nearbyint(std::ldexp(magnitude, fraction - exponent)));
+  return uint8_t(sign | (units + ((exponent + bias - 1) << fraction)));
+}
+
+void quantize_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  const Quant& q = p.quant;
+  const int64_t width = q.block ? q.block : p.cols;
+  for (int64_t at = row_begin * p.cols; at < row_end * p.cols; at += width) {
+    const int64_t row = at / p.cols, begin = at % p.cols;
+    const int64_t first = p.y_rows.offset(row - y_begin) + begin;
+    const auto y = [&](int64_t i) { return float(load(p.y, p.y_dtype, first + i)); };
+    float scale = q.block ? 0 : *q.scale;
+    if (q.block) {
+      float largest = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        if (!(std::fabs(y(i)) <= largest)) largest = largest != largest ? largest : std::fabs(y(i));
+      }
+      scale = (largest > q.bound ? q.bound : largest) / max_value(q.dtype);
+      scale = scale < q.least ? q.least : scale;
+      q.scale[row * q.row_stride + begin / width * q.block_stride] = scale;
+    }
+    const bool divides = q.block && q.dtype != QType::kInt8;
+    for (int64_t i = 0; i < width; ++i) {
+      const float scaled = divides ? y(i) / scale : y(i) * (1 / scale);
+      static_cast<uint8_t*>(q.data)[at + i] = code_of(q.dtype, scaled);
+    }
+  }
+}
+
 }  // namespace
 
 bool wide(const RmsNormForward& p) {
-  return p.x_dtype == DType::kFloat64 || p.y_dtype == DType::kFloat64 || (p.weight && p.w_dtype == DType::kFloat64);
+  return p.x_dtype == DType::kFloat64 || p.y_dtype == DType::kFloat64 ||
+         (p.weight && p.w_dtype == DType::kFloat64);
 }
 
 bool wide(const RmsNormBackward& p) {
   const bool weighted = p.weight || p.dweight;
-  return p.x_dtype == DType::kFloat64 || p.dy_dtype == DType::kFloat64 || (weighted && p.w_dtype == DType::kFloat64);
+  return p.x_dtype == DType::kFloat64 || p.dy_dtype == DType::kFloat64 ||
+         (weighted && p.w_dtype == DType::kFloat64);
 }
 
 void add_row_fp64(const RmsNormForward& p, int64_t row) {
   const Addends& a = p.addends;
-  const int64_t begin = p.x_rows.offset(row), input = a.input_rows.offset(row), residual = a.residual_rows.offset(row);
+  const int64_t begin = p.x_rows.offset(row), input = a.input_rows.offset(row),
+                residual = a.residual_rows.offset(row);
   const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
   store(const_cast<void*>(p.x), p.x_dtype, begin, begin + p.cols, [&](int64_t at) {
-    const double left = load(a.input, a.input_dtype, input + at - begin), right = load(a.residual, p.x_dtype, residual + at - begin);
+    const double left = load(a.input, a.input_dtype, input + at - begin),
+                 right = load(a.residual, p.x_dtype, residual + at - begin);
     return in_double ? left + right : float(left) + float(right);
   });
 }
 
-void forward_row_fp64(const RmsNormForward& p, int64_t row) {
+void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
   const Row x = normalize(p, row);
-  const int64_t begin = p.y_rows.offset(row);
+  const int64_t begin = p.y_rows.offset(row - y_begin);
   store(p.y, p.y_dtype, begin, begin + p.cols, [&](int64_t at) {
     const double xhat = x.xhat(at - begin);
     return (p.cast_before_weight ? round_to(p.x_dtype, xhat) : xhat) * weight_at(p, at - begin);
@@ -175,18 +233,50 @@ void forward_row_fp64(const RmsNormForward& p, int64_t row) {
   store(p.rstd, rstd_dtype, row, row + 1, [&](int64_t) { return x.unit * x.scale; });
 }
 
-void backward_row_fp64(const RmsNormBackward& p, int64_t row, void* partial) {
-  if (wide(p)) return backward_row(p, row, static_cast<double*>(partial));
-  backward_row(p, row, static_cast<float*>(partial));
+void forward_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    if (p.addends.input) add_row_fp64(p, row);
+    forward_row_fp64(p, row, y_begin);
+  }
+}
+
+void backward_row_fp64(const RmsNormBackward& p, int64_t row, float* partial) {
+  backward_row(p, row, partial);
+}
+
+void backward_fp64(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
+  const int64_t block_rows = rms_norm_backward_plan(p).block_rows;
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    double* partial = p.dweight ? static_cast<double*>(p.workspace) + block * p.cols : nullptr;
+    if (partial) std::fill_n(partial, p.cols, 0.0);
+    const int64_t end = std::min((block + 1) * block_rows, p.rows);
+    for (int64_t row = block * block_rows; row < end; ++row) backward_row(p, row, partial);
+  }
 }
 
 void dweight_fp64(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
   const int64_t blocks = rms_norm_backward_plan(p).blocks;
+  const double* partials = static_cast<const double*>(p.workspace);
   store(p.dweight, p.w_dtype, col_begin, col_end, [&](int64_t i) {
     double sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) sum += static_cast<const double*>(p.workspace)[block * p.cols + i];
+    for (int64_t block = 0; block < blocks; ++block) sum += partials[block * p.cols + i];
     return sum;
   });
 }
+
+// fp64 tensors take these functions under every instruction set; only here they give their name.
+const Kernels kFp64 = {
+    "fp64",
+    [](const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+      set_last_isa("fp64");
+      forward_fp64(p, row_begin, row_end, y_begin);
+    },
+    [](const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
+      set_last_isa("fp64");
+      backward_fp64(p, block_begin, block_end);
+    },
+    dweight_fp64,
+    quantize_fp64,
+};
 
 }  // namespace rmsnorm::cpu

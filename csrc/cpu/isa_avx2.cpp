@@ -1,7 +1,7 @@
 // AVX2 + FMA + F16C (Haswell 2013, Zen 2017 and later).
 //
-// The ISA trap: inline functions compiled with -mavx2 become weak symbols, of which the linker keeps
-// one for the whole library, and an older CPU crashes in it. Hence a target region, which the
+// The ISA trap: inline functions compiled with -mavx2 become weak symbols, of which the linker
+// keeps one for the whole library, and an older CPU crashes in it. Hence a target region, which the
 // headers stay out of, instead of a compiler flag, and internal linkage for all that is inside.
 #include "kernels.h"
 
@@ -17,46 +17,30 @@ namespace rmsnorm::cpu {
 namespace {
 
 using V = __m256;
-struct Pair {
-  V even, odd;
-};
 constexpr int kLanes = 8;
-constexpr const char* kIsaNames[] = {"avx2"};
-constexpr int kGroup = 4, kTotals = 1;
 
-INLINE V zero() { return _mm256_setzero_ps(); }
 INLINE V set1(float a) { return _mm256_set1_ps(a); }
-INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
-INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
-INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
-constexpr bool kFma = true;
-INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
-INLINE V fmsub(V a, V b, V c) { return _mm256_fmsub_ps(a, b, c); }
-
-// Loaded once, not again by each instruction that uses it.
-template <class T>
-INLINE T once(T v) {
-  asm("" : "+x"(v));
-  return v;
-}
-
 INLINE __m256i first(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-INLINE V load(const float* p, int n) { return n == kLanes ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, first(n)); }
+INLINE V load(const float* p, int n) {
+  return n == kLanes ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, first(n));
+}
 INLINE void store(float* p, V v, int n) {
   if (n == kLanes) return _mm256_storeu_ps(p, v);
   _mm256_maskstore_ps(p, first(n), v);
 }
 
-// 8 values of 16 bits; AVX2 has no masked access to them. Out of line, since the remainder of a row has many of these.
+// 8 values of 16 bits; AVX2 has no masked access to them. Out of line, since the remainder of a row
+// has many of these.
 __attribute__((noinline)) __m128i load_part(const void* p, int n) {
   __m128i bits = _mm_setzero_si128();
   __builtin_memcpy(&bits, p, 2 * n);
   return bits;
 }
-__attribute__((noinline)) void store_part(void* p, __m128i bits, int n) { __builtin_memcpy(p, &bits, 2 * n); }
+__attribute__((noinline)) void store_part(void* p, __m128i bits, int n) {
+  __builtin_memcpy(p, &bits, 2 * n);
+}
 INLINE __m128i load_bits(const void* p, int n) {
   return n == kLanes ? _mm_loadu_si128(static_cast<const __m128i*>(p)) : load_part(p, n);
 }
@@ -64,63 +48,29 @@ INLINE void store_bits(void* p, __m128i bits, int n) {
   n == kLanes ? _mm_storeu_si128(static_cast<__m128i*>(p), bits) : store_part(p, bits, n);
 }
 
-// Past the caches, to whole vectors of an aligned address.
-constexpr bool kStreams = true;
-INLINE void stream(float* p, V v) { _mm256_stream_ps(p, v); }
-INLINE void stream_bits(void* p, __m128i bits) { _mm_stream_si128(static_cast<__m128i*>(p), bits); }
-INLINE void fence() { _mm_sfence(); }
-
 INLINE V widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
 INLINE V widen(__m128i bits, BFloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
-INLINE __m128i narrow(V v, Half) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the lower half is left over.
-INLINE __m256i rounded(V v) {
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+INLINE __m128i narrow(V v, Half) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// A NaN keeps its upper half and is made quiet.
-INLINE __m128i narrow(V v, BFloat16) {
-  const __m256i nan = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x400000));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded(v), nan, is_nan), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+INLINE __m128i pack_upper(V v) {
+  const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
 }
 
-INLINE V upper_halves(__m256i v) {
-  return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))));
+INLINE V in_order(__m256 v) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
 }
-INLINE V round_to_bfloat16(V v) { return upper_halves(rounded(v)); }
-INLINE V in_order(__m256 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
-INLINE Pair unmix(V low, V high) {  // shuffles stay within a half
-  return {in_order(_mm256_shuffle_ps(low, high, 0x88)), in_order(_mm256_shuffle_ps(low, high, 0xdd))};
-}
-INLINE Pair split(const BFloat16* p) {
-  const __m256i both = once(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), upper_halves(both)};
-}
-template <bool kStream, bool kUnit>
-INLINE void join(BFloat16* p, Pair v) {
-  const __m256i both = _mm256_blend_epi16(_mm256_srli_epi32(rounded(v.even), 16), rounded(v.odd), 0xaa);
-  const auto to = reinterpret_cast<__m256i*>(p);
-  kStream ? _mm256_stream_si256(to, both) : _mm256_storeu_si256(to, both);
-}
-
-INLINE bool any_denormal(Pair, Pair) { return true; }
-
-INLINE V outside(V weight, uint32_t bits, V seen) {
-  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(weight), _mm256_set1_epi32(int(bits)));
-  return _mm256_or_ps(_mm256_castsi256_ps(above), seen);
-}
-INLINE bool any_outside(V seen) {
-  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(seen), 1))) != 0;
-}
+// Shuffles stay within a half.
+INLINE V evens(V low, V high) { return in_order(_mm256_shuffle_ps(low, high, 0x88)); }
+INLINE V odds(V low, V high) { return in_order(_mm256_shuffle_ps(low, high, 0xdd)); }
 
 INLINE int32_t largest_lane(V v) {
   const __m256i eight = _mm256_castps_si256(v);
-  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i four =
+      _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
@@ -133,12 +83,14 @@ INLINE void accumulate(Doubles& d, V v) {
   d.high = _mm256_add_pd(d.high, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
 }
 INLINE void accumulate_squares(Doubles& d, V v) {
-  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)),
+                high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
   d.low = _mm256_fmadd_pd(low, low, d.low);
   d.high = _mm256_fmadd_pd(high, high, d.high);
 }
 INLINE bool exceeds(const Doubles& d, double limit) {
-  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_max_pd(d.low, d.high), _mm256_set1_pd(limit), _CMP_GT_OQ)) != 0;
+  return _mm256_movemask_pd(
+             _mm256_cmp_pd(_mm256_max_pd(d.low, d.high), _mm256_set1_pd(limit), _CMP_GT_OQ)) != 0;
 }
 INLINE double total(const Doubles& d) {
   const __m256d four = _mm256_add_pd(d.low, d.high);
@@ -146,19 +98,42 @@ INLINE double total(const Doubles& d) {
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
-INLINE void totals(const Doubles* d, double* sums) { *sums = total(*d); }
+#include "verbs.h"
 
-// There is no instruction that rounds to BFloat16.
-struct Large {
-  INLINE Pair split(const BFloat16* p) { return rmsnorm::cpu::split(p); }
-  INLINE bool any_small() const { return true; }
+struct Isa : OptionalVerbs {
+  static constexpr const char* kNames[] = {"avx2"};
+
+  static constexpr bool kFma = true;
+  static INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static INLINE V fmsub(V a, V b, V c) { return _mm256_fmsub_ps(a, b, c); }
+
+  template <class T>
+  static INLINE T once(T v) {
+    asm("" : "+x"(v));
+    return v;
+  }
+
+  static constexpr bool kStreams = true;
+  static INLINE void stream(void* p, V v) { _mm256_stream_ps(static_cast<float*>(p), v); }
+  static INLINE void stream_bits(void* p, __m128i bits) {
+    _mm_stream_si128(static_cast<__m128i*>(p), bits);
+  }
+  static INLINE void fence() { _mm_sfence(); }
+
+  static constexpr bool kConverts16Bit = true, kUnrollsHeads = true;
+
+  static INLINE U32 interleave(U32 even, U32 odd) {
+    return U32(_mm256_blend_epi16(__m256i(even >> 16), __m256i(odd), 0xaa));
+  }
 };
 
-#include "kernels.inl"
+#include "backward.inl"
+#include "forward.inl"
+#include "quant.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {kIsaNames[0], forward<false>, backward<false>, dweight, quantize};
+const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize};
 
 }  // namespace rmsnorm::cpu
 

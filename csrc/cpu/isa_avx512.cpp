@@ -1,6 +1,7 @@
-// AVX-512 F, BW, DQ, VL (Skylake-X 2017, Zen 4 2022 and later). See isa_avx2.cpp for the target region.
-// BF16 (Cooper Lake 2020, Zen 4 2022 and later) makes a second set, in which a row whose results cannot be denormal,
-// which BF16 flushes to 0, is rounded by it. The FP16 extension is not used: its conversions double-round.
+// AVX-512 F, BW, DQ, VL (Skylake-X 2017, Zen 4 2022 and later). See isa_avx2.cpp for the target
+// region. BF16 (Cooper Lake 2020, Zen 4 2022 and later) makes a second set, in which a row whose
+// results cannot be denormal, which BF16 flushes to 0, is rounded by it. The FP16 extension is not
+// used: its conversions double-round.
 #include "kernels.h"
 
 #if RMSNORM_X86
@@ -19,32 +20,13 @@ namespace rmsnorm::cpu {
 namespace {
 
 using V = __m512;
-struct Pair {
-  V even, odd;
-};
 constexpr int kLanes = 16;
-constexpr const char* kIsaNames[] = {"avx512", "avx512_bf16"};
-constexpr int kGroup = 8, kTotals = 8;
 
-INLINE V zero() { return _mm512_setzero_ps(); }
 INLINE V set1(float a) { return _mm512_set1_ps(a); }
-INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
-INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
-INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-constexpr bool kFma = true;
-INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE V mul_add(V a, V b, V c) { return fma(a, b, c); }
-INLINE V fmsub(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
-
-// Loaded once, not again by each instruction that uses it: a core may load no more than 64 bytes in a cycle.
-template <class T>
-INLINE T once(T v) {
-  asm("" : "+v"(v));
-  return v;
-}
-
 INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
-INLINE V load(const float* p, int n) { return n == kLanes ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first(n), p); }
+INLINE V load(const float* p, int n) {
+  return n == kLanes ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first(n), p);
+}
 INLINE void store(float* p, V v, int n) {
   if (n == kLanes) return _mm512_storeu_ps(p, v);
   _mm512_mask_storeu_ps(p, first(n), v);
@@ -52,90 +34,33 @@ INLINE void store(float* p, V v, int n) {
 
 // 16 values of 16 bits.
 INLINE __m256i load_bits(const void* p, int n) {
-  return n == kLanes ? _mm256_loadu_si256(static_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(first(n), p);
+  return n == kLanes ? _mm256_loadu_si256(static_cast<const __m256i*>(p))
+                     : _mm256_maskz_loadu_epi16(first(n), p);
 }
 INLINE void store_bits(void* p, __m256i bits, int n) {
   if (n == kLanes) return _mm256_storeu_si256(static_cast<__m256i*>(p), bits);
   _mm256_mask_storeu_epi16(p, first(n), bits);
 }
 
-// Past the caches, to whole vectors of an aligned address.
-constexpr bool kStreams = true;
-INLINE void stream(float* p, V v) { _mm512_stream_ps(p, v); }
-INLINE void stream_bits(void* p, __m256i bits) { _mm256_stream_si256(static_cast<__m256i*>(p), bits); }
-INLINE void fence() { _mm_sfence(); }
-
 INLINE V widen(__m256i bits, Half) { return _mm512_cvtph_ps(bits); }
 INLINE V widen(__m256i bits, BFloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-INLINE __m256i narrow(V v, Half) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the lower half is left over.
-INLINE __m512i rounded(V v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+INLINE __m256i narrow(V v, Half) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// A NaN keeps its upper half and is made quiet.
-INLINE __m256i narrow(V v, BFloat16) {
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i result =
-      _mm512_mask_or_epi32(rounded(v), is_nan, _mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+INLINE __m256i pack_upper(V v) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
 }
 
-alignas(64) constexpr uint16_t kInterleave[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-alignas(64) constexpr uint32_t kEven[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-INLINE __m512i upper_halves(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))); }
-INLINE V round_to_bfloat16(V v) { return _mm512_castsi512_ps(upper_halves(rounded(v))); }
-INLINE Pair unmix(V low, V high) {
-  const __m512i even = _mm512_load_si512(kEven), odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
-  return {_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high)};
+alignas(64) constexpr uint32_t kEven[] = {0,  2,  4,  6,  8,  10, 12, 14,
+                                          16, 18, 20, 22, 24, 26, 28, 30};
+INLINE V evens(V low, V high) {
+  return _mm512_permutex2var_ps(low, _mm512_load_si512(kEven), high);
 }
-INLINE Pair split_bits(__m512i both) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(upper_halves(both))};
-}
-INLINE Pair split(const BFloat16* p) { return split_bits(once(_mm512_loadu_si512(p))); }
-template <bool kStream, bool kUnit>
-INLINE void join(BFloat16* p, Pair v) {
-  __m512i both;
-  if constexpr (kUnit) {
-    const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));  // 16 even elements, then 16 odd ones
-    both = _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
-  } else {
-    both = _mm512_or_si512(_mm512_srli_epi32(rounded(v.even), 16), upper_halves(rounded(v.odd)));
-  }
-  kStream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both) : _mm512_storeu_si512(p, both);
-}
-
-// An exponent from 96 on, less bias, is one from 128 on after 32 is added, which is seen in the uppermost bit; the
-// fast path has none from 192 on.
-static_assert(kLargeExponent == 96 - 127);
-struct Large {
-  __m512i seen;
-
-  INLINE Large() : seen(_mm512_set1_epi16(-1)) {}  // one that the compiler adds would be outside of the target region
-  INLINE Pair split(const BFloat16* p) {
-    const __m512i both = once(_mm512_loadu_si512(p));
-    seen = _mm512_and_si512(seen, _mm512_add_epi16(both, _mm512_set1_epi16(32 << 7)));
-    return split_bits(both);
-  }
-  INLINE bool any_small() const { return _mm512_testn_epi16_mask(seen, _mm512_set1_epi16(1 << 14)) != 0; }
-};
-
-INLINE bool any_denormal(Pair a, Pair b) {
-  constexpr int kDenormal = 0x20;
-  return (_mm512_fpclass_ps_mask(a.even, kDenormal) | _mm512_fpclass_ps_mask(a.odd, kDenormal) |
-          _mm512_fpclass_ps_mask(b.even, kDenormal) | _mm512_fpclass_ps_mask(b.odd, kDenormal)) != 0;
-}
-
-INLINE V outside(V weight, uint32_t bits, V seen) {
-  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(weight), _mm512_set1_epi32(int(bits)));
-  return _mm512_castsi512_ps(_mm512_or_si512(above, _mm512_castps_si512(seen)));
-}
-INLINE bool any_outside(V seen) {
-  return _mm512_test_epi32_mask(_mm512_castps_si512(seen), _mm512_set1_epi32(0x40000000)) != 0;
+INLINE V odds(V low, V high) {
+  const __m512i odd = _mm512_or_si512(_mm512_load_si512(kEven), _mm512_set1_epi32(1));
+  return _mm512_permutex2var_ps(low, odd, high);
 }
 
 INLINE int32_t largest_lane(V v) { return _mm512_reduce_max_epi32(_mm512_castps_si512(v)); }
@@ -143,7 +68,9 @@ INLINE int32_t largest_lane(V v) { return _mm512_reduce_max_epi32(_mm512_castps_
 struct Doubles {
   __m512d v;
 };
-INLINE __m256 upper(V v) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)); }
+INLINE __m256 upper(V v) {
+  return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+}
 INLINE void accumulate(Doubles& d, V v) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper(v));
   d.v = _mm512_add_pd(d.v, _mm512_cvtps_pd(eight));
@@ -168,18 +95,80 @@ INLINE __m512d add_halves(__m512d a, __m512d b) {
 INLINE __m512d add_quarters(__m512d a, __m512d b) {
   return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
 }
-INLINE void totals(const Doubles* d, double* sums) {
-  const __m512d a = add_quarters(add_halves(d[0].v, d[2].v), add_halves(d[4].v, d[6].v));
-  const __m512d b = add_quarters(add_halves(d[1].v, d[3].v), add_halves(d[5].v, d[7].v));
-  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b)));
-}
+alignas(64) constexpr uint16_t kInterleave[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
-#include "kernels.inl"
+#include "verbs.h"
+
+struct Isa : OptionalVerbs {
+  static constexpr const char* kNames[] = {"avx512", "avx512_bf16"};
+
+  static constexpr bool kFma = true;
+  static INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static INLINE V fmsub(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
+
+  // A core may load no more than 64 bytes in a cycle.
+  template <class T>
+  static INLINE T once(T v) {
+    asm("" : "+v"(v));
+    return v;
+  }
+
+  static constexpr bool kStreams = true;
+  static INLINE void stream(void* p, V v) { _mm512_stream_ps(static_cast<float*>(p), v); }
+  static INLINE void stream_bits(void* p, __m256i bits) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), bits);
+  }
+  static INLINE void fence() { _mm_sfence(); }
+
+  static constexpr bool kConverts16Bit = true, kUnrollsHeads = true;
+
+  static constexpr int kGroupRows = 8, kTotals = 8;
+  static INLINE void totals(const Doubles* d, double* sums) {
+    const __m512d a = add_quarters(add_halves(d[0].v, d[2].v), add_halves(d[4].v, d[6].v));
+    const __m512d b = add_quarters(add_halves(d[1].v, d[3].v), add_halves(d[5].v, d[7].v));
+    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b)));
+  }
+
+  static constexpr bool kRoundsBFloat16 = true;
+  static INLINE U32 round_pair(Pair v) {
+    const __m512i halves =
+        __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));  // 16 even elements, 16 odd ones
+    return U32(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
+  }
+  static INLINE bool any_denormal(Pair a, Pair b) {
+    constexpr int kDenormal = 0x20;
+    return (_mm512_fpclass_ps_mask(a.even, kDenormal) | _mm512_fpclass_ps_mask(a.odd, kDenormal) |
+            _mm512_fpclass_ps_mask(b.even, kDenormal) | _mm512_fpclass_ps_mask(b.odd, kDenormal)) !=
+           0;
+  }
+  // An exponent from 96 on, less bias, is one from 128 on after 32 is added, which is seen in the
+  // uppermost bit; the fast path has none from 192 on.
+  static_assert(kSmallExponent == 96 - 127);
+  struct SmallElements {
+    __m512i large;
+
+    // One that the compiler adds would be outside of the target region.
+    INLINE SmallElements() : large(_mm512_set1_epi16(-1)) {}
+    INLINE void look(U32 pairs) {
+      const __m512i shifted = _mm512_add_epi16(__m512i(pairs), _mm512_set1_epi16(32 << 7));
+      large = _mm512_and_si512(large, shifted);
+    }
+    INLINE bool any() const {
+      return _mm512_testn_epi16_mask(large, _mm512_set1_epi16(1 << 14)) != 0;
+    }
+  };
+};
+
+#include "backward.inl"
+#include "forward.inl"
+#include "quant.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {kIsaNames[false], forward<false>, backward<false>, dweight, quantize};
-const Kernels kAvx512Bf16 = {kIsaNames[true], forward<true>, backward<true>, dweight, quantize};
+const Kernels kAvx512 = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize};
+const Kernels kAvx512Bf16 = {Isa::kNames[1], forward<true>, backward<true>, dweight, quantize};
 
 }  // namespace rmsnorm::cpu
 

@@ -20,28 +20,9 @@ typedef int32_t I __attribute__((vector_size(16)));
 typedef uint16_t U16 __attribute__((vector_size(16)));
 typedef uint64_t U64 __attribute__((vector_size(16)));
 typedef double D __attribute__((vector_size(32)));
-struct Pair {
-  V even, odd;
-};
 constexpr int kLanes = 4;
-constexpr const char* kIsaNames[] = {"scalar"};
-constexpr int kGroup = 4, kTotals = 1;
 
 INLINE V set1(float a) { return V{a, a, a, a}; }
-INLINE V zero() { return set1(0); }
-INLINE V add(V a, V b) { return a + b; }
-INLINE V sub(V a, V b) { return a - b; }
-INLINE V mul(V a, V b) { return a * b; }
-INLINE V mul_add(V a, V b, V c) { return a * b + c; }
-
-INLINE D to_double(V a) { return __builtin_convertvector(a, D); }
-INLINE V to_float(D a) { return __builtin_convertvector(a, V); }
-constexpr bool kFma = false;
-INLINE V mul_in_double(V v, double a) { return to_float(to_double(v) * a); }
-INLINE V mul_in_double(V v, double a, V w) { return to_float(to_double(v) * a * to_double(w)); }
-
-INLINE V once(V v) { return v; }
-
 INLINE V as_float(U a) { return reinterpret_cast<V>(a); }
 INLINE U as_bits(V a) { return reinterpret_cast<U>(a); }
 INLINE U select(U mask, U a, U b) { return (mask & a) | (~mask & b); }
@@ -51,8 +32,8 @@ INLINE bool all(U mask) {
 }
 INLINE bool likely(bool condition) { return __builtin_expect(condition, true); }
 
-// n of the 4 elements from p on, as bytes: no alignment and no aliasing rule to keep. The remainder of a row has many
-// of the incomplete ones, which are out of line for that.
+// n of the 4 elements from p on, as bytes: no alignment and no aliasing rule to keep. The remainder
+// of a row has many of the incomplete ones, which are out of line for that.
 template <class Vec, class T>
 __attribute__((noinline)) Vec load_part(const T* p, int n) {
   Vec v = {};
@@ -78,7 +59,8 @@ INLINE void store_bytes(T* p, Vec v, int n) {
 
 // Four 16-bit elements are a word.
 INLINE U spread(uint64_t four) {  // to the upper halves
-  return reinterpret_cast<U>(SHUFFLE(U16{}, reinterpret_cast<U16>(U64{four, 0}), 0, 8, 1, 9, 2, 10, 3, 11));
+  return reinterpret_cast<U>(
+      SHUFFLE(U16{}, reinterpret_cast<U16>(U64{four, 0}), 0, 8, 1, 9, 2, 10, 3, 11));
 }
 INLINE uint64_t pack(U lower) {  // the lower halves, which have 0 above
   const U64 pairs = reinterpret_cast<U64>(lower);
@@ -89,14 +71,17 @@ constexpr uint64_t four(uint64_t element) { return element * 0x0001000100010001;
 
 INLINE V widen(uint64_t bits, BFloat16) { return as_float(spread(bits)); }
 
-// Nearly all Halfs are normal numbers, which need another exponent bias and no more. The others are out of line.
+// Nearly all Halfs are normal numbers, which need another exponent bias and no more. The others are
+// out of line.
 constexpr uint32_t kBias = 112 << 23;
 INLINE V widen_normal(U upper) { return as_float((U(I(upper) >> 3) & 0x8fffffff) + kBias); }
 __attribute__((noinline)) V widen_any(U upper) {
   const U sign = upper & 0x80000000, rest = (upper ^ sign) >> 3;
-  const U tiny = as_bits(as_float(rest | 0x38800000) - set1(0x1p-14f));  // no exponent: rest units of 2^-24, exact
-  const U special = rest | 0x7f800000;                                   // Inf and NaN
-  return as_float(sign | select(U(rest < (1 << 23)), tiny, select(U(rest >= (31 << 23)), special, rest + kBias)));
+  const U tiny = as_bits(as_float(rest | 0x38800000) -
+                         set1(0x1p-14f));  // no exponent: rest units of 2^-24, exact
+  const U special = rest | 0x7f800000;     // Inf and NaN
+  return as_float(sign | select(U(rest < (1 << 23)), tiny,
+                                select(U(rest >= (31 << 23)), special, rest + kBias)));
 }
 INLINE V widen(uint64_t bits, Half) {
   // An exponent of 1 to 30, and no other, has one of its upper four bits set when 1 is added.
@@ -105,21 +90,20 @@ INLINE V widen(uint64_t bits, Half) {
   return likely(normal) ? widen_normal(spread(bits)) : widen_any(spread(bits));
 }
 
-// Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the lower half is left over.
-INLINE U rounded(V v) { return as_bits(v) + ((as_bits(v) >> 16) & 1) + 0x7fff; }
-// A NaN keeps its upper half and is made quiet.
-INLINE uint64_t narrow(V v, BFloat16) { return pack(select(U(v != v), as_bits(v) | 0x400000, rounded(v)) >> 16); }
+INLINE uint64_t pack_upper(V v) { return pack(as_bits(v) >> 16); }
 
 INLINE U narrow_normal(U rest) { return (rest + ((rest >> 13) & 1) + (0xfff - kBias)) >> 13; }
 __attribute__((noinline)) U narrow_any(U rest) {
-  const U tiny = as_bits(as_float(rest) + set1(0.5f)) - 0x3f000000;  // 0.5 has units of 2^-24: the addition rounds
+  const U tiny = as_bits(as_float(rest) + set1(0.5f)) -
+                 0x3f000000;  // 0.5 has units of 2^-24: the addition rounds
   const U finite = select(U(rest < 0x38800000), tiny, narrow_normal(rest));
   const U special = select(U(rest > 0x7f800000), 0x7e00 | (rest >> 13 & 0x3ff), U{} + 0x7c00);
   return select(U(rest >= 0x47800000), special, finite);  // 2^16 and above, Inf, NaN
 }
 INLINE uint64_t narrow(V v, Half) {
   const U rest = as_bits(v) & 0x7fffffff, sign = as_bits(v) ^ rest;
-  const I from_least = I(rest + (0x80000000 - 0x38800000));  // the least int: 2^-14, the least normal Half
+  const I from_least =
+      I(rest + (0x80000000 - 0x38800000));  // the least int: 2^-14, the least normal Half
   const bool normal = all(U(from_least < INT32_MIN + (0x47800000 - 0x38800000)));
   return pack((sign >> 16) | (likely(normal) ? narrow_normal(rest) : narrow_any(rest)));
 }
@@ -135,37 +119,17 @@ INLINE void store_bits(T* p, uint64_t bits, int n) {
   store_bytes(p, bits, n);
 }
 
-INLINE Pair unmix(V low, V high) { return {SHUFFLE(low, high, 0, 2, 4, 6), SHUFFLE(low, high, 1, 3, 5, 7)}; }
-INLINE V round_to_bfloat16(V v) { return as_float(rounded(v) & 0xffff0000); }
-INLINE Pair split(const BFloat16* p) {
-  const U both = load_bytes<U>(reinterpret_cast<const uint32_t*>(p), kLanes);
-  return {as_float(both << 16), as_float(both & 0xffff0000)};
-}
-template <bool kStream, bool kUnit>
-INLINE void join(BFloat16* p, Pair v) {
-  const U both = (rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000);
-  store_bytes(reinterpret_cast<uint32_t*>(p), both, kLanes);
-}
-
-INLINE bool any_denormal(Pair, Pair) { return true; }
-
-INLINE V outside(V weight, uint32_t bits, V seen) { return as_float((as_bits(weight) - bits) | as_bits(seen)); }
-INLINE bool any_outside(V seen) {
-  const U bits = as_bits(seen);
-  return (bits[0] | bits[1] | bits[2] | bits[3]) >> 30 & 1;
-}
-
-constexpr bool kStreams = false;  // there is nothing to write past the caches with
-INLINE void stream(float*, V) {}
-INLINE void stream_bits(void*, uint64_t) {}
-INLINE void fence() {}
+INLINE V evens(V low, V high) { return SHUFFLE(low, high, 0, 2, 4, 6); }
+INLINE V odds(V low, V high) { return SHUFFLE(low, high, 1, 3, 5, 7); }
 
 INLINE int32_t largest_lane(V v) {
   const I bits = I(v);
-  const int32_t a = bits[0] > bits[1] ? bits[0] : bits[1], b = bits[2] > bits[3] ? bits[2] : bits[3];
+  const int32_t a = bits[0] > bits[1] ? bits[0] : bits[1],
+                b = bits[2] > bits[3] ? bits[2] : bits[3];
   return a > b ? a : b;
 }
 
+INLINE D to_double(V a) { return __builtin_convertvector(a, D); }
 struct Doubles {
   D low, high;
 };
@@ -187,18 +151,18 @@ INLINE double total(const Doubles& d) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-INLINE void totals(const Doubles* d, double* sums) { *sums = total(*d); }
+#include "verbs.h"
 
-// There is no instruction that rounds to BFloat16.
-struct Large {
-  INLINE Pair split(const BFloat16* p) { return rmsnorm::cpu::split(p); }
-  INLINE bool any_small() const { return true; }
+struct Isa : OptionalVerbs {
+  static constexpr const char* kNames[] = {"scalar"};
 };
 
-#include "kernels.inl"
+#include "backward.inl"
+#include "forward.inl"
+#include "quant.inl"
 
 }  // namespace
 
-const Kernels kScalar = {kIsaNames[0], forward<false>, backward<false>, dweight, quantize};
+const Kernels kScalar = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize};
 
 }  // namespace rmsnorm::cpu

@@ -71,7 +71,7 @@ __device__ inline uint32_t to_float8(float v, bool e4m3) {
   const uint32_t sign = __float_as_uint(v) >> 24 & 0x80;
   uint32_t bits = __float_as_uint(v) & 0x7fffffffu;
   if (bits > 0x7f800000u) return sign | 0x7f;
-  bits = min(bits, __float_as_uint(largest_value(e4m3 ? QType::kFloat8E4M3 : QType::kFloat8E5M2)));
+  bits = min(bits, __float_as_uint(max_value(e4m3 ? QType::kFloat8E4M3 : QType::kFloat8E5M2)));
   const float grid =
       static_cast<float>(1 << (24 - bias - fraction));  // its units are those of the denormals
   if (bits < static_cast<uint32_t>(128 - bias) << 23) {
@@ -301,7 +301,7 @@ int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan
       p.cols % elems == 0 && reinterpret_cast<uintptr_t>(p.quant.data) % elems == 0;
   const QuantArgs a{args,
                     p.quant,
-                    largest_value(p.quant.dtype),
+                    max_value(p.quant.dtype),
                     aligned,
                     p.quant.block == p.cols,
                     p.cast_before_weight && p.weight != nullptr};

@@ -116,9 +116,8 @@ Rows check_written_rows(const char* op, const char* name, const Tensor& out, int
               out.strides());
   TORCH_CHECK(
       !rows_overlap(*rows, cols), op, ": expected ", name,
-      " with rows that do not overlap, but got strides ",
-              out.strides(), " for shape ", out.sizes(),
-              ": more than one element of the written-to tensor refers to a single memory location");
+      " with rows that do not overlap, but got strides ", out.strides(), " for shape ", out.sizes(),
+      ": more than one element of the written-to tensor refers to a single memory location");
   TORCH_CHECK(are_same_memory(out, replaced) || are_apart(out, replaced, lead, cols), op, ": ",
               name, " partly overlaps ", replaced_name, "; expected ", name, " to be ",
               replaced_name, " itself or memory of its own");

@@ -17,15 +17,6 @@ inline int64_t grain(int64_t bytes_per_item) {
   return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item));
 }
 
-// Large outputs are written past the caches, which would have to read every line first: a quarter
-// to a third less time. Not where the lines are in a cache already. A new tensor often gets the
-// memory of one that was freed a moment ago; and from 32 MiB on (DEFAULT_MMAP_THRESHOLD_MAX) glibc
-// maps one afresh on every call, and the operating system clears its pages.
-inline bool stream_new(const at::Tensor& t) {
-  return t.defined() && t.nbytes() >= 8 << 20 && t.nbytes() < 32 << 20;
-}
-inline bool stream_owned(const at::Tensor& t) { return t.nbytes() >= 4 << 20; }
-
 // Runs `launch(stream)` on the device of `t`, on its current stream. c10's virtual guard instead of
 // CUDA's headers: one build loads on a CPU-only torch too.
 template <class Launch>

@@ -190,11 +190,8 @@ class Quantization {
   void write_to(const Results& results) const {
     if (input_.is_meta()) return;
     const QType type = *as_qtype(arguments_.dtype);
-    const float largest = type == QType::kInt8         ? 127.0f
-                          : type == QType::kFloat8E4M3 ? 448.0f
-                                                       : 57344.0f;
-    const float least_scale =
-        type == QType::kInt8 ? std::numeric_limits<float>::epsilon() : 1.0f / (largest * 512.0f);
+    const float least_scale = type == QType::kInt8 ? std::numeric_limits<float>::epsilon()
+                                                   : 1.0f / (max_value(type) * 512.0f);
     if (input_.numel() == 0) {
       if (results.scale.numel() > 0) results.scale.fill_(least_scale);
       return;

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> forward(const Call& call, bool want_rstd) {
     return {y, rstd};
   }
   ForwardLaunch launch(kName, input, lead, weight, options);
-  launch.write_to(y, dense_rows(launch.cols()), stream_new(y));
+  launch.write_to(y, dense_rows(launch.cols()), cpu::writes_past_caches(y.nbytes(), true));
   if (want_rstd) launch.write_rstd(rstd);
   launch.run();
   return {y, rstd};
@@ -87,7 +87,7 @@ void rms_norm_out(const OutCall& call) {
   ForwardLaunch launch(kName, input, lead, weight, options);
   const Rows rows = check_written_rows(kName, "out", out, lead, launch.cols(), "input", input);
   if (weight) check_apart(kName, "out", out, "weight", *weight);
-  launch.write_to(out, rows, stream_owned(out));
+  launch.write_to(out, rows, cpu::writes_past_caches(out.nbytes(), false));
   launch.run();
 }
 
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
   p.eps = eps_or_default(call.eps, input);
   p.weight_offset = call.weight_offset;
   p.cast_before_weight = call.cast_before_weight;
-  p.stream = stream_new(dx);
+  p.stream = dx.defined() && cpu::writes_past_caches(dx.nbytes(), true);
   p.dy_dtype = dtype(grad_output);
   p.x_dtype = dtype(input);
   p.w_dtype = weight ? dtype(w) : p.x_dtype;

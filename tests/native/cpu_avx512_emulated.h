@@ -74,25 +74,27 @@ EMU __m256i cut16(__m512i v) {
   std::memcpy(&result, to, sizeof to);
   return result;
 }
-EMU unsigned unordered(__m512 a, __m512 b) {
-  float x[16], y[16];
-  store(x, a);
-  store(y, b);
-  unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= unsigned(x[i] != x[i] || y[i] != y[i]) << i;
-  return mask;
-}
-EMU unsigned any_bit(__m512i a, __m512i b) {
+EMU unsigned denormal(__m512 v) {
   uint32_t lanes[16];
-  const __m512i common = a & b;
-  std::memcpy(lanes, &common, sizeof lanes);
+  std::memcpy(lanes, &v, sizeof lanes);
   unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= unsigned(lanes[i] != 0) << i;
+  for (int i = 0; i < 16; ++i) mask |= unsigned((lanes[i] & 0x7fffffff) - 1 < 0x7fffff) << i;
   return mask;
 }
-EMU __m512i masked_or(__m512i otherwise, unsigned mask, __m512i a, __m512i b) {
-  masked_store<uint32_t>(&otherwise, mask, __m512i(a | b));
-  return otherwise;
+EMU int32_t largest(__m512i v) {
+  int32_t lanes[16], result = INT32_MIN;
+  std::memcpy(lanes, &v, sizeof lanes);
+  for (const int32_t lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+EMU __m512d fmadd(__m512d a, __m512d b, __m512d c) {
+  return join<__m512d>(_mm256_fmadd_pd(half<__m256d>(a, 0), half<__m256d>(b, 0), half<__m256d>(c, 0)),
+                       _mm256_fmadd_pd(half<__m256d>(a, 1), half<__m256d>(b, 1), half<__m256d>(c, 1)));
+}
+EMU unsigned any_greater(__m512d a, __m512d b) {
+  unsigned any = 0;
+  for (int i = 0; i < 8; ++i) any |= unsigned(a[i] > b[i]);
+  return any;
 }
 EMU __m512d to_doubles(__m256 v) {
   return join<__m512d>(_mm256_cvtps_pd(half<__m128>(v, 0)), _mm256_cvtps_pd(half<__m128>(v, 1)));
@@ -165,12 +167,8 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 
 }  // namespace emulated
 
-#define _mm512_setzero_ps() emulated::set1(0.0f)
 #define _mm512_set1_ps(a) emulated::set1(float(a))
 #define _mm512_set1_epi32(a) emulated::set1(int(a))
-#define _mm512_add_ps(a, b) ((a) + (b))
-#define _mm512_sub_ps(a, b) ((a) - (b))
-#define _mm512_mul_ps(a, b) ((a) * (b))
 #define _mm512_fmadd_ps(a, b, c) emulated::fmadd(a, b, c)
 #define _mm512_fmsub_ps(a, b, c) emulated::fmadd(a, b, -(c))
 #define _mm512_loadu_ps(p) emulated::load(p)
@@ -188,24 +186,19 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 #define _mm512_cvtepi32_epi16(v) emulated::cut16(v)
 #define _mm512_slli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) << (n))
 #define _mm512_srli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) >> (n))
-#define _mm512_add_epi32(a, b) \
-  reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(a) + reinterpret_cast<emulated::U32x16>(b))
-#define _mm512_sub_epi32(a, b) \
-  reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(a) - reinterpret_cast<emulated::U32x16>(b))
 #define _mm512_and_si512(a, b) ((a) & (b))
 #define _mm512_or_si512(a, b) ((a) | (b))
-#define _mm512_test_epi32_mask(a, b) emulated::any_bit(a, b)
-#define _mm512_loadu_si512(p) reinterpret_cast<__m512i>(emulated::load(p))
-#define _mm512_storeu_si512(p, v) emulated::store(p, reinterpret_cast<__m512>(v))
 #define _mm512_stream_ps(p, v) emulated::store(p, v)
-#define _mm512_stream_si512(p, v) emulated::store(p, reinterpret_cast<__m512>(v))
-#define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
-#define _mm512_mask_or_epi32(o, m, a, b) emulated::masked_or(o, m, a, b)
 #define _mm512_castps512_ps256(v) emulated::half<__m256>(v, 0)
 #define _mm512_castpd512_pd256(v) emulated::half<__m256d>(v, 0)
 #define _mm512_extractf64x4_pd(v, i) emulated::half<__m256d>(v, i)
 #define _mm512_add_pd(a, b) ((a) + (b))
 #define _mm512_cvtps_pd(v) emulated::to_doubles(v)
+#define _mm512_fmadd_pd(a, b, c) emulated::fmadd(a, b, c)
+#define _mm512_set1_pd(a) (__m512d{a, a, a, a, a, a, a, a})
+#define _mm512_cmp_pd_mask(a, b, predicate) emulated::any_greater(a, b)
+#define _mm512_fpclass_ps_mask(v, classes) emulated::denormal(v)
+#define _mm512_reduce_max_epi32(v) emulated::largest(v)
 #define _mm512_storeu_pd(p, v) std::memcpy(p, &static_cast<const __m512d&>(v), 64)
 #define _mm512_shuffle_f64x2(a, b, control) emulated::shuffle_pairs(a, b, control)
 #define _mm512_unpacklo_pd(a, b) emulated::unpack(a, b, 0)

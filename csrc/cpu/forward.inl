@@ -1,0 +1,391 @@
+// y = x * rstd * weight, with x formed first where it is a sum.
+#pragma once
+#include "weight.inl"
+
+// Columns begin to end of a row of x as the sum of its addends; those of next_row, if there is one,
+// are fetched meanwhile. kRound: Isa::round_pair is used where no sum is denormal.
+template <class Tin, class Tx, bool kRound>
+void add_row(const RmsNormForward& p, int64_t row, int64_t begin, int64_t end, int64_t next_row) {
+  const auto row_of_input = [&](int64_t r) {
+    return static_cast<const Tin*>(p.addends.input) + p.addends.input_rows.offset(r);
+  };
+  const Tin* input = row_of_input(row);
+  const Tin* next = next_row >= 0 ? row_of_input(next_row) : nullptr;
+  const Tx* residual =
+      static_cast<const Tx*>(p.addends.residual) + p.addends.residual_rows.offset(row);
+  Tx* x = static_cast<Tx*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
+  const auto one = [&](int64_t i, int n) INLINE_LAMBDA {
+    store(x + i, load(input + i, n) + load(residual + i, n), n);
+  };
+  const auto step = [&](int64_t i) INLINE_LAMBDA {
+    if (next) {
+      for (int j = 0; j < kStep; j += kLine / int(sizeof(Tin))) {
+        __builtin_prefetch(next + i + j, 0, 2);
+      }
+    }
+    if constexpr (kIsBFloat16<Tin> && kIsBFloat16<Tx>) {
+      const auto sum = [&](int64_t j) INLINE_LAMBDA {
+        const Pair a = split(input + j), b = split(residual + j);
+        return Pair{a.even + b.even, a.odd + b.odd};
+      };
+      const Pair low = sum(i), high = sum(i + 2 * kLanes);
+      if constexpr (kRound) {
+        if (!Isa::any_denormal(low, high)) {
+          join<false, true>(x + i, low), join<false, true>(x + i + 2 * kLanes, high);
+          return;
+        }
+      }
+      join<false, false>(x + i, low), join<false, false>(x + i + 2 * kLanes, high);
+    } else {
+      for_each_vector_of_step(i, one);
+    }
+  };
+  for_each_step<kIsBFloat16<Tin> && kIsBFloat16<Tx> ? kBlock : kStep>(begin, end, step, one);
+}
+
+using AddRow = void (*)(const RmsNormForward& p, int64_t row, int64_t begin, int64_t end,
+                        int64_t next_row);
+
+// nullptr: x is no sum.
+template <class Tx, bool kRound>
+AddRow add_row_of(const RmsNormForward& p) {
+  if (!p.addends.input) return nullptr;
+  AddRow result = [](const RmsNormForward& p, int64_t row, int64_t begin, int64_t, int64_t) {
+    if (begin == 0) add_row_fp64(p, row);
+  };
+  with_type(p.addends.input_dtype, [&](auto in) { result = add_row<decltype(in), Tx, kRound>; });
+  return result;
+}
+
+// One row of y. Fp32 forms its products to twice the precision: with the error of a short row's sum
+// on top, two roundings would make 2 ulps now and then.
+template <bool kStream, bool kRound, class Tx, bool kCast, class W, class Ty>
+INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, Prefetch<Tx> next) {
+  constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
+  const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
+  const auto scaled = [&](auto v, auto g) INLINE_LAMBDA {
+    if constexpr (!kIsFloat<Tx>) {
+      return (kCast ? round_to<Tx>(v * hi) : v * hi) * g;
+    } else if constexpr (!Isa::kFma) {
+      return kCast ? Isa::mul_in_double(v, rstd) * g : Isa::mul_in_double(v, rstd, g);
+    } else if constexpr (kCast) {
+      return Isa::fma(v, hi, v * lo) * g;
+    } else {
+      v = Isa::once(v), g = Isa::once(g);
+      const V gr = g * hi;
+      return Isa::fma(v, gr, v * Isa::fma(g, lo, Isa::fmsub(g, hi, gr)));
+    }
+  };
+  for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
+    const int64_t end = WeightTiles::tile_end(begin, cols);
+    const auto w = weight.part(begin);
+    const auto step = [&](int64_t i) {
+      next.template along<true, kStep>(i);
+      if constexpr (kPairs) {
+        for_each_pair_of_step(i, [&](int64_t j) INLINE_LAMBDA {
+          const Pair v = split(x + j), g = w.pair(j);
+          join<kStream, kRound>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
+        });
+      } else {
+        for_each_vector_of_step(i, [&](int64_t j, int n) {
+          write<kStream>(y + j, scaled(load(x + j, n), w(j, n)), n);
+        });
+      }
+    };
+    for_each_step<kPairs ? kBlock : kStep>(begin, end, step, [&](int64_t i, int n) {
+      store(y + i, scaled(load(x + i, n), w(i, n)), n);
+    });
+  }
+}
+
+// In which order a call works, from sizes alone; no bit depends on it.
+struct RowSchedule {
+  int64_t group;          // rows that are summed before the first of them is scaled
+  bool sums_ahead;        // row i of the next group is summed before row i of this one is scaled
+  bool prefetch;          // rows are fetched ahead,
+  int64_t prefetch_rows;  // so many,
+  bool in_halves;         // see Prefetch
+};
+
+// Short rows are summed a group ahead of the one that is scaled: their square roots and divisions
+// share instructions and are waited for less. Longer rows would leave the L1 cache in between. What
+// has to come from memory is read and written in turns, in small groups, and fetched ahead.
+// kCols: as of ForwardRows; then the compiler knows the group too.
+template <class Tx, class Ty, int kCols>
+INLINE RowSchedule schedule_rows(const RmsNormForward& p, int64_t cols) {
+  const int64_t row_bytes = cols * int64_t(sizeof(Tx));
+  const int64_t total_bytes = p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty));
+  const bool far = total_bytes >= far_bytes();
+  const int64_t near_bytes = kCols ? kMinGroupBytes : group_bytes();
+  const int64_t fitting = (far ? kFarGroupBytes : near_bytes) / row_bytes;
+  const int64_t group = fitting > Isa::kGroupRows ? Isa::kGroupRows : fitting > 1 ? fitting : 1;
+  const bool sums_ahead = group > 1 && !far;
+  return {group, sums_ahead, is_far<Tx>(total_bytes),
+          sums_ahead ? group + Isa::kGroupRows / 2 : group,
+          group == 1 && row_bytes >= long_row_bytes()};
+}
+
+// Some rows of y. kStream: past the caches. kCols: the length of the rows where it is known to the
+// compiler, else 0. kRound: BFloat16 is rounded by Isa::round_pair in groups without small
+// elements; the caller has seen to the weight.
+template <bool kStream, class Tx, class Ty, bool kCast, bool kRound, int kCols, class W>
+class ForwardRows {
+ public:
+  INLINE ForwardRows(const RmsNormForward& params, W& w, int64_t end, int64_t first_row_of_y)
+      : p(params),
+        weight(w),
+        row_end(end),
+        y_begin(first_row_of_y),
+        y_address(reinterpret_cast<uintptr_t>(params.y) -
+                  first_row_of_y * params.y_rows.stride[0] * sizeof(Ty)),
+        any_cols(params.cols),
+        per_col(1.0 / double(cols())),
+        schedule(schedule_rows<Tx, Ty, kCols>(params, cols())),
+        add_addends(add_row_of<Tx, kRound>(params)) {}
+
+  INLINE void run(int64_t row_begin) {
+    const int64_t group = schedule.group;
+    for (int64_t first = row_begin; first < row_end; first += group) {
+      const int64_t count = first + group < row_end ? group : row_end - first;
+      if (!schedule.sums_ahead || first == row_begin) {
+        for (int64_t j = 0; j < count; ++j) sum_row(first + j, j);
+      }
+      const bool fast = find_rstd(first, count);
+      if (p.rstd) {
+        for (int64_t j = 0; j < count; ++j) static_cast<float*>(p.rstd)[first + j] = float(rstd[j]);
+      }
+      const bool round = kRound && !small.any();
+      small = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t row = first + j;
+        if (schedule.sums_ahead && row + group < row_end) sum_row(row + group, j);
+        if (!fast && !in_fast_range(rstd[j])) {
+          write_uncommon_row(row, rstd[j]);
+        } else {
+          write_row(row, rstd[j], round);
+        }
+      }
+    }
+    if (kStream) Isa::fence();
+  }
+
+ private:
+  struct Squares {
+    static constexpr bool kPairs = kIsBFloat16<Tx>;
+    const Tx* x;
+    typename Isa::SmallElements& small;
+    Prefetch<Tx> next;
+
+    INLINE void fetch(int64_t i) const { next.template along<false, kBlock>(i); }
+    INLINE Factors operator()(int64_t i, int n) const {
+      const V v = Isa::once(load(x + i, n));
+      return {v, v};
+    }
+    INLINE PairFactors pair(int64_t i) const {
+      const U32 pairs = load_pairs(x + i);
+      if constexpr (kRound) small.look(pairs);
+      const Pair v = split(pairs);
+      return {{v.even, v.even}, {v.odd, v.odd}};
+    }
+  };
+
+  INLINE int64_t cols() const { return kCols ? kCols : any_cols; }
+  INLINE const Tx* row_of_x(int64_t row) const {
+    return static_cast<const Tx*>(p.x) + p.x_rows.offset(row);
+  }
+  INLINE Prefetch<Tx> prefetch(int64_t row) const {
+    if (__builtin_expect(!schedule.prefetch, true) || row >= row_end) return {};
+    return {row_of_x(row), cols(), schedule.in_halves};
+  }
+
+  // sums[j]: of the row's squares, in double.
+  INLINE void sum_row(int64_t row, int64_t j) {
+    Doubles sum = {};
+    const Squares squares{row_of_x(row), small,
+                          schedule.in_halves ? prefetch(row + 1) : Prefetch<Tx>{}};
+    if (!add_addends) {
+      add_products(sum, 0, cols(), squares);
+    } else {  // a part is summed up while it is in the L1 cache
+      const bool next = schedule.in_halves && schedule.prefetch && row + 1 < row_end;
+      for (int64_t begin = 0; begin < cols(); begin += kAddTile) {
+        const int64_t end = begin + kAddTile < cols() ? begin + kAddTile : cols();
+        add_addends(p, row, begin, end, next ? row + 1 : -1);
+        add_products(sum, begin, end, squares);
+      }
+    }
+    sums[j] = sum;
+  }
+
+  // See kDominant; rstd[j] is the sum of squares yet.
+  INLINE void look_for_dominant(int64_t row, int64_t j) {
+    if constexpr (kIsFloat<Tx>) {
+      if (__builtin_expect(exceeds(sums[j], kDominant * rstd[j]), false)) {
+        rstd[j] = sum_squares_in_double(row_of_x(row), cols());
+      }
+    }
+  }
+
+  // From sums to rstd; true if all are in the fast path's range.
+  INLINE bool find_rstd(int64_t first, int64_t count) {
+    const double eps = p.eps;
+    bool fast = true;
+    if (count == Isa::kGroupRows) {  // side by side
+      for (int j = 0; j < Isa::kGroupRows; j += Isa::kTotals) Isa::totals(sums + j, rstd + j);
+      for (int j = 0; j < Isa::kGroupRows; ++j) look_for_dominant(first + j, j);
+      for (int j = 0; j < Isa::kGroupRows; ++j) {
+        rstd[j] = 1 / __builtin_sqrt(rstd[j] * per_col + eps);
+      }
+      for (int j = 0; j < Isa::kGroupRows; ++j) fast &= in_fast_range(rstd[j]);
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        rstd[j] = total(sums[j]);
+        look_for_dominant(first + j, j);
+        rstd[j] = 1 / __builtin_sqrt(rstd[j] * per_col + eps);
+        fast &= in_fast_range(rstd[j]);
+      }
+    }
+    if (!fast) {  // one NaN for all, whichever the row held first
+      for (int64_t j = 0; j < count; ++j) {
+        if (rstd[j] != rstd[j]) rstd[j] = __builtin_nan("");
+      }
+    }
+    return fast;
+  }
+
+  INLINE Ty* row_of_y(int64_t row) const {
+    return reinterpret_cast<Ty*>(y_address + p.y_rows.offset(row) * sizeof(Ty));
+  }
+
+  INLINE void write_row(int64_t row, double rstd_of_row, bool round) {
+    const Tx* x = row_of_x(row);
+    Ty* y = row_of_y(row);
+    const Prefetch<Tx> next = prefetch(row + schedule.prefetch_rows);
+    if (kRound && round) {
+      scale_row<kStream, kRound, Tx, kCast>(x, weight, y, cols(), rstd_of_row, next);
+    } else {
+      scale_row<kStream, false, Tx, kCast>(x, weight, y, cols(), rstd_of_row, next);
+    }
+  }
+
+  INLINE void write_uncommon_row(int64_t row, double rstd_of_row) {
+    if (rstd_of_row == rstd_of_row) return forward_row_fp64(p, row, y_begin);
+    Ty* y = row_of_y(row);
+    for_each_vector(0, cols(),
+                    [&](int64_t i, int n) { store(y + i, set1(__builtin_nanf("")), n); });
+  }
+
+  const RmsNormForward& p;
+  W& weight;
+  const int64_t row_end, y_begin;
+  const uintptr_t y_address;  // where row 0 would be
+  const int64_t any_cols;
+  const double per_col;
+  const RowSchedule schedule;
+  const AddRow add_addends;
+  Doubles sums[Isa::kGroupRows];
+  double rstd[Isa::kGroupRows];
+  typename Isa::SmallElements small;
+};
+
+template <class Tx, class Ty, bool kCast, bool kRound, class W>
+void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, int64_t row_end,
+                  int64_t y_begin) {
+  const auto run = [&](auto stream) {
+    constexpr bool kStream = stream.value;
+    // Heads take a fifth less time without loops.
+    if constexpr (Isa::kUnrollsHeads && kIsSame<Tx, Ty>) {
+      if (p.cols == 64) {
+        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 64, W>(p, weight, row_end, y_begin)
+            .run(row_begin);
+      }
+      if (p.cols == 128) {
+        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 128, W>(p, weight, row_end, y_begin)
+            .run(row_begin);
+      }
+    }
+    ForwardRows<kStream, Tx, Ty, kCast, kRound, 0, W>(p, weight, row_end, y_begin).run(row_begin);
+  };
+  if (p.stream && streamable<Ty>(p.y, p.y_rows)) return run(Bool<Isa::kStreams>());
+  run(Bool<false>());
+}
+
+// Every product of a row would leave the fast path's range, or might.
+template <class Tx>
+void forward_rows_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                       int64_t y_begin) {
+  const AddRow add_addends = add_row_of<Tx, false>(p);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    if (add_addends) add_addends(p, row, 0, p.cols, -1);
+    forward_row_fp64(p, row, y_begin);
+  }
+}
+
+// Chooses how the weight is read.
+template <class Tx, class Ty, bool kCast, bool kRound>
+void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  const auto with = [&](auto round, auto& weight) {
+    forward_rows<Tx, Ty, kCast, round.value>(p, weight, row_begin, row_end, y_begin);
+  };
+  if (!p.weight) {
+    if constexpr (kCast) return;  // forward() does not ask for it
+    NoWeight one{set1(1.0f)};
+    return with(Bool<kRound>(), one);
+  }
+  // A tile does not pay for one row. In long rows it takes the place of x or y in the L1 cache.
+  if constexpr (!kIsFloat<Tx> && kIsSame<Tx, Ty>) {
+    const bool long_rows = Isa::kConverts16Bit && p.cols > kDirectCols;
+    if (p.w_dtype == p.x_dtype && p.weight_offset == 0 && (row_end - row_begin == 1 || long_rows)) {
+      Weight<Tx> weight{static_cast<const Tx*>(p.weight)};
+      if constexpr (kRound) {
+        typename Isa::SmallElements small;
+        for (int64_t i = 0; i < p.cols / kBlock * kBlock; i += 2 * kLanes) {
+          small.look(load_pairs(weight.data + i));
+        }
+        if (small.any()) return with(Bool<false>(), weight);
+      }
+      return with(Bool<kRound>(), weight);
+    }
+  }
+  WeightTiles weight(p, kIsBFloat16<Tx> && kIsBFloat16<Ty>);
+  if constexpr (kRound || (kIsFloat<Tx> && !kCast)) {
+    constexpr int kExponent = kRound ? kSmallExponent : kMinWeightExponent;
+    bool ordinary = true;
+    for (int64_t begin = 0; begin < p.cols && ordinary; begin += WeightTiles::kTile) {
+      const int64_t count = WeightTiles::tile_end(begin, p.cols) - begin;
+      ordinary = in_range(weight.part(begin).data + begin, count, kExponent);
+    }
+    if (!ordinary) {
+      if constexpr (kRound) return with(Bool<false>(), weight);
+      return forward_rows_fp64<Tx>(p, row_begin, row_end, y_begin);
+    }
+  }
+  with(Bool<kRound>(), weight);
+}
+
+// From dtypes to types. kRound: with Isa::round_pair.
+template <bool kRound>
+void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  static_assert(!kRound || Isa::kRoundsBFloat16);
+  set_last_isa(Isa::kNames[kRound]);
+  with_type(p.x_dtype, [&](auto x) {
+    using Tx = decltype(x);
+    constexpr bool kRoundTx = kRound && kIsBFloat16<Tx>;
+    // Without a weight there is nothing to be cast before.
+    const bool cast = p.cast_before_weight && p.weight;
+    if constexpr (kIsFloat<Tx>) {  // a residual in fp32 beside 16-bit activations
+      if (p.y_dtype != p.x_dtype) {
+        return with_type(p.y_dtype, [&](auto y) {
+          using Ty = decltype(y);
+          if (cast) return forward_typed<Tx, Ty, true, false>(p, row_begin, row_end, y_begin);
+          forward_typed<Tx, Ty, false, false>(p, row_begin, row_end, y_begin);
+        });
+      }
+    }
+    if (!cast) return forward_typed<Tx, Tx, false, kRoundTx>(p, row_begin, row_end, y_begin);
+    if (p.y_dtype == p.x_dtype) {
+      return forward_typed<Tx, Tx, true, kRoundTx>(p, row_begin, row_end, y_begin);
+    }
+    if constexpr (!kIsFloat<Tx>)
+      forward_typed<Tx, float, true, false>(p, row_begin, row_end, y_begin);
+  });
+}

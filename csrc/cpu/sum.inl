@@ -1,0 +1,294 @@
+// Loads and stores by type, the walk along a row, and its sum of products.
+#pragma once
+
+template <class T>
+INLINE V load(const T* p, int n) {
+  return widen(load_bits(p, n), T());
+}
+
+// A NaN keeps its upper half and is made quiet.
+INLINE Bits16 narrow(V v, BFloat16) {
+  return pack_upper(V(v != v ? U32(v) | 0x400000 : rounded(v)));
+}
+template <class T>
+INLINE void store(T* p, V v, int n) {
+  store_bits(p, narrow(v, T()), n);
+}
+// kStream: n is kLanes, and p is aligned.
+template <bool kStream, class T>
+INLINE void write(T* p, V v, int n) {
+  if constexpr (!kStream) {
+    store(p, v, n);
+  } else if constexpr (kIsFloat<T>) {
+    Isa::stream(p, v);
+  } else {
+    Isa::stream_bits(p, narrow(v, T()));
+  }
+}
+
+// The values that store(T*) and load(const T*) would give back; BFloat16 not for NaN.
+template <class T>
+INLINE V round_to(V v) {
+  if constexpr (kIsFloat<T>) return v;
+  if constexpr (kIsBFloat16<T>) return V(rounded(v) & 0xffff0000);
+  if constexpr (kIsSame<T, Half>) return widen(narrow(v, T()), T());
+}
+
+// BFloat16 is read and written in pairs: a shift and a mask instead of shuffles.
+INLINE U32 load_pairs(const BFloat16* p) {
+  U32 pairs;
+  __builtin_memcpy(&pairs, p, sizeof pairs);
+  return Isa::once(pairs);
+}
+INLINE Pair split(U32 pairs) { return {V(pairs << 16), V(pairs & 0xffff0000)}; }
+INLINE Pair split(const BFloat16* p) { return split(load_pairs(p)); }
+
+// Not for NaNs with a bit set below BFloat16's, and with kRound (by Isa::round_pair) not for
+// denormals.
+template <bool kStream, bool kRound>
+INLINE void join(BFloat16* p, Pair v) {
+  U32 pairs;
+  if constexpr (kRound) {
+    pairs = Isa::round_pair(v);
+  } else {
+    pairs = Isa::interleave(rounded(v.even), rounded(v.odd));
+  }
+  if constexpr (kStream) {
+    Isa::stream(p, V(pairs));
+  } else {
+    __builtin_memcpy(p, &pairs, sizeof pairs);
+  }
+}
+
+// May whole vectors of all rows be streamed?
+template <class T>
+INLINE bool streamable(const void* data, const Rows& rows) {
+  constexpr uint64_t kAlignment = kLanes * sizeof(float);
+  uint64_t places = reinterpret_cast<uintptr_t>(data);
+  for (int d = 0; d < rows.ndim; ++d) places |= uint64_t(rows.stride[d]) * sizeof(T);
+  return Isa::kStreams && places % kAlignment == 0;
+}
+
+INLINE V mul_add(V a, V b, V c) {
+  if constexpr (Isa::kFma) {
+    return Isa::fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
+}
+
+template <class F>
+INLINE void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float());
+    case DType::kFloat16:
+      return f(Half());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kFloat64:
+      return;  // that is for fp64.cpp
+  }
+}
+
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
+
+// ---------------------------------------------------------------- along a row
+
+constexpr int kStep = 4 * kLanes;
+
+// step(i) for steps of kStep elements, as many as make whole lots of kLot, then rest(i, n) vector
+// by vector.
+template <int kLot = kStep, class Step, class Rest>
+INLINE void for_each_step(int64_t begin, int64_t end, Step step, Rest rest) {
+  const int64_t last = begin + (end - begin) / kLot * kLot;
+  int64_t i = begin;
+  for (; i < last; i += kStep) step(i);
+  for (; i + kLanes <= end; i += kLanes) rest(i, kLanes);
+  if (i < end) rest(i, int(end - i));
+}
+
+template <class F>
+INLINE void for_each_vector_of_step(int64_t i, F body) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kStep; j += kLanes) body(i + j, kLanes);
+}
+
+// The same of BFloat16, in pairs of 2 * kLanes.
+template <class F>
+INLINE void for_each_pair_of_step(int64_t i, F body) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kStep; j += 2 * kLanes) body(i + j);
+}
+
+template <class F>
+INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
+  for_each_step(begin, end, [&](int64_t i) { for_each_vector_of_step(i, body); }, body);
+}
+
+// A row that is fetched while others are worked on. A long one is fetched to the L2 cache, half of
+// it in each of the two passes over another: the memory has work all the time. A short one is
+// fetched to the L1 cache in the second pass.
+template <class T>
+struct Prefetch {
+  const T* row;  // nullptr: nothing to fetch
+  int64_t cols;
+  bool in_halves;
+
+  template <bool kSecondPass, int kCount>
+  INLINE void along(int64_t i) const {
+    if (!row) return;
+    if (!in_halves) {
+      if (kSecondPass) lines<kCount, 3>(row + i);
+    } else {
+      lines<kCount / 2, 2>(row + (kSecondPass ? (cols + i) / 2 : i / 2));
+    }
+  }
+
+ private:
+  template <int kCount, int kLocality>
+  static INLINE void lines(const T* p) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; j += kLine / int(sizeof(T)))
+      __builtin_prefetch(p + j, 0, kLocality);
+  }
+};
+
+// Does a call that reads and writes so much find its next row in memory?
+template <class Tx>
+INLINE bool is_far(int64_t bytes) {
+  return bytes >= (kIsFloat<Tx> ? far_bytes() : far_bytes_16_bit());
+}
+
+// ---------------------------------------------------------------- sums
+
+// A row is summed in 64 virtual lanes on every machine: element i goes to lane i % 64, lanes are
+// combined by halving (i += i + 32, then 16, 8), so AVX2 and AVX-512 give the same bits. BFloat16
+// rows are read in pairs: there each whole 32 of the lanes are 16 even elements, then 16 odd ones.
+constexpr int kBlock = 64;
+constexpr int kVectors = kBlock / kLanes;
+static_assert(kBlock % kStep == 0 && 16 % kLanes == 0);
+
+// After 4 terms a lane is folded into double. A row of equal values makes the same rounding error
+// in every lane and step: 4 terms keep it below 0.3 ulp of y, 64 terms would make it 5. Costs 11
+// instructions per 32 multiply-adds (AVX2), hidden behind the loads.
+constexpr int kFold = 4 * kBlock;
+
+struct Factors {
+  V a, b;
+};
+struct PairFactors {
+  Factors even, odd;
+};
+
+// kCount vectors of lanes. Halves of halves and not an array, which GCC 12 would keep in memory.
+template <int kCount>
+struct Lanes {
+  static constexpr int kHalf = kCount / 2;
+  Lanes<kHalf> low, high;
+
+  static INLINE Lanes zeros() { return {Lanes<kHalf>::zeros(), Lanes<kHalf>::zeros()}; }
+  INLINE Lanes operator+(const Lanes& other) const { return {low + other.low, high + other.high}; }
+  template <class F>
+  INLINE void add_products(int64_t i, F factors) {
+    if constexpr (F::kPairs && kCount * kLanes == 32) {
+      Lanes<kHalf>::add_pairs(low, high, i, factors);
+    } else {
+      low.add_products(i, factors);
+      high.add_products(i + kHalf * kLanes, factors);
+    }
+  }
+  template <class F>
+  static INLINE void add_pairs(Lanes& even, Lanes& odd, int64_t i, F factors) {
+    Lanes<kHalf>::add_pairs(even.low, odd.low, i, factors);
+    Lanes<kHalf>::add_pairs(even.high, odd.high, i + kCount * kLanes, factors);
+  }
+  template <class F>
+  INLINE void add_products(int64_t i, int64_t end, F factors) {
+    low.add_products(i, end, factors);
+    if (i + kHalf * kLanes < end) high.add_products(i + kHalf * kLanes, end, factors);
+  }
+};
+template <>
+struct Lanes<1> {
+  V v;
+
+  static INLINE Lanes zeros() { return {V{}}; }
+  INLINE Lanes operator+(const Lanes& other) const { return {v + other.v}; }
+  template <class F>
+  INLINE void add_products(int64_t i, F factors) {
+    const Factors f = factors(i, kLanes);
+    v = mul_add(f.a, f.b, v);
+  }
+  template <class F>
+  static INLINE void add_pairs(Lanes& even, Lanes& odd, int64_t i, F factors) {
+    const PairFactors f = factors.pair(i);
+    even.v = mul_add(f.even.a, f.even.b, even.v);
+    odd.v = mul_add(f.odd.a, f.odd.b, odd.v);
+  }
+  template <class F>
+  INLINE void add_products(int64_t i, int64_t end, F factors) {
+    const Factors f = factors(i, i + kLanes <= end ? kLanes : int(end - i));
+    v = mul_add(f.a, f.b, v);
+  }
+};
+
+template <int kCount>
+INLINE void fold(const Lanes<kCount>& lanes, Doubles& sum) {
+  if constexpr (kCount == 1) {
+    accumulate(sum, lanes.v);
+  } else if constexpr (kCount * kLanes == 8) {
+    accumulate(sum, lanes.low.v, lanes.high.v);
+  } else {
+    fold(lanes.low + lanes.high, sum);
+  }
+}
+
+// Adds a * b over [begin, end) to sum, with {a, b} = factors(i, n) for the n elements from i on
+// and, where F::kPairs, factors.pair(i) for the 2 * kLanes from i on; factors.fetch(i) may fetch
+// what comes later. A row may be summed in parts that end at multiples of kFold.
+template <class F>
+INLINE void add_products(Doubles& sum, int64_t begin, int64_t end, F factors) {
+  int64_t i = begin;
+  while (i + kBlock <= end) {
+    const int64_t stop = i + kFold <= end ? i + kFold : end;
+    auto lanes = Lanes<kVectors>::zeros();
+    for (; i + kBlock <= stop; i += kBlock) {
+      factors.fetch(i);
+      lanes.add_products(i, factors);
+    }
+    fold(lanes, sum);
+  }
+  if (i < end) {
+    auto lanes = Lanes<kVectors>::zeros();
+    lanes.add_products(i, end, factors);
+    fold(lanes, sum);
+  }
+}
+
+INLINE bool in_fast_range(double rstd) { return rstd >= kMinFastRstd && rstd <= kMaxFastRstd; }
+
+// The sum of a row's squares is off by 7 roundings at most: of the product, of 3 additions to it in
+// its lane, and of 3 in halving 64 lanes to 8, each by 2^-24 of what is there then. Terms of about
+// one size average that out. One that is most of the row does not, and where a lane holds so much
+// of the sum, the row is summed again in double.
+constexpr double kDominant = 0.4;
+
+template <class Tx>
+__attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
+  constexpr int kEight = kLanes > 8 ? kLanes : 8;
+  Doubles sum = {};
+  for (int64_t i = 0; i < cols; i += kEight) {
+    const int n = i + kEight <= cols ? kEight : int(cols - i);
+    if constexpr (kLanes == kEight) {
+      accumulate_squares(sum, load(x + i, n));
+    } else {
+      accumulate_squares(sum, load(x + i, n < kLanes ? n : kLanes),
+                         n > kLanes ? load(x + i + kLanes, n - kLanes) : V{});
+    }
+  }
+  return total(sum);
+}

@@ -1,0 +1,68 @@
+// Thresholds of the CPU kernels. None of them changes a result.
+#pragma once
+#include <cstdint>
+
+namespace rmsnorm::cpu {
+
+constexpr int kLine = 64;  // bytes in a line of the caches
+
+// What the machine says at start, or the usual where it says nothing, in bytes: the data caches of
+// a core, and the last level. A virtual machine reports all of the host's last level, some hundreds
+// of MiB, of which it has a share: no more than 32 MiB are counted on.
+constexpr int64_t kMinL1 = 16 << 10;
+struct CacheSizes {
+  int64_t l1, l2, l3;
+};
+extern const CacheSizes kCaches;  // dispatch.cpp
+
+constexpr int64_t between(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// A call that reads and writes so much finds its next row in memory rather than in a cache, and
+// fetches it ahead. On a Zen 3 with 32 MiB of L3 for several machines this takes 15 % off rows from
+// memory, and adds as much to fp32 rows from the L3 cache, but next to nothing to 16-bit rows,
+// which are bound by their conversion: there, whatever does not fit the L2 cache is fetched ahead.
+inline int64_t far_bytes() { return between(kCaches.l3 / 4, 8 << 20, 32 << 20); }
+inline int64_t far_bytes_16_bit() { return between(2 * kCaches.l2, 1 << 20, 4 << 20); }
+
+// A row of so many bytes is long, see Prefetch.
+inline int64_t long_row_bytes() { return kCaches.l1 / 4; }
+
+// Rows that are summed as a group, see schedule_rows: half of an L1 cache; of those that come from
+// memory only a few lines, so that reads and writes take turns.
+inline int64_t group_bytes() { return kCaches.l1 / 2; }
+constexpr int64_t kMinGroupBytes = kMinL1 / 2;
+constexpr int64_t kFarGroupBytes = 2 << 10;
+
+// Rows that are normalized before they are put into 8 bits: half of an L1 cache.
+inline int64_t quant_bytes() { return kCaches.l1 / 2; }
+
+// An output of so many bytes is written past the caches, which would have to read every line first.
+// fp32, one core of a Zen 2 with 16 MiB of L3, us for an output of 4, 6, 8, 12 MiB: 240, 474, 959,
+// 1932 through the caches, 247, 380, 536, 1136 past them; with a pass that reads the output next
+// 333, 777, 1310, 3088 and 541, 937, 1441, 2524. A caller's own buffer is judged by the first; a
+// larger bound than 4 MiB was not measured. A new tensor is judged by the second: it often gets the
+// memory of one that was freed a moment ago and is in a cache. From 32 MiB on
+// (DEFAULT_MMAP_THRESHOLD_MAX) glibc maps a new one afresh on every call, and the kernel clears its
+// pages: 47 ms for 40 MiB through the caches, 62 past them.
+inline int64_t stream_bytes() { return between(kCaches.l3 / 4, 1 << 20, 4 << 20); }
+inline int64_t new_stream_bytes() { return kCaches.l3 / 2; }
+constexpr int64_t kMappedBytes = 32 << 20;
+
+// Columns of addends that are added at a time: a part of an L1 cache.
+constexpr int64_t kAddTile = 1024;
+
+// Columns of a weight that are turned into floats at a time: an L1 cache of them.
+constexpr int64_t kWeightTile = 8192;
+
+// A 16-bit weight of more than these is read as it is, not from a tile of floats.
+constexpr int64_t kDirectCols = 2048;
+
+// The backward's groups of rows, see BackwardBlocks: a quarter of an L2 cache; and columns at a
+// time, a part of an L1 cache.
+inline int64_t gradient_bytes() { return kCaches.l2 / 4; }
+constexpr int64_t kGradientRows = 16;
+constexpr int64_t kGradientTile = 1024;
+
+}  // namespace rmsnorm::cpu
