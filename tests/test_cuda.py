@@ -80,7 +80,10 @@ def test_autocast_on_cuda():
     assert all(map(same_bits, got, want))
 
 
-@pytest.mark.parametrize("cols, where", ((64, "rows"), (4096, "rows"), (40_000, "shared_rows"), (2_000_000, "long_rows")))
+@pytest.mark.parametrize(
+    "cols, where",
+    ((64, "rows"), (4096, "rows"), (40_000, "shared_rows"), (2_000_000, "long_rows")),
+)
 def test_last_plan(cols, where):
     """Names the kernel that ran and its layout, which is the planner's; of this thread and of CUDA alone."""
     x = random(3, cols, dtype=torch.bfloat16)
@@ -92,8 +95,10 @@ def test_last_plan(cols, where):
     rms_norm(on_device, cols)
     plan = _C.last_plan()
     assert plan["kernel"] == "forward_" + where and plan == _C.cuda_plan(False, 3, cols, *types, *machine)
-    rstd = torch.ones(3).cuda()
-    torch.ops.rmsnorm_cuda.rms_norm_backward(on_device, on_device, None, rstd, [cols], 1e-6, [True, False])
+    _, rstd = torch.ops.rmsnorm_cuda.rms_norm_forward(on_device, [cols])
+    torch.ops.rmsnorm_cuda.rms_norm_backward(
+        on_device, on_device, [cols], None, rstd, None, [True, False]
+    )
     assert _C.last_plan() == _C.cuda_plan(True, 3, cols, *types, *machine)
     rms_norm_quant(on_device, dtype=torch.int8)
     plan = _C.last_plan()
