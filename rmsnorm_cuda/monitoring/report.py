@@ -16,8 +16,7 @@ from .figures import INF, MAX, MEAN, MIN, NAN, ROWS, SMALL, WEIGHT, Step
 class Thresholds(NamedTuple):
     """What counts as a fault. Lengths of rows are their RMS; None switches a check off."""
 
-    # Share of a norm's rows whose mean of squares is below eps. There eps decides, not the row.
-    # Padding is such rows.
+    # Share of a norm's rows, padding say, whose mean of squares is below eps: there eps decides.
     small: float | None = 0.5
     # A norm's typical row is this many times as long as when it was first called, or as short.
     drift: float | None = 8.0
@@ -50,10 +49,13 @@ class RMSNormAlarm(RuntimeError):
         return type(self), (self.alarm,)
 
 
+OnAlarm = Callable[[Alarm], None] | str | None  # a function, "raise", or nothing
+
+
 class AlarmLog:
     """Tells each kind of alarm once for each norm, and keeps it."""
 
-    def __init__(self, on_alarm: Callable[[Alarm], None] | str | None) -> None:
+    def __init__(self, on_alarm: OnAlarm) -> None:
         self.alarms: list[Alarm] = []
         self._on_alarm = on_alarm
         self._told: set[tuple[str, str]] = set()
@@ -71,11 +73,7 @@ class AlarmLog:
 
 
 def find_faults(
-    step: Step,
-    first: Tensor,
-    dead: Tensor | None,
-    eps: dict[str, float | None],
-    limits: Thresholds,
+    step: Step, first: Tensor, dead: Tensor | None, eps: dict[str, float | None], limits: Thresholds
 ) -> list[Alarm]:
     """The faults of a step by norm, so that where one comes first is told first.
 
@@ -126,9 +124,7 @@ _TABLE_ROW = "{:<44}{:>10}{:>10}{:>10}{:>10}{:>10}{:>8}{:>8}{:>8}{:>9}"
 _TABLE_HEAD = "norm", "rows", "least", "first", "last", "most", "small", "NaN", "Inf", "weight"
 
 
-def table(
-    norms: Iterable[str], skipped: dict[str, str], figures: Tensor, alarms: list[Alarm]
-) -> str:
+def table(norms: Iterable[str], skipped: dict, figures: Tensor, alarms: list[Alarm]) -> str:
     """All norms and what was found in them, a line each."""
     lines = [
         f"{len(figures)} steps, {figures.shape[1]} norms; "
@@ -152,15 +148,9 @@ def _table_row(name: str, f: Tensor) -> str:
     lengths = usual[:, MIN].min(), usual[0, MEAN], usual[-1, MEAN], usual[:, MAX].max()
     small, nan, inf = (int(f[:, column].sum()) for column in (SMALL, NAN, INF))
     growth = (f[-1, WEIGHT] / f[0, WEIGHT]).item()
-    return _TABLE_ROW.format(
-        name,
-        rows,
-        *(f"{2.0 ** v.item():.3g}" for v in lengths),
-        f"{small / rows:.1%}",
-        nan,
-        inf,
-        f"x {growth:.3g}" if math.isfinite(growth) else "-",
-    )
+    growth = f"x {growth:.3g}" if math.isfinite(growth) else "-"
+    lengths = (f"{2.0 ** length.item():.3g}" for length in lengths)
+    return _TABLE_ROW.format(name, rows, *lengths, f"{small / rows:.1%}", nan, inf, growth)
 
 
 def heat_map(norms: list[str], steps: list[int], values: Tensor, alarms: list[tuple[int, str]]):

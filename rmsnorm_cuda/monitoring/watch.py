@@ -26,7 +26,7 @@ from ..integrations.families import (
 )
 from ..modules import RMSNorm
 from .figures import EQUAL, MEAN, ROWS, Call, History, Meter, Step
-from .report import Alarm, AlarmLog, Thresholds, find_faults, heat_map, table
+from .report import Alarm, AlarmLog, OnAlarm, Thresholds, find_faults, heat_map, table
 
 _forward_op = torch.ops.rmsnorm_cuda.rms_norm_forward.default
 _fused_op = torch.ops.rmsnorm_cuda.fused_add_rms_norm_forward.default
@@ -36,7 +36,7 @@ def monitor(
     model: nn.Module,
     *,
     thresholds: Thresholds = Thresholds(),  # noqa: B008
-    on_alarm: Callable[[Alarm], None] | str | None = None,
+    on_alarm: OnAlarm = None,
     every: int = 1,
 ) -> Monitor:
     """Watches the norms of `model` (rmsnorm_cuda.RMSNorm; see replace_rms_norm) in a `with` block.
@@ -72,11 +72,7 @@ class Monitor:
     """What was seen: `alarms`, `skipped`, `figures()`, `report()`, `plot()`. Made by monitor()."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        thresholds: Thresholds,
-        on_alarm: Callable[[Alarm], None] | str | None,
-        every: int,
+        self, model: nn.Module, thresholds: Thresholds, on_alarm: OnAlarm, every: int
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"monitor: expected a torch.nn.Module, got {type(model).__name__}")
@@ -95,12 +91,9 @@ class Monitor:
                 kept = self.skipped if reason else self.norms
                 kept[name.removeprefix("_orig_mod.")] = reason or module
         if not self.norms:
-            raise ValueError(
-                "monitor: the model holds no rmsnorm_cuda.RMSNorm that can be watched; "
-                + "; ".join(
-                    sorted({*self.skipped.values()}) or ["call replace_rms_norm(model) first"]
-                )
-            )
+            reasons = sorted({*self.skipped.values()}) or ["call replace_rms_norm(model) first"]
+            what = "the model holds no rmsnorm_cuda.RMSNorm that can be watched"
+            raise ValueError(f"monitor: {what}; {'; '.join(reasons)}")
         norms = list(self.norms.values())
         self._watches = _Watches(norms)
         self._meter, self._history = Meter(norms), History(len(norms))
@@ -148,10 +141,12 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         if self.thresholds.settings:
-            self._log.tell(_faulty_settings(self.model, self.norms))
+            args = self.model, self.norms
+            faults = *_faulty_eps(*args), *_faulty_rounding(*args)
+            self._log.tell([Alarm(-1, name, "settings", message) for name, message in faults])
         with ExitStack() as undo:
             undo.enter_context(self._watches.put_on())
-            for module in _entries(self.model, set(self.norms.values())):
+            for module in list(_entries(self.model, set(self.norms.values()))):
                 # Not hooks: what Ctrl-C ends calls none of them, and module.compile() would
                 # compile them with it.
                 compiled = module._compiled_call_impl
@@ -226,10 +221,10 @@ class _Thread(threading.local):
 
 
 class _Watch:
-    """What a watched norm tells its 1 / rms.
+    """What a norm tells its 1 / rms.
 
-    In eager that goes to a list of the thread. Of torch.compile, which traces assignments only, it
-    stays here.
+    In eager that goes to a list of the thread. Compiled it stays here until the step ends: a graph
+    can assign, not append.
     """
 
     __slots__ = ("index", "thread", "rstd", "dtype")
@@ -274,9 +269,6 @@ class _Watches:
                 rstd = rstd.to_local() if hasattr(rstd, "to_local") else rstd
                 calls.append((watch.index, rstd, watch.dtype, True))
         return calls
-
-
-# Layers that add nothing
 
 
 class _Trace(TorchDispatchMode):
@@ -378,20 +370,16 @@ class _DeadLayers:
             thread.trace = None
 
 
-def _entries(model: nn.Module, norms: set[RMSNorm]) -> list[nn.Module]:
-    """Where a forward begins: the model, and each part that holds all norms, as generate() calls."""
-    entries = [model]
-    while (
-        entries[-1]._compiled_call_impl is None and type(entries[-1]).__name__ != "OptimizedModule"
-    ):
-        inner = [child for child in entries[-1].children() if norms <= set(child.modules())]
-        if len(inner) != 1 or inner[0] in norms:
-            break
-        entries.append(inner[0])
-    return entries
+def _entries(model: nn.Module, norms: set[RMSNorm]) -> Iterator[nn.Module]:
+    """Where a forward begins: the model, and what in it holds all norms, as generate() calls it."""
+    yield model
+    if model._compiled_call_impl is None and type(model).__name__ != "OptimizedModule":
+        inner = [child for child in model.children() if norms <= set(child.modules())]
+        if len(inner) == 1 and inner[0] not in norms:
+            yield from _entries(inner[0], norms)
 
 
-# The class of a norm that is watched: its forward tells its 1 / rms
+# A norm that is watched has a class whose forward tells its 1 / rms.
 
 
 def _forward(self, x: Tensor, residual: Tensor | None = None):
@@ -485,19 +473,12 @@ def _reason_to_skip(norm: RMSNorm) -> str:
     return ""
 
 
-# Settings
-
-
 _NAMES_OF_EPS = "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"
-
-
-def _faulty_settings(model: nn.Module, norms: dict[str, RMSNorm]) -> list[Alarm]:
-    """Norms whose eps or rounding is not what the model's config, its family or the others say."""
-    messages = [*_faulty_eps(model, norms), *_faulty_rounding(model, norms)]
-    return [Alarm(-1, name, "settings", message) for name, message in messages]
+_rounding = operator.attrgetter("weight_offset", "cast_before_weight")  # of a norm or a family
 
 
 def _faulty_eps(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tuple[str, str]]:
+    """Norms whose eps is not what the model's config says, or the other layers; and a message."""
     configs = _configs(model, norms)
     keys = {name: (id(configs[name]), name.rpartition(".")[2]) for name in norms}
     same_name: dict[tuple, list[float | None]] = {}  # eps of the norms of that name in all layers
@@ -517,11 +498,8 @@ def _faulty_eps(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tuple[s
 
 
 def _faulty_rounding(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tuple[str, str]]:
-    roundings = {
-        name: (norm.weight_offset, norm.cast_before_weight)
-        for name, norm in norms.items()
-        if norm.weight is not None
-    }
+    """Norms that round otherwise than the model's family, or most other norms; and a message."""
+    roundings = {n: _rounding(norm) for n, norm in norms.items() if norm.weight is not None}
     expected = _roundings_of_the_family(model) or _majority([*roundings.values()])
     words = "weight_offset={}, cast_before_weight={}"
     says = " or ".join(words.format(*rounding) for rounding in sorted(expected))
@@ -568,6 +546,4 @@ def _rounding_of(cls: type[nn.Module]) -> tuple[float, bool] | None:
         found = recognize(cls(64))
     except Exception:  # its constructor takes something else
         return None
-    if isinstance(found, str):
-        return None
-    return found.family.weight_offset, found.family.cast_before_weight
+    return None if isinstance(found, str) else _rounding(found.family)
