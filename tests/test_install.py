@@ -659,7 +659,7 @@ def test_wheel_holds_what_it_needs_and_no_more(wheels):
         binding = f"_C.cpython-{abi[2:]}-x86_64-linux-gnu.so"
         wanted = {f"rmsnorm_cuda/lib/{layer}/{name}" for layer in layers for name in ("librmsnorm_torch.so", binding)}
         assert libraries == wanted | {"rmsnorm_cuda/lib/librmsnorm.so"}  # and nothing of torch, CUDA or the compiler
-        others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", "cmake/rmsnorm_cuda-config.cmake", "integrations/vllm.py", "pyinstaller/hook-rmsnorm_cuda.py"}
+        others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", "cmake/rmsnorm_cuda-config.cmake", "integrations/vllm.py", "monitoring/watch.py", "pyinstaller/hook-rmsnorm_cuda.py"}
         others |= {"build_layers.py", *(f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in SOURCES)}
         assert {f"rmsnorm_cuda/{name}" for name in others} | {"rmsnorm_cuda_plugins.py"} <= names
         assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "build")) or "earlier" in name]

@@ -629,11 +629,11 @@ def test_what_comes_later_has_its_own_beginning():
 
 
 def test_long_runs(monkeypatch):
-    monkeypatch.setattr(monitoring, "_KEPT_STEPS", 8)
+    monkeypatch.setattr(monitoring.figures, "KEPT_STEPS", 8)
     model, xs = Model(), inputs(30)
     m = watch(model, [*xs[:10], lambda i: xs[i] * torch.nan, *xs[11:]])
     assert len(m.steps) <= 9 and {0, 10, 29} <= set(m.steps) and m.steps == sorted(m.steps)
-    assert len(m._constants) < 64
+    assert m._meter._constant.cache_info().currsize < 64
 
 
 def test_as_on_a_gpu(monkeypatch):
@@ -641,7 +641,7 @@ def test_as_on_a_gpu(monkeypatch):
     finish, model, xs = monitoring.Monitor._finish, Model(), inputs()
     leaving = []
     monkeypatch.setattr(monitoring.Monitor, "_finish", lambda self, may_raise=True: finish(self, may_raise) if self._late() else None)
-    monkeypatch.setattr(monitoring.Monitor, "_late", lambda self: leaving or (self._coming and self._coming.number < self._calls - 1), raising=False)
+    monkeypatch.setattr(monitoring.Monitor, "_late", lambda self: leaving or (self._pending and self._pending.number < self._step_count - 1), raising=False)
     with pytest.raises(ZeroDivisionError), monitor(model, on_alarm="raise") as m:
         model(xs[0])
         assert m.steps == []

@@ -32,7 +32,7 @@ FAMILIES = (
 )
 
 
-class _OfAnyWidth(RMSNorm):
+class RMSNormOfAnyWidth(RMSNorm):
     """Without a weight, and not told how long its rows are: it takes the last dimension as it comes."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class _OfAnyWidth(RMSNorm):
         return f"eps={self.eps}, elementwise_affine=False"
 
 
-class _InWeightDtype(RMSNorm):
+class RMSNormInWeightDtype(RMSNorm):
     """T5: normalized in fp32, rounded to the weight's dtype if that has 16 bits, multiplied."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: 
     state = vars(module)
     weight = getattr(module, "weight", None)
     shape = getattr(module, "normalized_shape", None) or (None if weight is None else tuple(weight.shape))
-    base = _OfAnyWidth if shape is None else _InWeightDtype if family.result == "weight" else RMSNorm
+    base = RMSNormOfAnyWidth if shape is None else RMSNormInWeightDtype if family.result == "weight" else RMSNorm
     if eps_name is not None and eps_name != "eps":
         state.pop(eps_name)  # the class has it
     module.__class__ = twin_class(type(module), base, eps_name, "normalized_shape" not in state and weight is not None, also_read)
@@ -95,6 +95,12 @@ def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: 
         weight_offset=family.weight_offset,
         cast_before_weight=family.cast_before_weight,
     )
+
+
+def computing_class(cls: type[RMSNorm]) -> type[RMSNorm]:
+    """The class whose forward this is; a twin's differs from it by the name of its input."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return vars(owner).get("_computes", cls)
 
 
 def give_back(old: nn.Module, new: RMSNorm) -> None:
