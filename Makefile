@@ -59,7 +59,7 @@ wheel:
 	$(PYTHON) .ci/wheels.py
 
 # Of those that are supported, the ones on PATH, and pyenv's.
-VERSIONS = $(shell $(PYTHON) -c 'import runpy; print(*runpy.run_path("rmsnorm_cuda/supported.py")["PYTHONS"])')
+VERSIONS = $(shell $(PYTHON) -c 'import runpy; print(*runpy.run_path("rmsnorm_cuda/installation/supported.py")["PYTHONS"])')
 PYTHONS ?= $(foreach v,$(VERSIONS),$(firstword $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python3) $(shell command -v python$(v))))
 wheelhouse:
 	$(PYTHON) .ci/wheels.py $(PYTHONS)

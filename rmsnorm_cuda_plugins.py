@@ -25,7 +25,7 @@ def sglang() -> None:
 
 def pyinstaller() -> list[str]:
     """The folder of our hook, by which a frozen application takes our libraries along."""
-    return [str(Path(__file__).parent / "rmsnorm_cuda" / "pyinstaller")]
+    return [str(Path(__file__).parent / "rmsnorm_cuda/installation/pyinstaller")]
 
 
 def _register(server: str, module: str) -> None:

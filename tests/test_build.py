@@ -84,24 +84,6 @@ def test_header_is_the_contract():
     assert Path(printed.strip(), "rmsnorm_cuda-config.cmake").exists()
 
 
-def test_import_is_quick_and_light():
-    """Less than 100 ms on top of `import torch` (the quickest of five), and none of the heavy optional packages."""
-    code = """if True:
-        import sys, time, torch
-        before, start = set(sys.modules), time.perf_counter()
-        import rmsnorm_cuda
-        print(time.perf_counter() - start, *(set(sys.modules) - before))
-    """
-    times = []
-    while not times or (min(times) >= 0.1 and len(times) < 5):
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds, *modules = run.stdout.split()
-        times.append(float(seconds))
-    assert min(times) < 0.1, times
-    heavy = ("transformers", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "numpy")
-    assert not [module for module in modules if module.startswith(heavy)]
-
-
 def test_versions():
     import torch
 
@@ -174,7 +156,7 @@ def test_public_api_is_typed(tmp_path):
     program.write_text("""if True:
         import torch
         import rmsnorm_cuda
-        from rmsnorm_cuda import RMSNorm, binary, config, monitor, monitoring, ops, replace_rms_norm
+        from rmsnorm_cuda import RMSNorm, config, monitor, monitoring, ops, replace_rms_norm
 
         x = torch.ones(2, 8)
         y: torch.Tensor = rmsnorm_cuda.rms_norm(x, 8, out=torch.empty(2, 8))

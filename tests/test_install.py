@@ -11,7 +11,6 @@ import stat
 import struct
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from email.parser import Parser
 from importlib.metadata import entry_points
@@ -22,13 +21,15 @@ import torch
 
 import rmsnorm_cuda
 import rmsnorm_cuda_plugins
-from rmsnorm_cuda import _C, binary, build_layers, supported
+from rmsnorm_cuda import _C
+from rmsnorm_cuda.installation import build_layers, load, supported
 
 PACKAGE = Path(rmsnorm_cuda.__file__).parent
 ROOT = Path(__file__).parents[1]
 LAYER = build_layers.layer_name(torch.__version__)
 IN_USE = Path(rmsnorm_cuda.torch_library_dir())  # called LAYER, or as what build_layers.py has made here
-COMMAND = f"{sys.executable} {{}}/build_layers.py"
+SCRIPT = "installation/build_layers.py"
+COMMAND = f"{sys.executable} {{}}/{SCRIPT}"
 SETUPTOOLS = Path(pytest.importorskip("setuptools").__file__).parents[1]
 
 SOURCES = [path for path in (ROOT / "csrc" / "rmsnorm.h", *(ROOT / "csrc").glob("torch/*"), *(ROOT / "csrc").glob("python/*"))]
@@ -103,7 +104,7 @@ def test_torch_that_is_not_carried(version, tmp_path, package):
     (package / "lib" / "torch2.9").mkdir()
     (package / "lib" / "torch2.9" / build_layers.OPS).touch()
     said = last_line("import rmsnorm_cuda", fake_torch(tmp_path / "other", version), package.parent, cwd=tmp_path)
-    carried = ", ".join(dict.fromkeys(["2.9", *binary.carried(), LAYER.removeprefix("torch")]))
+    carried = ", ".join(dict.fromkeys(["2.9", *load.carried(), LAYER.removeprefix("torch")]))
     assert f"carries builds for torch {carried}, and this is torch {version}; build it for this one by" in said
     assert COMMAND.format(package) in said
 
@@ -374,7 +375,7 @@ def build(package, code=None, background=False, **environment):
     """What the command of the ImportError prints, and whether it succeeds."""
     ours = {k for k in os.environ if k.startswith("RMSNORM_CUDA_")} | {"CXX", "MAX_JOBS", "LDFLAGS", "PYTHONPATH"}
     environment = {k: v for k, v in os.environ.items() if k not in ours} | environment
-    command = [sys.executable, *(["-c", code] if code else [package / "build_layers.py"])]
+    command = [sys.executable, *(["-c", code] if code else [package / SCRIPT])]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
     if background:
         return process
@@ -420,7 +421,7 @@ def test_layers_are_built(way, tmp_path, package, stand_in):
             get_target_property(ops rmsnorm_cuda::rmsnorm_torch IMPORTED_LOCATION)
             message("ops: ${ops}")
         """)
-        options = f"-Drmsnorm_cuda_DIR={package / 'cmake'}", f"-Drmsnorm_cuda_TORCH={'.'.join(torch.__version__.split('.')[:2])}"
+        options = f"-Drmsnorm_cuda_DIR={package / 'installation/cmake'}", f"-Drmsnorm_cuda_TORCH={'.'.join(torch.__version__.split('.')[:2])}"
         run = subprocess.run(["cmake", "-B", "cmake", *options], cwd=tmp_path, capture_output=True, text=True)
         assert f"ops: {made_in(lib) / build_layers.OPS}" in run.stderr, run.stdout + run.stderr
 
@@ -447,16 +448,16 @@ def test_layers_that_cannot_be_built(tmp_path, package, stand_in):
     said, succeeds = build(package, CXX=script(tmp_path / "empty", "[ $1 = -dumpversion ] && echo 12 || : >/dev/null"))
     assert not succeeds and f"what was built does not load beside torch {torch.__version__}:" in said
     code = "import runpy, sysconfig; sysconfig.get_paths = lambda: {'include': '/nowhere'}; runpy.run_path(%r, run_name='__main__')"
-    said, succeeds = build(package, code % str(package / "build_layers.py"), CXX=stand_in)
+    said, succeeds = build(package, code % str(package / SCRIPT), CXX=stand_in)
     assert not succeeds and "Python.h of " in said and "install Python's headers" in said
     (tmp_path / "file").touch()
-    code = WITHOUT_RIGHTS.format(str(package / "build_layers.py"))
+    code = WITHOUT_RIGHTS.format(str(package / SCRIPT))
     said, succeeds = build(package, code, CXX=stand_in, XDG_CACHE_HOME=str(tmp_path / "file"))
     assert not succeeds and f"{package / 'lib'} cannot be written (Permission denied); {tmp_path / 'file' / 'rmsnorm_cuda'} cannot be written" in said
     said, succeeds = build(package, code, CXX=stand_in, RMSNORM_CUDA_CACHE="here")
     assert not succeeds and "RMSNORM_CUDA_CACHE='here' is not understood; expected an absolute path" in said
     assert sorted((package / "lib").iterdir()) == before
-    assert build(package, "import runpy; runpy.run_path(%r, run_name='__main__')" % str(package / "build_layers.py"), CXX="'")[0].count("\n") == 1
+    assert build(package, "import runpy; runpy.run_path(%r, run_name='__main__')" % str(package / SCRIPT), CXX="'")[0].count("\n") == 1
 
 
 @needs_sources
@@ -466,7 +467,7 @@ def test_layers_in_the_cache(tmp_path, package):
     write to it."""
     shutil.rmtree(package / "lib" / LAYER)
     cache = tmp_path / "cache"
-    said, succeeds = build(package, WITHOUT_RIGHTS.format(str(package / "build_layers.py")), RMSNORM_CUDA_CACHE=str(cache))
+    said, succeeds = build(package, WITHOUT_RIGHTS.format(str(package / SCRIPT)), RMSNORM_CUDA_CACHE=str(cache))
     assert succeeds and str(made_in(cache)) in said, said
     run = {"cwd": tmp_path, "RMSNORM_CUDA_CACHE": str(cache)}
     assert runs(FILES, package.parent, **run) == [str(made_in(cache) / build_layers.OPS), str(package / "lib" / build_layers.KERNELS)]
@@ -659,8 +660,13 @@ def test_wheel_holds_what_it_needs_and_no_more(wheels):
         binding = f"_C.cpython-{abi[2:]}-x86_64-linux-gnu.so"
         wanted = {f"rmsnorm_cuda/lib/{layer}/{name}" for layer in layers for name in ("librmsnorm_torch.so", binding)}
         assert libraries == wanted | {"rmsnorm_cuda/lib/librmsnorm.so"}  # and nothing of torch, CUDA or the compiler
-        others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", "cmake/rmsnorm_cuda-config.cmake", "integrations/vllm.py", "pyinstaller/hook-rmsnorm_cuda.py"}
-        others |= {"build_layers.py", *(f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in SOURCES)}
+        others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", SCRIPT}
+        others |= {
+            str(path.relative_to(ROOT / "rmsnorm_cuda"))
+            for pattern in ("*.py", "*.cmake")
+            for path in (ROOT / "rmsnorm_cuda").rglob(pattern)
+        }
+        others |= {*(f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in SOURCES)}
         assert {f"rmsnorm_cuda/{name}" for name in others} | {"rmsnorm_cuda_plugins.py"} <= names
         assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "build")) or "earlier" in name]
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
@@ -774,7 +780,7 @@ def test_source_distribution(tmp_path):
 
     (archive,) = tmp_path.glob("rmsnorm_cuda-*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    tracked = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("rmsnorm_cuda/**/*.py*"), *ROOT.glob("rmsnorm_cuda/cmake/*"), *ROOT.glob("tests/*.py")]
+    tracked = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("rmsnorm_cuda/**/*.py*"), *ROOT.glob("rmsnorm_cuda/**/*.cmake"), *ROOT.glob("tests/*.py")]
     tracked = {str(path.relative_to(ROOT)) for path in tracked if "__pycache__" not in path.parts}
     assert tracked <= names and {"setup.py", "rmsnorm_cuda_plugins.py", "pyproject.toml", "Makefile", "README.md", "LICENSE", ".ci/wheels.py"} <= names
     assert not [name for name in names if re.search(r"\.(so|o|pyc)$", name)]

@@ -9,9 +9,8 @@ from torch.distributed import ProcessGroup, group as groups
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.tensor import DTensor
 
-from ..functional import _output_dtype, rms_norm
-from ..reference import compute_dtype, default_eps
-from ..versions import TRACES_FUNCTIONS_OVER_COLLECTIVES
+from ..functional import rms_norm
+from ..reference import compute_dtype, default_eps, output_dtype
 
 
 def rms_norm_sharded(
@@ -78,7 +77,7 @@ class _Sharded(torch.autograd.Function):
             return xhat.to(input.dtype)
         if cast_before_weight:
             xhat = xhat.to(input.dtype).to(compute)
-        return (xhat * (weight.to(compute) + weight_offset)).to(_output_dtype(input, weight, cast_before_weight))
+        return (xhat * (weight.to(compute) + weight_offset)).to(output_dtype(input, weight, cast_before_weight))
 
     @staticmethod
     @once_differentiable
@@ -96,4 +95,8 @@ class _Sharded(torch.autograd.Function):
         return dx, dweight, None, None, None, None, None
 
 
-_apply = _Sharded.apply if TRACES_FUNCTIONS_OVER_COLLECTIVES else torch.compiler.disable(_Sharded.apply)
+# The Dynamo of 2.11 makes zeros of the gradients of an autograd.Function over a collective: the
+# graph is broken there.
+_apply = _Sharded.apply
+if torch.__version__ < "2.12.dev0":
+    _apply = torch.compiler.disable(_apply)
