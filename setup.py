@@ -61,6 +61,10 @@ rule copy
 """
 
 
+if sys.version_info < (3, 10):  # noqa: UP036  (no pip is there to refuse it)
+    sys.exit(f"rmsnorm_cuda: Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
+
+
 # Run, not imported: the package cannot be before it is built.
 def run_module(name):
     return SimpleNamespace(**runpy.run_path(str(ROOT / f"rmsnorm_cuda/installation/{name}.py")))
@@ -69,8 +73,6 @@ def run_module(name):
 layers, supported = run_module("build_layers"), run_module("supported")
 fail, output = layers.fail, layers.output
 
-if sys.version_info < (3, 10):  # noqa: UP036  (run without pip, which would refuse it)
-    fail(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
 if int(setuptools.__version__.split(".")[0]) < 77:
     fail(
         f"setuptools {setuptools.__version__} is too old for this pyproject.toml; "
