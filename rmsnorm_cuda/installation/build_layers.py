@@ -198,8 +198,8 @@ def binding_name():
 
 
 def sources():
-    """csrc/, in a wheel or in the source tree, to which a strict editable install is links."""
-    roots = PACKAGE, PACKAGE.parent, SCRIPT.resolve().parents[2]
+    """csrc/, in a wheel or in the source tree, to which a strict editable install has links."""
+    roots = PACKAGE, PACKAGE.parent, SCRIPT.resolve().parent.parent.parent
     return next(root / "csrc" for root in roots if (root / "csrc" / "torch").is_dir())
 
 
