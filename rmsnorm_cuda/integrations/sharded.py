@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from ..functional import rms_norm
 from ..reference import compute_dtype, default_eps, output_dtype
-from ..versions import TRACES_FUNCTIONS_OVER_COLLECTIVES
 
 
 def rms_norm_sharded(
@@ -96,4 +95,8 @@ class _Sharded(torch.autograd.Function):
         return dx, dweight, None, None, None, None, None
 
 
-_apply = _Sharded.apply if TRACES_FUNCTIONS_OVER_COLLECTIVES else torch.compiler.disable(_Sharded.apply)
+# The Dynamo of 2.11 makes zeros of the gradients of an autograd.Function over a collective: the
+# graph is broken there.
+_apply = _Sharded.apply
+if torch.__version__ < "2.12.dev0":
+    _apply = torch.compiler.disable(_apply)

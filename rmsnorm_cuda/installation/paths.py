@@ -1,7 +1,7 @@
-"""Where a C++ program finds what this package was built into; no Python is needed to run one."""
+"""Where a C++ program finds the headers and libraries; it needs no Python to run."""
 
-from .binary import torch_libraries
 from .build_layers import PACKAGE
+from .load import layers_folder
 
 
 def include_dir() -> str:
@@ -16,9 +16,11 @@ def library_dir() -> str:
 
 def torch_library_dir() -> str:
     """The folder of `librmsnorm_torch.so`, torch's ops without Python, for the torch that runs."""
-    return str(torch_libraries())
+    import torch
+
+    return str(layers_folder(torch.__version__)[0])
 
 
 def cmake_dir() -> str:
     """The `rmsnorm_cuda_DIR` of CMake's `find_package(rmsnorm_cuda)`."""
-    return str(PACKAGE / "cmake")
+    return str(PACKAGE / "installation" / "cmake")
