@@ -1,5 +1,5 @@
-"""Writes the type stubs of what has no Python source: rmsnorm_cuda/ops.pyi, from the ops' schemas, and
-rmsnorm_cuda/_C.pyi, from these and from what pybind11 says of its functions.
+"""Writes the type stubs of what has no Python source: rmsnorm_cuda/ops.pyi, from the ops' schemas,
+and rmsnorm_cuda/_C.pyi, from these and from what pybind11 says of its functions.
 
     python .ci/stubs.py           write them
     python .ci/stubs.py --check   fail where one is not what this would write

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, dtype
 
 compiler: str
+
 def cuda_architectures() -> str: ...
 def cuda_built() -> bool: ...
 def cuda_error(arg0: int, /) -> str: ...
@@ -159,4 +160,5 @@ def rms_norm_quant_out(
     /,
 ) -> None: ...  # or NotImplemented
 def set_isa(name: str | None) -> None: ...
+
 torch_version: str

@@ -1,7 +1,8 @@
-"""python -m rmsnorm_cuda: what is built and loaded, and a self-check against fp64. Paste it into a bug report.
+"""python -m rmsnorm_cuda: what is built and loaded, and a self-check against fp64. Paste it into a
+bug report.
 
-The exit status is 1 if a check fails. `--explain ROWS COLS DTYPE` shows instead how the CUDA kernels would be laid out,
-`--cmake-dir` where CMake finds the package.
+The exit status is 1 if a check fails. `--explain ROWS COLS DTYPE` shows instead how the CUDA
+kernels would be laid out, `--cmake-dir` where CMake finds the package.
 """
 
 import argparse
@@ -30,7 +31,9 @@ SHAPE = (7, 1031)  # odd: full vectors and a tail
 def processor():
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -44,18 +47,30 @@ def describe():
     yield "CPU", f"{processor()}, {torch.get_num_threads()} threads"
     try:
         in_use = f"{_C.isa()} in use"
-    except RuntimeError as error:  # RMSNORM_CUDA_ISA asks for what is not there; the rest of the report is still wanted
+    # RMSNORM_CUDA_ISA asks for what is not there; the rest of the report is still wanted
+    except RuntimeError as error:
         in_use = f"ERROR: {error}"
-    yield "instruction set", f"{in_use}; here: {', '.join(name for name in isas if isas[name])}; built: {', '.join(isas)}"
+    yield (
+        "instruction set",
+        f"{in_use}; here: {', '.join(name for name in isas if isas[name])}; built: "
+        f"{', '.join(isas)}",
+    )
     yield "CUDA kernels", ("" if _C.cuda_built() else "none: ") + _C.cuda_architectures()
     if _C.cuda_built():
-        runtime, driver = (f"{version // 1000}.{version % 1000 // 10}" if version else "none" for version in _C.cuda_versions())
+        runtime, driver = (
+            f"{version // 1000}.{version % 1000 // 10}" if version else "none"
+            for version in _C.cuda_versions()
+        )
         yield "CUDA", f"runtime {runtime}, driver {driver}"
         if driver != "none" and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
             yield "CUDA driver", f"ERROR: {_C.cuda_error(INSUFFICIENT_DRIVER)}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            yield f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
+            yield (
+                f"cuda:{i}",
+                f"{torch.cuda.get_device_name(i)}, compute capability "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}",
+            )
     else:
         yield "CUDA device", "none that torch sees"
 
@@ -75,7 +90,8 @@ def checks(device, generator):
             continue
         want = rms_norm_reference(x, cols, weight, 1e-6, **kwargs)
         there = x.to(device), cols, None if weight is None else weight.to(device), 1e-6
-        # cast_before_weight rounds twice, the first time to the dtype of x: that is the ulp then, of a wider result too.
+        # cast_before_weight rounds twice, the first time to the dtype of x: that is the ulp then,
+        # of a wider result too.
         limit = 2 if "cast_before_weight" in kwargs else 1
         ulp = torch.finfo(dtype).eps / torch.finfo(want.dtype).eps
         name = " ".join([str(dtype)[6:], "x", str(weight_dtype).removeprefix("torch."), *kwargs])
@@ -89,29 +105,40 @@ def checks(device, generator):
         ):
             yield f"{op} {name}", ulp_distance(got.cpu(), want).max().item() / ulp, limit
 
-        # A gradient is a difference of terms; it is judged in ulps of the largest of its row or column sum.
+        # A gradient is a difference of terms; it is judged in ulps of the largest of its row or
+        # column sum.
         dy = randn(*SHAPE, dtype=dtype)
         mask = [True, weight is not None]
         grads = ops.rms_norm_backward(dy.to(device), *there[:3], rstd, 1e-6, mask, **kwargs)
         wants = rms_norm_backward_reference(dy, x, cols, weight, 1e-6, **kwargs)
         for op, got, want in zip(("dx", "dweight"), grads, wants):
             if want is not None:
-                error = (got.cpu().double() - want).abs() - (round_once(want, got.dtype).double() - want).abs()
+                error = (got.cpu().double() - want).abs() - (
+                    round_once(want, got.dtype).double() - want
+                ).abs()
                 ulps = (error.amax() / want.abs().amax() / torch.finfo(got.dtype).eps).item()
                 yield f"rms_norm_backward {op} {name}", ulps, 4
 
     # What is fused has the bits of the steps.
-    for dtype, eight in itertools.product(DTYPES, (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)):
+    for dtype, eight in itertools.product(
+        DTYPES, (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+    ):
         x, residual, weight = (randn(*shape, dtype=dtype) for shape in (SHAPE, SHAPE, cols))
         there = [t.to(device) for t in (x, residual, weight)]
         total = (x.float() + residual.float()).to(dtype)
         norm = rmsnorm_cuda.rms_norm(total.to(device), cols, there[2], 1e-6).cpu()
         name = f"{str(dtype)[6:]} {str(eight)[6:]}"
-        for got, want in zip(rmsnorm_cuda.fused_add_rms_norm(*there, 1e-6), (norm, total), strict=True):
+        for got, want in zip(
+            rmsnorm_cuda.fused_add_rms_norm(*there, 1e-6), (norm, total), strict=True
+        ):
             yield f"fused_add_rms_norm {name}", ulp_distance(got.cpu(), want).max().item(), 0
         output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*there, 1e-6, dtype=eight)
         want, want_scale = quantize_reference(norm, eight)
-        yield f"rms_norm_quant {name}", (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item(), 0
+        yield (
+            f"rms_norm_quant {name}",
+            (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item(),
+            0,
+        )
         yield f"rms_norm_quant scale {name}", ulp_distance(scale.cpu(), want_scale).max().item(), 0
 
 
@@ -127,14 +154,25 @@ def self_check():
         worst, count = {}, 0
         for what, ulps, limit in checks(device, generator):
             count += 1
-            kind = what.split()[1] if "backward" in what else "cast_before_weight" if "cast" in what else "forward"
+            kind = (
+                what.split()[1]
+                if "backward" in what
+                else "cast_before_weight"
+                if "cast" in what
+                else "forward"
+            )
             kind = "fused" if "fused" in what else "8 bits" if "quant" in what else kind
             worst[kind] = max(worst.get(kind, (0.0, limit)), (ulps, limit))
             if not ulps <= limit or (isa and _C.last_isa() != isa):
                 failures += 1
                 print(f"FAILED  {device} {isa or ''} {what}: {ulps:.3g} ulp, limit {limit}")
-        shown = ", ".join(f"{kind} {ulps:.2f} (limit {limit})" for kind, (ulps, limit) in worst.items())
-        print(f"self-check {device} {isa or ''}: {count} comparisons with fp64; worst in ulps: {shown}")
+        shown = ", ".join(
+            f"{kind} {ulps:.2f} (limit {limit})" for kind, (ulps, limit) in worst.items()
+        )
+        print(
+            f"self-check {device} {isa or ''}: {count} comparisons with fp64; worst in ulps: "
+            f"{shown}"
+        )
     _C.set_isa(None)
     return failures
 
@@ -146,17 +184,30 @@ def main():
         "--explain",
         nargs=3,
         metavar=("ROWS", "COLS", "DTYPE"),
-        help="how the CUDA kernels would be laid out, on several GPUs; DTYPE is fp32, fp16 or bf16; needs no GPU",
+        help="how the CUDA kernels would be laid out, on several GPUs; DTYPE is fp32, fp16 or "
+        "bf16; needs no GPU",
     )
-    parser.add_argument("--cmake-dir", action="store_true", help="print the rmsnorm_cuda_DIR for CMake's find_package")
+    parser.add_argument(
+        "--cmake-dir",
+        action="store_true",
+        help="print the rmsnorm_cuda_DIR for CMake's find_package",
+    )
     args = parser.parse_args()
     if args.cmake_dir:
         print(rmsnorm_cuda.cmake_dir())
         return 0
     if args.explain:
         rows, cols, dtype = args.explain
-        if not (rows.isdigit() and cols.isdigit() and int(rows) and int(cols) and dtype in explain.DTYPES):
-            parser.error(f"--explain: expected two positive integers and one of {', '.join(explain.DTYPES)}")
+        if not (
+            rows.isdigit()
+            and cols.isdigit()
+            and int(rows)
+            and int(cols)
+            and dtype in explain.DTYPES
+        ):
+            parser.error(
+                f"--explain: expected two positive integers and one of {', '.join(explain.DTYPES)}"
+            )
         print(*explain.lines(int(rows), int(cols), dtype), sep="\n")
         return 0
     lines = dict(describe())

@@ -1,7 +1,8 @@
-"""Arguments of the public functions that the eager entry points leave alone: not of the plainest types.
+"""Arguments of the public functions that the eager entry points leave alone: not of the plainest
+types.
 
-Numbers of numpy stand for Python's. An object of the wrong kind is a TypeError that names the argument;
-torch.ops would name its schema.
+Numbers of numpy stand for Python's. An object of the wrong kind is a TypeError that names the
+argument; torch.ops would name its schema.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def is_overridden(input: object, *others: object) -> bool:
 
 
 def override(function: Callable, input, normalized_shape, weight, eps, **options):
-    """Hands the call to the __torch_function__ as F.rms_norm would: with the options, which are ours
-    alone, only where they are not at their defaults."""
+    """Hands the call to the __torch_function__ as F.rms_norm would: with the options, which are
+    ours alone, only where they are not at their defaults."""
     given = {
         name: value
         for name, value in options.items()

@@ -31,37 +31,38 @@ def rms_norm(
         y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot
             (\mathrm{weight} + \mathrm{weight\_offset})
 
-    By default exactly :func:`torch.nn.functional.rms_norm`: computed in fp32 (fp64 if an argument is
-    fp64), rounded once, to the dtype of ``input``, whatever the dtype of ``weight``. Zhang & Sennrich,
-    "Root Mean Square Layer Normalization", NeurIPS 2019.
+    By default exactly :func:`torch.nn.functional.rms_norm`: computed in fp32 (fp64 if an argument
+    is fp64), rounded once, to the dtype of ``input``, whatever the dtype of ``weight``. Zhang &
+    Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
 
     Args:
         input: ``[*, *normalized_shape]``, fp32, fp16, bf16 or fp64, on the CPU or a CUDA device.
-            Leading dimensions may have any strides (slices, transposed heads, expanded); only if the
-            normalized dimensions are not dense is a copy made.
-        normalized_shape: the sizes of the last dimensions, over which the mean is taken; an int is a
-            shape of one.
+            Leading dimensions may have any strides (slices, transposed heads, expanded); only if
+            the normalized dimensions are not dense is a copy made.
+        normalized_shape: the sizes of the last dimensions, over which the mean is taken; an int is
+            a shape of one.
         weight: ``normalized_shape``, any of those dtypes, same device. None: no scale.
         eps: added to the mean of squares, finite and not negative. None: the machine epsilon of the
             type that is computed in, ``1.1920928955078125e-07`` or, for fp64 input,
             ``2.220446049250313e-16``.
-        weight_offset: added to the weight in fp32. 1.0 for the Gemma family, whose weights are stored
-            minus one.
-        cast_before_weight: round ``x / rms`` to the dtype of ``input`` and then multiply: the order of
-            the Llama, Mistral and Qwen families. The result has the promoted dtype of ``input`` and
-            ``weight``, as theirs has.
+        weight_offset: added to the weight in fp32. 1.0 for the Gemma family, whose weights are
+            stored minus one.
+        cast_before_weight: round ``x / rms`` to the dtype of ``input`` and then multiply: the order
+            of the Llama, Mistral and Qwen families. The result has the promoted dtype of ``input``
+            and ``weight``, as theirs has.
         out: written to and returned instead of a new tensor: same shape, the result's dtype, dense
             rows. May be ``input`` itself. Refused where a gradient would be recorded.
 
-    Returns:
-        ``[*, *normalized_shape]``, contiguous, differentiable with respect to ``input`` and ``weight``.
+    Returns: ``[*, *normalized_shape]``, contiguous, differentiable with respect to ``input`` and
+        ``weight``.
 
     Raises:
         TypeError: an argument is of the wrong Python type.
         ValueError: eps is negative or not finite; ``input`` has too few dimensions.
         NotImplementedError: a dtype that is not one of the four.
-        RuntimeError: shapes or devices do not match; ``out`` does not fit, overlaps ``input`` partly,
-            or is given where a gradient is recorded. Nothing is written when an error is raised.
+        RuntimeError: shapes or devices do not match; ``out`` does not fit, overlaps ``input``
+            partly, or is given where a gradient is recorded. Nothing is written when an error is
+            raised.
     """
     if not is_dynamo_compiling():
         args = input, normalized_shape, weight, eps, weight_offset, cast_before_weight
@@ -99,14 +100,14 @@ def fused_add_rms_norm(
     cast_before_weight: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The residual addition before a norm and the norm, in one pass: `input + residual`, and the norm
-    of that over the last dimension.
+    """The residual addition before a norm and the norm, in one pass: `input + residual`, and the
+    norm of that over the last dimension.
 
-    The same bits as the two steps: the sum is formed in fp32 (fp64 if both are fp64) and rounded once,
-    to the dtype of ``residual``. This rounded sum is normalized as :func:`rms_norm` would, and rounded
-    once, to the dtype of ``input`` also where ``residual`` is wider. Differentiable in all three
-    tensors. The gradient that flows into the sum is added in the pass that forms that of the norm, and
-    rounded once with it.
+    The same bits as the two steps: the sum is formed in fp32 (fp64 if both are fp64) and rounded
+    once, to the dtype of ``residual``. This rounded sum is normalized as :func:`rms_norm` would,
+    and rounded once, to the dtype of ``input`` also where ``residual`` is wider. Differentiable in
+    all three tensors. The gradient that flows into the sum is added in the pass that forms that of
+    the norm, and rounded once with it.
 
     Args:
         input: ``(*, N)``, fp32, fp16, bf16 or fp64.
@@ -115,8 +116,9 @@ def fused_add_rms_norm(
         eps: added to the mean of the squares; None: the machine epsilon of the type computed in.
         weight_offset: added to the weight in fp32; 1.0 is the Gemma family.
         cast_before_weight: round to ``residual``'s dtype before the weight is multiplied in.
-        out: ``(output, residual_out)`` to write to and return instead of new tensors, with dense rows;
-            they may be ``input`` and ``residual``. Refused where a gradient would be recorded.
+        out: ``(output, residual_out)`` to write to and return instead of new tensors, with dense
+            rows; they may be ``input`` and ``residual``. Refused where a gradient would be
+            recorded.
 
     Returns:
         ``(output, residual_out)``: the norm, ``(*, N)`` in ``input``'s dtype (with
@@ -128,8 +130,8 @@ def fused_add_rms_norm(
         TypeError: ``out`` is no tuple.
         ValueError: ``eps`` or ``weight_offset`` is not finite, or ``eps`` negative; ``input`` is a
             scalar; ``out`` holds another number of tensors.
-        RuntimeError: shapes, dtypes or devices do not match; ``out`` does not fit, or overlaps what is
-            read partly. Nothing is written then.
+        RuntimeError: shapes, dtypes or devices do not match; ``out`` does not fit, or overlaps what
+            is read partly. Nothing is written then.
     """
     args = input, residual, weight, eps, weight_offset, cast_before_weight
     if out is not None:
@@ -161,14 +163,14 @@ def fused_add_rms_norm_(
     weight_offset: float = 0,
     cast_before_weight: bool = False,
 ) -> None:
-    """:func:`fused_add_rms_norm` in place, for inference: ``input`` becomes the norm and ``residual``
-    the sum.
+    """:func:`fused_add_rms_norm` in place, for inference: ``input`` becomes the norm and
+    ``residual`` the sum.
 
     Rows may be strided; the last dimension has to be contiguous. Arguments as there.
 
     Raises:
-        RuntimeError: one of the tensors requires grad; ``input`` and ``residual`` share memory; rows
-            overlap or are not contiguous; the result would not have ``input``'s dtype
+        RuntimeError: one of the tensors requires grad; ``input`` and ``residual`` share memory;
+            rows overlap or are not contiguous; the result would not have ``input``'s dtype
             (``cast_before_weight`` beside a wider weight). Nothing is written then.
     """
     args = input, residual, weight, eps, weight_offset, cast_before_weight
@@ -220,21 +222,22 @@ def rms_norm_quant(
         weight: ``(N,)`` in any of these dtypes, or None.
         eps: added to the mean of the squares; None: fp32's epsilon.
         dtype: ``torch.float8_e4m3fn``, ``torch.float8_e5m2`` or ``torch.int8``.
-        scale: static: a tensor of one fp32 value, for all of the output. None: scales are dynamic, and
-            returned.
-        block: 64 or 128: consecutive columns with a scale of their own, where N is a multiple of it.
-            None: a scale per token.
+        scale: static: a tensor of one fp32 value, for all of the output. None: scales are dynamic,
+            and returned.
+        block: 64 or 128: consecutive columns with a scale of their own, where N is a multiple of
+            it. None: a scale per token.
         scale_ub: an upper bound, above 0, of the ``max|y|`` that a dynamic scale comes from.
-        column_major: the scales of blocks with those of one column of blocks side by side, as fp8 GEMMs
-            ask for.
+        column_major: the scales of blocks with those of one column of blocks side by side, as fp8
+            GEMMs ask for.
         return_norm: also return the norm itself.
         weight_offset, cast_before_weight: as of :func:`rms_norm`.
         out: what to write to instead of new tensors: as many as are returned, contiguous (scales of
-            ``column_major``: as they would be returned); with a static ``scale`` its place is ignored.
+            ``column_major``: as they would be returned); with a static ``scale`` its place is
+            ignored.
 
-    Returns:
-        ``(output, scale)`` or ``(output, scale, norm)``: ``(*, N)`` of ``dtype``; fp32 ``(*, 1)``, with
-        ``block`` ``(*, N / block)``, or the static scale; ``(*, N)`` of the norm's dtype.
+    Returns: ``(output, scale)`` or ``(output, scale, norm)``: ``(*, N)`` of ``dtype``; fp32 ``(*,
+        1)``, with ``block`` ``(*, N / block)``, or the static scale; ``(*, N)`` of the norm's
+        dtype.
 
     Raises:
         NotImplementedError: another dtype of ``input`` or ``weight``.
@@ -242,8 +245,9 @@ def rms_norm_quant(
         ValueError: another ``dtype`` or ``block``; ``block`` or ``scale_ub`` beside ``scale``;
             ``column_major`` without ``block``; ``eps`` or ``scale_ub`` out of range; ``out`` holds
             another number of tensors.
-        RuntimeError: shapes or devices do not match; N is no multiple of ``block``; a gradient would be
-            recorded; ``out`` does not fit or overlaps what is read. Nothing is written then.
+        RuntimeError: shapes or devices do not match; N is no multiple of ``block``; a gradient
+            would be recorded; ``out`` does not fit or overlaps what is read. Nothing is written
+            then.
     """
     args = (weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset)
     return _quantized("rms_norm_quant", (input,), (*args, cast_before_weight), out)
@@ -319,9 +323,9 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     """The ops as formulas of ATen ops, for `ExportedProgram.run_decompositions` and other compilers
     that take such a table.
 
-    Holds the differentiable ops, their forwards and the backward. Those that write to their arguments
-    and those that quantize have no entry, and stay as they are. Within 1 ulp of the kernels where no
-    intermediate result is out of fp32's range.
+    Holds the differentiable ops, their forwards and the backward. Those that write to their
+    arguments and those that quantize have no entry, and stay as they are. Within 1 ulp of the
+    kernels where no intermediate result is out of fp32's range.
     """
     norm, fused = "rms_norm", "fused_add_rms_norm"
     names = norm, f"{norm}_forward", f"{norm}_backward", fused, f"{fused}_forward"

@@ -23,11 +23,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
     Args beyond those of `torch.nn.RMSNorm`:
         weight_offset: added to the weight in fp32; 1.0 is the Gemma family.
-        cast_before_weight: round to the input's dtype before the weight is multiplied in, and return the
-            promotion of both dtypes: the Llama, Mistral and Qwen families of transformers.
+        cast_before_weight: round to the input's dtype before the weight is multiplied in, and
+            return the promotion of both dtypes: the Llama, Mistral and Qwen families of
+            transformers.
 
-    A fresh weight is 1 - weight_offset, so that a new module scales by one: ones by default, zeros for the
-    Gemma family.
+    A fresh weight is 1 - weight_offset, so that a new module scales by one: ones by default, zeros
+    for the Gemma family.
     """
 
     weight_offset: float = 0.0
@@ -44,11 +45,17 @@ class RMSNorm(torch.nn.RMSNorm):
         weight_offset: float = 0.0,
         cast_before_weight: bool = False,
     ) -> None:
-        """Fills the weight of ``normalized_shape``, if ``elementwise_affine`` asks for one; see the class."""
-        super().__init__(normalized_shape, plain_eps(eps), elementwise_affine, device=device, dtype=dtype)
+        """Fills the weight of ``normalized_shape``, if ``elementwise_affine`` asks for one; see the
+        class.
+        """
+        super().__init__(
+            normalized_shape, plain_eps(eps), elementwise_affine, device=device, dtype=dtype
+        )
         self.weight_offset = weight_offset
         self.cast_before_weight = cast_before_weight
-        if weight_offset != 0.0:  # the base class filled the weight before it could know of the offset
+        if (
+            weight_offset != 0.0
+        ):  # the base class filled the weight before it could know of the offset
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,27 +63,37 @@ class RMSNorm(torch.nn.RMSNorm):
             torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     if TYPE_CHECKING:
-        # The second form is not Tensor, Tensor -> two tensors: then a subclass with the signature of torch's would be an error.
+        # The second form is not Tensor, Tensor -> two tensors: then a subclass with the signature
+        # of torch's would be an error.
         @overload
         def forward(self, x: Tensor) -> Tensor: ...
         @overload
         def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; with a residual the norm of x + residual and that sum, as the layers of serving stacks expect.
+        """The norm of x; with a residual the norm of x + residual and that sum, as the layers of
+        serving stacks expect.
 
         Shapes, dtypes and errors are those of :func:`rms_norm` and :func:`fused_add_rms_norm`.
         """
-        # self.weight would go through nn.Module.__getattr__. The parameter is not in _parameters where someone
-        # replaced it by a tensor or a property: parametrizations, DataParallel replicas, FSDP1 views.
+        # self.weight would go through nn.Module.__getattr__. The parameter is not in _parameters
+        # where someone replaced it by a tensor or a property: parametrizations, DataParallel
+        # replicas, FSDP1 views.
         try:
             weight = self._parameters["weight"]
         except KeyError:
             weight = self.weight
-        shape, eps, offset, cast = self.normalized_shape, self.eps, self.weight_offset, self.cast_before_weight
+        shape, eps, offset, cast = (
+            self.normalized_shape,
+            self.eps,
+            self.weight_offset,
+            self.cast_before_weight,
+        )
         if residual is not None:
             self._check_residual(x, weight)
-            return fused_add_rms_norm(x, residual, weight, eps, weight_offset=offset, cast_before_weight=cast)
+            return fused_add_rms_norm(
+                x, residual, weight, eps, weight_offset=offset, cast_before_weight=cast
+            )
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
             result = _C.rms_norm(x, shape, weight, eps, offset, cast)
             if result is not NotImplemented:
@@ -85,9 +102,13 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script() takes instead."""
-        if type(self).forward.__code__.co_code != RMSNorm.forward.__code__.co_code or "weight" not in self._parameters:
+        if (
+            type(self).forward.__code__.co_code != RMSNorm.forward.__code__.co_code
+            or "weight" not in self._parameters
+        ):
             raise NotImplementedError(
-                f"torch.jit.script: {type(self).__name__} computes more than RMSNorm, and TorchScript cannot compile its forward; "
+                f"torch.jit.script: {type(self).__name__} computes more than RMSNorm, and "
+                "TorchScript cannot compile its forward; "
                 "use torch.jit.trace or torch.export"
             )
         return ScriptableRMSNorm(self)
@@ -95,10 +116,16 @@ class RMSNorm(torch.nn.RMSNorm):
     def _check_residual(self, x: Tensor, weight: Tensor | None) -> None:
         shape = self.normalized_shape
         if len(shape) != 1:
-            raise ValueError(f"RMSNorm: a residual needs a normalized_shape of one dimension, but it is {tuple(shape)}")
-        if weight is None and x.shape[-1:] != shape:  # else the weight tells, and torch.fx cannot trace a comparison
+            raise ValueError(
+                "RMSNorm: a residual needs a normalized_shape of one dimension, but it is "
+                f"{tuple(shape)}"
+            )
+        if (
+            weight is None and x.shape[-1:] != shape
+        ):  # else the weight tells, and torch.fx cannot trace a comparison
             raise RuntimeError(
-                f"RMSNorm: given normalized_shape={list(shape)}, expected input with that shape at the end, but got input of "
+                f"RMSNorm: given normalized_shape={list(shape)}, expected input with that shape at "
+                "the end, but got input of "
                 f"size {list(x.shape)}"
             )
 

@@ -1,7 +1,9 @@
-"""The ops themselves, `torch.ops.rmsnorm_cuda`, with types (ops.pyi): what compiled graphs, policies and C++ see.
+"""The ops themselves, `torch.ops.rmsnorm_cuda`, with types (ops.pyi): what compiled graphs,
+policies and C++ see.
 
-Their names are API; the functions of the package check and choose before they call them. An overload by its name, such as
-rms_norm.default, is typed as torch types it: take it from `torch.ops.rmsnorm_cuda`.
+Their names are API; the functions of the package check and choose before they call them. An
+overload by its name, such as rms_norm.default, is typed as torch types it: take it from
+`torch.ops.rmsnorm_cuda`.
 """
 
 from __future__ import annotations
@@ -16,4 +18,10 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted({s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("rmsnorm_cuda::")})
+    return sorted(
+        {
+            s.name.partition("::")[2]
+            for s in torch._C._jit_get_all_schemas()
+            if s.name.startswith("rmsnorm_cuda::")
+        }
+    )

@@ -1,7 +1,9 @@
-"""What the operators compute, in plain ATen ops: the yardstick of the tests and of the self-check, and what vmap quantizes by.
+"""What the operators compute, in plain ATen ops: the yardstick of the tests and of the self-check,
+and what vmap quantizes by.
 
-Nothing here is fast, differentiable or dependent on the extension. fp64 inputs whose squares leave the range of
-fp64 (|x| beyond 1e154, or below 1e-162 with eps = 0) are outside what this formula can judge.
+Nothing here is fast, differentiable or dependent on the extension. fp64 inputs whose squares leave
+the range of fp64 (|x| beyond 1e154, or below 1e-162 with eps = 0) are outside what this formula can
+judge.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ def rms_norm_reference(
     cast_before_weight: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset), computed in `dtype` and rounded once.
+    """y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset), computed in `dtype` and rounded
+    once.
 
-    The result has the dtype of `input`. With `cast_before_weight` there are two roundings by definition:
-    x / sqrt(...) is rounded to the dtype of `input`, multiplied by the weight, and that product is rounded
-    to the promotion of both dtypes.
+    The result has the dtype of `input`. With `cast_before_weight` there are two roundings by
+    definition: x / sqrt(...) is rounded to the dtype of `input`, multiplied by the weight, and that
+    product is rounded to the promotion of both dtypes.
     """
     dims = _trailing_dims(input, normalized_shape)
     x = input.to(dtype)
@@ -61,8 +64,8 @@ def rms_norm_backward_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """(dx, dweight) in fp64, not rounded: round_once() gives what an exact kernel would store.
 
-    The rounding of `cast_before_weight` counts as the identity for dx; dweight sees the rounded value, which
-    is what the forward multiplied by.
+    The rounding of `cast_before_weight` counts as the identity for dx; dweight sees the rounded
+    value, which is what the forward multiplied by.
     """
     dims = _trailing_dims(input, normalized_shape)
     x, dy = input.double(), grad.double()
@@ -73,17 +76,25 @@ def rms_norm_backward_reference(
     if weight is None:
         return dx, None
     seen = round_once(xhat, input.dtype).double() if cast_before_weight else xhat
-    return dx, (dy * seen).reshape(math.prod(input.shape[: input.dim() - len(dims)]), *weight.shape).sum(0)
+    return dx, (dy * seen).reshape(
+        math.prod(input.shape[: input.dim() - len(dims)]), *weight.shape
+    ).sum(0)
 
 
 @torch.no_grad()
 def quantize_reference(
-    norm: Tensor, dtype: torch.dtype, scale: Tensor | None = None, block: int | None = None, scale_ub: float | None = None
+    norm: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    block: int | None = None,
+    scale_ub: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output, scale) that rms_norm_quant makes of a norm, step by step, to the bit."""
     most = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     # As the kernels have it: rounded to fp32.
-    least = torch.tensor(torch.finfo(torch.float32).eps if dtype == torch.int8 else 1 / (512 * most)).item()
+    least = torch.tensor(
+        torch.finfo(torch.float32).eps if dtype == torch.int8 else 1 / (512 * most)
+    ).item()
     y = norm.float()
     if scale is not None:
         q = y * (1 / scale)
@@ -101,8 +112,14 @@ def quantize_reference(
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The type that operators on these tensors compute in: fp64 if one of them is fp64, else fp32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    """The type that operators on these tensors compute in: fp64 if one of them is fp64, else
+    fp32.
+    """
+    return (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in tensors)
+        else torch.float32
+    )
 
 
 def default_eps(input: Tensor) -> float:
@@ -121,27 +138,34 @@ def output_dtype(input: Tensor, weight: Tensor | None, cast_before_weight: bool)
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value.to(dtype)` with one rounding, to nearest even.
 
-    ATen converts fp64 to a 16-bit type by way of fp32, and the two roundings together go wrong near ties.
-    Here the way through fp32 rounds to odd, which loses nothing that the second rounding needs.
+    ATen converts fp64 to a 16-bit type by way of fp32, and the two roundings together go wrong near
+    ties. Here the way through fp32 rounds to odd, which loses nothing that the second rounding
+    needs.
     """
     if value.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
         return value.to(dtype)
     near = value.float()
     bits = near.view(torch.int32)
-    bits = torch.where(near.double().abs() > value.abs(), bits - 1, bits)  # now truncated toward zero
+    bits = torch.where(
+        near.double().abs() > value.abs(), bits - 1, bits
+    )  # now truncated toward zero
     bits = torch.where((near.double() != value) & ~value.isnan(), bits | 1, bits)
     return bits.view(torch.float32).to(dtype)
 
 
 @torch.no_grad()
 def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
-    """How many representable values of the common dtype lie between a and b, plus one; 0 where they are equal.
+    """How many representable values of the common dtype lie between a and b, plus one; 0 where they
+    are equal.
 
-    +0 and -0 are equal, and so are two NaNs whatever their bits. Infinity is the neighbour of the largest
-    finite value. NaN against a number, and what does not fit int64, is the largest int64.
+    +0 and -0 are equal, and so are two NaNs whatever their bits. Infinity is the neighbour of the
+    largest finite value. NaN against a number, and what does not fit int64, is the largest int64.
     """
     if a.dtype != b.dtype or a.dtype not in _INT_OF:
-        raise TypeError(f"ulp_distance: expected two tensors of the same floating dtype, got {a.dtype} and {b.dtype}")
+        raise TypeError(
+            f"ulp_distance: expected two tensors of the same floating dtype, got {a.dtype} and "
+            f"{b.dtype}"
+        )
     i, j = torch.broadcast_tensors(_ordinal(a), _ordinal(b))
     distance = i - j
     overflowed = ((i < 0) != (j < 0)) & ((distance < 0) != (i < 0))
@@ -160,7 +184,9 @@ def _ordinal(x: Tensor) -> Tensor:
 def _trailing_dims(input: Tensor, normalized_shape) -> list[int]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        raise RuntimeError(f"expected an input of shape [*, {', '.join(map(str, shape))}], got {list(input.shape)}")
+        raise RuntimeError(
+            f"expected an input of shape [*, {', '.join(map(str, shape))}], got {list(input.shape)}"
+        )
     return list(range(-len(shape), 0))
 
 
@@ -169,5 +195,7 @@ def _rstd(x: Tensor, dims: list[int], eps: float) -> Tensor:
 
 
 def _gain(input: Tensor, weight: Tensor, weight_offset: float) -> Tensor:
-    """weight + weight_offset: in fp32, or in fp64 where any operand is fp64, as the operators add it."""
+    """weight + weight_offset: in fp32, or in fp64 where any operand is fp64, as the operators add
+    it.
+    """
     return weight.to(compute_dtype(input, weight)) + weight_offset

@@ -1,4 +1,6 @@
-"""What the tests of the op share: dtypes, options, lengths, hard rows, the formula, and the tolerances."""
+"""What the tests of the op share: dtypes, options, lengths, hard rows, the formula, and the
+tolerances.
+"""
 
 import contextlib
 import math
@@ -25,13 +27,29 @@ OPTIONS = [{}, GEMMA, LLAMA]
 
 LENGTHS = [
     *(1, 2, 7),  # less than any vector
-    *(8, 9, 15, 16, 17, 31, 32, 33),  # around one vector of AVX2, of AVX-512, of 16-bit types, and four of them
+    *(
+        8,
+        9,
+        15,
+        16,
+        17,
+        31,
+        32,
+        33,
+    ),  # around one vector of AVX2, of AVX-512, of 16-bit types, and four of them
     *(63, 64, 65, 127, 128, 129),  # around the 64 lanes that a row is summed in; head sizes
     *(255, 256, 257, 576),  # around the fold of the lanes into double; SmolLM's hidden size
     *(1023, 1024, 1025),  # from here on rows are no longer done four at a time
-    *(4095, 4096, 4097, 8193, 20000),  # around a tile of the backward's weight; long rows with a tail
+    *(
+        4095,
+        4096,
+        4097,
+        8193,
+        20000,
+    ),  # around a tile of the backward's weight; long rows with a tail
 ]
-# The same kinds of boundary for the CUDA kernels (16-byte accesses, a warp, a block), few enough for a simulator.
+# The same kinds of boundary for the CUDA kernels (16-byte accesses, a warp, a block), few enough
+# for a simulator.
 CUDA_LENGTHS = [1, 7, 33, 128, 1000, 4097]
 
 
@@ -56,19 +74,26 @@ def random(*shape, dtype=torch.float32, device="cpu", mean=0.0):
 def random_weight(shape, dtype, device="cpu"):
     if dtype is None:
         return None
-    return random(*((shape,) if isinstance(shape, int) else shape), dtype=dtype, device=device, mean=1.0)
+    return random(
+        *((shape,) if isinstance(shape, int) else shape), dtype=dtype, device=device, mean=1.0
+    )
 
 
 def same_bits(a, b):
     """Equal in dtype, shape and every bit; NaNs are equal to each other."""
     a, b = a.cpu(), b.cpu()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(
-        torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b))
     )
 
 
 class Calls(TorchDispatchMode):
-    """`with Calls() as calls`: calls.ours are this package's ops that ran on something, below autograd."""
+    """`with Calls() as calls`: calls.ours are this package's ops that ran on something, below
+    autograd.
+    """
 
     def __init__(self):
         super().__init__()
@@ -79,10 +104,14 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def formula(x, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False):
+def formula(
+    x, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, cast_before_weight=False
+):
     """RMSNorm in differentiable ATen ops: what derivatives of any order are compared with."""
     dims = tuple(range(-len(normalized_shape), 0))
-    xhat = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + (default_eps(x) if eps is None else eps))
+    xhat = x * torch.rsqrt(
+        (x * x).mean(dims, keepdim=True) + (default_eps(x) if eps is None else eps)
+    )
     return xhat if weight is None else xhat * (weight + weight_offset)
 
 
@@ -95,47 +124,68 @@ def result_dtype(x, weight, options):
 def assert_forward(y, x, normalized_shape, weight, eps, options):
     """`y` is RMSNorm of x and weight (on the CPU), within 1 ulp of the fp64 reference rounded once.
 
-    1 ulp: sum and product are formed so much better than the output's type that only a near-tie falls the other way.
-    8 where the output is fp64: reference and kernel both make a handful of roundings of the type they are judged in.
-    cast_before_weight: where the first rounding is a near-tie, an ulp of x's dtype more, times the weight.
+    1 ulp: sum and product are formed so much better than the output's type that only a near-tie
+    falls the other way. 8 where the output is fp64: reference and kernel both make a handful of
+    roundings of the type they are judged in. cast_before_weight: where the first rounding is a
+    near-tie, an ulp of x's dtype more, times the weight.
     """
     want = rms_norm_reference(x, normalized_shape, weight, eps, **options)
     y = y.cpu()
     assert y.dtype == result_dtype(x, weight, options) and y.shape == x.shape
     good = ulp_distance(y, want) <= (8 if y.dtype == torch.float64 else 1)
     if options.get("cast_before_weight"):
-        xhat = rms_norm_reference(x.double(), normalized_shape, None, default_eps(x) if eps is None else eps)
-        near_tie = round_once(xhat * (1 - 2.0**-22), x.dtype) != round_once(xhat * (1 + 2.0**-22), x.dtype)
+        xhat = rms_norm_reference(
+            x.double(), normalized_shape, None, default_eps(x) if eps is None else eps
+        )
+        near_tie = round_once(xhat * (1 - 2.0**-22), x.dtype) != round_once(
+            xhat * (1 + 2.0**-22), x.dtype
+        )
         ulp = torch.finfo(x.dtype).eps * want.double().abs() + torch.finfo(x.dtype).smallest_normal
-        good |= near_tie & ((y.double() - want.double()).abs() <= ulp + torch.finfo(y.dtype).eps * want.double().abs())
-    assert good.all(), f"{(~good).sum()} of {good.numel()} off, by {ulp_distance(y, want)[~good].max()} ulps"
+        good |= near_tie & (
+            (y.double() - want.double()).abs()
+            <= ulp + torch.finfo(y.dtype).eps * want.double().abs()
+        )
+    assert good.all(), (
+        f"{(~good).sum()} of {good.numel()} off, by {ulp_distance(y, want)[~good].max()} ulps"
+    )
 
 
 def assert_near(got, want, tolerance):
-    """|got - want| <= tolerance, or got is `want` rounded once (which settles Inf, NaN and denormals)."""
+    """|got - want| <= tolerance, or got is `want` rounded once (which settles Inf, NaN and
+    denormals).
+    """
     got, rounded = got.cpu(), round_once(want, got.dtype)
     good = (got.double() - want).abs() <= tolerance
     good |= (got == rounded) | (got.isnan() & rounded.isnan())
-    assert good.all(), f"{(~good).sum()} of {good.numel()} off, by up to {(got.double() - want).abs()[~good].max()}"
+    assert good.all(), (
+        f"{(~good).sum()} of {good.numel()} off, by up to "
+        f"{(got.double() - want).abs()[~good].max()}"
+    )
 
 
 def assert_backward(dx, dweight, dy, x, normalized_shape, weight, eps, options):
-    """dx and dweight (None: not wanted) are the gradients of RMSNorm; dy, x and weight are on the CPU.
+    """dx and dweight (None: not wanted) are the gradients of RMSNorm; dy, x and weight are on the
+    CPU.
 
-    With u = eps / 2 of the type computed in, dx = rstd * (g - xhat * c), c = mean(g * xhat) and M = mean|g * xhat|:
-    g, the subtraction, the last product and rstd bring one u of rstd * |g| each: 4 u. The other term brings as much,
-    and the error of c, all of it of M: 3 u of its factors and one u for each addition that a term goes through, some
-    20 in the longest of the trees. Then dx is rounded once: 1 ulp, which is at most eps of its dtype times |dx|.
-    dweight: a term dy * xhat brings 3 u and is added in fp32 in blocks of at most 256 rows. Roundings of a sum of
-    random signs grow as the square root of the number of terms, and so does the sum: some u of S = sum|dy * xhat|.
-    cast_before_weight: where x * rstd is near a tie, it may fall the other way by an ulp of x's dtype; one such term
-    a column is allowed for.
+    With u = eps / 2 of the type computed in, dx = rstd * (g - xhat * c), c = mean(g * xhat) and M =
+    mean|g * xhat|: g, the subtraction, the last product and rstd bring one u of rstd * |g| each: 4
+    u. The other term brings as much, and the error of c, all of it of M: 3 u of its factors and one
+    u for each addition that a term goes through, some 20 in the longest of the trees. Then dx is
+    rounded once: 1 ulp, which is at most eps of its dtype times |dx|. dweight: a term dy * xhat
+    brings 3 u and is added in fp32 in blocks of at most 256 rows. Roundings of a sum of random
+    signs grow as the square root of the number of terms, and so does the sum: some u of S = sum|dy
+    * xhat|. cast_before_weight: where x * rstd is near a tie, it may fall the other way by an ulp
+    of x's dtype; one such term a column is allowed for.
     """
     dims = tuple(range(-len(normalized_shape), 0))
     lead = tuple(range(x.dim() - len(normalized_shape)))
-    dtypes = [t.dtype for t in (x, weight) if t is not None]  # weight + offset is in fp32 or not whatever dy is
+    dtypes = [
+        t.dtype for t in (x, weight) if t is not None
+    ]  # weight + offset is in fp32 or not whatever dy is
     eps_compute = torch.finfo(torch.float64 if torch.float64 in dtypes else torch.float32).eps
-    want_dx, want_dweight = rms_norm_backward_reference(dy, x, normalized_shape, weight, eps, **options)
+    want_dx, want_dweight = rms_norm_backward_reference(
+        dy, x, normalized_shape, weight, eps, **options
+    )
     x64, dy64 = x.double(), dy.double()
     rstd = ((x64 * x64).mean(dims, keepdim=True) + (default_eps(x) if eps is None else eps)).rsqrt()
     if dx is not None:
@@ -148,7 +198,9 @@ def assert_backward(dx, dweight, dy, x, normalized_shape, weight, eps, options):
     if dweight is not None:
         assert dweight.dtype == weight.dtype and dweight.shape == weight.shape
         terms = (dy64 * x64 * rstd).abs()
-        tolerance = torch.finfo(dweight.dtype).eps * want_dweight.abs() + 4 * eps_compute * terms.sum(lead)
+        tolerance = torch.finfo(
+            dweight.dtype
+        ).eps * want_dweight.abs() + 4 * eps_compute * terms.sum(lead)
         if options.get("cast_before_weight"):
             tolerance += torch.finfo(x.dtype).eps * (terms.amax(lead) if lead else terms)
         assert_near(dweight, want_dweight, tolerance)
@@ -160,7 +212,8 @@ def hard_rows(cols, dtype):
     row = random(cols).double().clamp(-3, 3)
     scaled = {
         "plain": 1.0,
-        # fp32 and bf16: squares overflow fp32. fp16: squares overflow fp16. fp64: its own range is test_fp64_range.
+        # fp32 and bf16: squares overflow fp32. fp16: squares overflow fp16. fp64: its own range is
+        # test_fp64_range.
         "huge": 1e19 if info.max > 1e5 else info.max / 4,
         "largest": info.max / 4 if info.max < 1e300 else 1e150,
         "tiny": 1e-25 if info.tiny < 1e-25 else info.tiny,  # squares underflow fp32

@@ -11,20 +11,27 @@ from rmsnorm_cuda import _C
 
 ISAS = [isa for isa, supported in _C.isas().items() if supported]  # test_invariance.py names all
 
-# The tests' tensors are small, and beside another busy process a pool of threads waits for its slowest member: 20 times
-# slower. test_invariance.py sets the number of threads itself.
+# The tests' tensors are small, and beside another busy process a pool of threads waits for its
+# slowest member: 20 times slower. test_invariance.py sets the number of threads itself.
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", metavar="FILE", help="put what was tested into this JSON: test_pages.py makes the table of it")
+    parser.addoption(
+        "--record",
+        metavar="FILE",
+        help="put what was tested into this JSON: test_pages.py makes the table of it",
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):
     file = config.getoption("--record")
     if not file:
         return
-    counts = {name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "skipped", "failed", "error")}
+    counts = {
+        name: len(terminalreporter.stats.get(name, []))
+        for name in ("passed", "skipped", "failed", "error")
+    }
     root = Path(__file__).parents[1]
     package = Path(rmsnorm_cuda.__file__).parent
     entry = {
@@ -39,7 +46,9 @@ def pytest_terminal_summary(terminalreporter, config):
     key = ("python", "torch", "installed", "device")
     entries = json.loads(Path(file).read_text()) if Path(file).exists() else []
     entries = [e for e in entries if any(e[k] != entry[k] for k in key)] + [entry]
-    entries.sort(key=lambda e: [[int(n) for n in re.findall(r"\d+", e[k])] for k in ("torch", "python")])
+    entries.sort(
+        key=lambda e: [[int(n) for n in re.findall(r"\d+", e[k])] for k in ("torch", "python")]
+    )
     Path(file).write_text(json.dumps(entries, indent=1) + "\n")
 
 
@@ -50,7 +59,7 @@ def seed():
 
 @pytest.fixture(params=[*ISAS, pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """"cpu", once for each instruction set of this machine, and "cuda"."""
+    """ "cpu", once for each instruction set of this machine, and "cuda"."""
     if request.param != "cuda":
         _C.set_isa(request.param)
         yield "cpu"
@@ -65,7 +74,9 @@ def device(request):
 
 @pytest.fixture
 def torch_kernels():
-    """Skips the test, when it is called with "cuda", where torch's own CUDA kernels do not run (on a simulated GPU)."""
+    """Skips the test, when it is called with "cuda", where torch's own CUDA kernels do not run (on
+    a simulated GPU).
+    """
 
     def check(device):
         if device != "cuda":
@@ -80,12 +91,17 @@ def torch_kernels():
 
 @pytest.fixture
 def painted(request):
-    """Fresh CPU tensors hold NaN: what a kernel forgets to write is seen. (On CUDA torch would need a fill kernel.)"""
+    """Fresh CPU tensors hold NaN: what a kernel forgets to write is seen. (On CUDA torch would need
+    a fill kernel.)
+    """
     callspec = getattr(request.node, "callspec", None)
     if callspec and callspec.params.get("device") == "cuda":
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()

@@ -8,7 +8,10 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from rmsnorm_cuda import fused_add_rms_norm, rms_norm
 from rmsnorm_cuda.reference import rms_norm_backward_reference, rms_norm_reference
 
-SHAPE = (2, 3)  # the normalized one; in fp64 cast_before_weight rounds nothing, and has a derivative
+SHAPE = (
+    2,
+    3,
+)  # the normalized one; in fp64 cast_before_weight rounds nothing, and has a derivative
 VARIANTS = {
     "weight": ({}, True),
     "no weight": ({}, False),
@@ -36,7 +39,9 @@ def leaves(args):
 
 
 def close(a, b, what=""):
-    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=lambda message: f"{what} {message}")
+    torch.testing.assert_close(
+        a, b, rtol=1e-11, atol=1e-12, msg=lambda message: f"{what} {message}"
+    )
 
 
 def test_gradcheck(case):
@@ -51,28 +56,40 @@ def test_gradgradcheck(case):
 
 
 def raw_ops():
-    """{id: (function of fp64 tensors, those tensors)} of the ops beside rms_norm, each with every option."""
+    """{id: (function of fp64 tensors, those tensors)} of the ops beside rms_norm, each with every
+    option.
+    """
     x, residual, dy, weight = (random(3, 5, dtype=torch.float64) for _ in range(4))
     weight = weight[0] + 1
     rstd = ops.rms_norm_forward(x, (5,), None, 1e-3)[1]
     cases = {}
     for key, options in {"plain": {}, "offset": GEMMA, "cast": LLAMA}.items():
+
         def bind(op, *rest, options=options, results=slice(None)):
             return lambda *tensors: op(*tensors, *rest, 1e-3, **options)[results]
 
         def backward(mask, options=options):
             def function(dy, x, weight=None, grad_residual=None):
-                # Where a gradient is recorded, rstd is found again from x: the derivative is that of the whole.
-                results = ops.rms_norm_backward(dy, x, (5,), weight, rstd, 1e-3, mask, grad_residual, **options)
+                # Where a gradient is recorded, rstd is found again from x: the derivative is that
+                # of the whole.
+                results = ops.rms_norm_backward(
+                    dy, x, (5,), weight, rstd, 1e-3, mask, grad_residual, **options
+                )
                 return tuple(r for r, want in zip(results, mask) if want)
 
             return function
 
         cases |= {
-            f"forward-{key}": (lambda x, w, f=options: ops.rms_norm_forward(x, (5,), w, 1e-3, **f)[0], (x, weight)),
+            f"forward-{key}": (
+                lambda x, w, f=options: ops.rms_norm_forward(x, (5,), w, 1e-3, **f)[0],
+                (x, weight),
+            ),
             f"fused-{key}": (bind(fused_add_rms_norm), (x, residual, weight)),
             f"fused without weight-{key}": (bind(fused_add_rms_norm, None), (x, residual)),
-            f"fused forward-{key}": (bind(ops.fused_add_rms_norm_forward, results=slice(2)), (x, residual, weight)),
+            f"fused forward-{key}": (
+                bind(ops.fused_add_rms_norm_forward, results=slice(2)),
+                (x, residual, weight),
+            ),
             f"backward-{key}": (backward((True, True)), (dy, x, weight, residual)),
             f"backward, dx only-{key}": (backward((True, False)), (dy, x)),
         }
@@ -91,7 +108,10 @@ def test_gradcheck_of_every_op(function, args):
 
 def test_double_backward(case):
     ours, want, args = case
-    dy, ddx = random(4, *SHAPE, dtype=torch.float64).requires_grad_(), random(4, *SHAPE, dtype=torch.float64)
+    dy, ddx = (
+        random(4, *SHAPE, dtype=torch.float64).requires_grad_(),
+        random(4, *SHAPE, dtype=torch.float64),
+    )
 
     def second(function):
         inputs = leaves(args)
@@ -116,7 +136,10 @@ def test_third_derivative():
 def test_functorch(case):
     """grad, vjp, jvp, hessian, vmap, vmap of grad, jacrev, jacfwd and compositions."""
     ours, want, args = case
-    probe, tangents = random(4, *SHAPE, dtype=torch.float64), tuple(torch.randn_like(t) for t in args)
+    probe, tangents = (
+        random(4, *SHAPE, dtype=torch.float64),
+        tuple(torch.randn_like(t) for t in args),
+    )
     argnums = tuple(range(len(args)))
     func = torch.func
 
@@ -136,8 +159,12 @@ def test_functorch(case):
         "jacfwd": lambda f: func.jacfwd(f, argnums)(*args),
         "vmap": lambda f: func.vmap(f, in_dims)(args[0], *args[1:]),
         "vmap of grad": lambda f: func.vmap(func.grad(per_row(f), argnums), in_dims)(*args),
-        "grad of vmap": lambda f: func.grad(lambda *a: func.vmap(per_row(f), in_dims)(*a).sum(), argnums)(*args),
-        "jvp of grad": lambda f: func.jvp(lambda *a: func.grad(loss(f), argnums)(*a), args, tangents),
+        "grad of vmap": lambda f: func.grad(
+            lambda *a: func.vmap(per_row(f), in_dims)(*a).sum(), argnums
+        )(*args),
+        "jvp of grad": lambda f: func.jvp(
+            lambda *a: func.grad(loss(f), argnums)(*a), args, tangents
+        ),
     }
     for kind, transform in transforms.items():
         close(transform(ours), transform(want), kind)
@@ -165,8 +192,14 @@ def test_forward_mode(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
 def test_transforms_of_narrow_types(dtype):
-    """Under a transform the formula stands in for the kernels: computed in fp32 and rounded once, like them."""
-    x, weight, dy = random(4, 48, dtype=dtype), random_weight(48, torch.float32), random(4, 48, dtype=dtype)
+    """Under a transform the formula stands in for the kernels: computed in fp32 and rounded once,
+    like them.
+    """
+    x, weight, dy = (
+        random(4, 48, dtype=dtype),
+        random_weight(48, torch.float32),
+        random(4, 48, dtype=dtype),
+    )
     for options in ({}, GEMMA):
         y, vjp = torch.func.vjp(lambda x, w: rms_norm(x, 48, w, 1e-5, **options), x, weight)  # noqa: B023
         leaf_x, leaf_w = leaves((x, weight))
@@ -174,7 +207,9 @@ def test_transforms_of_narrow_types(dtype):
         assert y.dtype == want.dtype
         tolerance = dict(rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
         torch.testing.assert_close(y, want.detach(), **tolerance)
-        for got, expected in zip(vjp(dy), torch.autograd.grad(want, [leaf_x, leaf_w], dy), strict=True):
+        for got, expected in zip(
+            vjp(dy), torch.autograd.grad(want, [leaf_x, leaf_w], dy), strict=True
+        ):
             assert got.dtype == expected.dtype
             torch.testing.assert_close(got, expected, **tolerance)
 
@@ -270,11 +305,16 @@ def by_jvp(function, x, weight):
 @pytest.mark.parametrize("way", [by_kernel, by_create_graph, by_vjp, by_jvp])
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-30])
 def test_rows_whose_squares_leave_fp32(way, eps):
-    """The formula is rescaled there as the kernels are: values and first derivatives do not depend on the way to them."""
+    """The formula is rescaled there as the kernels are: values and first derivatives do not depend
+    on the way to them.
+    """
     powers = torch.tensor([0.0, 20.0, 30.0, 37.0, -20.0, -30.0, 7.0, -7.0])
     x = torch.randn(8, 64).mul(10 ** powers[:, None]).requires_grad_()
     weight = torch.randn(64, requires_grad=True)
-    for function in (lambda x, w: rms_norm(x, 64, w, eps), lambda x, w: fused_add_rms_norm(x, torch.zeros(8, 64), w, eps)[0]):
+    for function in (
+        lambda x, w: rms_norm(x, 64, w, eps),
+        lambda x, w: fused_add_rms_norm(x, torch.zeros(8, 64), w, eps)[0],
+    ):
         y, dx, dweight = way(function, x, weight)
         want_dx, want_dweight = rms_norm_backward_reference(torch.ones_like(y), x, 64, weight, eps)
         want = rms_norm_reference(x, 64, weight, eps)
@@ -290,7 +330,11 @@ def test_tangents_where_squares_leave_fp32():
         y, tangent = forward_ad.unpack_dual(rms_norm(forward_ad.make_dual(x, x), 64, weight, 0.0))
     torch.testing.assert_close(y, rms_norm(x, 64, weight, 0.0))
     assert tangent.abs().max() <= 1e-5  # a longer x has the same norm
-    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="does not support automatic differentiation"):
+    with (
+        torch.no_grad(),
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="does not support automatic differentiation"),
+    ):
         rms_norm(x, 64, weight, out=forward_ad.make_dual(torch.empty_like(x), x))
 
 

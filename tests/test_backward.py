@@ -24,7 +24,8 @@ from rmsnorm_cuda.reference import rms_norm_backward_reference
 
 pytestmark = pytest.mark.usefixtures("painted")
 
-# rows, cols: below a vector; ragged; head-like; two blocks of rows of dweight; around a tile of the weight
+# rows, cols: below a vector; ragged; head-like; two blocks of rows of dweight; around a tile of the
+# weight
 SHAPES = [(5, 1), (3, 7), (9, 64), (33, 129), (300, 65), (9, 4097)]
 CUDA_SHAPES = [(5, 1), (3, 33), (70, 64), (2, 4097)]
 
@@ -41,7 +42,9 @@ def to(device, *tensors):
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_dtypes(device, dtype, options):
-    """Every triple of dtypes: the gradient's is its own. Each meets some of the shapes, in rotation, to be quick."""
+    """Every triple of dtypes: the gradient's is its own. Each meets some of the shapes, in
+    rotation, to be quick.
+    """
     shapes = itertools.cycle(CUDA_SHAPES[1:3] if device == "cuda" else SHAPES)
     for grad_dtype, weight_dtype in itertools.product(DTYPES, WEIGHT_DTYPES):
         for rows, cols in itertools.islice(shapes, 1 if device == "cuda" else 2):
@@ -57,7 +60,9 @@ def test_larger(device, shape):
     if device == "cuda":
         pytest.skip("slow under a simulator")
     dy, x, weight = random(*shape), random(*shape), random_weight(shape[1], torch.float32)
-    assert_backward(*raw_backward(dy, x, shape[1], weight, 1e-6, {}), dy, x, shape[1:], weight, 1e-6, {})
+    assert_backward(
+        *raw_backward(dy, x, shape[1], weight, 1e-6, {}), dy, x, shape[1:], weight, 1e-6, {}
+    )
 
 
 @pytest.mark.cuda
@@ -71,19 +76,32 @@ def test_cuda_shapes(shape, device):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64, None], ids=name)
+@pytest.mark.parametrize(
+    "weight_dtype", [torch.float32, torch.bfloat16, torch.float64, None], ids=name
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_autograd_is_the_raw_op(device, dtype, weight_dtype, options):
-    """What autograd calls, it calls with the right arguments; multi-dimensional normalized_shape and eps too."""
-    x, weight = random(4, 6, 5, dtype=dtype, device=device), random_weight((6, 5), weight_dtype, device)
+    """What autograd calls, it calls with the right arguments; multi-dimensional normalized_shape
+    and eps too.
+    """
+    x, weight = (
+        random(4, 6, 5, dtype=dtype, device=device),
+        random_weight((6, 5), weight_dtype, device),
+    )
     inputs = [t.requires_grad_() for t in (x, weight) if t is not None]
     y = rms_norm(x, (6, 5), weight, 1e-3, **options)
     dy = random(4, 6, 5, dtype=y.dtype, device=device)
     got = torch.autograd.grad(y, inputs, grad_outputs=dy)
     assert_backward(
-        got[0], got[1] if weight is not None else None, dy.cpu(), x.detach().cpu(), (6, 5),
-        None if weight is None else weight.detach().cpu(), 1e-3, options,
-    )  # fmt: skip
+        got[0],
+        got[1] if weight is not None else None,
+        dy.cpu(),
+        x.detach().cpu(),
+        (6, 5),
+        None if weight is None else weight.detach().cpu(),
+        1e-3,
+        options,
+    )
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=name)
@@ -91,7 +109,9 @@ def test_autograd_is_the_raw_op(device, dtype, weight_dtype, options):
 def test_rows_outside_the_fast_range(device, dtype, weight_dtype):
     """rstd is no normal fp32 number, or its square is not: the row is done again in fp64."""
     rows = hard_rows(77, dtype)
-    x = torch.stack([rows[kind] for kind in ("plain", "huge", "largest", "tiny", "denormal", "plain again")])
+    x = torch.stack(
+        [rows[kind] for kind in ("plain", "huge", "largest", "tiny", "denormal", "plain again")]
+    )
     dy, weight = random(len(x), 77), random_weight(77, weight_dtype)
     for eps in (0.0, 1e-35):
         for options in OPTIONS:
@@ -101,9 +121,15 @@ def test_rows_outside_the_fast_range(device, dtype, weight_dtype):
 
 
 def test_broken_rows_stay_alone(device):
-    """NaN and Inf spoil their own row of dx; dweight sums over all rows and is spoiled, as in the formula."""
+    """NaN and Inf spoil their own row of dx; dweight sums over all rows and is spoiled, as in the
+    formula.
+    """
     rows = hard_rows(40, torch.float32)
-    x, dy, weight = torch.stack(list(rows.values())), random(len(rows), 40), random_weight(40, torch.float32)
+    x, dy, weight = (
+        torch.stack(list(rows.values())),
+        random(len(rows), 40),
+        random_weight(40, torch.float32),
+    )
     dyd, xd, wd = to(device, dy, x, weight)
     dx, dweight = raw_backward(dyd, xd, 40, wd, 0.0, {})
     want_dx, want_dweight = rms_norm_backward_reference(dy, x, 40, weight, 0.0)
@@ -129,7 +155,9 @@ def test_output_mask(device):
 
 @pytest.mark.parametrize("frozen", ["weight", "input"])
 def test_frozen(device, frozen):
-    """requires_grad=False on one side: the other side's gradient alone, and the mask says so to the op."""
+    """requires_grad=False on one side: the other side's gradient alone, and the mask says so to the
+    op.
+    """
     x, weight, dy = to(device, random(6, 50), random_weight(50, torch.float32), random(6, 50))
     dx, dweight = raw_backward(dy, x, 50, weight, None, {})
     moving, want = (x, dx) if frozen == "weight" else (weight, dweight)
@@ -156,7 +184,10 @@ def test_expanded_gradient(reduce):
 
 def test_gradients_add_up():
     """A tied weight, and an input used twice."""
-    x, weight = random(4, 9, dtype=torch.float64).requires_grad_(), random_weight(9, torch.float64).requires_grad_()
+    x, weight = (
+        random(4, 9, dtype=torch.float64).requires_grad_(),
+        random_weight(9, torch.float64).requires_grad_(),
+    )
     (rms_norm(x, 9, weight) + rms_norm(2 * x, 9, weight)).sum().backward()
     dy = torch.ones(4, 9, dtype=torch.float64)
     first = rms_norm_backward_reference(dy, x.detach(), 9, weight.detach())
@@ -166,7 +197,9 @@ def test_gradients_add_up():
 
 
 def test_dweight_of_many_rows_of_one_sign():
-    """No cancellation and 20000 rows: summed in fp32 one after another, this would be off by 1e-4 of its value."""
+    """No cancellation and 20000 rows: summed in fp32 one after another, this would be off by 1e-4
+    of its value.
+    """
     x, dy = torch.full((20000, 3), 1.1), torch.full((20000, 3), 0.1)
     _, dweight = raw_backward(dy, x, 3, torch.ones(3), 0.0, {})
     want = rms_norm_backward_reference(dy, x, 3, torch.ones(3), 0.0)[1]
@@ -178,8 +211,9 @@ def test_dweight_of_many_rows_of_one_sign():
 @pytest.mark.parametrize("rows", [256, 4096])
 @pytest.mark.parametrize("cols", [64, 128, 1024])
 def test_weight_gradient_of_equal_rows(rows, cols):
-    """Each row adds the same with the same rounding error: 256 additions one after the other were 62 ulp off. 32 of them, then
-    8 sums of those, make at most 40 * 2^-24 of the sum, in random rows a fifth of that; torch has 6 to 8."""
+    """Each row adds the same with the same rounding error: 256 additions one after the other were
+    62 ulp off. 32 of them, then 8 sums of those, make at most 40 * 2^-24 of the sum, in random rows
+    a fifth of that; torch has 6 to 8."""
     x, dy = (torch.randn(1, cols).expand(rows, cols).contiguous() for _ in range(2))
     grad = raw_backward(dy, x, cols, torch.ones(cols), 1e-6, {})[1]
     x64 = x.double()

@@ -1,4 +1,6 @@
-"""What only a GPU shows: CUDA graphs, streams, several devices, launches that overlap. Most needs torch's own kernels."""
+"""What only a GPU shows: CUDA graphs, streams, several devices, launches that overlap. Most needs
+torch's own kernels.
+"""
 
 import os
 import subprocess
@@ -9,7 +11,14 @@ import pytest
 import torch
 from cases import random, random_weight, same_bits
 
-from rmsnorm_cuda import RMSNorm, _C, fused_add_rms_norm, fused_add_rms_norm_, rms_norm, rms_norm_quant
+from rmsnorm_cuda import (
+    _C,
+    RMSNorm,
+    fused_add_rms_norm,
+    fused_add_rms_norm_,
+    rms_norm,
+    rms_norm_quant,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -33,7 +42,12 @@ def every_function(x, residual, weight):
 
 def test_variable_that_is_not_understood():
     code = "import torch, rmsnorm_cuda; rmsnorm_cuda.rms_norm(torch.ones(64, 1024).cuda(), 1024)"
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"RMSNORM_CUDA_PDL": "yes"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"RMSNORM_CUDA_PDL": "yes"},
+        capture_output=True,
+        text=True,
+    )
     assert "RuntimeError: RMSNORM_CUDA_PDL is 'yes': expected 1, 0 or unset" in run.stderr
 
 
@@ -55,11 +69,15 @@ def test_current_device_is_kept():
     """The kernels run where the tensors are, and leave the current device as it was."""
     before = torch.cuda.current_device()
     last = torch.device("cuda", torch.cuda.device_count() - 1)
-    x, residual, weight = (t.to(last) for t in (random(5, 300), random(5, 300), random_weight(300, torch.float32)))
+    x, residual, weight = (
+        t.to(last) for t in (random(5, 300), random(5, 300), random_weight(300, torch.float32))
+    )
     results = every_function(x, residual, weight)
     assert {t.device for t in results} == {last} and torch.cuda.current_device() == before
     if last.index == before:
-        pytest.skip("one device: it kept being the current one; that another is left alone needs two")
+        pytest.skip(
+            "one device: it kept being the current one; that another is left alone needs two"
+        )
     first = every_function(*(t.to("cuda:0") for t in (x, residual, weight)))
     assert all(map(same_bits, results, first))
 
@@ -73,7 +91,10 @@ def test_devices_that_differ():
 
 
 def test_autocast_on_cuda():
-    x, weight = random(5, 300, dtype=torch.bfloat16).cuda(), random_weight(300, torch.float32).cuda()
+    x, weight = (
+        random(5, 300, dtype=torch.bfloat16).cuda(),
+        random_weight(300, torch.float32).cuda(),
+    )
     want = every_function(x, x, weight)
     with torch.autocast("cuda", torch.float16):
         got = every_function(x, x, weight)
@@ -85,16 +106,24 @@ def test_autocast_on_cuda():
     ((64, "rows"), (4096, "rows"), (40_000, "shared_rows"), (2_000_000, "long_rows")),
 )
 def test_last_plan(cols, where):
-    """Names the kernel that ran and its layout, which is the planner's; of this thread and of CUDA alone."""
+    """Names the kernel that ran and its layout, which is the planner's; of this thread and of CUDA
+    alone.
+    """
     x = random(3, cols, dtype=torch.bfloat16)
     on_device = x.cuda()
     here = torch.cuda.get_device_properties(on_device.device)
-    machine = here.major * 10 + here.minor, here.multi_processor_count, here.shared_memory_per_block_optin
+    machine = (
+        here.major * 10 + here.minor,
+        here.multi_processor_count,
+        here.shared_memory_per_block_optin,
+    )
     types = (torch.bfloat16,) * 3
 
     rms_norm(on_device, cols)
     plan = _C.last_plan()
-    assert plan["kernel"] == "forward_" + where and plan == _C.cuda_plan(False, 3, cols, *types, *machine)
+    assert plan["kernel"] == "forward_" + where and plan == _C.cuda_plan(
+        False, 3, cols, *types, *machine
+    )
     _, rstd = torch.ops.rmsnorm_cuda.rms_norm_forward(on_device, [cols])
     torch.ops.rmsnorm_cuda.rms_norm_backward(
         on_device, on_device, [cols], None, rstd, None, [True, False]
@@ -124,7 +153,14 @@ def test_compile_reduce_overhead(real_gpu, training):
 
     def run(function, x):
         y = function(x)
-        return (y.clone(), *(g.clone() for g in torch.autograd.grad(y.sum(), [x, *norms.parameters()]))) if training else (y.clone(),)
+        return (
+            (
+                y.clone(),
+                *(g.clone() for g in torch.autograd.grad(y.sum(), [x, *norms.parameters()])),
+            )
+            if training
+            else (y.clone(),)
+        )
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -136,7 +172,9 @@ def test_compile_reduce_overhead(real_gpu, training):
             for a, b in zip(run(compiled, x), run(function, x), strict=True):
                 torch.testing.assert_close(a, b)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    manager = torch._inductor.cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    manager = torch._inductor.cudagraph_trees.get_manager(
+        torch.cuda.current_device(), create_if_none_exists=False
+    )
     assert manager is not None and manager.new_graph_id().id > 0, "no graph was recorded"
 
 
@@ -174,7 +212,9 @@ def test_runs_on_the_current_stream(real_gpu):
     y = torch.empty_like(x)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what follows on this stream is late; a launch on another would be seen as wrong
+        torch.cuda._sleep(
+            100_000_000
+        )  # what follows on this stream is late; a launch on another would be seen as wrong
         y.copy_(x)
         rms_norm(y, 4096, out=y)
     stream.synchronize()
@@ -194,7 +234,9 @@ print(hashlib.sha256(y.cpu().view(torch.uint8).numpy().tobytes()).hexdigest())
 
 
 def test_overlapping_launches_wait_for_their_input(real_gpu, monkeypatch):
-    """Each of 200 norms reads what the one before it wrote: the bits are those of launches that do not overlap."""
+    """Each of 200 norms reads what the one before it wrote: the bits are those of launches that do
+    not overlap.
+    """
     results = []
     for overlap in ("0", "1"):
         monkeypatch.setenv("RMSNORM_CUDA_PDL", overlap)

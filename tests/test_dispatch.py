@@ -25,7 +25,12 @@ def forward_samples():
     yield (random(3, 8), (8,)), {}
     yield (leaf(random(3, 8)), (8,), leaf(random_weight(8, torch.float32)), 1e-5), {}
     yield (random(3, 8), (8,), leaf(random_weight(8, torch.float32))), GEMMA
-    promoted = leaf(random(2, 3, 4, dtype=torch.bfloat16)), (3, 4), random_weight((3, 4), torch.float32), 1e-5
+    promoted = (
+        leaf(random(2, 3, 4, dtype=torch.bfloat16)),
+        (3, 4),
+        random_weight((3, 4), torch.float32),
+        1e-5,
+    )
     yield promoted, LLAMA
     yield (random(3, 16)[:, :8], (8,), random_weight(8, torch.float16)), {}  # sliced
     yield (leaf(random(3, 8, dtype=torch.float64)), (8,)), LLAMA
@@ -43,16 +48,45 @@ def backward_samples():
     yield (random(8).expand(3, 8), x, (8,), None, rstd_of(x, (8,)), None, (True, False)), {}
     x = random(3, 8, dtype=torch.bfloat16)
     other = random(3, 8, dtype=torch.bfloat16)
-    yield (random(3, 8), x, (8,), random_weight(8, torch.float32), rstd_of(x, (8,)), None, (True, True), other), {}
+    yield (
+        (
+            random(3, 8),
+            x,
+            (8,),
+            random_weight(8, torch.float32),
+            rstd_of(x, (8,)),
+            None,
+            (True, True),
+            other,
+        ),
+        {},
+    )
     x = random(3, 8, dtype=torch.float64)
     weight = leaf(random_weight(8, torch.float64))
-    yield (leaf(random(3, 8, dtype=torch.float64)), leaf(x), (8,), weight, rstd_of(x, (8,)), None, (True, True)), GEMMA
+    yield (
+        (
+            leaf(random(3, 8, dtype=torch.float64)),
+            leaf(x),
+            (8,),
+            weight,
+            rstd_of(x, (8,)),
+            None,
+            (True, True),
+        ),
+        GEMMA,
+    )
 
 
 def out_samples():
-    for dtype, weight_dtype, options in ((torch.float32, torch.float32, {}), (torch.bfloat16, torch.float32, LLAMA)):
+    for dtype, weight_dtype, options in (
+        (torch.float32, torch.float32, {}),
+        (torch.bfloat16, torch.float32, LLAMA),
+    ):
         out = torch.zeros(3, 8, dtype=torch.float32)
-        yield (random(3, 8, dtype=dtype), (8,), random_weight(8, weight_dtype)), options | {"out": out}
+        yield (
+            (random(3, 8, dtype=dtype), (8,), random_weight(8, weight_dtype)),
+            options | {"out": out},
+        )
 
 
 def fused_samples():
@@ -62,28 +96,50 @@ def fused_samples():
         yield (x, residual, weight, 1e-6), {}
         yield (x, residual), GEMMA
         yield (x, residual, weight), LLAMA
-    yield (leaf(random(4, 32)), leaf(random(4, 32)), leaf(random_weight(32, torch.float32)), 1e-6), {}
+    yield (
+        (leaf(random(4, 32)), leaf(random(4, 32)), leaf(random_weight(32, torch.float32)), 1e-6),
+        {},
+    )
 
 
 def in_place_samples():
     for residual_dtype in (torch.bfloat16, torch.float32):
-        yield (random(4, 32, dtype=torch.bfloat16), random(4, 32, dtype=residual_dtype), random_weight(32, torch.float32)), GEMMA
+        yield (
+            (
+                random(4, 32, dtype=torch.bfloat16),
+                random(4, 32, dtype=residual_dtype),
+                random_weight(32, torch.float32),
+            ),
+            GEMMA,
+        )
 
 
 def quant_samples(*more):
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, LLAMA | {"keep_norm": True})):
         tensors = [random(4, 128, dtype=dtype) for _ in range(1 + len(more))]
-        for format, kind in ((torch.float8_e4m3fn, {}), (torch.int8, {"block": 64, "column_major": True, "scale_ub": 1.0})):
-            yield (*tensors, random_weight(128, torch.float32), None, 1e-6), {"dtype": format} | kind | options
+        for format, kind in (
+            (torch.float8_e4m3fn, {}),
+            (torch.int8, {"block": 64, "column_major": True, "scale_ub": 1.0}),
+        ):
+            yield (
+                (*tensors, random_weight(128, torch.float32), None, 1e-6),
+                {"dtype": format} | kind | options,
+            )
         yield (*tensors, None, torch.tensor([0.1])), {"dtype": torch.float8_e5m2} | options
 
 
 def with_out(op, samples, names):
-    """The same with what `op` returns, to be written to; int8 only, since opcheck multiplies what an op may write."""
+    """The same with what `op` returns, to be written to; int8 only, since opcheck multiplies what
+    an op may write.
+    """
     for args, options in samples:
         if "dtype" in options:
             options |= {"dtype": torch.int8}
-        yield args, options | dict(zip(names, (torch.zeros_like(t) for t in op(*args, **options)), strict=True))
+        yield (
+            args,
+            options
+            | dict(zip(names, (torch.zeros_like(t) for t in op(*args, **options)), strict=True)),
+        )
 
 
 QUANT_OUT = ("out", "scale_out", "norm_out")
@@ -97,22 +153,42 @@ DIFFERENTIABLE = {
     "fused_add_rms_norm_forward": fused_samples,
 }
 SAMPLES = [
-    *((getattr(ops, op).default, sample) for op, samples in DIFFERENTIABLE.items() for sample in samples()),
-    *((getattr(ops, f"{op}_formula").default, sample) for op, samples in DIFFERENTIABLE.items() for sample in samples()),
+    *(
+        (getattr(ops, op).default, sample)
+        for op, samples in DIFFERENTIABLE.items()
+        for sample in samples()
+    ),
+    *(
+        (getattr(ops, f"{op}_formula").default, sample)
+        for op, samples in DIFFERENTIABLE.items()
+        for sample in samples()
+    ),
     *((ops.rms_norm.out, sample) for sample in out_samples()),
     *((ops.fused_add_rms_norm_.default, sample) for sample in in_place_samples()),
-    *((ops.fused_add_rms_norm.out, sample) for sample in with_out(ops.fused_add_rms_norm, list(fused_samples())[:-1], ("out", "residual_out"))),
+    *(
+        (ops.fused_add_rms_norm.out, sample)
+        for sample in with_out(
+            ops.fused_add_rms_norm, list(fused_samples())[:-1], ("out", "residual_out")
+        )
+    ),
     *((ops.rms_norm_quant.default, sample) for sample in quant_samples()),
-    *((ops.rms_norm_quant.out, sample) for sample in with_out(ops.rms_norm_quant, quant_samples(), QUANT_OUT)),
+    *(
+        (ops.rms_norm_quant.out, sample)
+        for sample in with_out(ops.rms_norm_quant, quant_samples(), QUANT_OUT)
+    ),
     *((ops.fused_add_rms_norm_quant.default, sample) for sample in quant_samples("residual")),
     *(
         (ops.fused_add_rms_norm_quant.out, sample)
-        for sample in with_out(ops.fused_add_rms_norm_quant, quant_samples("residual"), FUSED_QUANT_OUT)
+        for sample in with_out(
+            ops.fused_add_rms_norm_quant, quant_samples("residual"), FUSED_QUANT_OUT
+        )
     ),
 ]
 
 
-@pytest.mark.parametrize("op, sample", SAMPLES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(SAMPLES)])
+@pytest.mark.parametrize(
+    "op, sample", SAMPLES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(SAMPLES)]
+)
 def test_opcheck(op, sample):
     torch.library.opcheck(op, *sample)
 
@@ -123,11 +199,36 @@ BAD_ON_META = {
     "weight's dtype": (ops.rms_norm.default, (X, [8], W.int()), {}, RuntimeError),
     "eps": (ops.rms_norm.default, (X, [8], W, -1.0), {}, ValueError),
     "nan eps": (ops.fused_add_rms_norm.default, (X, X, W, float("nan")), {}, ValueError),
-    "offset": (ops.rms_norm_quant.default, (X, W), {"dtype": torch.int8, "weight_offset": float("inf")}, ValueError),
-    "scale_ub": (ops.rms_norm_quant.default, (X, W), {"dtype": torch.int8, "scale_ub": 0.0}, ValueError),
-    "grad_output": (ops.rms_norm_backward.default, (X[:2], X, [8], W, X[:, 0], None, (True, True)), {}, RuntimeError),
-    "rstd": (ops.rms_norm_backward.default, (X, X, [8], W, X[0], None, (True, True)), {}, RuntimeError),
-    "grad_residual": (ops.rms_norm_backward.default, (X, X, [8], W, X[:, 0], None, (True, True), X[:1]), {}, RuntimeError),
+    "offset": (
+        ops.rms_norm_quant.default,
+        (X, W),
+        {"dtype": torch.int8, "weight_offset": float("inf")},
+        ValueError,
+    ),
+    "scale_ub": (
+        ops.rms_norm_quant.default,
+        (X, W),
+        {"dtype": torch.int8, "scale_ub": 0.0},
+        ValueError,
+    ),
+    "grad_output": (
+        ops.rms_norm_backward.default,
+        (X[:2], X, [8], W, X[:, 0], None, (True, True)),
+        {},
+        RuntimeError,
+    ),
+    "rstd": (
+        ops.rms_norm_backward.default,
+        (X, X, [8], W, X[0], None, (True, True)),
+        {},
+        RuntimeError,
+    ),
+    "grad_residual": (
+        ops.rms_norm_backward.default,
+        (X, X, [8], W, X[:, 0], None, (True, True), X[:1]),
+        {},
+        RuntimeError,
+    ),
 }
 
 
@@ -140,7 +241,9 @@ def test_fakes_refuse_what_the_ops_refuse(what):
 
 
 def test_every_op_is_checked():
-    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rmsnorm_cuda::")}
+    names = {
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rmsnorm_cuda::")
+    }
     assert names == {op._name.removesuffix(".default") for op, _ in SAMPLES}
 
 
@@ -148,7 +251,10 @@ def test_every_op_is_checked():
 
 
 def test_meta():
-    x, weight = torch.empty(3, 8, dtype=torch.bfloat16, device="meta"), torch.empty(8, device="meta")
+    x, weight = (
+        torch.empty(3, 8, dtype=torch.bfloat16, device="meta"),
+        torch.empty(8, device="meta"),
+    )
     y = rms_norm(x, 8, weight)
     assert (y.device.type, y.shape, y.dtype) == ("meta", (3, 8), torch.bfloat16)
     assert rms_norm(x, 8, weight, cast_before_weight=True).dtype == torch.float32
@@ -156,7 +262,11 @@ def test_meta():
     assert (y.dtype, rstd.shape, rstd.dtype) == (torch.bfloat16, (3,), torch.float32)
     leaf(x), leaf(weight)
     rms_norm(x, 8, weight).backward(torch.empty_like(x))
-    assert (x.grad.dtype, weight.grad.dtype, weight.grad.shape) == (torch.bfloat16, torch.float32, (8,))
+    assert (x.grad.dtype, weight.grad.dtype, weight.grad.shape) == (
+        torch.bfloat16,
+        torch.float32,
+        (8,),
+    )
 
 
 def test_fakes_say_what_the_kernels_return():
@@ -164,11 +274,14 @@ def test_fakes_say_what_the_kernels_return():
     for op, (args, options) in SAMPLES:
         real = op(*args, **options)
         with FakeTensorMode() as mode:
+
             def fake(value):
                 return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value  # noqa: B023
 
             pretended = op(*map(fake, args), **{key: fake(value) for key, value in options.items()})
-        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (real, pretended)), strict=True):
+        for a, b in zip(
+            *(r if isinstance(r, tuple) else (r,) for r in (real, pretended)), strict=True
+        ):
             assert (a is None) == (b is None)
             if a is not None:
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
@@ -176,7 +289,11 @@ def test_fakes_say_what_the_kernels_return():
 
 
 def op_nodes(graph):
-    return [node.target for node in graph.nodes if node.op == "call_function" and "rmsnorm_cuda" in str(node.target)]
+    return [
+        node.target
+        for node in graph.nodes
+        if node.op == "call_function" and "rmsnorm_cuda" in str(node.target)
+    ]
 
 
 def test_one_node_per_norm():
@@ -207,7 +324,9 @@ class Recorder(TorchFunctionMode):
 
 
 def test_torch_function_mode():
-    """The override is handed the public function, with arguments that it takes: calling it again works."""
+    """The override is handed the public function, with arguments that it takes: calling it again
+    works.
+    """
     x, weight = random(3, 8), random_weight(8, torch.float32)
     with Recorder() as mode:
         y = rms_norm(x, 8, weight, 1e-5, weight_offset=1.0)
@@ -226,7 +345,11 @@ class Tagged(torch.Tensor):
 
 @pytest.mark.parametrize("which", ["input", "weight", "out"])
 def test_torch_function_subclass(which):
-    tensors = {"input": random(3, 8), "weight": random_weight(8, torch.float32), "out": torch.zeros(3, 8)}
+    tensors = {
+        "input": random(3, 8),
+        "weight": random_weight(8, torch.float32),
+        "out": torch.zeros(3, 8),
+    }
     want = rms_norm(tensors["input"], 8, tensors["weight"])
     tensors[which] = tensors[which].as_subclass(Tagged)
     Tagged.seen.clear()
@@ -250,12 +373,18 @@ def test_dispatch_mode_sees_the_op():
     with Calls() as calls:
         rms_norm(x.detach(), 8)
         rms_norm(x, 8).backward(torch.ones(3, 8))
-    assert calls.ours == [ops.rms_norm.default, ops.rms_norm_forward.default, ops.rms_norm_backward.default]
+    assert calls.ours == [
+        ops.rms_norm.default,
+        ops.rms_norm_forward.default,
+        ops.rms_norm_backward.default,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_leaves_inputs_alone(dtype):
-    """Every dtype is computed in fp32 anyway: autocast has nothing to add, and takes no precision away."""
+    """Every dtype is computed in fp32 anyway: autocast has nothing to add, and takes no precision
+    away.
+    """
     for x_dtype in (torch.float32, torch.bfloat16):
         x, weight = random(3, 8, dtype=x_dtype), random_weight(8, torch.float32)
         with torch.autocast("cpu", dtype):

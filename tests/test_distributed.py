@@ -1,6 +1,8 @@
-"""DTensor, tensor parallel, FSDP2, DDP, context parallel and checkpoints, in 2 and 4 processes, beside one process.
+"""DTensor, tensor parallel, FSDP2, DDP, context parallel and checkpoints, in 2 and 4 processes,
+beside one process.
 
-The checks of a world share its processes, since those take seconds to import torch; each is then a test of its own.
+The checks of a world share its processes, since those take seconds to import torch; each is then a
+test of its own.
 """
 
 import datetime
@@ -17,7 +19,14 @@ import torch.multiprocessing as mp
 from cases import GEMMA, LLAMA, assert_forward, ops, random, random_weight, same_bits
 from torch import nn
 
-from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
+from rmsnorm_cuda import (
+    RMSNorm,
+    fused_add_rms_norm,
+    fused_add_rms_norm_,
+    fused_add_rms_norm_quant,
+    rms_norm,
+    rms_norm_quant,
+)
 
 pytestmark = pytest.mark.distributed
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -47,7 +56,9 @@ def _process(rank, world, folder):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """processes(world): the folder where each process noted the checks that it passed, and what went wrong."""
+    """processes(world): the folder where each process noted the checks that it passed, and what
+    went wrong.
+    """
     done = {}
 
     def run(world):
@@ -64,7 +75,9 @@ def processes(tmp_path_factory):
 
 
 def everywhere(t, mesh, *placements):
-    """A copy of t, which every process has in full, as a DTensor. (Placed without sending anything.)"""
+    """A copy of t, which every process has in full, as a DTensor. (Placed without sending
+    anything.)
+    """
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(t.clone(), mesh, placements, src_data_rank=None)
@@ -80,9 +93,17 @@ def full(t):
 
     if t.dtype.itemsize > 1 or t.dtype == torch.int8:
         return t.full_tensor()
-    return DTensor.from_local(
-        t.to_local().view(torch.uint8), t.device_mesh, t.placements, shape=t.shape, stride=t.stride()
-    ).full_tensor().view(t.dtype)
+    return (
+        DTensor.from_local(
+            t.to_local().view(torch.uint8),
+            t.device_mesh,
+            t.placements,
+            shape=t.shape,
+            stride=t.stride(),
+        )
+        .full_tensor()
+        .view(t.dtype)
+    )
 
 
 class no_communication:
@@ -98,7 +119,9 @@ class no_communication:
 
 
 def layouts(world):
-    """(mesh, placements of rows) of a tensor (5, 7, N). 5 and 7 are not divided evenly; of 4 processes one has none of 5."""
+    """(mesh, placements of rows) of a tensor (5, 7, N). 5 and 7 are not divided evenly; of 4
+    processes one has none of 5.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
     for placement in (Replicate(), Shard(0), Shard(1)):
@@ -112,13 +135,16 @@ def layouts(world):
 def summed(placements):
     from torch.distributed.tensor import Partial, Replicate
 
-    return tuple(p if p.is_replicate() else Partial() for p in placements), (Replicate(),) * len(placements)
+    return tuple(p if p.is_replicate() else Partial() for p in placements), (Replicate(),) * len(
+        placements
+    )
 
 
 @check(2, 4)
 def forward_and_backward(rank, world, folder):
-    """Nothing is sent, and what belongs to the rows is placed as they are. The bits of one process, but of the weight's
-    gradient, whose sum over the processes is formed in another order: some eps of the sum of magnitudes."""
+    """Nothing is sent, and what belongs to the rows is placed as they are. The bits of one process,
+    but of the weight's gradient, whose sum over the processes is formed in another order: some eps
+    of the sum of magnitudes."""
     cases = itertools.product(((FP32, FP32), (BF16, FP32), (BF16, None)), ({}, GEMMA, LLAMA))
     for (dtype, weight_dtype), options in cases:
         x, weight = random(5, 7, 32, dtype=dtype).requires_grad_(), random_weight(32, weight_dtype)
@@ -129,16 +155,28 @@ def forward_and_backward(rank, world, folder):
         for mesh, rows in layouts(world):
             partial, whole = summed(rows)
             dx = everywhere(x.detach(), mesh, *rows).requires_grad_()
-            dw = None if weight is None else everywhere(weight.detach(), mesh, *whole).requires_grad_()
+            dw = (
+                None
+                if weight is None
+                else everywhere(weight.detach(), mesh, *whole).requires_grad_()
+            )
             upstream = everywhere(dy, mesh, *rows)
             with no_communication():
                 got_y = rms_norm(dx, 32, dw, 1e-6, **options)
                 got = torch.autograd.grad(got_y, [dx] if weight is None else [dx, dw], upstream)
                 with torch.no_grad():
                     plain, rstd = ops.rms_norm_forward(dx, [32], dw, 1e-6, **options)
-            assert got_y.placements == got[0].placements == plain.placements == rstd.placements == rows
-            assert same_bits(full(got_y), y) and same_bits(full(plain), y) and same_bits(full(got[0]), want[0])
-            assert same_bits(full(rstd), ops.rms_norm_forward(x, [32], weight, 1e-6, **options)[1].detach())
+            assert (
+                got_y.placements == got[0].placements == plain.placements == rstd.placements == rows
+            )
+            assert (
+                same_bits(full(got_y), y)
+                and same_bits(full(plain), y)
+                and same_bits(full(got[0]), want[0])
+            )
+            assert same_bits(
+                full(rstd), ops.rms_norm_forward(x, [32], weight, 1e-6, **options)[1].detach()
+            )
             if weight is not None:
                 assert got[1].placements == partial and got[1].dtype == weight.dtype
                 torch.testing.assert_close(full(got[1]), want[1], rtol=1e-5, atol=1e-5)
@@ -146,21 +184,42 @@ def forward_and_backward(rank, world, folder):
 
 @check(2, 4)
 def fused(rank, world, folder):
-    for (dtype, wide), options in itertools.product(((FP32, FP32), (BF16, BF16), (BF16, FP32)), ({}, LLAMA)):
-        leaves = [random(5, 7, 32, dtype=dtype), random(5, 7, 32, dtype=wide), random_weight(32, dtype)]
+    for (dtype, wide), options in itertools.product(
+        ((FP32, FP32), (BF16, BF16), (BF16, FP32)), ({}, LLAMA)
+    ):
+        leaves = [
+            random(5, 7, 32, dtype=dtype),
+            random(5, 7, 32, dtype=wide),
+            random_weight(32, dtype),
+        ]
         plain = [t.clone().requires_grad_() for t in leaves]
         results = fused_add_rms_norm(*plain, 1e-6, **options)
         upstream = [random(5, 7, 32, dtype=t.dtype) for t in results]
         want = torch.autograd.grad(results, plain, upstream)
         for mesh, rows in layouts(world):
             partial, whole = summed(rows)
-            there = [everywhere(t, mesh, *p).requires_grad_() for t, p in zip(leaves, (rows, rows, whole))]
+            there = [
+                everywhere(t, mesh, *p).requires_grad_()
+                for t, p in zip(leaves, (rows, rows, whole))
+            ]
             with no_communication():
                 got = fused_add_rms_norm(*there, 1e-6, **options)
-                grads = torch.autograd.grad(got, there, [everywhere(t, mesh, *rows) for t in upstream])
-            assert {t.placements for t in (*got, *grads[:2])} == {rows} and grads[2].placements == partial
-            assert all(same_bits(full(a), b) for a, b in zip((*got, *grads[:2]), (*results, *want[:2]), strict=True))
-            torch.testing.assert_close(full(grads[2]), want[2], rtol=torch.finfo(dtype).eps * 10, atol=1e-5 if dtype == FP32 else 0.1)
+                grads = torch.autograd.grad(
+                    got, there, [everywhere(t, mesh, *rows) for t in upstream]
+                )
+            assert {t.placements for t in (*got, *grads[:2])} == {rows} and grads[
+                2
+            ].placements == partial
+            assert all(
+                same_bits(full(a), b)
+                for a, b in zip((*got, *grads[:2]), (*results, *want[:2]), strict=True)
+            )
+            torch.testing.assert_close(
+                full(grads[2]),
+                want[2],
+                rtol=torch.finfo(dtype).eps * 10,
+                atol=1e-5 if dtype == FP32 else 0.1,
+            )
             if options:
                 continue
             with torch.no_grad(), no_communication():
@@ -172,7 +231,11 @@ def fused(rank, world, folder):
 @check(2, 4)
 @torch.no_grad()
 def quantized(rank, world, folder):
-    x, residual, weight = random(5, 7, 128, dtype=BF16), random(5, 7, 128, dtype=BF16), random_weight(128, FP32)
+    x, residual, weight = (
+        random(5, 7, 128, dtype=BF16),
+        random(5, 7, 128, dtype=BF16),
+        random_weight(128, FP32),
+    )
     variants = [
         {"dtype": torch.float8_e4m3fn},
         {"dtype": torch.int8, "return_norm": True},
@@ -184,14 +247,24 @@ def quantized(rank, world, folder):
         w = everywhere(weight, mesh, *summed(rows)[1])
         dx, dr = everywhere(x, mesh, *rows), everywhere(residual, mesh, *rows)
         with no_communication():
-            got = rms_norm_quant(dx, w, 1e-6, **options), fused_add_rms_norm_quant(dx, dr, w, 1e-6, **options)
-        want = rms_norm_quant(x, weight, 1e-6, **options), fused_add_rms_norm_quant(x, residual, weight, 1e-6, **options)
+            got = (
+                rms_norm_quant(dx, w, 1e-6, **options),
+                fused_add_rms_norm_quant(dx, dr, w, 1e-6, **options),
+            )
+        want = (
+            rms_norm_quant(x, weight, 1e-6, **options),
+            fused_add_rms_norm_quant(x, residual, weight, 1e-6, **options),
+        )
         for a, b in zip(got, want, strict=True):
             for i, (t, value) in enumerate(zip(a, b, strict=True)):
                 if i == 1 and "scale" in options:
                     assert t is options["scale"]
                     continue
-                assert t.placements == rows and same_bits(full(t).float(), value.float()), (i, options, rows)
+                assert t.placements == rows and same_bits(full(t).float(), value.float()), (
+                    i,
+                    options,
+                    rows,
+                )
         if "column_major" in options:
             local = got[0][1].to_local()
             assert local.movedim(-1, 0).is_contiguous()
@@ -208,18 +281,25 @@ def other_placements(rank, world, folder):
     y = rms_norm(x, 32, weight, 1e-6)
     upstream = random(4, 8, 32)
     want = torch.autograd.grad(y, (x, weight), upstream)
-    for placement, weight_placement in itertools.product((Shard(2), Partial()), (Replicate(), Shard(0))):
+    for placement, weight_placement in itertools.product(
+        (Shard(2), Partial()), (Replicate(), Shard(0))
+    ):
         if placement == Partial():  # a sum that is exact
             there = DTensor.from_local(x.detach() * (1.0 if rank == 0 else 0.0), mesh, [placement])
         else:
             there = everywhere(x.detach(), mesh, placement)
-        leaves = [there.requires_grad_(), everywhere(weight.detach(), mesh, weight_placement).requires_grad_()]
+        leaves = [
+            there.requires_grad_(),
+            everywhere(weight.detach(), mesh, weight_placement).requires_grad_(),
+        ]
         with CommDebugMode() as mode:
             got = rms_norm(leaves[0], 32, leaves[1], 1e-6)
         assert mode.get_total_counts() == 1 + (weight_placement == Shard(0))
         assert got.placements[0] not in (Shard(2), Partial()) and same_bits(full(got), y.detach())
         for dy_placement in (Shard(2), Shard(0), Replicate()):
-            grads = torch.autograd.grad(got, leaves, everywhere(upstream, mesh, dy_placement), retain_graph=True)
+            grads = torch.autograd.grad(
+                got, leaves, everywhere(upstream, mesh, dy_placement), retain_graph=True
+            )
             assert same_bits(full(grads[0]), want[0])
             torch.testing.assert_close(full(grads[1]), want[1], rtol=1e-5, atol=1e-5)
     # Several normalized dimensions: none of them may be sharded.
@@ -234,21 +314,32 @@ def other_placements(rank, world, folder):
 def gradient_of_the_sum_placed_otherwise(rank, world, folder):
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    leaves, upstream = [random(4, 8, 32), random(4, 8, 32), random_weight(32, FP32)], [random(4, 8, 32), random(4, 8, 32)]
+    leaves, upstream = (
+        [random(4, 8, 32), random(4, 8, 32), random_weight(32, FP32)],
+        [random(4, 8, 32), random(4, 8, 32)],
+    )
     plain = [t.clone().requires_grad_() for t in leaves]
     want = torch.autograd.grad(fused_add_rms_norm(*plain), plain, upstream)
     S0, S1, R = Shard(0), Shard(1), Replicate()
-    for rows, others in (((S1,), ((R,), (S0,), (Shard(2),), (Partial(),))), ((S0, S1), ((S1, S0), (R, S1), (Partial(), S1)))):
+    for rows, others in (
+        ((S1,), ((R,), (S0,), (Shard(2),), (Partial(),))),
+        ((S0, S1), ((S1, S0), (R, S1), (Partial(), S1))),
+    ):
         if len(rows) == 2 and world == 2:
             continue
         mesh = mesh_of(world) if len(rows) == 1 else mesh_of(2, 2)
         for placements in others:
-            there = [everywhere(t, mesh, *p).requires_grad_() for t, p in zip(leaves, (rows, rows, (R,) * len(rows)))]
+            there = [
+                everywhere(t, mesh, *p).requires_grad_()
+                for t, p in zip(leaves, (rows, rows, (R,) * len(rows)))
+            ]
             dsum = everywhere(upstream[1], mesh, *(R if p.is_partial() else p for p in placements))
             if Partial() in placements:
                 mine = 1.0 if mesh.get_local_rank(0) == 0 else 0.0
                 dsum = DTensor.from_local(dsum.to_local() * mine, mesh, placements)
-            grads = torch.autograd.grad(fused_add_rms_norm(*there), there, [everywhere(upstream[0], mesh, *rows), dsum])
+            grads = torch.autograd.grad(
+                fused_add_rms_norm(*there), there, [everywhere(upstream[0], mesh, *rows), dsum]
+            )
             assert all(same_bits(full(a), b) for a, b in zip(grads[:2], want[:2])), placements
             torch.testing.assert_close(full(grads[2]), want[2], rtol=1e-5, atol=1e-5)
 
@@ -259,7 +350,10 @@ def in_place_is_refused_where_it_would_write_to_a_copy(rank, world, folder):
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, x = mesh_of(world), random(4, 8, 32)
-    for input, residual, message in ((Shard(0), Replicate(), "residual to be placed as input is"), (Shard(2), Shard(2), "in-?place")):
+    for input, residual, message in (
+        (Shard(0), Replicate(), "residual to be placed as input is"),
+        (Shard(2), Shard(2), "in-?place"),
+    ):
         there = everywhere(x, mesh, input), everywhere(x, mesh, residual)
         with pytest.raises(RuntimeError, match=message):
             fused_add_rms_norm_(*there)
@@ -272,7 +366,9 @@ def in_place_is_refused_where_it_would_write_to_a_copy(rank, world, folder):
 
 @check(2)
 def decisions_are_not_mixed_up(rank, world, folder):
-    """DTensor remembers its decisions by the arguments. Each of these differs from the last in one that is no tensor."""
+    """DTensor remembers its decisions by the arguments. Each of these differs from the last in one
+    that is no tensor.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
     mesh = mesh_of(world)
@@ -280,7 +376,9 @@ def decisions_are_not_mixed_up(rank, world, folder):
     dx, dw = everywhere(x, mesh, Shard(1)), everywhere(weight, mesh, Replicate())
     for shape in ((64,), (8, 64), (64,)):
         got = rms_norm(dx, shape)
-        assert got.placements[0].is_shard(1) == (len(shape) == 1) and same_bits(full(got), rms_norm(x, shape))
+        assert got.placements[0].is_shard(1) == (len(shape) == 1) and same_bits(
+            full(got), rms_norm(x, shape)
+        )
     for cast in (False, True, False):
         got = rms_norm(dx, 64, dw, cast_before_weight=cast)
         assert got.dtype == got.to_local().dtype == (FP32 if cast else BF16)
@@ -288,12 +386,24 @@ def decisions_are_not_mixed_up(rank, world, folder):
     for mask in ((True, True), (True, False), (False, True), (True, True)):
         got = ops.rms_norm_backward(dx, dx, [64], dw, rstd, None, mask)
         assert tuple(t is not None for t in got) == mask
-    for keep, dtype in ((False, torch.int8), (True, torch.int8), (True, torch.float8_e5m2), (False, torch.int8)):
+    for keep, dtype in (
+        (False, torch.int8),
+        (True, torch.int8),
+        (True, torch.float8_e5m2),
+        (False, torch.int8),
+    ):
         q, scale, norm = ops.rms_norm_quant(dx, dw, dtype=dtype, keep_norm=keep)
         assert q.dtype == q.to_local().dtype == dtype and norm.shape == (x.shape if keep else (0,))
     for block, column_major in ((None, False), (64, False), (64, True)):
-        scale = ops.rms_norm_quant(dx, dw, dtype=torch.int8, block=block, column_major=column_major)[1]
-        assert scale.stride() == rms_norm_quant(x, weight, dtype=torch.int8, block=block, column_major=column_major)[1].stride()
+        scale = ops.rms_norm_quant(
+            dx, dw, dtype=torch.int8, block=block, column_major=column_major
+        )[1]
+        assert (
+            scale.stride()
+            == rms_norm_quant(x, weight, dtype=torch.int8, block=block, column_major=column_major)[
+                1
+            ].stride()
+        )
 
 
 @check(2)
@@ -327,10 +437,18 @@ def compiled(rank, world, folder):
         function = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         for length in (6, 9):
             leaves = [random(2, length, 32), random(2, length, 32), random_weight(32, FP32)]
-            there = [everywhere(t, mesh, p).requires_grad_() for t, p in zip(leaves, (Shard(1), Shard(1), Replicate()))]
+            there = [
+                everywhere(t, mesh, p).requires_grad_()
+                for t, p in zip(leaves, (Shard(1), Shard(1), Replicate()))
+            ]
             got, want = function(*there), layer(*leaves)
-            assert all(a.placements == (Shard(1),) and same_bits(full(a), b) for a, b in zip(got, want, strict=True))
-            grads = [torch.autograd.grad([t.sum() for t in f(*there)], there) for f in (function, layer)]
+            assert all(
+                a.placements == (Shard(1),) and same_bits(full(a), b)
+                for a, b in zip(got, want, strict=True)
+            )
+            grads = [
+                torch.autograd.grad([t.sum() for t in f(*there)], there) for f in (function, layer)
+            ]
             assert all(same_bits(full(a), full(b)) for a, b in zip(*grads, strict=True))
 
 
@@ -342,14 +460,24 @@ class Attention(nn.Module):
 
     def forward(self, x):
         # As many heads as there are columns on this rank.
-        q, k, v = (f(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        q, k, v = (
+            f(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        return self.out(
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(-2)
+        )
 
 
 class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(width, 64, bias=False), nn.Linear(width, 64, bias=False), nn.Linear(64, width, bias=False)
+        self.gate, self.up, self.down = (
+            nn.Linear(width, 64, bias=False),
+            nn.Linear(width, 64, bias=False),
+            nn.Linear(64, width, bias=False),
+        )
 
     def forward(self, x):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
@@ -360,7 +488,10 @@ class Block(nn.Module):
 
     def __init__(self, width=32, heads=4):
         super().__init__()
-        self.norm, self.post_norm = RMSNorm(width, 1e-6, cast_before_weight=True), RMSNorm(width, 1e-6, **GEMMA)
+        self.norm, self.post_norm = (
+            RMSNorm(width, 1e-6, cast_before_weight=True),
+            RMSNorm(width, 1e-6, **GEMMA),
+        )
         self.attention, self.feed_forward = Attention(width, heads), FeedForward(width)
         for norm in (self.norm, self.post_norm):
             nn.init.normal_(norm.weight, 0.5, 0.2)
@@ -372,7 +503,9 @@ class Block(nn.Module):
 
 @check(2, 4)
 def tensor_and_sequence_parallel(rank, world, folder):
-    """Norms keep their bits; behind a row-parallel projection a sum of `world` parts is rounded otherwise: some eps."""
+    """Norms keep their bits; behind a row-parallel projection a sum of `world` parts is rounded
+    otherwise: some eps.
+    """
     import copy
 
     from torch.distributed.tensor import Replicate, Shard
@@ -418,11 +551,17 @@ def tensor_and_sequence_parallel(rank, world, folder):
         assert got.placements == there.grad.placements == (Shard(1),)
         torch.testing.assert_close(full(got), want, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(full(there.grad), leaf.grad, rtol=1e-5, atol=1e-5)
-        for (name, a), (_, b) in zip(parallel.named_parameters(), single.named_parameters(), strict=True):
-            torch.testing.assert_close(full(a.grad), b.grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        for (name, a), (_, b) in zip(
+            parallel.named_parameters(), single.named_parameters(), strict=True
+        ):
+            torch.testing.assert_close(
+                full(a.grad), b.grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}"
+            )
         assert norms[0].placements == (Shard(1),) and same_bits(full(norms[0]), single.norm(x))
     # A plain local shard goes in and out, too.
-    norm = parallelize_module(copy.deepcopy(single.post_norm), mesh, SequenceParallel(use_local_output=True))
+    norm = parallelize_module(
+        copy.deepcopy(single.post_norm), mesh, SequenceParallel(use_local_output=True)
+    )
     assert same_bits(norm(x.chunk(world, 1)[rank]), single.post_norm(x).chunk(world, 1)[rank])
 
 
@@ -444,7 +583,9 @@ def blocks():
 
 @check(2, 4)
 def data_parallel(rank, world, folder):
-    """Two steps, each process on its part of the batch; gradients are averaged in another order: some eps."""
+    """Two steps, each process on its part of the batch; gradients are averaged in another order:
+    some eps.
+    """
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -455,7 +596,10 @@ def data_parallel(rank, world, folder):
 
     batches = [random(4, 8, 32) for _ in range(2)]
     want, mine = trained(blocks(), batches), [batch.chunk(world)[rank] for batch in batches]
-    replicated, sharded = trained(blocks(), mine, DistributedDataParallel), trained(blocks(), mine, shard)
+    replicated, sharded = (
+        trained(blocks(), mine, DistributedDataParallel),
+        trained(blocks(), mine, shard),
+    )
     for name, value in want.items():
         torch.testing.assert_close(replicated[name], value, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(full(sharded[name]), value, rtol=1e-5, atol=1e-6)
@@ -463,7 +607,9 @@ def data_parallel(rank, world, folder):
 
 @check(2, 4)
 def fully_sharded_in_bfloat16(rank, world, folder):
-    """Forward: the bits of the model in bfloat16. Gradients: the average of those, in fp32. Then to a checkpoint and back."""
+    """Forward: the bits of the model in bfloat16. Gradients: the average of those, in fp32. Then to
+    a checkpoint and back.
+    """
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -479,11 +625,15 @@ def fully_sharded_in_bfloat16(rank, world, folder):
     assert same_bits(got, want)
     for y in (want, got):
         y.float().pow(2).mean().backward()
-    for (name, a), (_, b) in zip(sharded.named_parameters(), single.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        sharded.named_parameters(), single.named_parameters(), strict=True
+    ):
         average = b.grad.float()
         dist.all_reduce(average)
         assert a.grad.dtype == FP32
-        torch.testing.assert_close(full(a.grad), average / world, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            full(a.grad), average / world, msg=lambda text: f"{name}: {text}"
+        )
 
     saved = {name: t.detach().clone() for name, t in sharded.state_dict().items()}
     checkpoint.save({"model": sharded.state_dict()}, checkpoint_id=folder / "checkpoint")
@@ -498,7 +648,9 @@ def fully_sharded_in_bfloat16(rank, world, folder):
 
 @check(2, 4)
 def context_parallel_shards(rank, world, folder):
-    """The sequence is split by torch's context_parallel, in its own order; a norm needs nothing of the other processes."""
+    """The sequence is split by torch's context_parallel, in its own order; a norm needs nothing of
+    the other processes.
+    """
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
@@ -519,15 +671,18 @@ def context_parallel_shards(rank, world, folder):
 
 @check(2, 4)
 def hidden_sharded(rank, world, folder):
-    """rms_norm_sharded: one all-reduce each way. In 16 bits within 1 ulp of fp64 rounded once. In fp32 within 4, as F.rms_norm
-    is: each of sum, mean, rsqrt, weight + offset and two products rounds by half an ulp. Gradients: some eps."""
+    """rms_norm_sharded: one all-reduce each way. In 16 bits within 1 ulp of fp64 rounded once. In
+    fp32 within 4, as F.rms_norm is: each of sum, mean, rsqrt, weight + offset and two products
+    rounds by half an ulp. Gradients: some eps."""
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
     from rmsnorm_cuda import rms_norm_sharded
     from rmsnorm_cuda.reference import rms_norm_backward_reference, rms_norm_reference, ulp_distance
 
-    for dtype, weight_dtype, options in itertools.product((FP32, BF16, torch.float16), (FP32, None), ({}, GEMMA, LLAMA)):
+    for dtype, weight_dtype, options in itertools.product(
+        (FP32, BF16, torch.float16), (FP32, None), ({}, GEMMA, LLAMA)
+    ):
         for size in (64 * world, 64 * world - 3):  # evenly, and not
             x, weight = random(3, 5, size, dtype=dtype), random_weight(size, weight_dtype)
             leaf = x.chunk(world, -1)[rank].clone().requires_grad_()
@@ -536,8 +691,12 @@ def hidden_sharded(rank, world, folder):
                 y = rms_norm_sharded(leaf, size, part, 1e-6, **options)
             assert mode.get_total_counts() == 1
             want = rms_norm_reference(x, (size,), weight, 1e-6, **options)
-            parts = [torch.empty(3, 5, (size + world - 1) // world, dtype=y.dtype) for _ in range(world)]
-            dist.all_gather(parts, nn.functional.pad(y.detach(), (0, parts[0].shape[-1] - y.shape[-1])))
+            parts = [
+                torch.empty(3, 5, (size + world - 1) // world, dtype=y.dtype) for _ in range(world)
+            ]
+            dist.all_gather(
+                parts, nn.functional.pad(y.detach(), (0, parts[0].shape[-1] - y.shape[-1]))
+            )
             whole = torch.cat(parts, -1)[..., :size]
             if dtype == FP32:
                 assert whole.dtype == FP32 and ulp_distance(whole, want).max() <= 4
@@ -545,25 +704,38 @@ def hidden_sharded(rank, world, folder):
                 assert_forward(whole, x, (size,), weight, 1e-6, options)
             dy = random(3, 5, size, dtype=y.dtype)
             with CommDebugMode() as mode:
-                grads = torch.autograd.grad(y, [leaf] if part is None else [leaf, part], dy.chunk(world, -1)[rank])
+                grads = torch.autograd.grad(
+                    y, [leaf] if part is None else [leaf, part], dy.chunk(world, -1)[rank]
+                )
             assert mode.get_total_counts() == 1
             want = rms_norm_backward_reference(dy, x, (size,), weight, 1e-6, **options)
-            torch.testing.assert_close(grads[0].double(), want[0].chunk(world, -1)[rank], rtol=torch.finfo(dtype).eps, atol=1e-5)
+            torch.testing.assert_close(
+                grads[0].double(),
+                want[0].chunk(world, -1)[rank],
+                rtol=torch.finfo(dtype).eps,
+                atol=1e-5,
+            )
             if part is not None:  # a rounded xhat may be a tie that falls the other way
                 atol = 16 * torch.finfo(dtype).eps if options == LLAMA else 1e-5
-                torch.testing.assert_close(grads[1].double(), want[1].chunk(world)[rank], rtol=1e-5, atol=atol)
+                torch.testing.assert_close(
+                    grads[1].double(), want[1].chunk(world)[rank], rtol=1e-5, atol=atol
+                )
 
     def layer(x, weight):
         return rms_norm_sharded(x * 1.0, 64 * world, weight, 1e-6) * 2
 
     leaves = [random(2, 4, 64).requires_grad_(), random_weight(64, FP32).requires_grad_()]
     fullgraph = torch.__version__ >= "2.12.dev0"  # see sharded.py
-    results = [f(*leaves) for f in (layer, torch.compile(layer, backend="aot_eager", fullgraph=fullgraph))]
+    results = [
+        f(*leaves) for f in (layer, torch.compile(layer, backend="aot_eager", fullgraph=fullgraph))
+    ]
     grads = [torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True) for y in results]
     assert torch.equal(*results) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grads[0][0].sum().backward()
-    with pytest.raises(ValueError, match="normalized_size to be at least input's 64 columns, but got 32"):
+    with pytest.raises(
+        ValueError, match="normalized_size to be at least input's 64 columns, but got 32"
+    ):
         rms_norm_sharded(leaves[0], 32)
     with pytest.raises(RuntimeError, match=r"weight of shape \[32\] and normalized_shape=\[64\]"):
         rms_norm_sharded(leaves[0], 64 * world, leaves[1][:32])
@@ -577,7 +749,9 @@ def hidden_sharded(rank, world, folder):
         rms_norm_sharded(distribute_tensor(random(3, 64), mesh_of(world), [Shard(1)]), 64)
 
 
-@pytest.mark.parametrize("world, name", [(world, check.__name__) for world, checks in CHECKS.items() for check in checks])
+@pytest.mark.parametrize(
+    "world, name", [(world, check.__name__) for world, checks in CHECKS.items() for check in checks]
+)
 def test_processes(world, name, processes):
     folder, error = processes(world)
     assert all((folder / f"{name}.{rank}").exists() for rank in range(world)), error
@@ -621,15 +795,29 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_import(order):
-    """The rules are there whatever is imported first, and nobody who does not use DTensor waits for it."""
-    code = "import importlib.util, sys, torch\n" + textwrap.dedent(ORDERS[order]) + textwrap.dedent(RUN)
+    """The rules are there whatever is imported first, and nobody who does not use DTensor waits for
+    it.
+    """
+    code = (
+        "import importlib.util, sys, torch\n"
+        + textwrap.dedent(ORDERS[order])
+        + textwrap.dedent(RUN)
+    )
     root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning:rmsnorm_cuda", "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:rmsnorm_cuda", "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_import_in_threads():
-    """torch's modules import each other, and threads may see them half done and fail; but none waits for another for ever."""
+    """torch's modules import each other, and threads may see them half done and fail; but none
+    waits for another for ever.
+    """
     code = """if True:
         import contextlib, importlib, threading, torch, rmsnorm_cuda
         def load(name):
@@ -650,7 +838,9 @@ def test_import_in_threads():
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_fsdp1_of_a_swapped_model(use_orig_params, tmp_path):
-    """Swapped before it is wrapped. Afterwards weights are views of one flat parameter, and the reason says to swap before."""
+    """Swapped before it is wrapped. Afterwards weights are views of one flat parameter, and the
+    reason says to swap before.
+    """
     program = f"""if True:
         import copy, torch, torch.distributed as dist
         from torch import nn
@@ -670,5 +860,7 @@ def test_fsdp1_of_a_swapped_model(use_orig_params, tmp_path):
         torch.testing.assert_close(late(x).detach(), want)
         dist.destroy_process_group()
     """
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,6 @@
-"""What stands around a norm in torch: autocast, determinism flags, tracing, state, counters, profiler."""
+"""What stands around a norm in torch: autocast, determinism flags, tracing, state, counters,
+profiler.
+"""
 
 import copy
 import io
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import GEMMA, LLAMA, name, random, random_weight, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize, parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, rms_norm, rms_norm_quant
 
@@ -34,8 +36,9 @@ class Model(torch.nn.Module):
 
 # ---------------------------------------------------------------- autocast
 
-# (input, weight): dtype of F.rms_norm, ours, ours with cast_before_weight, under autocast to bf16. On CUDA, F.rms_norm is on
-# autocast's list of fp32 ops since torch 2.12: it casts, and returns fp32. Ours takes its inputs as they come.
+# (input, weight): dtype of F.rms_norm, ours, ours with cast_before_weight, under autocast to bf16.
+# On CUDA, F.rms_norm is on autocast's list of fp32 ops since torch 2.12: it casts, and returns
+# fp32. Ours takes its inputs as they come.
 AUTOCAST = {
     ("cpu", FP32, FP32): (FP32, FP32, FP32),
     ("cpu", FP32, BF16): (FP32, FP32, FP32),
@@ -53,7 +56,10 @@ AUTOCAST = {
 @pytest.fixture
 def autocast_to_bf16():
     """torch.autocast, also where there is no GPU, for which torch would leave it off."""
-    before = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")}
+    before = {
+        device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    }
     for device in before:
         torch.set_autocast_enabled(device, True)
         torch.set_autocast_dtype(device, BF16)
@@ -63,7 +69,9 @@ def autocast_to_bf16():
         torch.set_autocast_dtype(device, dtype)
 
 
-@pytest.mark.parametrize("case, dtypes", AUTOCAST.items(), ids=[f"{d}-{name(x)}-{name(w)}" for d, x, w in AUTOCAST])
+@pytest.mark.parametrize(
+    "case, dtypes", AUTOCAST.items(), ids=[f"{d}-{name(x)}-{name(w)}" for d, x, w in AUTOCAST]
+)
 def test_autocast_table(case, dtypes, autocast_to_bf16):
     """On fake tensors, which need no GPU: dtypes, and that no cast stands beside the norm."""
     device, x_dtype, weight_dtype = case
@@ -71,12 +79,19 @@ def test_autocast_table(case, dtypes, autocast_to_bf16):
         dtypes = (x_dtype, *dtypes[1:])
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype")  # F.rms_norm's
-        x, weight = torch.empty(3, 8, dtype=x_dtype, device=device), torch.empty(8, dtype=weight_dtype, device=device)
+        x, weight = (
+            torch.empty(3, 8, dtype=x_dtype, device=device),
+            torch.empty(8, dtype=weight_dtype, device=device),
+        )
         with torch.autograd.profiler.profile() as seen:
             ours = rms_norm(x, 8, weight), rms_norm(x, 8, weight, **LLAMA)
             fused = fused_add_rms_norm(x, x, weight)
         called = {event.name for event in seen.function_events}
-        assert "rmsnorm_cuda::rms_norm" in called and not called & {"aten::to", "aten::_to_copy", "aten::copy_"}
+        assert "rmsnorm_cuda::rms_norm" in called and not called & {
+            "aten::to",
+            "aten::_to_copy",
+            "aten::copy_",
+        }
         assert (F.rms_norm(x, (8,), weight).dtype, *(y.dtype for y in ours)) == dtypes
         assert [y.dtype for y in fused] == [x_dtype, x_dtype]
 
@@ -88,8 +103,14 @@ def test_autocast_keeps_the_bits(device, autocast_to_bf16):
         results = []
         for x_dtype, weight_dtype in ((FP32, FP32), (BF16, FP32), (BF16, BF16)):
             torch.manual_seed(0)
-            x, weight = random(3, 64, dtype=x_dtype, device=device), random_weight(64, weight_dtype, device)
-            results += [*fused_add_rms_norm(x, x, weight), *rms_norm_quant(x, weight, dtype=torch.int8)]
+            x, weight = (
+                random(3, 64, dtype=x_dtype, device=device),
+                random_weight(64, weight_dtype, device),
+            )
+            results += [
+                *fused_add_rms_norm(x, x, weight),
+                *rms_norm_quant(x, weight, dtype=torch.int8),
+            ]
             y = rms_norm(x.requires_grad_(), 64, weight.requires_grad_(), **GEMMA)
             results += [y.detach(), *torch.autograd.grad(y, (x, weight), y.detach())]
         return results
@@ -105,11 +126,20 @@ def test_model_under_autocast():
     model, x, seen = Model(), random(4, 16), []
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+            module.register_forward_hook(
+                lambda module, args, output: seen.append((args[0], output))
+            )
     with torch.autocast("cpu", BF16):
         y = model(x)
     (first, normed), (second, (output, total)) = seen
-    assert [t.dtype for t in (first, normed, second, output, total, y)] == [FP32, FP32, BF16, BF16, FP32, BF16]
+    assert [t.dtype for t in (first, normed, second, output, total, y)] == [
+        FP32,
+        FP32,
+        BF16,
+        BF16,
+        FP32,
+        BF16,
+    ]
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == FP32 for p in model.parameters())
 
@@ -119,19 +149,28 @@ def test_model_under_autocast():
 
 @pytest.mark.parametrize("fill", [False, True])
 def test_deterministic_algorithms(fill):
-    """Accepted without an error or a warning, with the same bits; memory that torch fills beforehand does no harm."""
+    """Accepted without an error or a warning, with the same bits; memory that torch fills
+    beforehand does no harm.
+    """
 
     def run():
         torch.manual_seed(0)
         x, residual, weight = random(40, 64), random(40, 64), random_weight(64, FP32)
-        leaves = x.clone().requires_grad_(), residual.clone().requires_grad_(), weight.clone().requires_grad_()
+        leaves = (
+            x.clone().requires_grad_(),
+            residual.clone().requires_grad_(),
+            weight.clone().requires_grad_(),
+        )
         grads = torch.autograd.grad([t.sum() for t in fused_add_rms_norm(*leaves)], leaves)
         quantized = rms_norm_quant(x, weight, dtype=torch.int8, block=64)
         fused_add_rms_norm_(x, residual, weight)
         return *grads, *quantized, x, residual, rms_norm(x, 64, weight)
 
     want = run()
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = fill
     try:
@@ -187,7 +226,10 @@ def test_parametrized_weights():
             return weight.exp()
 
     parametrize.register_parametrization(model, "weight", Exponential())
-    assert same_bits(model(x).detach(), rms_norm(x, 16, model.parametrizations.weight.original.detach().exp(), 1e-5))
+    assert same_bits(
+        model(x).detach(),
+        rms_norm(x, 16, model.parametrizations.weight.original.detach().exp(), 1e-5),
+    )
     model(x).sum().backward()
     assert model.parametrizations.weight.original.grad is not None
     linear = parametrizations.weight_norm(torch.nn.Linear(16, 16))
@@ -204,7 +246,9 @@ def test_meta_init_and_to_empty(options):
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    assert same_bits(model.first.weight.detach(), torch.full((16,), 1.0 - options.get("weight_offset", 0.0)))
+    assert same_bits(
+        model.first.weight.detach(), torch.full((16,), 1.0 - options.get("weight_offset", 0.0))
+    )
     with torch.device("meta"):
         twin = Model(**options)
     twin.load_state_dict(model.state_dict(), assign=True)
@@ -220,12 +264,19 @@ def test_fx_symbolic_trace():
     traced = torch.fx.symbolic_trace(model)
     assert same_bits(traced(x).detach(), model(x).detach())
     # The module is traced through, into the functions that it calls.
-    assert sum("norm" in str(node.target) for node in traced.graph.nodes if node.op == "call_function") == 4
+    assert (
+        sum("norm" in str(node.target) for node in traced.graph.nodes if node.op == "call_function")
+        == 4
+    )
 
 
 def test_ao_fx_quantization():
-    """prepare_fx and convert_fx leave the norms in floating point and quantize the linear layers."""
-    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx", reason="this torch has no torch.ao.quantization")
+    """prepare_fx and convert_fx leave the norms in floating point and quantize the linear
+    layers.
+    """
+    quantize_fx = pytest.importorskip(
+        "torch.ao.quantization.quantize_fx", reason="this torch has no torch.ao.quantization"
+    )
     from torch.ao.quantization import get_default_qconfig_mapping
 
     model, x = Model().eval(), random(64, 16)
@@ -259,12 +310,16 @@ def test_flop_counter():
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
     forward = 2 * 4 * 16 * (16 + 3)
-    assert counter.get_total_flops() == 3 * forward  # x requires no gradient, but the norm's weight ahead of the layer does
+    assert (
+        counter.get_total_flops() == 3 * forward
+    )  # x requires no gradient, but the norm's weight ahead of the layer does
 
 
 def test_profiler_names_all_ops():
     x, weight = random(4, 64).requires_grad_(), random_weight(64, FP32).requires_grad_()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as seen:
         (rms_norm(x, 64, weight) + fused_add_rms_norm(x, x, weight)[0]).sum().backward()
         with torch.no_grad():
             rms_norm(x, 64, weight)
@@ -273,8 +328,19 @@ def test_profiler_names_all_ops():
     names = {event.key for event in seen.key_averages()}
     assert names >= {
         f"rmsnorm_cuda::{op}"
-        for op in ("rms_norm", "rms_norm_forward", "rms_norm_backward", "fused_add_rms_norm", "fused_add_rms_norm_forward",
-                   "fused_add_rms_norm_", "rms_norm_quant")
-    }  # fmt: skip
-    shapes = {tuple(e.input_shapes[0]) for e in seen.key_averages(group_by_input_shape=True) if e.key == "rmsnorm_cuda::rms_norm"}
+        for op in (
+            "rms_norm",
+            "rms_norm_forward",
+            "rms_norm_backward",
+            "fused_add_rms_norm",
+            "fused_add_rms_norm_forward",
+            "fused_add_rms_norm_",
+            "rms_norm_quant",
+        )
+    }
+    shapes = {
+        tuple(e.input_shapes[0])
+        for e in seen.key_averages(group_by_input_shape=True)
+        if e.key == "rmsnorm_cuda::rms_norm"
+    }
     assert shapes == {(4, 64)}

@@ -7,44 +7,183 @@ import pytest
 import torch
 from cases import LLAMA, ops, random, refused_alike_while_tracing
 
-from rmsnorm_cuda import RMSNorm, _C, fused_add_rms_norm, fused_add_rms_norm_, rms_norm, rms_norm_quant
+from rmsnorm_cuda import (
+    _C,
+    RMSNorm,
+    fused_add_rms_norm,
+    fused_add_rms_norm_,
+    rms_norm,
+    rms_norm_quant,
+)
 
 X, W = torch.ones(3, 8), torch.ones(8)
 NAN, INF = math.nan, math.inf
 
 # (arguments of rms_norm, options, exception, what the message says)
 BAD_INPUT = {
-    "wrong shape": ((X, 7), {}, RuntimeError, "given normalized_shape=[7], expected input with shape [*, 7], but got input of size [3, 8]"),
-    "wrong shapes": ((X, (2, 8)), {}, RuntimeError, "expected input with shape [*, 2, 8], but got input of size [3, 8]"),
-    "too few dimensions": ((X, (1, 3, 8)), {}, ValueError, "must have at least 3 dimensions for normalized_shape=[1, 3, 8], but got 2"),
-    "0-dimensional": ((torch.tensor(1.0), 1), {}, ValueError, "must have at least 1 dimensions for normalized_shape=[1], but got 0"),
-    "empty normalized_shape": ((X, ()), {}, RuntimeError, "expected normalized_shape to be at least 1-dimensional"),
-    "integers": ((torch.ones(3, 8, dtype=torch.int32), 8), {}, NotImplementedError, "not implemented for 'Int': expected input to be float32"),
-    "booleans": ((torch.ones(3, 8, dtype=torch.bool), 8), {}, NotImplementedError, "not implemented for 'Bool'"),
-    "complex": ((torch.ones(3, 8, dtype=torch.complex64), 8), {}, NotImplementedError, "not implemented for 'ComplexFloat'"),
-    "fp8": ((X.to(torch.float8_e4m3fn), 8), {}, NotImplementedError, "not implemented for 'Float8_e4m3fn'"),
-    "integer weight": ((X, 8, torch.ones(8, dtype=torch.int64)), {}, NotImplementedError, "'Long': expected weight to be float32"),
-    "complex weight": ((X, 8, torch.ones(8, dtype=torch.complex128)), {}, NotImplementedError, "'ComplexDouble'"),
-    "weight too long": ((X, 8, torch.ones(9)), {}, RuntimeError, "expected weight to be of same shape as normalized_shape, but got weight of shape [9] and normalized_shape=[8]"),
-    "weight of other rank": ((X, 8, torch.ones(1, 8)), {}, RuntimeError, "but got weight of shape [1, 8]"),
-    "weight that would broadcast": ((X, 8, torch.ones(1)), {}, RuntimeError, "but got weight of shape [1]"),
-    "weight elsewhere": ((X, 8, W.to("meta")), {}, RuntimeError, "expected all tensors to be on the same device, but input is on cpu and weight is on meta"),
-    "input elsewhere": ((X.to("meta"), 8, W), {}, RuntimeError, "expected all tensors to be on the same device, but input is on meta and weight is on cpu"),
-    "negative eps": ((X, 8, W, -1e-6), {}, ValueError, "expected eps to be finite and not negative, but got -1e-06"),
-    "NaN eps": ((X, 8, W, NAN), {}, ValueError, "expected eps to be finite and not negative, but got nan"),
-    "infinite eps": ((X, 8, W, INF), {}, ValueError, "expected eps to be finite and not negative, but got inf"),
-    "NaN offset": ((X, 8, W), {"weight_offset": NAN}, ValueError, "expected weight_offset to be finite, but got nan"),
-    "infinite offset": ((X, 8, W), {"weight_offset": -INF}, ValueError, "expected weight_offset to be finite, but got -inf"),
+    "wrong shape": (
+        (X, 7),
+        {},
+        RuntimeError,
+        "given normalized_shape=[7], expected input with shape [*, 7], but got input of size [3, "
+        "8]",
+    ),
+    "wrong shapes": (
+        (X, (2, 8)),
+        {},
+        RuntimeError,
+        "expected input with shape [*, 2, 8], but got input of size [3, 8]",
+    ),
+    "too few dimensions": (
+        (X, (1, 3, 8)),
+        {},
+        ValueError,
+        "must have at least 3 dimensions for normalized_shape=[1, 3, 8], but got 2",
+    ),
+    "0-dimensional": (
+        (torch.tensor(1.0), 1),
+        {},
+        ValueError,
+        "must have at least 1 dimensions for normalized_shape=[1], but got 0",
+    ),
+    "empty normalized_shape": (
+        (X, ()),
+        {},
+        RuntimeError,
+        "expected normalized_shape to be at least 1-dimensional",
+    ),
+    "integers": (
+        (torch.ones(3, 8, dtype=torch.int32), 8),
+        {},
+        NotImplementedError,
+        "not implemented for 'Int': expected input to be float32",
+    ),
+    "booleans": (
+        (torch.ones(3, 8, dtype=torch.bool), 8),
+        {},
+        NotImplementedError,
+        "not implemented for 'Bool'",
+    ),
+    "complex": (
+        (torch.ones(3, 8, dtype=torch.complex64), 8),
+        {},
+        NotImplementedError,
+        "not implemented for 'ComplexFloat'",
+    ),
+    "fp8": (
+        (X.to(torch.float8_e4m3fn), 8),
+        {},
+        NotImplementedError,
+        "not implemented for 'Float8_e4m3fn'",
+    ),
+    "integer weight": (
+        (X, 8, torch.ones(8, dtype=torch.int64)),
+        {},
+        NotImplementedError,
+        "'Long': expected weight to be float32",
+    ),
+    "complex weight": (
+        (X, 8, torch.ones(8, dtype=torch.complex128)),
+        {},
+        NotImplementedError,
+        "'ComplexDouble'",
+    ),
+    "weight too long": (
+        (X, 8, torch.ones(9)),
+        {},
+        RuntimeError,
+        "expected weight to be of same shape as normalized_shape, but got weight of shape [9] and "
+        "normalized_shape=[8]",
+    ),
+    "weight of other rank": (
+        (X, 8, torch.ones(1, 8)),
+        {},
+        RuntimeError,
+        "but got weight of shape [1, 8]",
+    ),
+    "weight that would broadcast": (
+        (X, 8, torch.ones(1)),
+        {},
+        RuntimeError,
+        "but got weight of shape [1]",
+    ),
+    "weight elsewhere": (
+        (X, 8, W.to("meta")),
+        {},
+        RuntimeError,
+        "expected all tensors to be on the same device, but input is on cpu and weight is on meta",
+    ),
+    "input elsewhere": (
+        (X.to("meta"), 8, W),
+        {},
+        RuntimeError,
+        "expected all tensors to be on the same device, but input is on meta and weight is on cpu",
+    ),
+    "negative eps": (
+        (X, 8, W, -1e-6),
+        {},
+        ValueError,
+        "expected eps to be finite and not negative, but got -1e-06",
+    ),
+    "NaN eps": (
+        (X, 8, W, NAN),
+        {},
+        ValueError,
+        "expected eps to be finite and not negative, but got nan",
+    ),
+    "infinite eps": (
+        (X, 8, W, INF),
+        {},
+        ValueError,
+        "expected eps to be finite and not negative, but got inf",
+    ),
+    "NaN offset": (
+        (X, 8, W),
+        {"weight_offset": NAN},
+        ValueError,
+        "expected weight_offset to be finite, but got nan",
+    ),
+    "infinite offset": (
+        (X, 8, W),
+        {"weight_offset": -INF},
+        ValueError,
+        "expected weight_offset to be finite, but got -inf",
+    ),
     "list for input": (([1.0], 1), {}, TypeError, "expected input to be a Tensor, but got list"),
-    "list for weight": ((X, 8, [1.0] * 8), {}, TypeError, "expected weight to be a Tensor or None, but got list"),
-    "text for eps": ((X, 8, W, "1e-6"), {}, TypeError, "expected eps to be a number or None, but got str"),
-    "text for normalized_shape": ((X, "8"), {}, TypeError, "expected normalized_shape to be an int or a tuple of ints, but got str"),
-    "float for normalized_shape": ((X, 8.0), {}, TypeError, "expected normalized_shape to be an int or a tuple of ints, but got float"),
+    "list for weight": (
+        (X, 8, [1.0] * 8),
+        {},
+        TypeError,
+        "expected weight to be a Tensor or None, but got list",
+    ),
+    "text for eps": (
+        (X, 8, W, "1e-6"),
+        {},
+        TypeError,
+        "expected eps to be a number or None, but got str",
+    ),
+    "text for normalized_shape": (
+        (X, "8"),
+        {},
+        TypeError,
+        "expected normalized_shape to be an int or a tuple of ints, but got str",
+    ),
+    "float for normalized_shape": (
+        (X, 8.0),
+        {},
+        TypeError,
+        "expected normalized_shape to be an int or a tuple of ints, but got float",
+    ),
     "no normalized_shape": ((X,), {}, TypeError, "normalized_shape"),
     "option by position": ((X, 8, W, None, 1.0), {}, TypeError, "positional arguments"),
     "unknown option": ((X, 8), {"bias": W}, TypeError, "unexpected keyword argument 'bias'"),
-    "text for out": ((X, 8), {"out": "x"}, TypeError, "expected out to be a Tensor or None, but got str"),
-}  # fmt: skip
+    "text for out": (
+        (X, 8),
+        {"out": "x"},
+        TypeError,
+        "expected out to be a Tensor or None, but got str",
+    ),
+}
 
 
 @pytest.mark.parametrize("args, options, error, message", BAD_INPUT.values(), ids=BAD_INPUT)
@@ -53,7 +192,9 @@ def test_bad_input(args, options, error, message):
     for destination in ({}, {"out": out}) if "out" not in options else ({},):
         with pytest.raises(error, match=re.escape(message)) as raised:
             rms_norm(*args, **options, **destination)
-        assert type(raised.value) is error  # not a subclass: torch raises NotImplementedError for missing kernels too
+        assert (
+            type(raised.value) is error
+        )  # not a subclass: torch raises NotImplementedError for missing kernels too
     assert out.isnan().all()
     refused_alike_while_tracing(rms_norm, *args, **options)
 
@@ -67,19 +208,44 @@ def freed(tensor):
 
 Y, RSTD = ops.rms_norm_forward(X, [8], W)
 WITHOUT_MEMORY = {  # the tensor's name: what reads or writes it
-    "input": [lambda t: rms_norm(t(X), 8, W), lambda t: ops.rms_norm_forward(t(X), [8], W), lambda t: ops.rms_norm_backward(X, t(X), [8], W, RSTD, None, [True, True]),
-              lambda t: fused_add_rms_norm(t(X), X, W), lambda t: fused_add_rms_norm_(t(X), X.clone(), W), lambda t: rms_norm_quant(t(X), W, dtype=torch.int8)],
-    "weight": [lambda t: rms_norm(X, 8, t(W)), lambda t: RMSNorm.forward(module_with(t(W)), X), lambda t: fused_add_rms_norm_(X.clone(), X.clone(), t(W)),
-               lambda t: rms_norm_quant(X, t(W), dtype=torch.int8), lambda t: ops.rms_norm_backward(X, X, [8], t(W), RSTD, None, [True, True])],
-    "residual": [lambda t: fused_add_rms_norm(X, t(X), W), lambda t: fused_add_rms_norm_(X.clone(), t(X), W)],
-    "out": [lambda t: rms_norm(X, 8, W, out=t(X)), lambda t: rms_norm_quant(X, W, dtype=torch.int8, out=(t(X.to(torch.int8)), torch.empty(3, 1)))],
+    "input": [
+        lambda t: rms_norm(t(X), 8, W),
+        lambda t: ops.rms_norm_forward(t(X), [8], W),
+        lambda t: ops.rms_norm_backward(X, t(X), [8], W, RSTD, None, [True, True]),
+        lambda t: fused_add_rms_norm(t(X), X, W),
+        lambda t: fused_add_rms_norm_(t(X), X.clone(), W),
+        lambda t: rms_norm_quant(t(X), W, dtype=torch.int8),
+    ],
+    "weight": [
+        lambda t: rms_norm(X, 8, t(W)),
+        lambda t: RMSNorm.forward(module_with(t(W)), X),
+        lambda t: fused_add_rms_norm_(X.clone(), X.clone(), t(W)),
+        lambda t: rms_norm_quant(X, t(W), dtype=torch.int8),
+        lambda t: ops.rms_norm_backward(X, X, [8], t(W), RSTD, None, [True, True]),
+    ],
+    "residual": [
+        lambda t: fused_add_rms_norm(X, t(X), W),
+        lambda t: fused_add_rms_norm_(X.clone(), t(X), W),
+    ],
+    "out": [
+        lambda t: rms_norm(X, 8, W, out=t(X)),
+        lambda t: rms_norm_quant(
+            X, W, dtype=torch.int8, out=(t(X.to(torch.int8)), torch.empty(3, 1))
+        ),
+    ],
     "residual_out": [lambda t: fused_add_rms_norm(X, X, W, out=(torch.empty(3, 8), t(X)))],
-    "scale_out": [lambda t: rms_norm_quant(X, W, dtype=torch.int8, out=(torch.empty(3, 8, dtype=torch.int8), t(torch.empty(3, 1))))],
+    "scale_out": [
+        lambda t: rms_norm_quant(
+            X, W, dtype=torch.int8, out=(torch.empty(3, 8, dtype=torch.int8), t(torch.empty(3, 1)))
+        )
+    ],
     "scale": [lambda t: rms_norm_quant(X, W, dtype=torch.int8, scale=t(torch.ones(1)))],
     "grad_output": [lambda t: ops.rms_norm_backward(t(X), X, [8], W, RSTD, None, [True, True])],
     "rstd": [lambda t: ops.rms_norm_backward(X, X, [8], W, t(RSTD), None, [True, True])],
-    "grad_residual": [lambda t: ops.rms_norm_backward(X, X, [8], W, RSTD, None, [True, True], t(X))],
-}  # fmt: skip
+    "grad_residual": [
+        lambda t: ops.rms_norm_backward(X, X, [8], W, RSTD, None, [True, True], t(X))
+    ],
+}
 
 
 def module_with(weight):
@@ -93,7 +259,9 @@ def test_tensor_without_memory(which):
     """Not taken for one that was not given; no other error, no crash."""
     for call in WITHOUT_MEMORY[which]:
         call(lambda t: t.clone())  # right with memory
-        with pytest.raises(RuntimeError, match=f"expected {which} to have memory, but its storage was freed"):
+        with pytest.raises(
+            RuntimeError, match=f"expected {which} to have memory, but its storage was freed"
+        ):
             call(freed)
 
 
@@ -102,26 +270,50 @@ def test_one_meta_tensor_among_others(which):
     arguments = {"grad_output": X, "input": X, "weight": W, "rstd": RSTD, "grad_residual": X}
     arguments[which] = arguments[which].to("meta")
     grad_output, input, weight, rstd, grad_residual = arguments.values()
-    with pytest.raises(RuntimeError, match=f"on the same device, but input is on cpu and {which} is on meta"):
-        ops.rms_norm_backward(grad_output, input, [8], weight, rstd, None, [True, True], grad_residual)
+    with pytest.raises(
+        RuntimeError, match=f"on the same device, but input is on cpu and {which} is on meta"
+    ):
+        ops.rms_norm_backward(
+            grad_output, input, [8], weight, rstd, None, [True, True], grad_residual
+        )
 
 
 def test_saved_tensor_that_comes_back_elsewhere():
     x = X.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.to("meta") if t.dim() == 1 else t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.to("meta") if t.dim() == 1 else t
+    ):
         y = rms_norm(x, 8)
     with pytest.raises(RuntimeError, match="input is on cpu and rstd is on meta"):
         y.sum().backward()
 
 
 KINDS = {  # of the ops whose arguments torch.ops would judge
-    "text for input": (lambda: rms_norm_quant("x", dtype=torch.int8, out=(X, X)), "expected input to be a Tensor, but got str"),
-    "list for residual": (lambda: fused_add_rms_norm(X, [1.0]), "expected residual to be a Tensor, but got list"),
-    "text for eps": (lambda: fused_add_rms_norm(X, X, W, "a"), "expected eps to be a number or None, but got str"),
-    "text for eps, in place": (lambda: fused_add_rms_norm_(X.clone(), X.clone(), W, "a"), "expected eps to be a number or None, but got str"),
-    "text for eps, quantized": (lambda: rms_norm_quant(X, W, "a", dtype=torch.int8), "expected eps to be a number or None, but got str"),
-    "int for dtype": (lambda: rms_norm_quant(X, dtype=1), "expected dtype to be a torch.dtype, but got int"),
-}  # fmt: skip
+    "text for input": (
+        lambda: rms_norm_quant("x", dtype=torch.int8, out=(X, X)),
+        "expected input to be a Tensor, but got str",
+    ),
+    "list for residual": (
+        lambda: fused_add_rms_norm(X, [1.0]),
+        "expected residual to be a Tensor, but got list",
+    ),
+    "text for eps": (
+        lambda: fused_add_rms_norm(X, X, W, "a"),
+        "expected eps to be a number or None, but got str",
+    ),
+    "text for eps, in place": (
+        lambda: fused_add_rms_norm_(X.clone(), X.clone(), W, "a"),
+        "expected eps to be a number or None, but got str",
+    ),
+    "text for eps, quantized": (
+        lambda: rms_norm_quant(X, W, "a", dtype=torch.int8),
+        "expected eps to be a number or None, but got str",
+    ),
+    "int for dtype": (
+        lambda: rms_norm_quant(X, dtype=1),
+        "expected dtype to be a torch.dtype, but got int",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", KINDS)
@@ -158,18 +350,63 @@ BUFFER = torch.full((40,), NAN)
 # (input, out, options, what the message says)
 BAD_OUT = {
     "shape": (X, torch.full((3, 9), NAN), {}, "expected out of shape [3, 8], but got [3, 9]"),
-    "shape that would broadcast": (X, torch.full((2, 3, 8), NAN), {}, "expected out of shape [3, 8], but got [2, 3, 8]"),
-    "dtype": (X, torch.full((3, 8), NAN, dtype=torch.float64), {}, "expected out of dtype Float, but got Double"),
-    "promoted dtype": (X.bfloat16(), torch.full((3, 8), NAN, dtype=torch.bfloat16), LLAMA, "expected out of dtype Float, but got BFloat16"),
+    "shape that would broadcast": (
+        X,
+        torch.full((2, 3, 8), NAN),
+        {},
+        "expected out of shape [3, 8], but got [2, 3, 8]",
+    ),
+    "dtype": (
+        X,
+        torch.full((3, 8), NAN, dtype=torch.float64),
+        {},
+        "expected out of dtype Float, but got Double",
+    ),
+    "promoted dtype": (
+        X.bfloat16(),
+        torch.full((3, 8), NAN, dtype=torch.bfloat16),
+        LLAMA,
+        "expected out of dtype Float, but got BFloat16",
+    ),
     "device": (X, torch.empty(3, 8, device="meta"), {}, "input is on cpu and out is on meta"),
     "rows not dense": (X, torch.full((8, 3), NAN).t(), {}, "expected out with dense rows"),
-    "expanded": (X, torch.full((1, 8), NAN).expand(3, 8), {}, "more than one element of the written-to tensor refers to a single memory location"),
-    "rows that overlap": (X, BUFFER.as_strided((3, 8), (4, 1)), {}, "expected out with rows that do not overlap, but got strides [4, 1]"),
-    "rows that interlock": (X.view(1, 3, 8).expand(2, 3, 8), BUFFER.as_strided((2, 3, 8), (8, 8, 1)), {}, "rows that do not overlap"),
-    "one element further": (BUFFER[:24].view(3, 8), BUFFER[1:25].view(3, 8), {}, "out partly overlaps input"),
-    "one row further": (BUFFER[:24].view(3, 8), BUFFER[8:32].view(3, 8), {}, "out partly overlaps input"),
-    "dense over strided": (BUFFER.as_strided((3, 8), (12, 1)), BUFFER[:24].view(3, 8), {}, "out partly overlaps input"),
-}  # fmt: skip
+    "expanded": (
+        X,
+        torch.full((1, 8), NAN).expand(3, 8),
+        {},
+        "more than one element of the written-to tensor refers to a single memory location",
+    ),
+    "rows that overlap": (
+        X,
+        BUFFER.as_strided((3, 8), (4, 1)),
+        {},
+        "expected out with rows that do not overlap, but got strides [4, 1]",
+    ),
+    "rows that interlock": (
+        X.view(1, 3, 8).expand(2, 3, 8),
+        BUFFER.as_strided((2, 3, 8), (8, 8, 1)),
+        {},
+        "rows that do not overlap",
+    ),
+    "one element further": (
+        BUFFER[:24].view(3, 8),
+        BUFFER[1:25].view(3, 8),
+        {},
+        "out partly overlaps input",
+    ),
+    "one row further": (
+        BUFFER[:24].view(3, 8),
+        BUFFER[8:32].view(3, 8),
+        {},
+        "out partly overlaps input",
+    ),
+    "dense over strided": (
+        BUFFER.as_strided((3, 8), (12, 1)),
+        BUFFER[:24].view(3, 8),
+        {},
+        "out partly overlaps input",
+    ),
+}
 
 
 @pytest.mark.parametrize("x, out, options, message", BAD_OUT.values(), ids=BAD_OUT)
@@ -181,7 +418,9 @@ def test_bad_out(x, out, options, message):
 
 def test_out_over_the_weight():
     weight = torch.ones(8)
-    with pytest.raises(RuntimeError, match="some elements of the input tensor and the written-to tensor"):
+    with pytest.raises(
+        RuntimeError, match="some elements of the input tensor and the written-to tensor"
+    ):
         rms_norm(torch.full((1, 8), 2.0), 8, weight, out=weight.view(1, 8))
     assert weight.eq(1).all()
 
@@ -201,19 +440,45 @@ def test_out_under_grad(which):
 
 # (what replaces an argument of the raw backward, message)
 BAD_BACKWARD = {
-    "gradient's shape": ({"grad_output": torch.ones(3, 1)}, RuntimeError, "expected grad_output of shape [3, 8], but got [3, 1]"),
-    "gradient's dtype": ({"grad_output": torch.ones(3, 8, dtype=torch.int32)}, NotImplementedError, "'Int': expected grad_output"),
-    "rstd's shape": ({"rstd": torch.ones(3, 1)}, RuntimeError, "expected rstd of shape [3], but got [3, 1]"),
-    "rstd's dtype": ({"rstd": torch.ones(3, dtype=torch.float64)}, RuntimeError, "expected rstd of dtype Float, but got Double"),
+    "gradient's shape": (
+        {"grad_output": torch.ones(3, 1)},
+        RuntimeError,
+        "expected grad_output of shape [3, 8], but got [3, 1]",
+    ),
+    "gradient's dtype": (
+        {"grad_output": torch.ones(3, 8, dtype=torch.int32)},
+        NotImplementedError,
+        "'Int': expected grad_output",
+    ),
+    "rstd's shape": (
+        {"rstd": torch.ones(3, 1)},
+        RuntimeError,
+        "expected rstd of shape [3], but got [3, 1]",
+    ),
+    "rstd's dtype": (
+        {"rstd": torch.ones(3, dtype=torch.float64)},
+        RuntimeError,
+        "expected rstd of dtype Float, but got Double",
+    ),
     "weight's shape": ({"weight": torch.ones(1)}, RuntimeError, "but got weight of shape [1]"),
-    "eps": ({"eps": -1.0}, ValueError, "rms_norm_backward: expected eps to be finite and not negative"),
-    "normalized_shape": ({"normalized_shape": (3,)}, RuntimeError, "expected input with shape [*, 3]"),
-}  # fmt: skip
+    "eps": (
+        {"eps": -1.0},
+        ValueError,
+        "rms_norm_backward: expected eps to be finite and not negative",
+    ),
+    "normalized_shape": (
+        {"normalized_shape": (3,)},
+        RuntimeError,
+        "expected input with shape [*, 3]",
+    ),
+}
 
 
 @pytest.mark.parametrize("replaced, error, message", BAD_BACKWARD.values(), ids=BAD_BACKWARD)
 def test_bad_backward(replaced, error, message):
-    args = dict(grad_output=X, input=X, normalized_shape=(8,), weight=W, rstd=torch.ones(3), eps=None)
+    args = dict(
+        grad_output=X, input=X, normalized_shape=(8,), weight=W, rstd=torch.ones(3), eps=None
+    )
     args["output_mask"] = (True, True)
     with pytest.raises(error, match=re.escape(message)):
         ops.rms_norm_backward(**args | replaced)
@@ -228,20 +493,26 @@ def test_messages_name_the_public_function(op):
 
 # Those that pass the argument parser and could have a gradient.
 CALLS = {
-    kind: case for kind, case in BAD_INPUT.items() if case[2] is not TypeError and case[0][0].dtype is torch.float32
+    kind: case
+    for kind, case in BAD_INPUT.items()
+    if case[2] is not TypeError and case[0][0].dtype is torch.float32
 }
 
 
 @pytest.mark.parametrize("args, options, error, message", CALLS.values(), ids=CALLS)
 def test_bad_input_on_the_other_ways(args, options, error, message):
-    """With gradients, and under a transform, where the formula stands in for the kernels: checked all the same."""
+    """With gradients, and under a transform, where the formula stands in for the kernels: checked
+    all the same.
+    """
     with pytest.raises(error, match=re.escape(message)):
         rms_norm(args[0].clone().requires_grad_(), *args[1:], **options)
     with pytest.raises(error, match=re.escape(message)):
         torch.func.grad(lambda x: rms_norm(x, *args[1:], **options).sum())(args[0])
 
 
-@pytest.mark.skipif(_C.cuda_built() or not torch.cuda.is_available(), reason="needs a GPU and a build without CUDA")
+@pytest.mark.skipif(
+    _C.cuda_built() or not torch.cuda.is_available(), reason="needs a GPU and a build without CUDA"
+)
 def test_cuda_tensor_without_cuda_kernels():
     with pytest.raises(RuntimeError, match="rmsnorm_cuda was built without CUDA"):
         rms_norm(X.cuda(), 8)

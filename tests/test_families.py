@@ -1,4 +1,6 @@
-"""Which RMSNorm a module is: the families against the classes that transformers and others have, and what is refused."""
+"""Which RMSNorm a module is: the families against the classes that transformers and others have,
+and what is refused.
+"""
 
 import importlib
 import random
@@ -48,9 +50,12 @@ CLASSES = [
     ("t5", "transformers.idefics.IdeficsRMSNorm", {"eps": 1e-3}),
 ]
 REFUSED = {
-    "transformers.cohere.CohereLayerNorm": "it computes what no known family computes",  # a mean is subtracted
-    "transformers.qwen3_next.Qwen3NextRMSNormGated": "Qwen3NextRMSNormGated.forward takes more than the input: hidden_states, gate",
-    "torch.nn.modules.normalization.LayerNorm": "LayerNorm has bias, where one parameter is expected, called weight",
+    # a mean is subtracted
+    "transformers.cohere.CohereLayerNorm": "it computes what no known family computes",
+    "transformers.qwen3_next.Qwen3NextRMSNormGated": "Qwen3NextRMSNormGated.forward takes more "
+    "than the input: hidden_states, gate",
+    "torch.nn.modules.normalization.LayerNorm": "LayerNorm has bias, where one parameter is "
+    "expected, called weight",
     "torch.nn.modules.linear.Linear": "it computes what no known family|has bias",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,11 +74,20 @@ def load(path):
         pytest.skip(f"this transformers has no {name}")
 
 
-@pytest.mark.parametrize("dtypes", ["fp32 fp32", "bf16 bf16", "fp16 fp16", "bf16 fp32", "fp16 fp32", "fp32 bf16", "fp32 fp16"])
-@pytest.mark.parametrize("family, path, options", CLASSES, ids=[f"{path.split('.')[-1]}-{len(options)}" for _, path, options in CLASSES])
+@pytest.mark.parametrize(
+    "dtypes",
+    ["fp32 fp32", "bf16 bf16", "fp16 fp16", "bf16 fp32", "fp16 fp32", "fp32 bf16", "fp32 fp16"],
+)
+@pytest.mark.parametrize(
+    "family, path, options",
+    CLASSES,
+    ids=[f"{path.split('.')[-1]}-{len(options)}" for _, path, options in CLASSES],
+)
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of torch.nn.RMSNorm
 def test_class(family, path, options, dtypes):
-    """The twin computes what the class computes, to the last bit but for near-ties of its roundings."""
+    """The twin computes what the class computes, to the last bit but for near-ties of its
+    roundings.
+    """
     x_dtype, w_dtype = (DTYPES[name] for name in dtypes.split())
     old = load(path)(96, **options).to(w_dtype)
     if getattr(old, "weight", None) is not None:
@@ -87,12 +101,18 @@ def test_class(family, path, options, dtypes):
     x[:8] *= 1e-3  # where eps is as large as the mean of squares and larger
     want, got = old(x).detach(), new(x).detach()
     assert got.dtype == want.dtype
-    if want.dtype == torch.float32 and x_dtype != torch.float32 and new.cast_before_weight and family != "t5":
+    if (
+        want.dtype == torch.float32
+        and x_dtype != torch.float32
+        and new.cast_before_weight
+        and family != "t5"
+    ):
         # a near-tie of the first rounding is an ulp of the input's dtype
         torch.testing.assert_close(got, want, rtol=torch.finfo(x_dtype).eps, atol=0)
     else:
-        # 16 bits: one rounding can fall the other way, and a product carries that to 2 ulp. fp32: theirs rounds the mean
-        # (half of it reaches the root), the root, two products and 1 + weight; ours is within 1 or 2.
+        # 16 bits: one rounding can fall the other way, and a product carries that to 2 ulp. fp32:
+        # theirs rounds the mean (half of it reaches the root), the root, two products and 1 +
+        # weight; ours is within 1 or 2.
         assert ulp_distance(got, want).max() <= (5 if want.dtype == torch.float32 else 2)
     if want.dtype != torch.float32:
         assert (got == want).float().mean() > 0.999
@@ -102,7 +122,9 @@ def test_class(family, path, options, dtypes):
 def test_refused(path):
     arguments = (96, 96) if path.endswith("Linear") else (96,)
     reason = recognize(load(path)(*arguments))
-    assert isinstance(reason, str) and any(text in reason for text in REFUSED[path].split("|")), reason
+    assert isinstance(reason, str) and any(text in reason for text in REFUSED[path].split("|")), (
+        reason
+    )
 
 
 def test_families_differ():
@@ -111,7 +133,13 @@ def test_families_differ():
         norm = nn.Module()
         norm.weight, norm.variance_epsilon, norm.eps = nn.Parameter(torch.ones(40)), 1e-5, 1e-5
         ours = twin(norm, family, 1e-5)
-        found = recognize(Wrapped(lambda self, x, ours=ours: run(ours, self.weight, x), eps=1e-5, variance_epsilon=1e-5))
+        found = recognize(
+            Wrapped(
+                lambda self, x, ours=ours: run(ours, self.weight, x),
+                eps=1e-5,
+                variance_epsilon=1e-5,
+            )
+        )
         assert found.family is family
 
 
@@ -142,30 +170,80 @@ def rms(x, eps):
 
 
 OWN = {
-    "as in Llama's own code": (lambda self, x: (x.float() * rms(x, self.eps)).type_as(x) * self.weight, {"eps": 1e-5}, ("llama", 1e-5)),
-    "another name for eps": (lambda self, x: (x * rms(x, self.epsilon) * self.weight).to(x.dtype), {"epsilon": 1e-6}, ("torch", 1e-6)),
+    "as in Llama's own code": (
+        lambda self, x: (x.float() * rms(x, self.eps)).type_as(x) * self.weight,
+        {"eps": 1e-5},
+        ("llama", 1e-5),
+    ),
+    "another name for eps": (
+        lambda self, x: (x * rms(x, self.epsilon) * self.weight).to(x.dtype),
+        {"epsilon": 1e-6},
+        ("torch", 1e-6),
+    ),
     "two numbers": (
         lambda self, x: (x * rms(x, self.small) * self.weight).to(x.dtype),
         {"eps": 0.9, "dropout": 0.1, "small": 1e-5},
         ("torch", 1e-5),
     ),
-    "large eps": (lambda self, x: (x * rms(x, self.eps) * self.weight).to(x.dtype), {"eps": 0.5}, ("torch", 0.5)),
-    "no eps": (lambda self, x: (x * rms(x, self.eps) * self.weight).to(x.dtype), {"eps": 0.0}, ("torch", 0.0)),
+    "large eps": (
+        lambda self, x: (x * rms(x, self.eps) * self.weight).to(x.dtype),
+        {"eps": 0.5},
+        ("torch", 0.5),
+    ),
+    "no eps": (
+        lambda self, x: (x * rms(x, self.eps) * self.weight).to(x.dtype),
+        {"eps": 0.0},
+        ("torch", 0.0),
+    ),
 }
 NOT_OURS = {
-    "no such attribute": (lambda self, x: (x * rms(x, 1e-5) * self.weight).to(x.dtype), {}, "no attribute that could be its eps"),
-    "another eps than it says": (lambda self, x: (x * rms(x, 1e-5) * self.weight).to(x.dtype), {"eps": 1e-6}, "with eps=1e-06"),
+    "no such attribute": (
+        lambda self, x: (x * rms(x, 1e-5) * self.weight).to(x.dtype),
+        {},
+        "no attribute that could be its eps",
+    ),
+    "another eps than it says": (
+        lambda self, x: (x * rms(x, 1e-5) * self.weight).to(x.dtype),
+        {"eps": 1e-6},
+        "with eps=1e-06",
+    ),
     "eps outside of the root": (
-        lambda self, x: (x / (x.float().pow(2).mean(-1, keepdim=True).sqrt() + self.eps) * self.weight).to(x.dtype),
+        lambda self, x: (
+            x / (x.float().pow(2).mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
+        ).to(x.dtype),
         {"eps": 1e-5},
         "no known family",
     ),
-    "in the input's dtype": (lambda self, x: x * rms(x, self.eps).to(x.dtype) * self.weight, {"eps": 1e-5}, "no known family"),
-    "of another dimension": (lambda self, x: x * rms(x.mT, self.eps).mT * self.weight, {"eps": 1e-5}, "could not be tried|no known family"),
-    "part of a row": (lambda self, x: (x * rms(x[..., :20], self.eps) * self.weight).to(x.dtype), {"eps": 1e-5}, "no known family"),
-    "scaled": (lambda self, x: (x * rms(x, self.eps) * self.weight * 2).to(x.dtype), {"eps": 1e-5}, "of its values differ in float32"),
-    "L2": (lambda self, x: (nn.functional.normalize(x.float(), dim=-1) * self.weight).to(x.dtype), {"eps": 1e-12}, "no known family"),
-    "raises": (lambda self, x: x.nothing, {"eps": 1e-5}, "could not be tried on the CPU: AttributeError: 'Tensor' object"),
+    "in the input's dtype": (
+        lambda self, x: x * rms(x, self.eps).to(x.dtype) * self.weight,
+        {"eps": 1e-5},
+        "no known family",
+    ),
+    "of another dimension": (
+        lambda self, x: x * rms(x.mT, self.eps).mT * self.weight,
+        {"eps": 1e-5},
+        "could not be tried|no known family",
+    ),
+    "part of a row": (
+        lambda self, x: (x * rms(x[..., :20], self.eps) * self.weight).to(x.dtype),
+        {"eps": 1e-5},
+        "no known family",
+    ),
+    "scaled": (
+        lambda self, x: (x * rms(x, self.eps) * self.weight * 2).to(x.dtype),
+        {"eps": 1e-5},
+        "of its values differ in float32",
+    ),
+    "L2": (
+        lambda self, x: (nn.functional.normalize(x.float(), dim=-1) * self.weight).to(x.dtype),
+        {"eps": 1e-12},
+        "no known family",
+    ),
+    "raises": (
+        lambda self, x: x.nothing,
+        {"eps": 1e-5},
+        "could not be tried on the CPU: AttributeError: 'Tensor' object",
+    ),
     "no tensor": (lambda self, x: (x, x), {"eps": 1e-5}, "its result is a tuple, not a tensor"),
 }
 
@@ -202,40 +280,88 @@ def counted(self, x):
 
 
 LOOK_ALIKES = {
-    "more while it trains": (lambda self, x: plain(self, x) + 0.1 * self.training, "of the values differ for rows of size 1 in float32 while it trains"),
-    "dropout": (lambda self, x: nn.functional.dropout(plain(self, x), 0.1, self.training), "while it trains"),
+    "more while it trains": (
+        lambda self, x: plain(self, x) + 0.1 * self.training,
+        "of the values differ for rows of size 1 in float32 while it trains",
+    ),
+    "dropout": (
+        lambda self, x: nn.functional.dropout(plain(self, x), 0.1, self.training),
+        "while it trains",
+    ),
     "clamped": (lambda self, x: plain(self, x.clamp(-1e3, 1e3)), "no known family"),
-    "clamped for fp16": (lambda self, x: plain(self, x.clamp(-5e4, 5e4)), "for rows near the largest number of fp16"),
+    "clamped for fp16": (
+        lambda self, x: plain(self, x.clamp(-5e4, 5e4)),
+        "for rows near the largest number of fp16",
+    ),
     "clamped result": (lambda self, x: plain(self, x).clamp(-1e3, 1e3), "values differ for rows"),
-    "clamped before the weight": (lambda self, x: plain(self, x, torch.ones(1)).clamp(-3.9, 3.9) * self.weight, "values differ for rows that one element|single values differ"),
-    "negative weights as none": (lambda self, x: plain(self, x, self.weight.relu()), "values differ for rows"),
-    "weights without sign": (lambda self, x: plain(self, x, self.weight.abs()), "values differ for rows"),
-    "clamped weights": (lambda self, x: plain(self, x, self.weight.clamp(max=100)), "values differ for rows"),
+    "clamped before the weight": (
+        lambda self, x: plain(self, x, torch.ones(1)).clamp(-3.9, 3.9) * self.weight,
+        "values differ for rows that one element|single values differ",
+    ),
+    "negative weights as none": (
+        lambda self, x: plain(self, x, self.weight.relu()),
+        "values differ for rows",
+    ),
+    "weights without sign": (
+        lambda self, x: plain(self, x, self.weight.abs()),
+        "values differ for rows",
+    ),
+    "clamped weights": (
+        lambda self, x: plain(self, x, self.weight.clamp(max=100)),
+        "values differ for rows",
+    ),
     "a tuple": (lambda self, x: (plain(self, x), None), "its result is a tuple, not a tensor"),
-    "not of no rows": (lambda self, x: plain(self, x + 0 * x.detach().nan_to_num(0, 0, 0).float().max().to(x.dtype)), "of input of the shape [0, 40] it raises"),
-    "without NaN": (lambda self, x: plain(self, x.nan_to_num(posinf=float("inf"), neginf=-float("inf"))), "for rows with NaN"),
+    "not of no rows": (
+        lambda self, x: plain(
+            self, x + 0 * x.detach().nan_to_num(0, 0, 0).float().max().to(x.dtype)
+        ),
+        "of input of the shape [0, 40] it raises",
+    ),
+    "without NaN": (
+        lambda self, x: plain(self, x.nan_to_num(posinf=float("inf"), neginf=-float("inf"))),
+        "for rows with NaN",
+    ),
     "without Inf": (lambda self, x: plain(self, torch.where(x.isinf(), 0, x)), "for rows with Inf"),
     "the larger of the mean and eps": (
-        lambda self, x: (x.float() * x.float().square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt() * self.weight).to(x.dtype),
+        lambda self, x: (
+            x.float()
+            * x.float().square().mean(-1, keepdim=True).clamp_min(self.eps).rsqrt()
+            * self.weight
+        ).to(x.dtype),
         "no known family",
     ),
     "root without gradient": (
         lambda self, x: (x.float() * rms(x, self.eps).detach() * self.weight).to(x.dtype),
         "the gradient of its input differs",
     ),
-    "weight without gradient": (lambda self, x: plain(self, x, self.weight.detach()), "its weight gets no gradient"),
+    "weight without gradient": (
+        lambda self, x: plain(self, x, self.weight.detach()),
+        "its weight gets no gradient",
+    ),
     "weight with half the gradient": (
         lambda self, x: plain(self, x, self.weight / 2 + self.weight.detach() / 2),
         "the gradient of its weight differs",
     ),
     "without gradients": (torch.no_grad()(plain), "its result requires no gradient"),
     "fp32 for all": (lambda self, x: plain(self, x.float()), "no known family"),
-    "another result in fp16": (lambda self, x: plain(self, x) * (1 + (x.dtype == torch.float16)), "in float16"),
-    "other results in mixtures": (lambda self, x: plain(self, x) * (1 + (x.dtype == torch.float16 != self.weight.dtype)), "in float16 and float32"),
+    "another result in fp16": (
+        lambda self, x: plain(self, x) * (1 + (x.dtype == torch.float16)),
+        "in float16",
+    ),
+    "other results in mixtures": (
+        lambda self, x: plain(self, x) * (1 + (x.dtype == torch.float16 != self.weight.dtype)),
+        "in float16 and float32",
+    ),
     "writes to its input": (written_over, "it writes to its input"),
-    "one element": (lambda self, x: torch.cat([plain(self, x)[..., :-1], x[..., -1:]], -1), "of the values differ|no known family"),
+    "one element": (
+        lambda self, x: torch.cat([plain(self, x)[..., :-1], x[..., -1:]], -1),
+        "of the values differ|no known family",
+    ),
     "counts": (counted, "no known family|another at each call"),
-    "refuses NaN": (lambda self, x: plain(self, x) if not x.isnan().any() else x.nothing, "it raises AttributeError"),
+    "refuses NaN": (
+        lambda self, x: plain(self, x) if not x.isnan().any() else x.nothing,
+        "it raises AttributeError",
+    ),
 }
 
 
@@ -247,11 +373,25 @@ def test_look_alike(what):
 
 
 def test_what_is_the_same_in_other_ways():
-    """Computed in fp64; its eps a number of numpy's or torch's; a lock, a list and a tensor beside its weight."""
-    fp64 = Wrapped(lambda self, x: (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype), eps=1e-6)
+    """Computed in fp64; its eps a number of numpy's or torch's; a lock, a list and a tensor beside
+    its weight.
+    """
+    fp64 = Wrapped(
+        lambda self, x: (
+            x.double()
+            * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + self.eps)
+            * self.weight
+        ).to(x.dtype),
+        eps=1e-6,
+    )
     assert recognize(fp64)[:2] == (FAMILIES[0], 1e-6)
     numpy = pytest.importorskip("numpy")
-    for eps in (numpy.float32(1e-3), numpy.float64(1e-3), torch.tensor(1e-3), torch.tensor(1e-3, dtype=torch.float64)):
+    for eps in (
+        numpy.float32(1e-3),
+        numpy.float64(1e-3),
+        torch.tensor(1e-3),
+        torch.tensor(1e-3, dtype=torch.float64),
+    ):
         found = recognize(Wrapped(plain, eps=eps, lock=threading.Lock(), kept=[torch.ones(3)]))
         assert found == (FAMILIES[0], float(eps), "eps", ()) and type(found.eps) is float
 
@@ -259,7 +399,11 @@ def test_what_is_the_same_in_other_ways():
 def test_the_attribute_that_is_read():
     """Of two that hold the same number."""
     assert recognize(Wrapped(plain, eps=1e-5, variance_epsilon=1e-5)).eps_name == "eps"
-    norm = Wrapped(lambda self, x: (x.float() * rms(x, self.variance_epsilon) * self.weight).to(x.dtype), eps=1e-5, variance_epsilon=1e-5)
+    norm = Wrapped(
+        lambda self, x: (x.float() * rms(x, self.variance_epsilon) * self.weight).to(x.dtype),
+        eps=1e-5,
+        variance_epsilon=1e-5,
+    )
     assert recognize(norm).eps_name == "variance_epsilon"
 
 
@@ -274,13 +418,19 @@ def test_weight_that_is_a_view():
     norm = nn.RMSNorm(40)
     del norm.weight
     norm.weight = torch.ones(40)
-    assert "the weight of RMSNorm is not a parameter; where it was sharded or parametrized, swap before that" == recognize(norm)
+    assert (
+        "the weight of RMSNorm is not a parameter; where it was sharded or parametrized, swap "
+        "before that" == recognize(norm)
+    )
 
 
 def test_sharded_weight():
     norm = Wrapped(plain, eps=1e-5)
     norm.weight.data, norm.weight.ds_shape = torch.empty(0), (40,)
-    assert recognize(norm) == "its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"
+    assert (
+        recognize(norm)
+        == "its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"
+    )
 
 
 def test_nothing_is_left_behind():
@@ -299,7 +449,9 @@ def test_nothing_is_left_behind():
 
 
 def test_threads_warn_as_before():
-    """Two threads meet in a trial, one leaves it later; warnings are those of before, meanwhile and after."""
+    """Two threads meet in a trial, one leaves it later; warnings are those of before, meanwhile and
+    after.
+    """
     barrier, filters = threading.Barrier(3), list(warnings.filters)
     local = threading.local()
 
@@ -329,7 +481,11 @@ def test_structure_that_is_not_ours():
     norm = Wrapped(OWN["large eps"][0], eps=0.5)
     del norm.weight
     norm.weight = torch.ones(40)
-    assert recognize(norm) == "the weight of Wrapped is not a parameter; where it was sharded or parametrized, swap before that"
+    assert (
+        recognize(norm)
+        == "the weight of Wrapped is not a parameter; where it was sharded or parametrized, swap "
+        "before that"
+    )
 
 
 def test_weight_that_is_not_one_for_each_column():
@@ -345,7 +501,10 @@ def test_weight_that_is_not_one_for_each_column():
 def test_leading_dimensions_matter():
     """Such a module is no RMSNorm, though it is one on matrices."""
     norm = Wrapped(lambda self, x: OWN["large eps"][0](self, x) * (x.dim() - 1), eps=1e-3)
-    assert "its result depends on how many dimensions there are before the normalized ones" in recognize(norm)
+    assert (
+        "its result depends on how many dimensions there are before the normalized ones"
+        in recognize(norm)
+    )
 
 
 def test_the_module_itself_takes_no_part():
@@ -355,7 +514,9 @@ def test_the_module_itself_takes_no_part():
     nn.init.constant_(norm.weight, torch.nan)
     state = dict(vars(norm)), norm.weight._version, torch.get_rng_state()
     assert recognize(norm).family.name == "llama"
-    assert (dict(vars(norm)), norm.weight._version) == state[:2] and torch.equal(torch.get_rng_state(), state[2])
+    assert (dict(vars(norm)), norm.weight._version) == state[:2] and torch.equal(
+        torch.get_rng_state(), state[2]
+    )
     with torch.device("meta"):
         assert recognize(Wrapped(OWN["large eps"][0], eps=0.5)).eps == 0.5
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

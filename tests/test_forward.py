@@ -38,7 +38,14 @@ def test_dtypes_and_lengths(device, dtype, weight_dtype, options):
         # 19 rows: two groups of eight (AVX-512), or four of four, and a rest
         x = random(19, cols, dtype=dtype, device=device)
         weight = random_weight(cols, weight_dtype, device)
-        assert_forward(rms_norm(x, (cols,), weight, 1e-6, **options), cpu(x), (cols,), cpu(weight), 1e-6, options)
+        assert_forward(
+            rms_norm(x, (cols,), weight, 1e-6, **options),
+            cpu(x),
+            (cols,),
+            cpu(weight),
+            1e-6,
+            options,
+        )
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6, None])
@@ -47,25 +54,39 @@ def test_dtypes_and_lengths(device, dtype, weight_dtype, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_hard_rows(device, dtype, options, weight_dtype, eps):
     for cols in (1, 37, 300):
-        x, weight = torch.stack(list(hard_rows(cols, dtype).values())), random_weight(cols, weight_dtype)
-        y = rms_norm(x.to(device), (cols,), None if weight is None else weight.to(device), eps, **options)
+        x, weight = (
+            torch.stack(list(hard_rows(cols, dtype).values())),
+            random_weight(cols, weight_dtype),
+        )
+        y = rms_norm(
+            x.to(device), (cols,), None if weight is None else weight.to(device), eps, **options
+        )
         assert_forward(y, x, (cols,), weight, eps, options)
 
 
 def test_broken_rows_are_broken_as_in_the_formula(device):
-    """Spelled out, without the reference: Inf / Inf is NaN, finite / Inf is 0, and one NaN takes its whole row."""
+    """Spelled out, without the reference: Inf / Inf is NaN, finite / Inf is 0, and one NaN takes
+    its whole row.
+    """
     x = torch.ones(3, 5)
     x[0, 1], x[1, 1] = math.inf, math.nan
     y = rms_norm(x.to(device), 5).cpu()
-    assert y[0].isnan().tolist() == [False, True, False, False, False] and y[0].nan_to_num(0).eq(0).all()
+    assert (
+        y[0].isnan().tolist() == [False, True, False, False, False]
+        and y[0].nan_to_num(0).eq(0).all()
+    )
     assert y[1].isnan().all()
     assert ulp_distance(y[2], torch.ones(5)).max() <= 1
 
 
 @pytest.mark.parametrize("scale", [2.0**600, 2.0**1020, 2.0**-600, 2.0**-1060])
 def test_fp64_range(device, scale):
-    """Squares that leave fp64: a power of two cancels out, so what is scaled equals what is not (eps = 0)."""
-    x = random(4, 50, dtype=torch.float64).clamp(-3, 3).mul(2.0**10).round()  # integers: exact as denormals too
+    """Squares that leave fp64: a power of two cancels out, so what is scaled equals what is not
+    (eps = 0).
+    """
+    x = (
+        random(4, 50, dtype=torch.float64).clamp(-3, 3).mul(2.0**10).round()
+    )  # integers: exact as denormals too
     want = rms_norm(x.to(device), 50, None, 0.0).cpu()
     x = x * (scale * 2.0**-10 if scale > 1 else scale)
     assert ulp_distance(rms_norm(x.to(device), 50, None, 0.0).cpu(), want).max() <= 2
@@ -76,9 +97,11 @@ def test_fp64_range(device, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_products_at_the_end_of_the_range(device, dtype):
-    """weight * rstd is formed first in fp32; where that leaves the range, the result may still be in it.
+    """weight * rstd is formed first in fp32; where that leaves the range, the result may still be
+    in it.
 
-    The odd weight at every place: the kernels look at whole vectors and at the remainder in different ways.
+    The odd weight at every place: the kernels look at whole vectors and at the remainder in
+    different ways.
     """
     largest, least = torch.finfo(dtype).max / 2, torch.finfo(dtype).tiny / 8
     cols = 67
@@ -103,7 +126,9 @@ def test_equal_rows_in_fp64(cols):
 
 
 def test_long_equal_rows(device):
-    """Equal values make the same rounding error in every step: naive fp32 sums are 5 ulp off at this length."""
+    """Equal values make the same rounding error in every step: naive fp32 sums are 5 ulp off at
+    this length.
+    """
     cols = 4097 if device == "cuda" else 100_003
     for value in (0.1, 1.0000001, 3.3):
         x = torch.full((1, cols), value)
@@ -113,7 +138,9 @@ def test_long_equal_rows(device):
 @pytest.mark.parametrize("ratio", [1, 3, 10, 100, 1000])
 @pytest.mark.parametrize("cols", [27, 64, 128, 576, 4096])
 def test_row_that_one_element_dominates(cols, ratio):
-    """A massive activation: its square alone makes rounding errors that nothing averages out, 3 ulp of them in fp32 sums."""
+    """A massive activation: its square alone makes rounding errors that nothing averages out, 3 ulp
+    of them in fp32 sums.
+    """
     rows = max(64, 400_000 // cols)
     generator = torch.Generator().manual_seed(ratio)
     x = torch.randn(rows, cols, generator=generator)
@@ -127,18 +154,24 @@ def test_row_that_one_element_dominates(cols, ratio):
 
 @pytest.mark.parametrize("cols", [64, 192, 256, 1024])
 def test_worst_rows_of_fp32(cols):
-    """One large element in each of 8 lanes, and small ones that are the same in all: every lane makes the same 7 roundings. Of
-    the sum 7 * 2^-24, half of that of 1 / rms, and the last rounding: 4 ulp at most. (3 were found.)"""
+    """One large element in each of 8 lanes, and small ones that are the same in all: every lane
+    makes the same 7 roundings. Of the sum 7 * 2^-24, half of that of 1 / rms, and the last
+    rounding: 4 ulp at most. (3 were found.)"""
     generator = torch.Generator().manual_seed(0)
     lane = torch.rand(20_000, cols // 8, generator=generator) / 20
     lane[:, 0] = 1 + torch.rand(20_000, generator=generator)
     x = lane.repeat_interleave(8, 1)
-    assert ulp_distance(rms_norm(x, cols, None, 0.0), rms_norm_reference(x, (cols,), None, 0.0)).max() <= 4
+    assert (
+        ulp_distance(rms_norm(x, cols, None, 0.0), rms_norm_reference(x, (cols,), None, 0.0)).max()
+        <= 4
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_same_as_torch(dtype):
-    """The defaults mean what torch's defaults mean, eps=None among them. torch's CPU composite errs by some fp32 ulps."""
+    """The defaults mean what torch's defaults mean, eps=None among them. torch's CPU composite errs
+    by some fp32 ulps.
+    """
     x, weight = random(5, 96, dtype=dtype) * 1e-3, random_weight(96, dtype)
     got, want = rms_norm(x, (96,), weight), F.rms_norm(x, (96,), weight)
     tolerance = max(torch.finfo(dtype).eps, 4e-7) if dtype != torch.float64 else 1e-14
@@ -149,16 +182,23 @@ def test_same_as_torch(dtype):
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, None], ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_rms_norm_forward_and_out(device, dtype, weight_dtype, options):
-    """The other two ways in give the same bits, and rstd is 1 / sqrt(mean(x^2) + eps), also where fp32 cannot hold it."""
+    """The other two ways in give the same bits, and rstd is 1 / sqrt(mean(x^2) + eps), also where
+    fp32 cannot hold it.
+    """
     cols = 129
-    x, weight = torch.stack(list(hard_rows(cols, dtype).values())), random_weight(cols, weight_dtype)
+    x, weight = (
+        torch.stack(list(hard_rows(cols, dtype).values())),
+        random_weight(cols, weight_dtype),
+    )
     xd, wd = x.to(device), None if weight is None else weight.to(device)
     want = rms_norm(xd, (cols,), wd, 1e-30, **options)
     out = torch.full(x.shape, math.nan, dtype=want.dtype).to(device)
     assert rms_norm(xd, (cols,), wd, 1e-30, **options, out=out) is out and same_bits(out, want)
     y, rstd = ops.rms_norm_forward(xd, (cols,), wd, 1e-30, **options)
     assert same_bits(y, want)
-    assert rstd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and rstd.shape == (len(x),)
+    assert rstd.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    ) and rstd.shape == (len(x),)
     want_rstd = (1 / (x.double().square().mean(-1) + 1e-30).sqrt()).to(rstd.dtype)
     assert ulp_distance(rstd.cpu(), want_rstd).max() <= (2 if dtype == torch.float64 else 1)
 
@@ -198,11 +238,17 @@ def test_normalized_shape_may_be_an_int():
         assert same_bits(rms_norm(x, shape), rms_norm(x, (20,)))
 
 
-@pytest.mark.parametrize("bits, dtype", ((0x7FFFFFFF, torch.float32), (-1, torch.float32), (0x7FFF, torch.float16)), ids=str)
+@pytest.mark.parametrize(
+    "bits, dtype",
+    ((0x7FFFFFFF, torch.float32), (-1, torch.float32), (0x7FFF, torch.float16)),
+    ids=str,
+)
 def test_any_nan_in_the_weight_stays_one(bits, dtype, device):
     """Rounding a NaN of all ones to bf16 by adding half a unit would turn it into a zero."""
     weight = torch.ones(256, dtype=dtype)
     weight.view(torch.int32 if dtype == torch.float32 else torch.int16)[[3, 70]] = bits
     for rows in (1, 9):
-        y = rms_norm(random(rows, 256, dtype=torch.bfloat16, device=device), 256, weight.to(device)).cpu()
+        y = rms_norm(
+            random(rows, 256, dtype=torch.bfloat16, device=device), 256, weight.to(device)
+        ).cpu()
         assert y[:, [3, 70]].isnan().all() and y.isnan().sum() == 2 * rows

@@ -1,4 +1,6 @@
-"""replace_rms_norm(fuse_residual=True): layers whose norms add the residual compute what they did, or are left alone."""
+"""replace_rms_norm(fuse_residual=True): layers whose norms add the residual compute what they did,
+or are left alone.
+"""
 
 import copy
 import functools
@@ -137,7 +139,9 @@ class DecoratedByAList(PreNorm):
 
 
 class Checkpointed(PreNorm):
-    """Wraps what its subclasses define, as transformers does: only the outermost wrapper of a class acts."""
+    """Wraps what its subclasses define, as transformers does: only the outermost wrapper of a class
+    acts.
+    """
 
     def __init_subclass__(cls):
         forward = cls.forward
@@ -228,8 +232,15 @@ def test_residual_in_norms(cls, norms):
     with replace_rms_norm(model):
         want = model(x)
     with replace_rms_norm(model, fuse_residual=True) as swap:
-        assert [(entry.name, entry.norms) for entry in swap.fused] == [("0", norms), ("1", norms)] and not swap.skipped
-        assert type(model[0]) is type(model[1]) and type(model[0]).__name__ == cls.__name__ and isinstance(model[0], cls)
+        assert [(entry.name, entry.norms) for entry in swap.fused] == [
+            ("0", norms),
+            ("1", norms),
+        ] and not swap.skipped
+        assert (
+            type(model[0]) is type(model[1])
+            and type(model[0]).__name__ == cls.__name__
+            and isinstance(model[0], cls)
+        )
         assert same_bits(model(x), want)
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         assert all(same_bits(twin(x), want) and type(twin[0]) is type(model[0]) for twin in twins)
@@ -254,7 +265,11 @@ def test_arguments_and_dtypes_of_a_fused_layer():
     for a, b in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         hidden, residual = torch.randn(3, 16).to(a), torch.randn(1, 16).to(b)
         out, total = _AddsInNorms._add_norm(norm, hidden, residual)
-        assert total.dtype == torch.float32 and torch.equal(total, residual + hidden) and torch.equal(out, norm(total))
+        assert (
+            total.dtype == torch.float32
+            and torch.equal(total, residual + hidden)
+            and torch.equal(out, norm(total))
+        )
 
 
 @pytest.mark.parametrize("cls", NOT_FUSED)
@@ -263,7 +278,10 @@ def test_layers_that_are_left_alone(cls):
     want = model(x)
     with replace_rms_norm(model, fuse_residual=True) as swap:
         assert not swap.fused and [entry.name for entry in swap.skipped] == ["0", "1"]
-        assert all(any(text in entry.reason for text in NOT_FUSED[cls].split("|")) for entry in swap.skipped), swap.skipped
+        assert all(
+            any(text in entry.reason for text in NOT_FUSED[cls].split("|"))
+            for entry in swap.skipped
+        ), swap.skipped
         assert type(model[0]) is cls
         torch.testing.assert_close(model(x), want)
 
@@ -276,17 +294,30 @@ def test_hooked_norms_and_instances_are_left_alone():
         want = model(x)
     with replace_rms_norm(model, fuse_residual=True) as swap:
         assert not swap.fused and same_bits(model(x), want)
-        assert "hooks (norm2 has)" in swap.skipped[0].reason and "replaced on this instance" in swap.skipped[1].reason
+        assert (
+            "hooks (norm2 has)" in swap.skipped[0].reason
+            and "replaced on this instance" in swap.skipped[1].reason
+        )
 
 
 # Hooks, which expect the sum and one result
 
 HOOKS = {
-    "forward": lambda norm, seen: norm.register_forward_hook(lambda m, args, y: seen.append((*args, y))),
-    "forward pre": lambda norm, seen: norm.register_forward_pre_hook(lambda m, args: seen.append(args)),
-    "backward": lambda norm, seen: norm.register_full_backward_hook(lambda m, inputs, outputs: seen.append((*inputs, *outputs))),
-    "backward pre": lambda norm, seen: norm.register_full_backward_pre_hook(lambda m, outputs: seen.append(outputs)),
-    "halves the gradient": lambda norm, seen: norm.register_full_backward_hook(lambda m, inputs, outputs: (inputs[0] / 2,)),
+    "forward": lambda norm, seen: norm.register_forward_hook(
+        lambda m, args, y: seen.append((*args, y))
+    ),
+    "forward pre": lambda norm, seen: norm.register_forward_pre_hook(
+        lambda m, args: seen.append(args)
+    ),
+    "backward": lambda norm, seen: norm.register_full_backward_hook(
+        lambda m, inputs, outputs: seen.append((*inputs, *outputs))
+    ),
+    "backward pre": lambda norm, seen: norm.register_full_backward_pre_hook(
+        lambda m, outputs: seen.append(outputs)
+    ),
+    "halves the gradient": lambda norm, seen: norm.register_full_backward_hook(
+        lambda m, inputs, outputs: (inputs[0] / 2,)
+    ),
     "forward, global": lambda norm, seen: hooks_of_all.register_module_forward_hook(
         lambda m, args, y: seen.append((*args, y)) if m is norm else None
     ),
@@ -305,7 +336,9 @@ HOOKS = {
 @pytest.mark.parametrize("before", [False, True], ids=["hooked afterwards", "hooked before"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_of_a_fused_norm(kind, before):
-    """A hook sees what it sees of the plain layer, to fp32's roundings, and what it returns counts once."""
+    """A hook sees what it sees of the plain layer, to fp32's roundings, and what it returns counts
+    once.
+    """
 
     def run(model, hooked):
         seen, t = [], x.clone().requires_grad_()
@@ -328,7 +361,9 @@ def test_hooks_of_a_fused_norm(kind, before):
     else:
         got = run(model, None)
     assert len(got[1]) == len(want[1])
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # a few roundings of values of size 1
+    torch.testing.assert_close(
+        got, want, rtol=1e-5, atol=1e-6
+    )  # a few roundings of values of size 1
     assert fused_additions(model, x) == len(swap.fused)  # the hook is gone
 
 
@@ -380,17 +415,33 @@ def unchanged(layer, fused, reason=""):
     model, x = nn.Sequential(layer), torch.randn(3, 16)
     want = model(x)
     with replace_rms_norm(model, fuse_residual=True) as swap:
-        assert len(swap.fused) == fused and all(reason in entry.reason for entry in swap.skipped), swap.skipped
+        assert len(swap.fused) == fused and all(reason in entry.reason for entry in swap.skipped), (
+            swap.skipped
+        )
         torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6)
     assert same_bits(model(x), want)
 
 
 FORMS = {
     "private method": {"inside": "x = self.__twice(x)"},
-    "default of the class body": {"body": "factor = 3.0", "arguments": ", factor=factor", "inside": "x = x * factor"},
-    "default that is another number by now": {"arguments": ", factor=FACTOR", "inside": "x = x * factor"},
-    "annotation of the class body": {"body": "Kind = float", "arguments": ", factor: Kind = 2.0", "inside": "x = x * factor"},
-    "keyword-only": {"arguments": ", *more, factor=2.0, **rest", "inside": "x = x * factor + len(more) + len(rest)"},
+    "default of the class body": {
+        "body": "factor = 3.0",
+        "arguments": ", factor=factor",
+        "inside": "x = x * factor",
+    },
+    "default that is another number by now": {
+        "arguments": ", factor=FACTOR",
+        "inside": "x = x * factor",
+    },
+    "annotation of the class body": {
+        "body": "Kind = float",
+        "arguments": ", factor: Kind = 2.0",
+        "inside": "x = x * factor",
+    },
+    "keyword-only": {
+        "arguments": ", *more, factor=2.0, **rest",
+        "inside": "x = x * factor + len(more) + len(rest)",
+    },
     "super": {"inside": "x = super().__getattr__('mlp')(x)"},
     "nested function": {"inside": "x = (lambda y: self.__twice(y))(x)"},
 }
@@ -429,7 +480,9 @@ def test_default_that_is_filled(module):
 
 
 CHANGES = {
-    "another forward": lambda text: text.replace("self.attention(self.norm1(x))", "3 * self.attention(self.norm1(x))"),
+    "another forward": lambda text: text.replace(
+        "self.attention(self.norm1(x))", "3 * self.attention(self.norm1(x))"
+    ),
     "another constant": lambda text: text.replace("return residual", "return 1.0 * residual"),
     "lines above": lambda text: "\n" * 3 + text,
 }
@@ -445,7 +498,10 @@ def test_file_has_changed_since(change, module):
 
 def test_cell_was_run_again():
     """Two texts of one file name, as a notebook has them."""
-    one, two = (TEMPLATE.format(body="pass", arguments="", inside=inside) for inside in ("pass", "x = 9 * x"))
+    one, two = (
+        TEMPLATE.format(body="pass", arguments="", inside=inside)
+        for inside in ("pass", "x = 9 * x")
+    )
     for text, fused in ((one, 1), (two, 0)):
         scope = {"__name__": "cell"}
         exec(compile(one, "<cell>", "exec"), scope)

@@ -1,4 +1,6 @@
-"""fused_add_rms_norm: the bits of add-then-norm, its gradients, in place, its errors, and torch.compile."""
+"""fused_add_rms_norm: the bits of add-then-norm, its gradients, in place, its errors, and
+torch.compile.
+"""
 
 import itertools
 
@@ -10,7 +12,14 @@ import rmsnorm_cuda
 from rmsnorm_cuda import _C, RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, rms_norm
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-PAIRS = ((FP32, FP32), (FP16, FP16), (BF16, BF16), (FP16, FP32), (BF16, FP32), (FP64, FP64))  # of input and residual
+PAIRS = (
+    (FP32, FP32),
+    (FP16, FP16),
+    (BF16, BF16),
+    (FP16, FP32),
+    (BF16, FP32),
+    (FP64, FP64),
+)  # of input and residual
 
 
 def randn(*shape, dtype, device="cpu"):
@@ -27,13 +36,20 @@ def add_then_norm(input, residual, weight, eps, **options):
     return y.to(dtype), total
 
 
-@pytest.mark.parametrize("options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str
+)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_bits_of_add_then_norm(pair, options, device, painted):
     if device == "cpu" and _C.isa() == "fp64" and pair[1] == FP32 != pair[0]:
         pytest.skip("fp64 rounds the norm of a wider residual once, not by way of fp32")
-    for (rows, cols), weight_dtype in itertools.product(((1, 1), (37, 64), (21, 128), (3, 1000), (2, 9000)), (pair[0], FP32, None)):
-        input, residual = randn(rows, cols, dtype=pair[0], device=device), randn(rows, cols, dtype=pair[1], device=device)
+    for (rows, cols), weight_dtype in itertools.product(
+        ((1, 1), (37, 64), (21, 128), (3, 1000), (2, 9000)), (pair[0], FP32, None)
+    ):
+        input, residual = (
+            randn(rows, cols, dtype=pair[0], device=device),
+            randn(rows, cols, dtype=pair[1], device=device),
+        )
         weight = None if weight_dtype is None else randn(cols, dtype=weight_dtype, device=device)
         want = add_then_norm(input, residual, weight, 1e-6, **options)
         got = fused_add_rms_norm(input, residual, weight, 1e-6, **options)
@@ -62,11 +78,21 @@ def test_layouts(device, painted, torch_kernels):
 
 def test_layouts_that_are_copied(device, torch_kernels):
     torch_kernels(device)  # for the copy
-    expanded = randn(1, 64, dtype=BF16).to(device).expand(6, 64)  # a functional input may repeat rows
-    for a, b in zip(fused_add_rms_norm(expanded, expanded), add_then_norm(expanded, expanded, None, None), strict=True):
+    expanded = (
+        randn(1, 64, dtype=BF16).to(device).expand(6, 64)
+    )  # a functional input may repeat rows
+    for a, b in zip(
+        fused_add_rms_norm(expanded, expanded),
+        add_then_norm(expanded, expanded, None, None),
+        strict=True,
+    ):
         assert torch.equal(a.cpu(), b)
     not_dense = randn(64, 6, dtype=FP32).to(device).t()
-    for a, b in zip(fused_add_rms_norm(not_dense, not_dense), add_then_norm(not_dense, not_dense, None, None), strict=True):
+    for a, b in zip(
+        fused_add_rms_norm(not_dense, not_dense),
+        add_then_norm(not_dense, not_dense, None, None),
+        strict=True,
+    ):
         assert torch.equal(a.cpu(), b)
 
 
@@ -78,7 +104,9 @@ def test_empty(shape, device):
     fused_add_rms_norm_(input, input.clone())
 
 
-@pytest.mark.parametrize("options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str
+)
 @pytest.mark.parametrize("used", ("both", "output", "residual_out"))
 @pytest.mark.parametrize("pair", ((FP32, FP32), (BF16, BF16), (BF16, FP32)), ids=str)
 def test_gradients(pair, used, options, device, torch_kernels):
@@ -86,16 +114,33 @@ def test_gradients(pair, used, options, device, torch_kernels):
     if pair[0] != pair[1]:
         torch_kernels(device)  # the gradient of input is that of residual in another dtype
     rows, cols = 9, 300
-    leaves = [randn(rows, cols, dtype=pair[0]), randn(rows, cols, dtype=pair[1]), randn(cols, dtype=FP32)]
-    dy, dsum = randn(rows, cols, dtype=FP32 if "cast_before_weight" in options else pair[0]), randn(rows, cols, dtype=pair[1])
+    leaves = [
+        randn(rows, cols, dtype=pair[0]),
+        randn(rows, cols, dtype=pair[1]),
+        randn(cols, dtype=FP32),
+    ]
+    dy, dsum = (
+        randn(rows, cols, dtype=FP32 if "cast_before_weight" in options else pair[0]),
+        randn(rows, cols, dtype=pair[1]),
+    )
     there = [t.to(device).requires_grad_() for t in leaves]
     output, total = fused_add_rms_norm(*there, 1e-6, **options)
-    outputs = [t for t, name in ((output, "output"), (total, "residual_out")) if used in ("both", name)]
-    upstream = [t.to(device) for t, name in ((dy, "output"), (dsum, "residual_out")) if used in ("both", name)]
+    outputs = [
+        t for t, name in ((output, "output"), (total, "residual_out")) if used in ("both", name)
+    ]
+    upstream = [
+        t.to(device)
+        for t, name in ((dy, "output"), (dsum, "residual_out"))
+        if used in ("both", name)
+    ]
     got = torch.autograd.grad(outputs, there, upstream, allow_unused=True)
     s = total.detach().cpu().double().requires_grad_()
     w = leaves[2].double().requires_grad_()
-    y = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6) * (w + options.get("weight_offset", 0.0))
+    y = (
+        s
+        * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)
+        * (w + options.get("weight_offset", 0.0))
+    )
     want_s, want_w = torch.zeros_like(s), None
     if used != "residual_out":
         want_s, want_w = torch.autograd.grad(y, (s, w), dy.double())
@@ -103,17 +148,27 @@ def test_gradients(pair, used, options, device, torch_kernels):
         want_s = want_s + dsum.double()
     for grad, leaf in zip(got[:2], leaves):
         assert grad.dtype == leaf.dtype
-        torch.testing.assert_close(grad.cpu().double(), want_s, rtol=torch.finfo(leaf.dtype).eps, atol=1e-5)
+        torch.testing.assert_close(
+            grad.cpu().double(), want_s, rtol=torch.finfo(leaf.dtype).eps, atol=1e-5
+        )
     if want_w is None:
         assert got[2] is None
     else:  # a rounded xhat goes into dweight where it did into the output
-        torch.testing.assert_close(got[2].cpu().double(), want_w, rtol=1e-5, atol=0.1 if options.get("cast_before_weight") else 1e-4)
+        torch.testing.assert_close(
+            got[2].cpu().double(),
+            want_w,
+            rtol=1e-5,
+            atol=0.1 if options.get("cast_before_weight") else 1e-4,
+        )
 
 
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
 def test_what_autograd_saved_is_not_overwritten_unseen(mode):
     x, w = torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)
-    for overwrite in (lambda: fused_add_rms_norm_(x, torch.zeros(4, 8)), lambda: rms_norm(x, 8, out=x)):
+    for overwrite in (
+        lambda: fused_add_rms_norm_(x, torch.zeros(4, 8)),
+        lambda: rms_norm(x, 8, out=x),
+    ):
         loss = (x * w).sum()
         with mode():
             overwrite()
@@ -130,21 +185,31 @@ def test_only_the_weight_requires_grad():
 
 
 def test_frozen_weight_and_one_gradient_only():
-    input, residual, weight = randn(4, 32, dtype=FP32).requires_grad_(), randn(4, 32, dtype=FP32), randn(32, dtype=FP32)
+    input, residual, weight = (
+        randn(4, 32, dtype=FP32).requires_grad_(),
+        randn(4, 32, dtype=FP32),
+        randn(32, dtype=FP32),
+    )
     output, total = fused_add_rms_norm(input, residual, weight)
     (grad,) = torch.autograd.grad(output.sum() + total.sum(), input)
     assert grad.shape == input.shape and total.requires_grad and not weight.requires_grad
 
 
 def test_gradcheck_and_second_derivatives():
-    leaves = [randn(3, 5, dtype=FP64).requires_grad_(), randn(3, 5, dtype=FP64).requires_grad_(), randn(5, dtype=FP64).requires_grad_()]
+    leaves = [
+        randn(3, 5, dtype=FP64).requires_grad_(),
+        randn(3, 5, dtype=FP64).requires_grad_(),
+        randn(5, dtype=FP64).requires_grad_(),
+    ]
 
     def function(input, residual, weight):
         return fused_add_rms_norm(input, residual, weight, 1e-3, weight_offset=0.5)
 
     assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, leaves)
-    per_sample = torch.func.vmap(torch.func.grad(lambda i, r: function(i, r, leaves[2])[0].sum()), in_dims=(0, 0))
+    per_sample = torch.func.vmap(
+        torch.func.grad(lambda i, r: function(i, r, leaves[2])[0].sum()), in_dims=(0, 0)
+    )
     want = torch.autograd.grad(function(*leaves)[0].sum(), leaves[0])[0]
     torch.testing.assert_close(per_sample(leaves[0].detach(), leaves[1].detach()), want)
 
@@ -155,7 +220,11 @@ def test_compile(backend):
         y, residual = fused_add_rms_norm(x, residual, weight, 1e-6)
         return y * 2, residual
 
-    leaves = [randn(4, 64, dtype=FP32).requires_grad_(), randn(4, 64, dtype=FP32).requires_grad_(), randn(64, dtype=FP32).requires_grad_()]
+    leaves = [
+        randn(4, 64, dtype=FP32).requires_grad_(),
+        randn(4, 64, dtype=FP32).requires_grad_(),
+        randn(64, dtype=FP32).requires_grad_(),
+    ]
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for got, want in zip(compiled(*leaves), layer(*leaves), strict=True):
         assert torch.equal(got, want)
@@ -166,7 +235,9 @@ def test_compile(backend):
 
 
 def test_compile_in_place():
-    """The code that Inductor writes hands the op the graph's own buffer and the caller's residual: no clone of either."""
+    """The code that Inductor writes hands the op the graph's own buffer and the caller's residual:
+    no clone of either.
+    """
     from torch._inductor.utils import run_and_get_code
 
     def layer(x, residual, weight):
@@ -201,11 +272,26 @@ def test_module():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     (
-        ({"residual": torch.zeros(2, 9)}, RuntimeError, r"residual of input's shape \[2, 8\], but got \[2, 9\]"),
-        ({"residual": torch.zeros(2, 8, dtype=BF16)}, RuntimeError, "residual of input's dtype Float, but got BFloat16"),
+        (
+            {"residual": torch.zeros(2, 9)},
+            RuntimeError,
+            r"residual of input's shape \[2, 8\], but got \[2, 9\]",
+        ),
+        (
+            {"residual": torch.zeros(2, 8, dtype=BF16)},
+            RuntimeError,
+            "residual of input's dtype Float, but got BFloat16",
+        ),
         ({"residual": torch.zeros(2, 8, device="meta")}, RuntimeError, "residual is on meta"),
         ({"weight": torch.zeros(9)}, RuntimeError, r"weight of shape \[9\]"),
-        ({"input": torch.zeros(2, 8, dtype=torch.int32), "residual": torch.zeros(2, 8, dtype=torch.int32)}, NotImplementedError, "Int"),
+        (
+            {
+                "input": torch.zeros(2, 8, dtype=torch.int32),
+                "residual": torch.zeros(2, 8, dtype=torch.int32),
+            },
+            NotImplementedError,
+            "Int",
+        ),
         ({"input": torch.zeros(()), "residual": torch.zeros(())}, ValueError, "scalar"),
         ({"eps": -1.0}, ValueError, "eps"),
     ),
@@ -213,12 +299,19 @@ def test_module():
 )
 @pytest.mark.parametrize("function", (fused_add_rms_norm, fused_add_rms_norm_))
 def test_errors(function, change, error, message):
-    arguments = {"input": torch.ones(2, 8), "residual": torch.ones(2, 8), "weight": torch.ones(8), "eps": 1e-6} | change
+    arguments = {
+        "input": torch.ones(2, 8),
+        "residual": torch.ones(2, 8),
+        "weight": torch.ones(8),
+        "eps": 1e-6,
+    } | change
     with pytest.raises(error, match=message):
         function(**arguments)
     refused_alike_while_tracing(function, **arguments)
     if arguments["input"].device.type == "cpu":
-        assert (arguments["input"] == arguments["input"].flatten()[0]).all(), "something was written"
+        assert (arguments["input"] == arguments["input"].flatten()[0]).all(), (
+            "something was written"
+        )
 
 
 def test_errors_in_place():
@@ -252,7 +345,9 @@ def test_threads_give_the_same_bits(threads):
     for count in (1, 2, 3):
         threads(count)
         results.append(fused_add_rms_norm(input, residual))
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+    assert all(
+        torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True)
+    )
 
 
 def test_public():
@@ -260,12 +355,16 @@ def test_public():
 
 
 class DecoderLayer(torch.nn.Module):
-    """Of the Llama family, in two ways: with the residual added by itself, and by the norm that follows."""
+    """Of the Llama family, in two ways: with the residual added by itself, and by the norm that
+    follows.
+    """
 
     def __init__(self, width, heads, dtype):
         super().__init__()
         self.heads = heads
-        self.input_norm, self.post_norm = (RMSNorm(width, 1e-6, dtype=dtype, cast_before_weight=True) for _ in range(2))
+        self.input_norm, self.post_norm = (
+            RMSNorm(width, 1e-6, dtype=dtype, cast_before_weight=True) for _ in range(2)
+        )
         self.qkv = torch.nn.Linear(width, 3 * width, bias=False, dtype=dtype)
         self.out = torch.nn.Linear(width, width, bias=False, dtype=dtype)
         self.up = torch.nn.Linear(width, 4 * width, bias=False, dtype=dtype)
@@ -273,7 +372,11 @@ class DecoderLayer(torch.nn.Module):
 
     def attention(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim(-2, 1).unbind(-2)
-        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        return self.out(
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(-2)
+        )
 
     def feed_forward(self, x):
         gate, up = self.up(x).chunk(2, -1)
@@ -291,10 +394,16 @@ class DecoderLayer(torch.nn.Module):
 
 @pytest.mark.parametrize("dtype, tolerance", ((FP64, 1e-12), (FP32, 1e-5), (BF16, 0.03)), ids=str)
 def test_decoder_layers(dtype, tolerance):
-    """The bits of the layers as they were, and their gradients, whose sums are rounded once less: eps of dtype, a few times."""
+    """The bits of the layers as they were, and their gradients, whose sums are rounded once less:
+    eps of dtype, a few times.
+    """
     layers = torch.nn.ModuleList(DecoderLayer(64, 4, dtype) for _ in range(3))
     final = RMSNorm(64, 1e-6, dtype=dtype, cast_before_weight=True)
-    leaves = [torch.randn(2, 9, 64, dtype=FP64).to(dtype).requires_grad_(), *layers.parameters(), *final.parameters()]
+    leaves = [
+        torch.randn(2, 9, 64, dtype=FP64).to(dtype).requires_grad_(),
+        *layers.parameters(),
+        *final.parameters(),
+    ]
     plain = leaves[0]
     for layer in layers:
         plain = layer(plain)
@@ -305,5 +414,9 @@ def test_decoder_layers(dtype, tolerance):
     fused, _ = final(hidden, residual)
     assert torch.equal(plain, fused)
     upstream = torch.randn_like(plain)
-    for got, want in zip(torch.autograd.grad(fused, leaves, upstream), torch.autograd.grad(plain, leaves, upstream), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(fused, leaves, upstream),
+        torch.autograd.grad(plain, leaves, upstream),
+        strict=True,
+    ):
         assert (got - want).abs().max() <= tolerance * want.abs().max()

@@ -1,6 +1,7 @@
 """Where other libraries plug kernels in. Each against a stand-in with the library's documented
-interface and, where it is installed, against the library: vLLM 0.33.0 (with torch 2.14.0), SGLang 0.5.23
-(torch 2.14.1), kernels 0.17.2 and 0.14.1, torchtitan 0.3.0, Megatron-Core 0.19.2 and 0.16.1."""
+interface and, where it is installed, against the library: vLLM 0.33.0 (with torch 2.14.0), SGLang
+0.5.23 (torch 2.14.1), kernels 0.17.2 and 0.14.1, torchtitan 0.3.0, Megatron-Core 0.19.2 and
+0.16.1."""
 
 import importlib
 import importlib.util
@@ -39,14 +40,18 @@ def stub_modules(monkeypatch, modules):
     for name, contents in modules.items():
         parts = name.split(".")
         for end in range(1, len(parts) + 1):
-            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+            monkeypatch.setitem(
+                sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end]))
+            )
         vars(sys.modules[name]).update(contents)
 
 
 def test_entry_points():
     """pyproject.toml names functions that exist."""
     tomllib = pytest.importorskip("tomllib")
-    groups = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["entry-points"]
+    groups = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "entry-points"
+    ]
     assert set(groups) == {"vllm.general_plugins", "sglang.srt.plugins", "pyinstaller40"}
     for group in groups.values():
         for target in group.values():
@@ -63,13 +68,20 @@ class Norm(nn.Module):
     def __init__(self, width, family, eps=1e-5):
         super().__init__()
         self.weight = nn.Parameter(1 + torch.randn(width) / 4)
-        self.eps, self.offset, self.cast, self.result = eps, family.weight_offset, family.cast_before_weight, family.result
+        self.eps, self.offset, self.cast, self.result = (
+            eps,
+            family.weight_offset,
+            family.cast_before_weight,
+            family.result,
+        )
 
     def forward(self, hidden_states):
         xhat = hidden_states.float()
         xhat = xhat * torch.rsqrt(xhat.square().mean(-1, keepdim=True) + self.eps)
         if self.result == "weight":
-            return self.weight * (xhat.to(self.weight.dtype) if self.weight.dtype in SIXTEEN else xhat)
+            return self.weight * (
+                xhat.to(self.weight.dtype) if self.weight.dtype in SIXTEEN else xhat
+            )
         if self.cast:
             return self.weight * xhat.to(hidden_states.dtype)
         return (xhat * (self.weight.float() + self.offset)).to(hidden_states.dtype)
@@ -106,26 +118,42 @@ def fresh():
 
 
 def test_kernels_layer_rules():
-    """What `kernels` demands: a hashable repository; a class without constructor and members; a forward that takes one input."""
+    """What `kernels` demands: a hashable repository; a class without constructor and members; a
+    forward that takes one input.
+    """
     from rmsnorm_cuda.integrations.kernels import mapping
 
     repositories = mapping()
-    assert set(repositories) == {"RMSNorm", "RMSNormZeroCentered"} and set(repositories["RMSNorm"]) == {"cpu", "cuda"}
+    assert set(repositories) == {"RMSNorm", "RMSNormZeroCentered"} and set(
+        repositories["RMSNorm"]
+    ) == {"cpu", "cuda"}
     repository = repositories["RMSNorm"]["cpu"]
-    assert hash(repository) == hash(repositories["RMSNorm"]["cuda"]) and "rmsnorm_cuda" in str(repository)
+    assert hash(repository) == hash(repositories["RMSNorm"]["cuda"]) and "rmsnorm_cuda" in str(
+        repository
+    )
     layer = repository.load()
     assert issubclass(layer, nn.Module) and layer.__init__ is nn.Module.__init__
-    members = {name for name, _ in inspect.getmembers(layer)} - {name for name, _ in inspect.getmembers(nn.Module)}
-    assert members == {"can_torch_compile", "has_backward"} and layer.can_torch_compile == COMPILES_LAYERS and layer.has_backward
+    members = {name for name, _ in inspect.getmembers(layer)} - {
+        name for name, _ in inspect.getmembers(nn.Module)
+    }
+    assert (
+        members == {"can_torch_compile", "has_backward"}
+        and layer.can_torch_compile == COMPILES_LAYERS
+        and layer.has_backward
+    )
     kinds = [parameter.kind for parameter in inspect.signature(layer.forward).parameters.values()]
     assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
     assert list(mapping(["A"], ["cpu"])) == ["A"] and list(mapping(["A"], ["cpu"])["A"]) == ["cpu"]
 
 
-@pytest.mark.parametrize("x_dtype, w_dtype", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, BF16)])
+@pytest.mark.parametrize(
+    "x_dtype, w_dtype", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, BF16)]
+)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_kernels_layer_is_of_the_modules_family(family, x_dtype, w_dtype, fresh):
-    """One layer name on several families: each module keeps its own rounding order, dtype, eps and gradients."""
+    """One layer name on several families: each module keeps its own rounding order, dtype, eps and
+    gradients.
+    """
     theirs = Norm(40, family, eps=1e-3).to(w_dtype)
     ours = put_in_place(Norm(40, family, eps=1e-3).to(w_dtype))
     ours.load_state_dict(theirs.state_dict())
@@ -134,12 +162,16 @@ def test_kernels_layer_is_of_the_modules_family(family, x_dtype, w_dtype, fresh)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     got, want = ours(a), theirs(b)
     if got.dtype == FP32 and x_dtype != FP32 and family.name == "llama":
-        torch.testing.assert_close(got, want, rtol=torch.finfo(x_dtype).eps, atol=0)  # a near-tie of the first rounding
+        torch.testing.assert_close(
+            got, want, rtol=torch.finfo(x_dtype).eps, atol=0
+        )  # a near-tie of the first rounding
     else:
         close(got, want, 5 if want.dtype == FP32 else 2)
     for y in (got, want):
         y.float().square().sum().backward()
-    tolerance = {"rtol": 3e-2, "atol": 3e-2} if BF16 in (x_dtype, w_dtype) else {"rtol": 1e-4, "atol": 1e-4}
+    tolerance = (
+        {"rtol": 3e-2, "atol": 3e-2} if BF16 in (x_dtype, w_dtype) else {"rtol": 1e-4, "atol": 1e-4}
+    )
     torch.testing.assert_close(a.grad, b.grad, **tolerance)
     scale = theirs.weight.grad.abs().max()
     torch.testing.assert_close(ours.weight.grad / scale, theirs.weight.grad / scale, **tolerance)
@@ -148,22 +180,32 @@ def test_kernels_layer_is_of_the_modules_family(family, x_dtype, w_dtype, fresh)
 def test_kernels_layer_of_what_is_not_a_norm(fresh):
     ours = put_in_place(nn.Sequential(NoNorm(8), NoNorm(8)))
     x = torch.randn(3, 8)
-    with pytest.warns(UserWarning, match="NoNorm keeps its own forward: it computes what no known family computes") as caught:
+    with pytest.warns(
+        UserWarning, match="NoNorm keeps its own forward: it computes what no known family computes"
+    ) as caught:
         assert torch.equal(ours(x), x * 4)
     assert len(caught) == 1
     if COMPILES_LAYERS:
         assert torch.equal(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), x * 4)
     ours[0].bias = nn.Parameter(torch.ones(8))
     del ours[0]._rmsnorm_cuda_family
-    with pytest.warns(UserWarning, match="NoNorm has bias, where one parameter is expected, called weight"):
+    with pytest.warns(
+        UserWarning, match="NoNorm has bias, where one parameter is expected, called weight"
+    ):
         ours(x)
 
 
-@pytest.mark.skipif(not COMPILES_LAYERS, reason="the layer says itself that it cannot be compiled on this torch")
+@pytest.mark.skipif(
+    not COMPILES_LAYERS, reason="the layer says itself that it cannot be compiled on this torch"
+)
 @pytest.mark.filterwarnings("error:rmsnorm_cuda")
 def test_kernels_layer_compiled(fresh):
-    """Compiled before it was ever called, in training: no graph break; layer by layer: one graph for all; eps is guarded."""
-    model = put_in_place(nn.Sequential(*(nn.Sequential(nn.Linear(40, 40), Norm(40, FAMILIES[1])) for _ in range(10))))
+    """Compiled before it was ever called, in training: no graph break; layer by layer: one graph
+    for all; eps is guarded.
+    """
+    model = put_in_place(
+        nn.Sequential(*(nn.Sequential(nn.Linear(40, 40), Norm(40, FAMILIES[1])) for _ in range(10)))
+    )
     for layer in model:
         layer.compile(fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 40, requires_grad=True)
@@ -176,11 +218,15 @@ def test_kernels_layer_compiled(fresh):
 
     for eps in (1e-2, 3e-2, 5e-2):  # of floats that differ Dynamo would make variables
         model[0][1].eps = eps
-        assert torch.equal(torch.compile(model[0], fullgraph=True, backend="aot_eager")(x), model[0](x))
+        assert torch.equal(
+            torch.compile(model[0], fullgraph=True, backend="aot_eager")(x), model[0](x)
+        )
 
 
 def test_kernels_layer_first_called_under_a_mode(fresh):
-    """Which family it is is tried apart from fake tensors, transforms, autocast and default devices."""
+    """Which family it is is tried apart from fake tensors, transforms, autocast and default
+    devices.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from rmsnorm_cuda.integrations import kernels
@@ -200,7 +246,9 @@ def test_kernels_layer_first_called_under_a_mode(fresh):
         norm(x)
     anew()
     program = torch.export.export(nn.Sequential(norm), (x,), strict=False)
-    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["rmsnorm_cuda.rms_norm.default"]
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == [
+        "rmsnorm_cuda.rms_norm.default"
+    ]
     assert kernels._known and all(found.family is FAMILIES[2] for found in kernels._known.values())
 
 
@@ -215,7 +263,12 @@ def test_kernels_library(fresh, monkeypatch):
     x = torch.randn(7, 40)
     norms = [Norm(40, family) for family in FAMILIES]
     want = [norm(x) for norm in norms]
-    for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE, Mode.TRAINING | Mode.TORCH_COMPILE):
+    for mode in (
+        Mode.INFERENCE,
+        Mode.TRAINING,
+        Mode.INFERENCE | Mode.TORCH_COMPILE,
+        Mode.TRAINING | Mode.TORCH_COMPILE,
+    ):
         with use_kernel_mapping(mapping(), inherit_mapping=False):
             model = kernelize(nn.ModuleList(norms), mode=mode, use_fallback=False)
         for norm, y in zip(model, want):
@@ -223,7 +276,9 @@ def test_kernels_library(fresh, monkeypatch):
             close(norm(x), y, 5)
             if Mode.TORCH_COMPILE in mode:
                 torch._dynamo.reset()
-                assert torch.equal(torch.compile(norm, fullgraph=True, backend="aot_eager")(x), norm(x))
+                assert torch.equal(
+                    torch.compile(norm, fullgraph=True, backend="aot_eager")(x), norm(x)
+                )
 
     from kernels.layer import repos
 
@@ -244,12 +299,20 @@ def test_kernels_library_and_transformers(fresh, monkeypatch):
 
     from rmsnorm_cuda.integrations.kernels import mapping
 
-    for cls in (LlamaRMSNorm, Olmo2RMSNorm):  # as transformers decorates them where it accepts the version of `kernels`
+    for cls in (
+        LlamaRMSNorm,
+        Olmo2RMSNorm,
+    ):  # as transformers decorates them where it accepts the version of `kernels`
         monkeypatch.setattr(cls, "kernel_layer_name", "RMSNorm", raising=False)
     tokens = torch.randint(0, 99, (2, 16))
     for kind, family in (("Llama", "llama"), ("Olmo2", "torch")):
         config = getattr(transformers, f"{kind}Config")(
-            vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
         )
         model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
         with torch.no_grad():
@@ -268,16 +331,29 @@ def test_kernelize_tells_where_it_changes_nothing(fresh, monkeypatch):
 
     from rmsnorm_cuda.integrations.kernels import kernelize
 
-    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
     tokens = torch.randint(0, 99, (2, 16))
     with torch.no_grad():
         want = model(tokens).logits
         if getattr(type(model.model.norm), "kernel_layer_name", None) is None:
-            with pytest.warns(UserWarning, match="no module of this LlamaForCausalLM is marked as one of RMSNorm, RMSNormZeroCentered"):
+            with pytest.warns(
+                UserWarning,
+                match="no module of this LlamaForCausalLM is marked as one of RMSNorm, "
+                "RMSNormZeroCentered",
+            ):
                 kernelize(model, mode=Mode.INFERENCE)
             assert torch.equal(model(tokens).logits, want)
-            monkeypatch.setattr(type(model.model.norm), "kernel_layer_name", "RMSNorm", raising=False)
+            monkeypatch.setattr(
+                type(model.model.norm), "kernel_layer_name", "RMSNorm", raising=False
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model = kernelize(model, mode=Mode.INFERENCE)
@@ -289,7 +365,9 @@ def test_kernelize_tells_where_it_changes_nothing(fresh, monkeypatch):
 
 
 def native_rms_norm(x, weight, epsilon, variance_size=None):
-    """The definition that vLLM gives of its op, of its own words: fp32; to the weight's dtype; times the weight; to x's dtype."""
+    """The definition that vLLM gives of its op, of its own words: fp32; to the weight's dtype;
+    times the weight; to x's dtype.
+    """
     part = x.float() if variance_size is None else x.float()[..., :variance_size]
     y = x.float() * torch.rsqrt(part.square().mean(-1, keepdim=True) + epsilon)
     return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype)
@@ -301,10 +379,15 @@ def native_fused_add_rms_norm(x, x_residual, weight, epsilon, variance_size=None
 
 
 class IrOp:
-    """What a vLLM IR op is to a plug-in: implementations by name, each with the op's signature; dispatch by priority."""
+    """What a vLLM IR op is to a plug-in: implementations by name, each with the op's signature;
+    dispatch by priority.
+    """
 
     def __init__(self, native):
-        self.native, self.impls = native, {"native": SimpleNamespace(provider="native", impl_fn=native)}
+        self.native, self.impls = (
+            native,
+            {"native": SimpleNamespace(provider="native", impl_fn=native)},
+        )
 
     def register_impl(self, provider, *, supported=True, supports_args=None, inplace=False):
         assert provider not in self.impls
@@ -312,14 +395,21 @@ class IrOp:
 
         def check(function):
             parameters = inspect.signature(function).parameters.values()
-            assert [(p.name, p.default, p.kind) for p in parameters] == [(p.name, p.default, p.kind) for p in want]
+            assert [(p.name, p.default, p.kind) for p in parameters] == [
+                (p.name, p.default, p.kind) for p in want
+            ]
 
         def register(function):
             check(function), check(supports_args)
             schema = torch.library.infer_schema(function, mutates_args=())
-            assert schema.startswith("(Tensor x, ") and "Tensor? weight, float epsilon, SymInt? variance_size=None) -> " in schema
+            assert (
+                schema.startswith("(Tensor x, ")
+                and "Tensor? weight, float epsilon, SymInt? variance_size=None) -> " in schema
+            )
             assert supported and not inplace
-            self.impls[provider] = SimpleNamespace(provider=provider, impl_fn=function, supports_args=supports_args)
+            self.impls[provider] = SimpleNamespace(
+                provider=provider, impl_fn=function, supports_args=supports_args
+            )
             return self.impls[provider]
 
         return register
@@ -335,16 +425,23 @@ def vllm_ops(request, monkeypatch):
     from rmsnorm_cuda.integrations.vllm import register
 
     if request.param == "vllm":
-        monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")  # its wheel looks for a GPU otherwise, and has no platform without one
+        monkeypatch.setenv(
+            "VLLM_TARGET_DEVICE", "cpu"
+        )  # its wheel looks for a GPU otherwise, and has no platform without one
         pytest.importorskip("vllm")
         from vllm.ir import ops
 
         register()
-        with ops.rms_norm.set_priority(["rmsnorm_cuda", "native"]), ops.fused_add_rms_norm.set_priority(["rmsnorm_cuda", "native"]):
+        with (
+            ops.rms_norm.set_priority(["rmsnorm_cuda", "native"]),
+            ops.fused_add_rms_norm.set_priority(["rmsnorm_cuda", "native"]),
+        ):
             register()  # vLLM may load a plug-in twice
             yield ops
         return
-    ops = SimpleNamespace(rms_norm=IrOp(native_rms_norm), fused_add_rms_norm=IrOp(native_fused_add_rms_norm))
+    ops = SimpleNamespace(
+        rms_norm=IrOp(native_rms_norm), fused_add_rms_norm=IrOp(native_fused_add_rms_norm)
+    )
     stub_modules(monkeypatch, {"vllm.ir": {"ops": ops}})
     register()
     register()
@@ -352,7 +449,9 @@ def vllm_ops(request, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (3, 8, 128), (0, 64)])
-@pytest.mark.parametrize("x_dtype, w_dtype", [(x, w) for x in (BF16, FP16, FP32) for w in dict.fromkeys((x, FP32, None))])
+@pytest.mark.parametrize(
+    "x_dtype, w_dtype", [(x, w) for x in (BF16, FP16, FP32) for w in dict.fromkeys((x, FP32, None))]
+)
 def test_vllm_computes_what_the_op_is_defined_as(vllm_ops, x_dtype, w_dtype, shape):
     x, residual = torch.randn(shape).to(x_dtype), torch.randn(shape).to(x_dtype)
     weight = None if w_dtype is None else torch.randn(shape[-1]).to(w_dtype)
@@ -365,19 +464,32 @@ def test_vllm_computes_what_the_op_is_defined_as(vllm_ops, x_dtype, w_dtype, sha
     impl = vllm_ops.fused_add_rms_norm.dispatch(x, residual, weight, 1e-5)
     assert impl.provider == "rmsnorm_cuda"
     y, total = impl.impl_fn(x, residual, weight, 1e-5)
-    want, want_total = vllm_ops.fused_add_rms_norm.impls["native"].impl_fn(x, residual, weight, 1e-5)
+    want, want_total = vllm_ops.fused_add_rms_norm.impls["native"].impl_fn(
+        x, residual, weight, 1e-5
+    )
     assert torch.equal(total, want_total)
     if x.numel():
-        close(y, native(total, weight, 1e-5), 5 if x_dtype == FP32 else 2)  # of the sum as it is rounded, as vLLM's CUDA kernel
-        tolerance = {FP32: (1.3e-6, 1e-5), FP16: (2e-3, 1e-2), BF16: (1.6e-2, 1e-3)}[x_dtype]  # what vLLM states for the op
+        close(
+            y, native(total, weight, 1e-5), 5 if x_dtype == FP32 else 2
+        )  # of the sum as it is rounded, as vLLM's CUDA kernel
+        tolerance = {FP32: (1.3e-6, 1e-5), FP16: (2e-3, 1e-2), BF16: (1.6e-2, 1e-3)}[
+            x_dtype
+        ]  # what vLLM states for the op
         torch.testing.assert_close(y, want, rtol=tolerance[0], atol=tolerance[1])
 
 
 def test_vllm_declines(vllm_ops):
     x, weight = torch.randn(4, 64, dtype=BF16), torch.ones(64, dtype=BF16)
     op, fused = vllm_ops.rms_norm, vllm_ops.fused_add_rms_norm
-    assert op.dispatch(x, weight, 1e-5).provider == fused.dispatch(x, x, weight, 1e-5).provider == "rmsnorm_cuda"
-    assert op.dispatch(x[:, :32].mT.reshape(32, 4)[..., :4], None, 1e-5, None).provider == "rmsnorm_cuda"
+    assert (
+        op.dispatch(x, weight, 1e-5).provider
+        == fused.dispatch(x, x, weight, 1e-5).provider
+        == "rmsnorm_cuda"
+    )
+    assert (
+        op.dispatch(x[:, :32].mT.reshape(32, 4)[..., :4], None, 1e-5, None).provider
+        == "rmsnorm_cuda"
+    )
     for args in (
         (x, weight, 1e-5, 32),  # the mean of a part of the row
         (x, weight.half(), 1e-5),
@@ -399,22 +511,30 @@ def test_vllm_op_runs_ours(vllm_ops):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     x, residual, weight = torch.randn(4, 64), torch.randn(4, 64), torch.ones(64)
-    assert torch.equal(vllm_ops.rms_norm(x, weight, 1e-5), rmsnorm_cuda.rms_norm(x, (64,), weight, 1e-5, cast_before_weight=True))
+    assert torch.equal(
+        vllm_ops.rms_norm(x, weight, 1e-5),
+        rmsnorm_cuda.rms_norm(x, (64,), weight, 1e-5, cast_before_weight=True),
+    )
     want = rmsnorm_cuda.fused_add_rms_norm(x, residual, weight, 1e-5, cast_before_weight=True)
     for call in (vllm_ops.fused_add_rms_norm, vllm_ops.fused_add_rms_norm.maybe_inplace):
         assert all(map(torch.equal, call(x.clone(), residual.clone(), weight, 1e-5), want))
     for op, args in ((vllm_ops.rms_norm, (x,)), (vllm_ops.fused_add_rms_norm, (x, residual))):
-        graph = make_fx(op.impls["rmsnorm_cuda"].func_impl_fn, tracing_mode="fake")(*args, weight, 1e-5, None).graph
+        graph = make_fx(op.impls["rmsnorm_cuda"].func_impl_fn, tracing_mode="fake")(
+            *args, weight, 1e-5, None
+        ).graph
         targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
         assert [target for target in targets if "getitem" not in target] in (
-            [f"rmsnorm_cuda.{op.name}.default"], [f"rmsnorm_cuda.{op.name}_forward.default"]
-        )  # fmt: skip
+            [f"rmsnorm_cuda.{op.name}.default"],
+            [f"rmsnorm_cuda.{op.name}_forward.default"],
+        )
     assert op.impls["rmsnorm_cuda"].uuid()
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_vllm_layers_and_lowering(vllm_ops):
-    """vLLM's own layers on ours, chosen as --ir-op-priority chooses; and its pass over a graph of Inductor's."""
+    """vLLM's own layers on ours, chosen as --ir-op-priority chooses; and its pass over a graph of
+    Inductor's.
+    """
     if not hasattr(vllm_ops.rms_norm, "torch_op"):
         pytest.skip("the stand-in has no layers")
     layers = pytest.importorskip("vllm.model_executor.layers.layernorm", exc_type=ImportError)
@@ -431,7 +551,10 @@ def test_vllm_layers_and_lowering(vllm_ops):
     assert priority.compute_hash()
     x, residual = torch.randn(5, 64).bfloat16(), torch.randn(5, 64).bfloat16()
     with set_current_vllm_config(config), torch.no_grad(), priority.set_priority():
-        for cls, options in ((layers.RMSNorm, {"cast_before_weight": True}), (layers.GemmaRMSNorm, {})):
+        for cls, options in (
+            (layers.RMSNorm, {"cast_before_weight": True}),
+            (layers.GemmaRMSNorm, {}),
+        ):
             norm = cls(64).bfloat16()
             nn.init.normal_(norm.weight)
             weight = norm.weight if cls is layers.RMSNorm else norm.weight.float() + 1
@@ -445,11 +568,16 @@ def test_vllm_layers_and_lowering(vllm_ops):
 
         lower = lowering.VllmIRLoweringPass(config)
         torch._dynamo.reset()
-        # From Inductor's cache on disk the graph of an earlier run would come, and the pass would not run.
+        # From Inductor's cache on disk the graph of an earlier run would come, and the pass would
+        # not run.
         options = {"post_grad_custom_post_pass": lower, "fx_graph_cache": False}
         compiled = torch.compile(function, fullgraph=True, options=options)
-        assert all(map(torch.equal, compiled(x, residual, norm.weight), function(x, residual, norm.weight)))
-        assert {impl for impls in lower.selected_impls.values() for impl in impls.values()} == {"rmsnorm_cuda"}
+        assert all(
+            map(torch.equal, compiled(x, residual, norm.weight), function(x, residual, norm.weight))
+        )
+        assert {impl for impls in lower.selected_impls.values() for impl in impls.values()} == {
+            "rmsnorm_cuda"
+        }
 
 
 def test_vllm_of_another_version(monkeypatch):
@@ -466,7 +594,9 @@ def test_vllm_of_another_version(monkeypatch):
 
 
 class SglangNorm(nn.Module):
-    """The fields and the native forward of SGLang's RMSNorm and GemmaRMSNorm, whose forward_cuda and forward_cpu are hooked."""
+    """The fields and the native forward of SGLang's RMSNorm and GemmaRMSNorm, whose forward_cuda
+    and forward_cpu are hooked.
+    """
 
     _quant_linear = variance_size_override = override_orig_dtype = None
     cast_x_before_out_mul = fp32_residual = False
@@ -480,11 +610,19 @@ class SglangNorm(nn.Module):
         dtype = x.dtype
         x = x.float()
         if residual is not None:
-            x = x + residual.float() + (0 if post_residual_addition is None else post_residual_addition.float())
+            x = (
+                x
+                + residual.float()
+                + (0 if post_residual_addition is None else post_residual_addition.float())
+            )
             residual = x if self.fp32_residual else x.to(dtype)
         part = x[..., : self.variance_size_override]
         x = x * torch.rsqrt(part.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        x = self.weight * x.to(dtype) if self.cast_x_before_out_mul else (x * (self.offset + self.weight.float())).to(dtype)
+        x = (
+            self.weight * x.to(dtype)
+            if self.cast_x_before_out_mul
+            else (x * (self.offset + self.weight.float())).to(dtype)
+        )
         return x if residual is None else (x, residual)
 
     def forward_cpu(self, x, residual=None, post_residual_addition=None, *rest):
@@ -511,7 +649,11 @@ def sglang(request, monkeypatch):
         from sglang.srt.plugins.hook_registry import HookRegistry
 
         classes = layernorm.RMSNorm, layernorm.GemmaRMSNorm
-        before = [(cls, name, vars(cls)[name]) for cls in classes for name in ("forward_cuda", "forward_cpu")]
+        before = [
+            (cls, name, vars(cls)[name])
+            for cls in classes
+            for name in ("forward_cuda", "forward_cpu")
+        ]
         ours.register()
         HookRegistry.apply_hooks()
         yield classes
@@ -539,7 +681,10 @@ def sglang(request, monkeypatch):
     stub_modules(
         monkeypatch,
         {
-            "sglang.srt.plugins.hook_registry": {"HookRegistry": HookRegistry, "HookType": SimpleNamespace(AROUND="around")},
+            "sglang.srt.plugins.hook_registry": {
+                "HookRegistry": HookRegistry,
+                "HookType": SimpleNamespace(AROUND="around"),
+            },
             "sglang.srt.batch_invariant_ops": {"is_batch_invariant_mode_enabled": lambda: False},
         },
     )
@@ -568,7 +713,9 @@ def test_sglang_norms(sglang, kind, dtype, method):
         close(y, norm.forward_native(total), ulps)  # the norm of the sum as it is rounded
         want, want_total = norm.forward_native(x.clone(), residual.clone())
         assert torch.equal(out, want_total)
-        torch.testing.assert_close(y, want, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            y, want, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+        )
         y, out = forward(x.clone(), residual.clone(), post)
         assert torch.equal(out, (x.float() + (residual + post).float()).to(dtype))
     assert not hasattr(norm, "went_its_own_way")
@@ -580,7 +727,10 @@ def test_sglang_leaves_the_rest_alone(monkeypatch):
     from rmsnorm_cuda.integrations import sglang as ours
 
     mode = SimpleNamespace(on=False)
-    stub_modules(monkeypatch, {"sglang.srt.batch_invariant_ops": {"is_batch_invariant_mode_enabled": lambda: mode.on}})
+    stub_modules(
+        monkeypatch,
+        {"sglang.srt.batch_invariant_ops": {"is_batch_invariant_mode_enabled": lambda: mode.on}},
+    )
     calls = []
     norm, x = SglangNorm(32), torch.randn(4, 32, dtype=BF16)
 
@@ -595,12 +745,22 @@ def test_sglang_leaves_the_rest_alone(monkeypatch):
     assert not asked(x) and not asked(x, x.clone())
     linear = object()
     assert asked(x, None, None, linear) and calls[0] == (norm, x, None, None, linear)
-    assert asked(x, _quant_linear=linear) and asked(x, variance_size_override=16) and asked(x, override_orig_dtype=FP32)
-    assert asked(x, x.float()) and asked(x, x.clone(), fp32_residual=True) and not asked(x, fp32_residual=True)
+    assert (
+        asked(x, _quant_linear=linear)
+        and asked(x, variance_size_override=16)
+        and asked(x, override_orig_dtype=FP32)
+    )
+    assert (
+        asked(x, x.float())
+        and asked(x, x.clone(), fp32_residual=True)
+        and not asked(x, fp32_residual=True)
+    )
     assert asked(x, x.clone(), x.float())
     assert asked(x, cast_x_before_out_mul=True)  # the weight is fp32: the result would be
     assert asked(x.double()) and asked(torch.randn(32, 4, dtype=BF16).mT, x.clone())
-    assert asked(x, x.float(), hook=ours._around_gemma_rms_norm) and not asked(x, hook=ours._around_gemma_rms_norm)
+    assert asked(x, x.float(), hook=ours._around_gemma_rms_norm) and not asked(
+        x, hook=ours._around_gemma_rms_norm
+    )
     mode.on = True
     assert asked(x) and asked(x, hook=ours._around_gemma_rms_norm)
 
@@ -625,7 +785,9 @@ def test_sglang_plugin_waits_to_be_named(monkeypatch):
 
 @pytest.fixture(params=["stand-in", "torchtitan"])
 def torchtitan(request, monkeypatch):
-    """rmsnorm_cuda.integrations.torchtitan, on torchtitan or on a stand-in with its Config and build()."""
+    """rmsnorm_cuda.integrations.torchtitan, on torchtitan or on a stand-in with its Config and
+    build().
+    """
     name = "rmsnorm_cuda.integrations.torchtitan"
     if request.param == "torchtitan":
         if importlib.util.find_spec("torchtitan") is None:
@@ -645,7 +807,11 @@ def torchtitan(request, monkeypatch):
                         return
                     for field in fields(self):
                         value = getattr(self, field.name)
-                        holder, items = (value, enumerate(value)) if isinstance(value, list) else (self, [(field.name, value)])
+                        holder, items = (
+                            (value, enumerate(value))
+                            if isinstance(value, list)
+                            else (self, [(field.name, value)])
+                        )
                         for key, item in items:
                             if isinstance(item, Configurable.Config):
                                 yield from item.traverse(kind, f"{prefix}.{key}", holder, key)
@@ -653,7 +819,9 @@ def torchtitan(request, monkeypatch):
             def __init_subclass__(cls, **kwargs):
                 super().__init_subclass__(**kwargs)
                 if "Config" in vars(cls):
-                    assert "__slots__" in vars(cls.Config) and all(field.kw_only for field in fields(cls.Config))
+                    assert "__slots__" in vars(cls.Config) and all(
+                        field.kw_only for field in fields(cls.Config)
+                    )
                     cls.Config._owner = cls
 
         class Module(nn.Module, Configurable):
@@ -697,14 +865,19 @@ def torchtitan(request, monkeypatch):
 def test_torchtitan_constructor(torchtitan):
     init = {"weight": nn.init.ones_}
     norm = torchtitan.RMSNorm.Config(normalized_shape=40, eps=1e-3, param_init=init).build()
-    assert list(inspect.signature(type(norm).forward).parameters) == ["self", "x"]  # what Module.parallelize() reads
+    assert list(inspect.signature(type(norm).forward).parameters) == [
+        "self",
+        "x",
+    ]  # what Module.parallelize() reads
     assert isinstance(norm, rmsnorm_cuda.RMSNorm) and isinstance(norm, torchtitan.Module)
     assert list(norm.state_dict()) == ["weight"] and norm._param_init is init
     x = torch.randn(8, 40)
     close(norm(x), torch.nn.functional.rms_norm(x, (40,), norm.weight, 1e-3), 5)
     gemma = torchtitan.RMSNorm.Config(normalized_shape=40, weight_offset=1.0).build()
     assert not gemma.weight.any() and gemma.eps == 1e-5
-    bare = torchtitan.RMSNorm.Config(normalized_shape=40, elementwise_affine=False, cast_before_weight=True).build()
+    bare = torchtitan.RMSNorm.Config(
+        normalized_shape=40, elementwise_affine=False, cast_before_weight=True
+    ).build()
     assert bare.weight is None and bare.cast_before_weight
     with torch.device("meta"):
         assert torchtitan.RMSNorm.Config(normalized_shape=40).build().weight.is_meta
@@ -722,16 +895,25 @@ def test_torchtitan_converter(torchtitan):
 
         def __init__(self, config):
             super().__init__()
-            self.norm, self.layers = config.norm.build(), nn.ModuleList([layer.build() for layer in config.layers])
+            self.norm, self.layers = (
+                config.norm.build(),
+                nn.ModuleList([layer.build() for layer in config.layers]),
+            )
 
     layers = [theirs.Config(normalized_shape=8) for _ in range(2)]
-    config = Block.Config(norm=theirs.Config(normalized_shape=16, eps=1e-3, param_init=init), layers=layers)
+    config = Block.Config(
+        norm=theirs.Config(normalized_shape=16, eps=1e-3, param_init=init), layers=layers
+    )
     converter = torchtitan.RMSNormConverter.Config().build()
     assert converter.convert(config) is config
     model = config.build()
-    assert [type(module) for module in model.modules() if isinstance(module, nn.RMSNorm)] == [torchtitan.RMSNorm] * 3
+    assert [type(module) for module in model.modules() if isinstance(module, nn.RMSNorm)] == [
+        torchtitan.RMSNorm
+    ] * 3
     assert model.norm.eps == 1e-3 and model.norm._param_init is init
-    assert isinstance(converter.convert(theirs.Config(normalized_shape=4)), torchtitan.RMSNorm.Config)
+    assert isinstance(
+        converter.convert(theirs.Config(normalized_shape=4)), torchtitan.RMSNorm.Config
+    )
 
 
 def test_torchtitan_model():
@@ -772,19 +954,37 @@ def test_megatron_constructor():
 
     assert isinstance(MegatronRMSNorm, type)  # a function would be taken for the module
     x = torch.randn(8, 40)
-    norm = MegatronRMSNorm(config=megatron_config(persist_layer_norm=True), hidden_size=40, eps=1e-3)
-    assert norm.weight.sequence_parallel is False and norm.eps == 1e-3 and list(norm.state_dict()) == ["weight"]
+    norm = MegatronRMSNorm(
+        config=megatron_config(persist_layer_norm=True), hidden_size=40, eps=1e-3
+    )
+    assert (
+        norm.weight.sequence_parallel is False
+        and norm.eps == 1e-3
+        and list(norm.state_dict()) == ["weight"]
+    )
     y = norm(x)
     assert y._base is None  # Megatron frees outputs, and asks for a tensor that is no view
     close(y, torch.nn.functional.rms_norm(x, (40,), None, 1e-3), 5)
 
-    options = {"layernorm_zero_centered_gamma": True, "sequence_parallel": True, "params_dtype": BF16}
+    options = {
+        "layernorm_zero_centered_gamma": True,
+        "sequence_parallel": True,
+        "params_dtype": BF16,
+    }
     norm = MegatronRMSNorm(megatron_config(**options), 40, zero_centered_gamma=True)
-    assert norm.weight.sequence_parallel is True and norm.weight.dtype == BF16 and not norm.weight.any()
+    assert (
+        norm.weight.sequence_parallel is True
+        and norm.weight.dtype == BF16
+        and not norm.weight.any()
+    )
     assert norm.weight_offset == 1.0 and norm.eps == 1e-5
     nn.init.normal_(norm.weight)
     want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (1 + norm.weight.float())
-    close(norm(x.bfloat16()), rmsnorm_cuda.rms_norm(x.bfloat16(), (40,), norm.weight, 1e-5, weight_offset=1.0), 0)
+    close(
+        norm(x.bfloat16()),
+        rmsnorm_cuda.rms_norm(x.bfloat16(), (40,), norm.weight, 1e-5, weight_offset=1.0),
+        0,
+    )
     close(norm(x), want, 5)
     assert MegatronRMSNorm(megatron_config(init_model_with_meta_device=True), 40).weight.is_meta
 
@@ -792,8 +992,16 @@ def test_megatron_constructor():
 @pytest.mark.parametrize(
     "config, arguments, message",
     [
-        ({"normalization": "LayerNorm"}, {}, "expected normalization to be 'RMSNorm', but got 'LayerNorm'"),
-        ({}, {"normalization": "LayerNorm"}, "expected normalization to be 'RMSNorm', but got 'LayerNorm'"),
+        (
+            {"normalization": "LayerNorm"},
+            {},
+            "expected normalization to be 'RMSNorm', but got 'LayerNorm'",
+        ),
+        (
+            {},
+            {"normalization": "LayerNorm"},
+            "expected normalization to be 'RMSNorm', but got 'LayerNorm'",
+        ),
         ({}, {"zero_centered_gamma": True}, "config.layernorm_zero_centered_gamma is False"),
         ({"memory_efficient_layer_norm": True}, {}, "the backward reads the norm's input"),
     ],
@@ -827,6 +1035,12 @@ def test_megatron_specs():
         params_dtype=BF16,
     )
     for submodule in (spec.submodules.input_layernorm, ModuleSpec(module=MegatronRMSNorm)):
-        norm = build_module(submodule, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        assert type(norm) is MegatronRMSNorm and norm.weight_offset == 1.0 and norm.weight.dtype == BF16
+        norm = build_module(
+            submodule, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        assert (
+            type(norm) is MegatronRMSNorm
+            and norm.weight_offset == 1.0
+            and norm.weight.dtype == BF16
+        )
         assert norm.weight.sequence_parallel is False

@@ -1,4 +1,6 @@
-"""The same row has the same bits: on every run, in any batch, at any address, with any number of threads."""
+"""The same row has the same bits: on every run, in any batch, at any address, with any number of
+threads.
+"""
 
 import os
 import subprocess
@@ -12,20 +14,29 @@ from cases import DTYPES, OPTIONS, name, ops, random, random_weight, same_bits
 from rmsnorm_cuda import _C, rms_norm, rms_norm_quant
 from rmsnorm_cuda.reference import ulp_distance
 
-# Two and a half MB and more in and out, at 256 KB a thread: enough for eight threads. Many short rows, few long ones.
+# Two and a half MB and more in and out, at 256 KB a thread: enough for eight threads. Many short
+# rows, few long ones.
 LARGE = [(5000, 129), (40, 20000), (1000, 640)]
 
 
 def gradients(dy, x, weight, **options):
     cols = x.shape[-1]
     y, rstd = ops.rms_norm_forward(x, (cols,), weight, 1e-6, **options)
-    return (y, rstd, *ops.rms_norm_backward(dy, x, (cols,), weight, rstd, 1e-6, (True, True), **options))
+    return (
+        y,
+        rstd,
+        *ops.rms_norm_backward(dy, x, (cols,), weight, rstd, 1e-6, (True, True), **options),
+    )
 
 
 @pytest.mark.parametrize("shape", LARGE)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_threads(threads, dtype, shape):
-    dy, x, weight = random(*shape, dtype=dtype), random(*shape, dtype=dtype), random_weight(shape[1], torch.float32)
+    dy, x, weight = (
+        random(*shape, dtype=dtype),
+        random(*shape, dtype=dtype),
+        random_weight(shape[1], torch.float32),
+    )
     threads(1)
     want = gradients(dy, x, weight)
     for count in (2, 3, 8):
@@ -35,7 +46,9 @@ def test_threads(threads, dtype, shape):
 
 
 def test_large_tensors_are_split_and_small_ones_are_not():
-    """Else test_threads would compare a thread with itself. OpenMP starts its threads at the first region that has several."""
+    """Else test_threads would compare a thread with itself. OpenMP starts its threads at the first
+    region that has several.
+    """
     code = """if True:
         import os, torch, rmsnorm_cuda
         threads = lambda: len(os.listdir("/proc/self/task"))
@@ -54,7 +67,10 @@ def test_large_tensors_are_split_and_small_ones_are_not():
 
 def test_runs(device):
     for shape in [(300, 65), (9, 4097)] if device == "cpu" else [(20, 65)]:
-        args = [t.to(device) for t in (random(*shape), random(*shape), random_weight(shape[1], torch.bfloat16))]
+        args = [
+            t.to(device)
+            for t in (random(*shape), random(*shape), random_weight(shape[1], torch.bfloat16))
+        ]
         want = gradients(*args)
         for _ in range(5 if device == "cpu" else 1):
             for a, b in zip(gradients(*args), want, strict=True):
@@ -63,7 +79,9 @@ def test_runs(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_a_row_alone_and_in_any_batch(device, dtype):
-    """At 0 to 16 elements from an aligned address (all that a vector of 16-bit elements can be off), any stride, any row."""
+    """At 0 to 16 elements from an aligned address (all that a vector of 16-bit elements can be
+    off), any stride, any row.
+    """
     for cols in (5, 64, 129, 1000) if device == "cpu" else (64, 129):
         row, weight = random(cols, dtype=dtype), random_weight(cols, dtype)
         wd = weight.to(device)
@@ -80,21 +98,31 @@ def test_a_row_alone_and_in_any_batch(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_dx_of_a_row_alone_and_in_any_batch(device, dtype):
     cols = 129
-    dy, x = random(50, cols, dtype=dtype, device=device), random(50, cols, dtype=dtype, device=device)
+    dy, x = (
+        random(50, cols, dtype=dtype, device=device),
+        random(50, cols, dtype=dtype, device=device),
+    )
     weight = random_weight(cols, dtype, device)
     want = gradients(dy, x, weight)[2].cpu()
     for rows in (slice(0, 1), slice(49, 50), slice(7, 30), slice(3, None, 5)):
         assert same_bits(gradients(dy[rows], x[rows], weight)[2], want[rows])
 
 
-@pytest.mark.parametrize("cols", [2048, 1001])  # rows that lie on lines of the cache, and rows that do not
+@pytest.mark.parametrize(
+    "cols", [2048, 1001]
+)  # rows that lie on lines of the cache, and rows that do not
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_large_outputs(dtype, cols):
-    """These are written past the caches (see stream_new in ops.cpp), but for the one in place: same bits, no others."""
+    """These are written past the caches (see stream_new in ops.cpp), but for the one in place: same
+    bits, no others.
+    """
     rows = (9 << 20) // (cols * dtype.itemsize)
     weight = random_weight(cols, dtype)
     dy, x = (random(64, cols, dtype=dtype).repeat(-(-rows // 64), 1)[:rows] for _ in range(2))
-    want = [part.repeat(-(-rows // 64), *[1] * (part.dim() - 1))[:rows] for part in gradients(dy[:64], x[:64], weight)[:3]]
+    want = [
+        part.repeat(-(-rows // 64), *[1] * (part.dim() - 1))[:rows]
+        for part in gradients(dy[:64], x[:64], weight)[:3]
+    ]
     y, rstd, dx, _ = gradients(dy, x, weight)
     assert same_bits(y, want[0]) and same_bits(rstd, want[1]) and same_bits(dx, want[2])
     buffer = torch.full((rows + 2, cols + 64), torch.nan, dtype=dtype)
@@ -107,7 +135,10 @@ def test_large_outputs(dtype, cols):
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_misaligned_weight_and_out(device, offset):
-    x, weight = random(4, 129, dtype=torch.bfloat16, device=device), random(140, dtype=torch.bfloat16, device=device)
+    x, weight = (
+        random(4, 129, dtype=torch.bfloat16, device=device),
+        random(140, dtype=torch.bfloat16, device=device),
+    )
     moved = weight[offset : offset + 129]
     want = rms_norm(x, 129, moved.clone() if device == "cpu" else moved.cpu().to(device))
     assert same_bits(rms_norm(x, 129, moved), want)
@@ -177,13 +208,17 @@ def test_isa_from_the_environment(isa):
     if isa in supported or isa == "":
         assert run.stdout.split() == [isa or supported[-1]], run.stderr
     else:
-        message = f"RuntimeError: RMSNORM_CUDA_ISA is '{isa}', but this machine and build have only: "
+        message = (
+            f"RuntimeError: RMSNORM_CUDA_ISA is '{isa}', but this machine and build have only: "
+        )
         assert run.returncode and message in run.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_fp64_rounds_once(restore_isa, dtype):
-    """Every tensor that an op writes is the formula in double, as torch computes it, rounded once."""
+    """Every tensor that an op writes is the formula in double, as torch computes it, rounded
+    once.
+    """
     _C.set_isa("fp64")
     shape = 300, 200  # two blocks of the backward
     dy, x = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
@@ -207,8 +242,9 @@ def test_fp64_rounds_once(restore_isa, dtype):
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_isas_agree(restore_isa, dtype, options):
-    """AVX2 and AVX-512 share one reduction tree: equal bits. Scalar shares it too but rounds each product of the sum: of
-    16-bit values that is exact, so equal bits again; of fp32 values 1 ulp. The backward's products are never exact."""
+    """AVX2 and AVX-512 share one reduction tree: equal bits. Scalar shares it too but rounds each
+    product of the sum: of 16-bit values that is exact, so equal bits again; of fp32 values 1 ulp.
+    The backward's products are never exact."""
     results = {}
     for isa in [isa for isa, supported in _C.isas().items() if supported]:
         _C.set_isa(isa)

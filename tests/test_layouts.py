@@ -1,20 +1,28 @@
-"""Strided, sliced, expanded, empty and huge tensors: the bits of the dense copy, and no copy where none is needed."""
+"""Strided, sliced, expanded, empty and huge tensors: the bits of the dense copy, and no copy where
+none is needed.
+"""
 
 import math
 
 import pytest
 import torch
-from cases import DTYPES, assert_forward, name, ops, random, random_weight, same_bits
+from cases import assert_forward, name, ops, random, random_weight, same_bits
 from torch.autograd.profiler import profile
 
 from rmsnorm_cuda import rms_norm
 
-# name: (shape of a dense tensor, the view of it, how many dimensions are normalized, must a copy be made?)
+# name: (shape of a dense tensor, the view of it, how many dimensions are normalized, must a copy be
+# made?)
 LAYOUTS = {
     "dense": ((3, 5, 16), lambda t: t, 1, False),
     "1-D": ((33,), lambda t: t, 1, False),
     "q heads of a fused qkv": ((2, 5, 128), lambda t: t[..., :64].unflatten(-1, (4, 16)), 1, False),
-    "k heads of a fused qkv": ((2, 5, 128), lambda t: t[..., 64:96].unflatten(-1, (2, 16)), 1, False),
+    "k heads of a fused qkv": (
+        (2, 5, 128),
+        lambda t: t[..., 64:96].unflatten(-1, (2, 16)),
+        1,
+        False,
+    ),
     "x[..., :d]": ((6, 40), lambda t: t[..., :33], 1, False),
     "x[..., 3:], misaligned": ((6, 40), lambda t: t[..., 3:], 1, False),
     "(B, H, S, D) of (B, S, H, D)": ((2, 7, 3, 16), lambda t: t.transpose(1, 2), 1, False),
@@ -23,10 +31,25 @@ LAYOUTS = {
     "expanded batch": ((1, 5, 16), lambda t: t.expand(4, 5, 16), 1, False),
     "expanded rows": ((4, 1, 16), lambda t: t.expand(4, 5, 16), 1, False),
     "one column": ((7, 3), lambda t: t[:, 1:2], 1, False),
-    "size-1 dimensions of any stride": ((3, 16), lambda t: t.as_strided((1, 3, 1, 16), (7, 16, 5, 1)), 1, False),
+    "size-1 dimensions of any stride": (
+        (3, 16),
+        lambda t: t.as_strided((1, 3, 1, 16), (7, 16, 5, 1)),
+        1,
+        False,
+    ),
     "four unmergeable dimensions": ((4, 4, 4, 4, 8), lambda t: t[::2, ::2, ::2, ::2], 1, False),
-    "five unmergeable dimensions": ((4, 4, 4, 4, 4, 8), lambda t: t[::2, ::2, ::2, ::2, ::2], 1, True),
-    "five dimensions that merge to two": ((2, 3, 2, 2, 3, 8), lambda t: t[:, :, :, :, :2], 1, False),
+    "five unmergeable dimensions": (
+        (4, 4, 4, 4, 4, 8),
+        lambda t: t[::2, ::2, ::2, ::2, ::2],
+        1,
+        True,
+    ),
+    "five dimensions that merge to two": (
+        (2, 3, 2, 2, 3, 8),
+        lambda t: t[:, :, :, :, :2],
+        1,
+        False,
+    ),
     "last dimension strided": ((4, 32), lambda t: t[:, ::2], 1, True),
     "last dimension transposed": ((16, 4), lambda t: t.t(), 1, True),
     "last dimension expanded": ((4, 1), lambda t: t.expand(4, 16), 1, True),
@@ -88,7 +111,9 @@ def test_backward(device, layout, strided):
 
 
 def test_copies(layout):
-    """A copy is made only where it must be. Seen by the profiler: the kernels' own work has no ATen op."""
+    """A copy is made only where it must be. Seen by the profiler: the kernels' own work has no ATen
+    op.
+    """
     shape, view, normalized, copied = layout
     x = view(random(*shape))
     with profile() as seen:
@@ -111,7 +136,11 @@ def test_out_of_any_layout(device, layout):
     assert same_bits(view(base.cpu()), rms_norm(x, normalized_shape))
 
 
-WEIGHTS = {"every other": lambda t: t[::2], "expanded": lambda t: t[:1].expand(32), "moved": lambda t: t[1:33]}
+WEIGHTS = {
+    "every other": lambda t: t[::2],
+    "expanded": lambda t: t[:1].expand(32),
+    "moved": lambda t: t[1:33],
+}
 
 
 @pytest.mark.parametrize("strided", WEIGHTS.values(), ids=WEIGHTS)
@@ -122,7 +151,9 @@ def test_weight_layouts(device, strided):
     weight, dense = strided(base.to(device)), strided(base).contiguous().to(device)
     assert same_bits(rms_norm(x, 32, weight), rms_norm(x, 32, dense))
     _, rstd = ops.rms_norm_forward(x, (32,), dense)
-    got, want = (ops.rms_norm_backward(dy, x, (32,), w, rstd, None, (True, True)) for w in (weight, dense))
+    got, want = (
+        ops.rms_norm_backward(dy, x, (32,), w, rstd, None, (True, True)) for w in (weight, dense)
+    )
     assert all(map(same_bits, got, want))
     assert got[1].is_contiguous()
 
@@ -147,10 +178,15 @@ def test_empty(shape, normalized):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
 def test_rows_farther_apart_than_32_bits(dtype):
-    """Offsets beyond 2^31 elements, for input, output and gradient. The memory between the rows is never touched."""
+    """Offsets beyond 2^31 elements, for input, output and gradient. The memory between the rows is
+    never touched.
+    """
     cols, far = 129, 2**31 + 5
     try:
-        buffers = [torch.empty(2 * far + cols, dtype=dtype).as_strided((3, cols), (far, 1)) for _ in range(3)]
+        buffers = [
+            torch.empty(2 * far + cols, dtype=dtype).as_strided((3, cols), (far, 1))
+            for _ in range(3)
+        ]
     except RuntimeError:
         pytest.skip("the system grants no such reservation of memory")
     x, dy, out = buffers
@@ -161,12 +197,20 @@ def test_rows_farther_apart_than_32_bits(dtype):
     assert same_bits(rms_norm(x, cols, weight), want)
     assert same_bits(rms_norm(x, cols, weight, out=out), want)
     got = ops.rms_norm_backward(dy, x, (cols,), weight, rstd, None, (True, True))
-    assert all(map(same_bits, got, ops.rms_norm_backward(dense_dy, dense_x, (cols,), weight, rstd, None, (True, True))))
+    assert all(
+        map(
+            same_bits,
+            got,
+            ops.rms_norm_backward(dense_dy, dense_x, (cols,), weight, rstd, None, (True, True)),
+        )
+    )
 
 
 @pytest.mark.slow
 def test_more_than_2_to_31_elements(threads):
-    """A dense tensor of so many, 4 GiB and as much of output: the last rows are the ones that a 32-bit count would miss."""
+    """A dense tensor of so many, 4 GiB and as much of output: the last rows are the ones that a
+    32-bit count would miss.
+    """
     rows, cols = 2**21 + 3, 1024
     try:
         x = torch.empty(rows, cols, dtype=torch.bfloat16)

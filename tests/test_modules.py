@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 import rmsnorm_cuda
-from rmsnorm_cuda.reference import rms_norm_backward_reference, rms_norm_reference, round_once, ulp_distance
+from rmsnorm_cuda.reference import (
+    rms_norm_backward_reference,
+    rms_norm_reference,
+    round_once,
+    ulp_distance,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# llama order rounds twice, and its first rounding may fall the other way on a near-tie: then both ulps count
+# llama order rounds twice, and its first rounding may fall the other way on a near-tie: then both
+# ulps count
 OPTIONS = [({}, 1), ({"cast_before_weight": True}, 2), ({"weight_offset": 1.0}, 1)]
 
 
@@ -44,13 +50,19 @@ def test_is_a_torch_rms_norm(args, kwargs):
         theirs.elementwise_affine,
     )
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert (a.shape, a.dtype, a.device, a.requires_grad) == (b.shape, b.dtype, b.device, b.requires_grad)
+        assert (a.shape, a.dtype, a.device, a.requires_grad) == (
+            b.shape,
+            b.dtype,
+            b.device,
+            b.requires_grad,
+        )
         assert a.is_meta or torch.equal(a, b)
 
 
 def test_repr_shows_options_only_when_set():
     assert repr(rmsnorm_cuda.RMSNorm(8, 1e-6, weight_offset=1.0, cast_before_weight=True)) == (
-        "RMSNorm((8,), eps=1e-06, elementwise_affine=True, weight_offset=1.0, cast_before_weight=True)"
+        "RMSNorm((8,), eps=1e-06, elementwise_affine=True, weight_offset=1.0, "
+        "cast_before_weight=True)"
     )
 
 
@@ -122,7 +134,9 @@ def test_state_dict_travels_both_ways():
     assert torch.equal(fresh.weight, ours.weight)
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))]
+)
 def test_copies(clone):
     module = make(8, {"weight_offset": 0.5, "cast_before_weight": True}, eps=1e-3).eval()
     twin = clone(module)
@@ -132,7 +146,9 @@ def test_copies(clone):
 
 
 def test_weight_that_is_not_a_parameter():
-    """forward() reads _parameters directly; where the weight lives elsewhere it still has to be found."""
+    """forward() reads _parameters directly; where the weight lives elsewhere it still has to be
+    found.
+    """
 
     class Double(torch.nn.Module):
         def forward(self, weight):
@@ -168,7 +184,9 @@ def test_compile_fullgraph(options, _):
 
 
 def test_round_once():
-    """At the middle of two neighbours, and one fp64 step to either side of it: for all values of the 16-bit types."""
+    """At the middle of two neighbours, and one fp64 step to either side of it: for all values of
+    the 16-bit types.
+    """
     for dtype, inf_bits in ((torch.float16, 0x7C00), (torch.bfloat16, 0x7F80)):
         values = torch.arange(inf_bits, dtype=torch.int32).to(torch.int16).view(dtype)
         low, high = values[:-1], values[1:]
@@ -176,8 +194,12 @@ def test_round_once():
         even = torch.where(low.view(torch.int16) % 2 == 0, low, high)
         for sign in (1, -1):
             assert torch.equal(round_once(sign * middle, dtype), sign * even)
-            assert torch.equal(round_once(sign * torch.nextafter(middle, high.double()), dtype), sign * high)
-            assert torch.equal(round_once(sign * torch.nextafter(middle, low.double()), dtype), sign * low)
+            assert torch.equal(
+                round_once(sign * torch.nextafter(middle, high.double()), dtype), sign * high
+            )
+            assert torch.equal(
+                round_once(sign * torch.nextafter(middle, low.double()), dtype), sign * low
+            )
         special = torch.tensor([float("nan"), float("inf"), 1e300, -5e-324], dtype=torch.float64)
         assert ulp_distance(round_once(special, dtype), special.to(dtype)).max() == 0
 

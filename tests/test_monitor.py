@@ -1,4 +1,6 @@
-"""monitor(): what it sees is what went through the norms, in training, inference and compiled; and the faults that it is for."""
+"""monitor(): what it sees is what went through the norms, in training, inference and compiled; and
+the faults that it is for.
+"""
 
 import copy
 import math
@@ -54,22 +56,35 @@ def test_figures_are_those_of_the_rows():
     x[0, 7, 1] = torch.nan
     x[0, 8, 2] = torch.inf
     seen = []
-    handle = model.layers[0].norm.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+    handle = model.layers[0].norm.register_forward_hook(
+        lambda module, args, output: seen.append(args[0].detach())
+    )
     want = model(x)
     with monitor(model, thresholds=Thresholds(small=None)) as m:
         assert same_bits(model(x).detach(), want.detach())
         assert type(model.last).__name__ == "RMSNorm" and isinstance(model.last, RMSNorm)
     handle.remove()
-    assert type(model.last) is RMSNorm and not hasattr(model.last, "_watch") and not model._forward_hooks
-    assert list(m.norms) == [*(f"layers.{i}.norm" for i in range(LAYERS)), "last"] and m.steps == [0]
+    assert (
+        type(model.last) is RMSNorm
+        and not hasattr(model.last, "_watch")
+        and not model._forward_hooks
+    )
+    assert list(m.norms) == [*(f"layers.{i}.norm" for i in range(LAYERS)), "last"] and m.steps == [
+        0
+    ]
     rows, nan, inf, small, least, mean, std, most, dead, weight = m.figures()[0, 0].tolist()
     assert (rows, nan, inf, small, dead, weight) == (100, 1, 1, 6, 0, 1)
     usual = seen[1].double().square().mean(-1).flatten()
     usual = usual[usual.isfinite() & (usual > 1e-6)].sqrt().log2()
-    assert [least, mean, most] == pytest.approx([usual.min().item(), usual.mean().item(), usual.max().item()], rel=1e-5)
+    assert [least, mean, most] == pytest.approx(
+        [usual.min().item(), usual.mean().item(), usual.max().item()], rel=1e-5
+    )
     assert std == pytest.approx(usual.std(correction=0).item(), rel=1e-4)
     assert ("layers.0.norm", "non_finite") in kinds(m)
-    assert "NaN in 1 of 100 rows" in m.alarms[0].message and "Inf in 1 of 100 rows" not in m.alarms[0].message
+    assert (
+        "NaN in 1 of 100 rows" in m.alarms[0].message
+        and "Inf in 1 of 100 rows" not in m.alarms[0].message
+    )
 
 
 @pytest.mark.parametrize("compiled", ["no", "wrapped", "in place"])
@@ -83,7 +98,9 @@ def test_changes_nothing(training, compiled):
         graphs.append(graph)
         return graph
 
-    called = torch.compile(model, backend=backend, fullgraph=True) if compiled == "wrapped" else model
+    called = (
+        torch.compile(model, backend=backend, fullgraph=True) if compiled == "wrapped" else model
+    )
     if compiled == "in place":
         model.compile(backend=backend, fullgraph=True)
 
@@ -100,9 +117,15 @@ def test_changes_nothing(training, compiled):
     before = len(graphs)
     with monitor(called) as m:
         got = [run(x) for x in xs]
-    assert all(same_bits(a, b) for one, other in zip(got, want, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        same_bits(a, b)
+        for one, other in zip(got, want, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
     assert m.steps == [0, 1, 2, 3] and list(m.norms)[0] == "layers.0.norm" and not m.alarms
-    assert (m.figures()[:, :, 0] == 6).all() and m.figures()[0, 0, 5].item() == pytest.approx(xs[0].square().mean(1).sqrt().log2().mean().item(), rel=1e-4)
+    assert (m.figures()[:, :, 0] == 6).all() and m.figures()[0, 0, 5].item() == pytest.approx(
+        xs[0].square().mean(1).sqrt().log2().mean().item(), rel=1e-4
+    )
     if compiled != "no":
         assert (before, len(graphs)) == (1, 2)  # once more, for the classes that watch
     run(xs[0])
@@ -124,7 +147,10 @@ def test_residuals_and_families():
     class Fused(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = RMSNorm(WIDTH, 1e-5, weight_offset=1.0), RMSNorm(WIDTH, 1e-5, cast_before_weight=True)
+            self.a, self.b = (
+                RMSNorm(WIDTH, 1e-5, weight_offset=1.0),
+                RMSNorm(WIDTH, 1e-5, cast_before_weight=True),
+            )
 
         def forward(self, x):
             y, x = self.a(x, x)
@@ -134,7 +160,11 @@ def test_residuals_and_families():
     want = model(x)
     with monitor(model, thresholds=Thresholds(settings=False)) as m:
         assert all(map(torch.equal, model(x), want))
-    assert m.figures()[0, 0, 5].item() == pytest.approx((2 * x).square().mean(1).sqrt().log2().mean().item(), rel=1e-4) and not m.alarms
+    assert (
+        m.figures()[0, 0, 5].item()
+        == pytest.approx((2 * x).square().mean(1).sqrt().log2().mean().item(), rel=1e-4)
+        and not m.alarms
+    )
 
 
 def test_what_is_called_in_part():
@@ -150,14 +180,20 @@ def test_what_is_called_in_part():
 def test_wrong_use():
     with pytest.raises(TypeError, match="expected a torch.nn.Module, got list"):
         monitor([])
-    with pytest.raises(ValueError, match="holds no rmsnorm_cuda.RMSNorm that can be watched; call replace_rms_norm"):
+    with pytest.raises(
+        ValueError, match="holds no rmsnorm_cuda.RMSNorm that can be watched; call replace_rms_norm"
+    ):
         monitor(nn.Sequential(nn.RMSNorm(4)))
     with pytest.raises(TypeError, match="on_alarm to be 'raise', a function or None, got 'print'"):
         monitor(Model(), on_alarm="print")
     with pytest.raises(ValueError, match="every to be positive, but got 0"):
         monitor(Model(), every=0)
     model = Model()
-    with monitor(model), pytest.raises(RuntimeError, match="being monitored already"), monitor(model):
+    with (
+        monitor(model),
+        pytest.raises(RuntimeError, match="being monitored already"),
+        monitor(model),
+    ):
         pass
     assert type(model.last) is RMSNorm
 
@@ -196,7 +232,10 @@ def test_scaled_up_weight():
     m = watch(model, [xs[0], xs[1], scale])
     assert (m.alarms[0].step, m.alarms[0].norm, m.alarms[0].kind) == (2, "layers.2.norm", "weight")
     assert "the weight is 50 times as large" in m.alarms[0].message
-    assert set(kinds(m)[1:]) <= {("layers.3.norm", "drift"), ("last", "drift")}  # what comes behind it sees longer rows
+    assert set(kinds(m)[1:]) <= {
+        ("layers.3.norm", "drift"),
+        ("last", "drift"),
+    }  # what comes behind it sees longer rows
     grown = m.report().splitlines()
     assert "x 50" in next(line for line in grown if line.startswith("layers.2.norm"))
 
@@ -206,20 +245,32 @@ def test_overflow_of_float16():
     m = watch(model, [xs[0], lambda i: xs[i] * 4e4, xs[2]])
     steps = {(a.norm, a.kind): a for a in m.alarms}
     # The input is near the largest number of fp16, and the sum behind the first layer is beyond it.
-    assert steps["layers.0.norm", "headroom"].step == 1 and "torch.float16" in steps["layers.0.norm", "headroom"].message
+    assert (
+        steps["layers.0.norm", "headroom"].step == 1
+        and "torch.float16" in steps["layers.0.norm", "headroom"].message
+    )
     model = Model().half()
     nn.init.constant_(model.layers[1].linear.weight, 3e4)
     m = watch(model, xs)
     first = m.alarms[0]
-    assert (first.step, first.norm, first.kind) == (0, "layers.2.norm", "non_finite") and "overflows" in first.message
+    assert (first.step, first.norm, first.kind) == (
+        0,
+        "layers.2.norm",
+        "non_finite",
+    ) and "overflows" in first.message
 
 
 def test_dead_layer():
     model = Model()
     nn.init.zeros_(model.layers[1].linear.weight), nn.init.zeros_(model.layers[1].linear.bias)
     m = watch(model, inputs())
-    # In the first step the rows are equal; in the second it is known that the one norm's result is in what the other is given.
-    assert kinds(m) == [("layers.2.norm", "dead")] and m.alarms[0].step == 1 and "adds nothing" in m.alarms[0].message
+    # In the first step the rows are equal; in the second it is known that the one norm's result is
+    # in what the other is given.
+    assert (
+        kinds(m) == [("layers.2.norm", "dead")]
+        and m.alarms[0].step == 1
+        and "adds nothing" in m.alarms[0].message
+    )
     model = Model()
     nn.init.zeros_(model.last.weight)
     assert ("last", "dead") in kinds(watch(model, inputs()))
@@ -230,12 +281,18 @@ def test_wrong_eps():
     model.layers[3].norm.eps = 5.0
     m = watch(model, inputs())
     assert kinds(m) == [("layers.3.norm", "settings"), ("layers.3.norm", "small")]
-    assert "that of the other layers is 1e-06" in m.alarms[0].message and "eps=5.0, which decides there" in m.alarms[1].message
+    assert (
+        "that of the other layers is 1e-06" in m.alarms[0].message
+        and "eps=5.0, which decides there" in m.alarms[1].message
+    )
     model = Model()
     model.config = type("Config", (), {"rms_norm_eps": 1e-6})()
     model.last.eps = 1e-5
     m = watch(model, inputs())
-    assert kinds(m) == [("last", "settings")] and "eps is 1e-05, and the model's config says 1e-06" in m.alarms[0].message
+    assert (
+        kinds(m) == [("last", "settings")]
+        and "eps is 1e-05, and the model's config says 1e-06" in m.alarms[0].message
+    )
 
 
 def test_wrong_rounding_family():
@@ -244,7 +301,13 @@ def test_wrong_rounding_family():
     m = watch(model, inputs())
     assert kinds(m) == [("layers.1.norm", "settings")] and m.alarms[0].step == -1
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+    )
     llama, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(6)[None]
     with replace_rms_norm(llama), monitor(llama) as m:
         llama(ids)
@@ -254,7 +317,11 @@ def test_wrong_rounding_family():
         layer.post_attention_layernorm = RMSNorm(32, config.rms_norm_eps)
     with replace_rms_norm(llama), monitor(llama) as m:
         llama(ids)
-    assert len(m.alarms) == 4 and {a.kind for a in m.alarms} == {"settings"} and "cast_before_weight=True" in m.alarms[0].message
+    assert (
+        len(m.alarms) == 4
+        and {a.kind for a in m.alarms} == {"settings"}
+        and "cast_before_weight=True" in m.alarms[0].message
+    )
 
 
 def test_nan_is_told_where_it_comes_first():
@@ -265,13 +332,21 @@ def test_nan_is_told_where_it_comes_first():
         return xs[i]
 
     m = watch(model, [xs[0], xs[1], poison, xs[3]])
-    assert (m.alarms[0].step, m.alarms[0].norm, m.alarms[0].kind) == (2, "layers.2.norm", "non_finite")
-    assert len([a for a in m.alarms if a.norm == "layers.2.norm"]) == 1  # and not again in the next step
+    assert (m.alarms[0].step, m.alarms[0].norm, m.alarms[0].kind) == (
+        2,
+        "layers.2.norm",
+        "non_finite",
+    )
+    assert (
+        len([a for a in m.alarms if a.norm == "layers.2.norm"]) == 1
+    )  # and not again in the next step
 
 
 def test_raises():
     model = Model()
-    with pytest.raises(RMSNormAlarm, match="last, step 1: rows are .* times as long as in the first step") as caught:
+    with pytest.raises(
+        RMSNormAlarm, match="last, step 1: rows are .* times as long as in the first step"
+    ) as caught:
         with monitor(model, on_alarm="raise") as m:
             model(inputs()[0])
             model.layers[3].linear.weight.data *= 1000
@@ -328,7 +403,9 @@ def test_forward_of_a_subclass_is_left_alone():
     model, x = nn.Sequential(RMSNorm(WIDTH), Doubled(WIDTH), RMSNorm(WIDTH)), torch.randn(4, WIDTH)
     model[2].forward = model[2].forward
     with monitor(model) as m:
-        assert torch.equal(model(x), model[2](2 * rmsnorm_cuda.rms_norm(model[0](x), WIDTH, model[1].weight)))
+        assert torch.equal(
+            model(x), model[2](2 * rmsnorm_cuda.rms_norm(model[0](x), WIDTH, model[1].weight))
+        )
     assert list(m.norms) == ["0"] and m.skipped["1"] == "Doubled has a forward of its own"
     assert "2: not watched: its forward was replaced on this instance" in m.report()
     with pytest.raises(ValueError, match="can be watched; Doubled has a forward of its own"):
@@ -339,7 +416,11 @@ def test_fused_layers_stay_fused():
     class Decoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.linear = RMSNorm(WIDTH, 1e-5), RMSNorm(WIDTH, 1e-5), nn.Linear(WIDTH, WIDTH)
+            self.a, self.b, self.linear = (
+                RMSNorm(WIDTH, 1e-5),
+                RMSNorm(WIDTH, 1e-5),
+                nn.Linear(WIDTH, WIDTH),
+            )
 
         def forward(self, x):
             residual = x
@@ -363,7 +444,9 @@ def test_fused_layers_stay_fused():
     with monitor(model) as m:
         assert all(map(same_bits, run(), want))
     assert (m.figures()[0, :, 0] == 8).all() and not m.alarms
-    handle = model[0].b.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))  # unfuses it
+    handle = model[0].b.register_forward_pre_hook(
+        lambda module, args: (2 * args[0], *args[1:])
+    )  # unfuses it
     unhooked = model[1].b.register_forward_hook(lambda module, args, y: 2 * y)
     got = model(x)
     handle.remove(), unhooked.remove()
@@ -378,7 +461,9 @@ def test_entering_that_fails_leaves_nothing_behind():
     assert type(model.layers[0].norm) is RMSNorm and not model._forward_hooks
     with monitor(model.layers[2]), pytest.raises(RuntimeError, match="already"), monitor(model):
         pass
-    assert {type(m) for m in model.modules() if isinstance(m, RMSNorm)} == {RMSNorm} and not model._forward_pre_hooks
+    assert {type(m) for m in model.modules() if isinstance(m, RMSNorm)} == {
+        RMSNorm
+    } and not model._forward_pre_hooks
 
 
 def test_copies_made_meanwhile_are_plain(tmp_path):
@@ -405,7 +490,12 @@ PASSED_ON = {
 class Parallel(nn.Module):
     def __init__(self, pass_on=PASSED_ON["the same rows"]):
         super().__init__()
-        self.a, self.b, self.linear, self.pass_on = RMSNorm(WIDTH), RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), pass_on
+        self.a, self.b, self.linear, self.pass_on = (
+            RMSNorm(WIDTH),
+            RMSNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            pass_on,
+        )
 
     def forward(self, x):
         return x + self.linear(self.a(x)) + self.b(self.pass_on(x)).tanh()
@@ -430,7 +520,9 @@ def test_context_that_each_layer_norms(training):
     class Resampler(nn.Module):
         def __init__(self):
             super().__init__()
-            self.of_context, self.of_latents = (nn.ModuleList(RMSNorm(WIDTH) for _ in range(3)) for _ in range(2))
+            self.of_context, self.of_latents = (
+                nn.ModuleList(RMSNorm(WIDTH) for _ in range(3)) for _ in range(2)
+            )
 
         def forward(self, context):
             latents = torch.ones(2, 5, WIDTH).cumsum(-1)
@@ -483,7 +575,11 @@ def test_forward_that_is_interrupted(kind):
         model(x), model(x)
         assert len(m.steps) == before + 2
         model(x * float("nan"))
-    assert m.alarms[0].kind == "non_finite" and type(model.last) is RMSNorm and model._compiled_call_impl is None
+    assert (
+        m.alarms[0].kind == "non_finite"
+        and type(model.last) is RMSNorm
+        and model._compiled_call_impl is None
+    )
 
 
 def test_compiled_while_it_is_watched():
@@ -500,7 +596,14 @@ def test_compiled_while_it_is_watched():
 
 
 def test_part_that_was_not_loaded():
-    model = nn.ModuleDict({"text": Model(), "vision": nn.Sequential(RMSNorm(WIDTH, device="meta"), nn.Linear(WIDTH, WIDTH, device="meta"))})
+    model = nn.ModuleDict(
+        {
+            "text": Model(),
+            "vision": nn.Sequential(
+                RMSNorm(WIDTH, device="meta"), nn.Linear(WIDTH, WIDTH, device="meta")
+            ),
+        }
+    )
     model.forward = lambda x: model["text"](x)
     for training in (False, True):
         with monitor(model) as m, torch.set_grad_enabled(training):
@@ -574,13 +677,27 @@ def test_called_twice_and_again_in_backward():
 @pytest.mark.parametrize("widths", [(8, 16), (8, 16, 8)])
 def test_norms_of_several_widths(widths):
     """And of several numbers of rows, in whatever order."""
-    parts = [part for a, b in zip(widths, widths[1:] + (4,)) for part in (RMSNorm(a, 1e-6), nn.Linear(a, b))]
+    parts = [
+        part
+        for a, b in zip(widths, widths[1:] + (4,))
+        for part in (RMSNorm(a, 1e-6), nn.Linear(a, b))
+    ]
     model = nn.Sequential(*parts)
     with monitor(model) as m:
         model(torch.randn(5, widths[0]))
-    assert (m.figures()[0, :, 0] == 5).all() and m.figures()[0, :, 5].isfinite().all() and not m.alarms
+    assert (
+        (m.figures()[0, :, 0] == 5).all() and m.figures()[0, :, 5].isfinite().all() and not m.alarms
+    )
     transformers = pytest.importorskip("transformers")
-    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        vocab_size=64,
+        decoder_start_token_id=0,
+    )
     t5 = transformers.T5ForConditionalGeneration(config).eval()
     with replace_rms_norm(t5), monitor(t5) as m:
         t5(input_ids=torch.arange(1, 12)[None], labels=torch.arange(1, 6)[None])
@@ -598,7 +715,10 @@ def test_forward_that_raises_is_a_step():
             model(x * torch.nan)
         handle.remove()
         model(x)
-    assert m.figures()[:, :, 0].tolist() == [[20, 20, 0, 0, 0], [20] * 5] and ("layers.0.norm", "non_finite") in kinds(m)
+    assert m.figures()[:, :, 0].tolist() == [[20, 20, 0, 0, 0], [20] * 5] and (
+        "layers.0.norm",
+        "non_finite",
+    ) in kinds(m)
 
 
 def test_weights_that_are_written_past_autograd():
@@ -640,8 +760,17 @@ def test_as_on_a_gpu(monkeypatch):
     """Figures come a step later, and are taken in at the end also if the block raises."""
     finish, model, xs = monitoring.Monitor._finish, Model(), inputs()
     leaving = []
-    monkeypatch.setattr(monitoring.Monitor, "_finish", lambda self, may_raise=True: finish(self, may_raise) if self._late() else None)
-    monkeypatch.setattr(monitoring.Monitor, "_late", lambda self: leaving or (self._pending and self._pending.number < self._step_count - 1), raising=False)
+    monkeypatch.setattr(
+        monitoring.Monitor,
+        "_finish",
+        lambda self, may_raise=True: finish(self, may_raise) if self._late() else None,
+    )
+    monkeypatch.setattr(
+        monitoring.Monitor,
+        "_late",
+        lambda self: leaving or (self._pending and self._pending.number < self._step_count - 1),
+        raising=False,
+    )
     with pytest.raises(ZeroDivisionError), monitor(model, on_alarm="raise") as m:
         model(xs[0])
         assert m.steps == []
@@ -651,7 +780,11 @@ def test_as_on_a_gpu(monkeypatch):
         assert m.steps == [0, 1] and not m.alarms
         leaving.append(True)
         1 / 0
-    assert m.steps == [0, 1, 2] and kinds(m)[0] == ("layers.0.norm", "non_finite") and type(model.last) is RMSNorm
+    assert (
+        m.steps == [0, 1, 2]
+        and kinds(m)[0] == ("layers.0.norm", "non_finite")
+        and type(model.last) is RMSNorm
+    )
 
 
 def test_callbacks_are_all_called():
@@ -700,10 +833,26 @@ def test_other_defaults():
 
 
 def test_settings_of_real_models():
-    """DeepSeek's inner norms have an eps that is not in the config; some families' norms are built from a config."""
+    """DeepSeek's inner norms have an eps that is not in the config; some families' norms are built
+    from a config.
+    """
     transformers = pytest.importorskip("transformers")
-    tiny = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, rms_norm_eps=1e-5)
-    more = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2)
+    tiny = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        rms_norm_eps=1e-5,
+    )
+    more = dict(
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+    )
     model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**tiny, **more)).eval()
     with replace_rms_norm(model), monitor(model, on_alarm="raise") as m:
         model(torch.arange(6)[None])

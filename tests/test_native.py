@@ -1,4 +1,6 @@
-"""The kernels without torch: the CPU ones run natively, the CUDA ones are compiled wherever nvcc is."""
+"""The kernels without torch: the CPU ones run natively, the CUDA ones are compiled wherever nvcc
+is.
+"""
 
 import os
 import re
@@ -42,7 +44,14 @@ def test_cuda_kernels_from_cpp(tmp_path):
     """The same of the CUDA kernels: see the head of cuda_check.cpp."""
     program, arch = tmp_path / "cuda_check", "".join(map(str, torch.cuda.get_device_capability()))
     sources = [ROOT / "tests/native/cuda_check.cpp", *(ROOT / "csrc/cuda").glob("*.cu")]
-    options = ["-std=c++17", "-O3", "-t", "2", "-cudart", os.environ.get("RMSNORM_CUDA_CUDART", "static")]
+    options = [
+        "-std=c++17",
+        "-O3",
+        "-t",
+        "2",
+        "-cudart",
+        os.environ.get("RMSNORM_CUDA_CUDART", "static"),
+    ]
     options += ["-gencode", f"arch=compute_{arch},code=compute_{arch}", '-DRMSNORM_CUDA_ARCHS=""']
     run(["nvcc", *options, *sources, "-o", program])
     last = run([program]).splitlines()[-1]
@@ -51,7 +60,9 @@ def test_cuda_kernels_from_cpp(tmp_path):
 
 @pytest.fixture(scope="module")
 def cuda_build():
-    """The objects for one architecture, by the package's own build; it is kept under build/, so a second run is quick."""
+    """The objects for one architecture, by the package's own build; it is kept under build/, so a
+    second run is quick.
+    """
     return build_cuda()
 
 
@@ -60,7 +71,8 @@ def build_cuda():
         pytest.skip("nvcc is not on PATH")
     if not (ROOT / "rmsnorm_cuda").exists():
         pytest.skip("the sources of the package are not here")
-    # The objects of the CPU kernels are there already; where CUDA is built, those of its own architectures stay apart.
+    # The objects of the CPU kernels are there already; where CUDA is built, those of its own
+    # architectures stay apart.
     build = ROOT / "build" / ("cuda-9.0" if _C.cuda_built() else "objects")
     environment = os.environ | {"RMSNORM_CUDA_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     command = ["build_ext", "--kernels-only", "--build-temp", build, "--build-lib", build / "lib"]
@@ -110,17 +122,42 @@ int main() {
 """
 
 
-@pytest.mark.skipif(os.environ.get("RMSNORM_CUDA_CUDART") == "shared", reason="a shared CUDA runtime may not be NVIDIA's")
+@pytest.mark.skipif(
+    os.environ.get("RMSNORM_CUDA_CUDART") == "shared",
+    reason="a shared CUDA runtime may not be NVIDIA's",
+)
 def test_driver_that_is_too_old(cuda_build, tmp_path):
-    """Told in one sentence with both versions: a library stands in for the driver, and says only how old it is."""
+    """Told in one sentence with both versions: a library stands in for the driver, and says only
+    how old it is.
+    """
     (library,) = cuda_build.rglob("librmsnorm.so")
     link = [f"-L{library.parent}", "-lrmsnorm", f"-Wl,-rpath,{library.parent}"]
     (tmp_path / "launch.cpp").write_text(LAUNCH)
-    run(["g++", "-std=c++17", f"-I{ROOT / 'csrc'}", tmp_path / "launch.cpp", *link, "-o", tmp_path / "launch"])
+    run(
+        [
+            "g++",
+            "-std=c++17",
+            f"-I{ROOT / 'csrc'}",
+            tmp_path / "launch.cpp",
+            *link,
+            "-o",
+            tmp_path / "launch",
+        ]
+    )
     (tmp_path / "driver.cpp").write_text(DRIVER)
 
     def launch(version):
-        run(["g++", "-shared", "-fPIC", f"-DVERSION={version}", tmp_path / "driver.cpp", "-o", tmp_path / "libcuda.so.1"])
+        run(
+            [
+                "g++",
+                "-shared",
+                "-fPIC",
+                f"-DVERSION={version}",
+                tmp_path / "driver.cpp",
+                "-o",
+                tmp_path / "libcuda.so.1",
+            ]
+        )
         said = run([tmp_path / "launch"], env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)})
         runtime, driver, error, sentence = said.split(" ", 3)
         assert int(driver) == version
@@ -129,15 +166,25 @@ def test_driver_that_is_too_old(cuda_build, tmp_path):
     runtime, error, sentence = launch(11080)
     series, branch = runtime // 1000, {12: " (R525)", 13: " (R580)"}.get(runtime // 1000, "")
     assert error == 35  # cudaErrorInsufficientDriver
-    assert sentence == f"the NVIDIA driver is of CUDA 11.8, too old: these kernels need one of CUDA {series}.0{branch} or newer"
+    assert (
+        sentence == "the NVIDIA driver is of CUDA 11.8, too old: these kernels need one of CUDA "
+        f"{series}.0{branch} or newer"
+    )
     assert launch((series - 1) * 1000 + 990)[1] == 35
-    assert launch(series * 1000)[1] == launch((series + 1) * 1000)[1] == 100  # cudaErrorNoDevice: the driver is new enough
+    assert (
+        launch(series * 1000)[1] == launch((series + 1) * 1000)[1] == 100
+    )  # cudaErrorNoDevice: the driver is new enough
 
 
 def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
     """Their machine code has 16-byte loads and stores of global memory, and no local memory."""
-    packages = [Path(folder) / "nvidia" for folder in sys.path]  # where nvidia-cuda-cuobjdump is installed to
-    found = [shutil.which("cuobjdump"), *(str(path) for folder in packages for path in folder.glob("*/bin/cuobjdump"))]
+    packages = [
+        Path(folder) / "nvidia" for folder in sys.path
+    ]  # where nvidia-cuda-cuobjdump is installed to
+    found = [
+        shutil.which("cuobjdump"),
+        *(str(path) for folder in packages for path in folder.glob("*/bin/cuobjdump")),
+    ]
     if not any(found):
         pytest.skip("no cuobjdump, neither on PATH nor of the package nvidia-cuda-cuobjdump")
     count = 0
@@ -153,7 +200,9 @@ def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
 
 
 def test_cuda_kernels_compile_without_spills(cuda_build):
-    """Nor do they take more registers than the plans count on. Every kernel of the plans is there."""
+    """Nor do they take more registers than the plans count on. Every kernel of the plans is
+    there.
+    """
     from ptxas_check import failures, parse_ptxas
 
     kernels = parse_ptxas("\n".join(path.read_text() for path in cuda_build.rglob("*.ptxas")))

@@ -6,7 +6,14 @@ from cases import same_bits
 from torch import nn
 
 import rmsnorm_cuda
-from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, replace_rms_norm, rms_norm, rms_norm_quant
+from rmsnorm_cuda import (
+    RMSNorm,
+    fused_add_rms_norm,
+    fused_add_rms_norm_,
+    replace_rms_norm,
+    rms_norm,
+    rms_norm_quant,
+)
 
 OFFSETS = torch.tensor([0, 3, 3, 12])
 
@@ -19,7 +26,11 @@ def values(*shape, **options):
     return torch.randn(12, *(shape or (16,)), generator=torch.Generator().manual_seed(0), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_offset": 1.0}, {"cast_before_weight": True}], ids=["", "gemma", "llama"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_offset": 1.0}, {"cast_before_weight": True}],
+    ids=["", "gemma", "llama"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_and_backward(dtype, options):
     """The bits of the values alone, in gradients too."""
@@ -54,16 +65,26 @@ def test_module_swapped_and_compiled():
     torch._dynamo.reset()
     norm = RMSNorm(16, 1e-6)
     for how in (norm, rmsnorm_cuda.rms_norm):
-        compiled = torch.compile(lambda x, how=how: how(x) if how is norm else how(x, 16), backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(
+            lambda x, how=how: how(x) if how is norm else how(x, 16),
+            backend="aot_eager",
+            fullgraph=True,
+        )
         assert same_bits(compiled(x).values(), (norm(x) if how is norm else how(x, 16)).values())
 
 
 def test_fused_addition_and_quantization():
     x, w = values(), torch.rand(16)
     base = jagged(x)
-    for got, want in zip(fused_add_rms_norm(base, base * 2, w), fused_add_rms_norm(x, x * 2, w), strict=True):
+    for got, want in zip(
+        fused_add_rms_norm(base, base * 2, w), fused_add_rms_norm(x, x * 2, w), strict=True
+    ):
         assert same_bits(got.values(), want)
-    for got, want in zip(rms_norm_quant(base, w, dtype=torch.int8), rms_norm_quant(x, w, dtype=torch.int8), strict=True):
+    for got, want in zip(
+        rms_norm_quant(base, w, dtype=torch.int8),
+        rms_norm_quant(x, w, dtype=torch.int8),
+        strict=True,
+    ):
         assert torch.equal(got.values(), want)
     hidden, residual = base.clone(), base * 2
     fused_add_rms_norm_(hidden, residual, w)
@@ -103,4 +124,8 @@ def test_override_is_handed_what_f_rms_norm_would():
     assert func is rms_norm and ours == theirs
     Overriding.calls.clear()
     rms_norm(x, (16,), None, 1e-6, weight_offset=1.0, cast_before_weight=True)
-    assert Overriding.calls[0] == (rms_norm, 2, ["cast_before_weight", "eps", "weight", "weight_offset"])
+    assert Overriding.calls[0] == (
+        rms_norm,
+        2,
+        ["cast_before_weight", "eps", "weight", "weight_offset"],
+    )

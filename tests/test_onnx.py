@@ -1,4 +1,6 @@
-"""torch.onnx.export() of models with our norms: onnxruntime computes what torch does, with no step that one has to know."""
+"""torch.onnx.export() of models with our norms: onnxruntime computes what torch does, with no step
+that one has to know.
+"""
 
 import io
 
@@ -10,7 +12,9 @@ from rmsnorm_cuda import RMSNorm, replace_rms_norm
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:You are using the legacy")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:You are using the legacy"
+)
 
 OPTIONS = {
     "": {},
@@ -58,31 +62,49 @@ def test_export(options, opset):
     has_op = opset == 23 and options not in ("gemma", "no weight")
     assert ops.count("RMSNormalization") == 2 * has_op
     with torch.no_grad():
-        torch.testing.assert_close(run(proto.SerializeToString(), x), model(x), rtol=1e-5, atol=1e-5)  # fp32, some roundings
+        torch.testing.assert_close(
+            run(proto.SerializeToString(), x), model(x), rtol=1e-5, atol=1e-5
+        )  # fp32, some roundings
 
 
 @pytest.mark.parametrize("options", ["", "llama"])
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
 def test_fp16(weight_dtype, options):
-    model, x = Layer(OPTIONS[options], torch.float16, weight_dtype).eval(), torch.randn(5, 3, 16).half()
+    model, x = (
+        Layer(OPTIONS[options], torch.float16, weight_dtype).eval(),
+        torch.randn(5, 3, 16).half(),
+    )
     proto, _ = export(model, x, 18)
     with torch.no_grad():
         got, want = run(proto.SerializeToString(), x), model(x)
     assert got.dtype == want.dtype
-    torch.testing.assert_close(got, want, rtol=4 * 2**-11, atol=4 * 2**-11)  # its matmul sums in another order
+    torch.testing.assert_close(
+        got, want, rtol=4 * 2**-11, atol=4 * 2**-11
+    )  # its matmul sums in another order
 
 
 def test_swapped_model_and_dynamic_batch():
-    model, x = nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16, 1e-6), nn.Linear(16, 4)).eval(), torch.randn(3, 16)
+    model, x = (
+        nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16, 1e-6), nn.Linear(16, 4)).eval(),
+        torch.randn(3, 16),
+    )
     replace_rms_norm(model)
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.onnx.export(
+        model, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
     x = torch.cat([x, x, x])
-    torch.testing.assert_close(run(program.model_proto.SerializeToString(), x), model(x).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        run(program.model_proto.SerializeToString(), x), model(x).detach(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_older_exporter(options):
-    model, x, file = Layer(OPTIONS[options], torch.float32, torch.float32).eval(), torch.randn(5, 3, 16), io.BytesIO()
+    model, x, file = (
+        Layer(OPTIONS[options], torch.float32, torch.float32).eval(),
+        torch.randn(5, 3, 16),
+        io.BytesIO(),
+    )
     torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
     with torch.no_grad():
         torch.testing.assert_close(run(file.getvalue(), x), model(x), rtol=1e-5, atol=1e-5)

@@ -3,17 +3,33 @@
 import pytest
 import torch
 
-from rmsnorm_cuda import __main__ as command
 from rmsnorm_cuda import _C
+from rmsnorm_cuda import __main__ as command
 from rmsnorm_cuda.explain import DEVICES, DTYPES, explain
 
-LENGTHS = [*range(1, 600), *range(600, 20_000, 37), *range(20_000, 1_200_000, 4999), 65_536, 131_072]
+LENGTHS = [
+    *range(1, 600),
+    *range(600, 20_000, 37),
+    *range(20_000, 1_200_000, 4999),
+    65_536,
+    131_072,
+]
 REGISTERS, SHARED, NOWHERE = range(3)
 PASSES = ("forward", "backward")
 
 
 def plan(pass_, cols, dtype, device, rows=4096):
-    return _C.cuda_plan(pass_ == "backward", rows, cols, dtype, dtype, dtype, device.arch, device.multiprocessors, device.shared_kib << 10)
+    return _C.cuda_plan(
+        pass_ == "backward",
+        rows,
+        cols,
+        dtype,
+        dtype,
+        dtype,
+        device.arch,
+        device.multiprocessors,
+        device.shared_kib << 10,
+    )
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -24,15 +40,27 @@ def test_every_length_is_covered(pass_, dtype, name):
     for cols in LENGTHS:
         p = plan(pass_, cols, dtype, device)
         kernel_threads, registers, _ = _C.cuda_limits(device.arch)[p["kernel"]]
-        assert p["kernel"].startswith(pass_) and p["threads"] <= kernel_threads and p["registers"] == registers, (cols, p)
-        assert p["threads"] % 32 == 0 and p["threads"] <= 1024 and p["threads"] % p["lanes"] == 0, (cols, p)
+        assert (
+            p["kernel"].startswith(pass_)
+            and p["threads"] <= kernel_threads
+            and p["registers"] == registers
+        ), (cols, p)
+        assert p["threads"] % 32 == 0 and p["threads"] <= 1024 and p["threads"] % p["lanes"] == 0, (
+            cols,
+            p,
+        )
         assert p["registers"] * p["threads"] * p["resident"] <= 1 << 16, (cols, p)
-        assert p["cluster"] in ((1, 2, 4, 8) if device.arch >= 90 else (1,)) and p["blocks"] % p["cluster"] == 0, (cols, p)
+        assert (
+            p["cluster"] in ((1, 2, 4, 8) if device.arch >= 90 else (1,))
+            and p["blocks"] % p["cluster"] == 0
+        ), (cols, p)
         assert p["slice"] * p["cluster"] >= cols, (cols, p)
         if p["keep"] == REGISTERS:
             assert p["lanes"] * p["vectors"] * elems >= cols and p["shared_bytes"] == 0, (cols, p)
         elif p["keep"] == SHARED:
-            assert (p["shared_bytes"] + 4096) * p["resident"] <= device.shared_kib << 10 and p["slice"] % elems == 0, (cols, p)
+            assert (p["shared_bytes"] + 4096) * p["resident"] <= device.shared_kib << 10 and p[
+                "slice"
+            ] % elems == 0, (cols, p)
             assert (p["cluster"] - 1) * p["slice"] < cols, "a block without columns"
 
 
@@ -41,7 +69,10 @@ def test_every_length_is_covered(pass_, dtype, name):
 def test_the_number_of_rows_decides_only_the_grid(dtype, pass_):
     for device in DEVICES.values():
         for cols in LENGTHS[::29]:
-            plans = [plan(pass_, cols, dtype, device, rows) | {"blocks": 0} for rows in (1, 7, 128, 1_000_000)]
+            plans = [
+                plan(pass_, cols, dtype, device, rows) | {"blocks": 0}
+                for rows in (1, 7, 128, 1_000_000)
+            ]
             assert plans.count(plans[0]) == len(plans), cols
 
 
@@ -60,11 +91,17 @@ def test_long_rows_are_read_once():
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_enough_bytes_in_flight(pass_):
-    """As many as bandwidth times latency asks for, on a full machine, with as many bytes of a thread as the plan says."""
+    """As many as bandwidth times latency asks for, on a full machine, with as many bytes of a
+    thread as the plan says.
+    """
     for name in ("H100", "A100", "L4"):
         for cols in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536):
             e = explain(pass_, 8192, cols, torch.bfloat16, DEVICES[name])
-            assert e.in_flight == e.plan["resident"] * e.plan["threads"] * e.plan["bytes_in_flight"] >= e.needed, (name, cols, e)
+            assert (
+                e.in_flight
+                == e.plan["resident"] * e.plan["threads"] * e.plan["bytes_in_flight"]
+                >= e.needed
+            ), (name, cols, e)
 
 
 def test_explained_traffic():
@@ -79,7 +116,12 @@ def test_explain_command(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rmsnorm_cuda", "--explain", "4096", "131072", "bf16"])
     assert command.main() == 0
     text = capsys.readouterr().out
-    assert "forward, 4096 rows of 131072, bf16" in text and "forward_shared_rows: " in text and "4 blocks a row" in text and text.count("H100") == 2
+    assert (
+        "forward, 4096 rows of 131072, bf16" in text
+        and "forward_shared_rows: " in text
+        and "4 blocks a row" in text
+        and text.count("H100") == 2
+    )
 
 
 @pytest.mark.parametrize("arguments", (["0", "64", "bf16"], ["1", "x", "bf16"], ["1", "64", "fp8"]))

@@ -1,4 +1,6 @@
-"""rms_norm_quant and fused_add_rms_norm_quant: the bits of the steps one by one, out=, errors, torch.compile."""
+"""rms_norm_quant and fused_add_rms_norm_quant: the bits of the steps one by one, out=, errors,
+torch.compile.
+"""
 
 import itertools
 import math
@@ -7,11 +9,10 @@ import sys
 
 import pytest
 import torch
+from cases import GEMMA, LLAMA, OPTIONS, name, random, random_weight, refused_alike_while_tracing
 
 from rmsnorm_cuda import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from rmsnorm_cuda.reference import quantize_reference
-
-from cases import GEMMA, LLAMA, OPTIONS, name, random, random_weight, refused_alike_while_tracing
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
@@ -34,7 +35,11 @@ def kinds(cols, device):
 
 
 def expected(norm, dtype, kind):
-    kind = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in kind.items() if k != "column_major"}
+    kind = {
+        k: v.cpu() if isinstance(v, torch.Tensor) else v
+        for k, v in kind.items()
+        if k != "column_major"
+    }
     return quantize_reference(norm.cpu(), dtype, **kind)
 
 
@@ -42,7 +47,9 @@ def check(results, norm, dtype, kind):
     want, want_scale = expected(norm, dtype, kind)
     output, scale = results[:2]
     assert output.dtype == dtype and output.is_contiguous() and output.shape == norm.shape
-    assert torch.equal(bits(output), bits(want)), f"{(bits(output) != bits(want)).sum()} codes differ"
+    assert torch.equal(bits(output), bits(want)), (
+        f"{(bits(output) != bits(want)).sum()} codes differ"
+    )
     assert torch.equal(scale.cpu(), want_scale)
     if kind.get("column_major"):
         rows, blocks = scale.numel() // scale.shape[-1], scale.shape[-1]
@@ -51,39 +58,69 @@ def check(results, norm, dtype, kind):
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=name)
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
-@pytest.mark.parametrize("x_dtype, w_dtype", list(itertools.product((FP32, BF16, FP16), (FP32, BF16, FP16, None))), ids=name)
+@pytest.mark.parametrize(
+    "x_dtype, w_dtype",
+    list(itertools.product((FP32, BF16, FP16), (FP32, BF16, FP16, None))),
+    ids=name,
+)
 def test_bits_of_the_steps(x_dtype, w_dtype, options, dtype, device):
     for rows, cols in ((5, 1), (3, 7), (37, 64), (19, 128), (3, 1000), (2, 4224), (2, 9024)):
-        x = (random(rows, cols) * torch.tensor([[3.0], [1e-4], [0.0]]).repeat(13, 1)[:rows]).to(x_dtype).to(device)
+        x = (
+            (random(rows, cols) * torch.tensor([[3.0], [1e-4], [0.0]]).repeat(13, 1)[:rows])
+            .to(x_dtype)
+            .to(device)
+        )
         weight = random_weight(cols, w_dtype, device)
         for kind in kinds(cols, device):
-            results = rms_norm_quant(x, weight, 1e-5, dtype=dtype, return_norm=True, **kind, **options)
+            results = rms_norm_quant(
+                x, weight, 1e-5, dtype=dtype, return_norm=True, **kind, **options
+            )
             norm = rms_norm(x, (cols,), weight, 1e-5, **options)
             assert results[2].dtype == norm.dtype and torch.equal(results[2].cpu(), norm.cpu())
             check(results, norm, dtype, kind)
             alone = rms_norm_quant(x, weight, 1e-5, dtype=dtype, **kind, **options)
-            assert len(alone) == 2 and torch.equal(bits(alone[0]), bits(results[0])) and torch.equal(alone[1].cpu(), results[1].cpu())
+            assert (
+                len(alone) == 2
+                and torch.equal(bits(alone[0]), bits(results[0]))
+                and torch.equal(alone[1].cpu(), results[1].cpu())
+            )
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=name)
-@pytest.mark.parametrize("pair", ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32)), ids=name)
+@pytest.mark.parametrize(
+    "pair", ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32)), ids=name
+)
 def test_bits_of_add_norm_and_quantization(pair, dtype, device):
     for (rows, cols), options in itertools.product(((37, 64), (3, 1000), (2, 9024)), OPTIONS):
-        x, residual = random(rows, cols, dtype=pair[0], device=device), random(rows, cols, dtype=pair[1], device=device)
+        x, residual = (
+            random(rows, cols, dtype=pair[0], device=device),
+            random(rows, cols, dtype=pair[1], device=device),
+        )
         weight = random_weight(cols, FP32, device)
         norm, total = fused_add_rms_norm(x, residual, weight, 1e-5, **options)
         for kind in kinds(cols, device):
             output, scale, got_total, got_norm = fused_add_rms_norm_quant(
                 x, residual, weight, 1e-5, dtype=dtype, return_norm=True, **kind, **options
             )
-            assert torch.equal(got_total.cpu(), total.cpu()) and torch.equal(got_norm.cpu(), norm.cpu())
+            assert torch.equal(got_total.cpu(), total.cpu()) and torch.equal(
+                got_norm.cpu(), norm.cpu()
+            )
             check((output, scale), norm, dtype, kind)
-            assert len(fused_add_rms_norm_quant(x, residual, weight, 1e-5, dtype=dtype, **kind, **options)) == 3
+            assert (
+                len(
+                    fused_add_rms_norm_quant(
+                        x, residual, weight, 1e-5, dtype=dtype, **kind, **options
+                    )
+                )
+                == 3
+            )
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=name)
 def test_every_value_of_16_bits(dtype, device):
-    """Each as the norm itself: rows of one element would be 1, so it is the weight that has the values."""
+    """Each as the norm itself: rows of one element would be 1, so it is the weight that has the
+    values.
+    """
     for x_dtype, count in ((BF16, 65536), (FP16, 65536)):
         values = torch.arange(count, dtype=torch.int32).to(torch.int16).view(x_dtype)
         values = values[values.isfinite()]
@@ -112,7 +149,9 @@ def test_what_is_no_number(value, dtype, device):
             assert torch.equal(output.cpu(), want)
         else:
             output, want = output.cpu().float(), want.float()
-            assert torch.equal(output.isnan(), want.isnan()) and torch.equal(output.nan_to_num(), want.nan_to_num())
+            assert torch.equal(output.isnan(), want.isnan()) and torch.equal(
+                output.nan_to_num(), want.nan_to_num()
+            )
 
 
 def test_saturation_and_signs(device):
@@ -144,12 +183,18 @@ def test_empty(shape):
         if shape[-1] % 64:
             continue
         output, scale, norm = rms_norm_quant(x, dtype=E4M3, return_norm=True, **kind)
-        assert output.shape == norm.shape == shape and scale.shape == (*shape[:-1], shape[-1] // 64 if kind else 1)
+        assert output.shape == norm.shape == shape and scale.shape == (
+            *shape[:-1],
+            shape[-1] // 64 if kind else 1,
+        )
         assert scale.isfinite().all()
 
 
 def test_out(device):
-    x, residual = random(6, 256, dtype=BF16, device=device), random(6, 256, dtype=BF16, device=device)
+    x, residual = (
+        random(6, 256, dtype=BF16, device=device),
+        random(6, 256, dtype=BF16, device=device),
+    )
     weight = random_weight(256, BF16, device)
     for kind, norm in itertools.product(kinds(256, device), (False, True)):
         want = rms_norm_quant(x, weight, 1e-6, dtype=E4M3, return_norm=norm, **kind)
@@ -158,19 +203,32 @@ def test_out(device):
         for a, b, c in zip(got, want, out, strict=True):
             assert a.data_ptr() == c.data_ptr() or a.numel() == 1
             assert torch.equal(bits(a), bits(b))
-        want = fused_add_rms_norm_quant(x, residual, weight, 1e-6, dtype=E4M3, return_norm=norm, **kind)
+        want = fused_add_rms_norm_quant(
+            x, residual, weight, 1e-6, dtype=E4M3, return_norm=norm, **kind
+        )
         total = residual.cpu().to(device)
-        out = (torch.empty_like(want[0]), torch.empty_like(want[1]), total, *(torch.empty_like(t) for t in want[3:]))
-        got = fused_add_rms_norm_quant(x, total, weight, 1e-6, dtype=E4M3, return_norm=norm, out=out, **kind)
+        out = (
+            torch.empty_like(want[0]),
+            torch.empty_like(want[1]),
+            total,
+            *(torch.empty_like(t) for t in want[3:]),
+        )
+        got = fused_add_rms_norm_quant(
+            x, total, weight, 1e-6, dtype=E4M3, return_norm=norm, out=out, **kind
+        )
         assert got[2] is total
         for a, b in zip(got, want, strict=True):
             assert torch.equal(bits(a), bits(b))
     want = fused_add_rms_norm(x, residual, weight, 1e-6)
     out = torch.empty_like(x), torch.empty_like(x)
     got = fused_add_rms_norm(x, residual, weight, 1e-6, out=out)
-    assert got[0] is out[0] and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+    assert got[0] is out[0] and all(
+        torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True)
+    )
     got = fused_add_rms_norm(x, residual, weight, 1e-6, out=(x, residual))
-    assert got[0] is x and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+    assert got[0] is x and all(
+        torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True)
+    )
 
 
 X = torch.ones(2, 128)
@@ -179,30 +237,66 @@ X = torch.ones(2, 128)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     (
-        ({"dtype": torch.uint8}, ValueError, "dtype to be float8_e4m3fn, float8_e5m2 or int8, but got Byte"),
+        (
+            {"dtype": torch.uint8},
+            ValueError,
+            "dtype to be float8_e4m3fn, float8_e5m2 or int8, but got Byte",
+        ),
         ({"input": X.double()}, NotImplementedError, "not implemented for 'Double'"),
         ({"weight": torch.ones(128).double()}, NotImplementedError, "not implemented for 'Double'"),
         ({"weight": torch.ones(64)}, RuntimeError, r"weight of shape \[64\]"),
         ({"block": (64,)}, TypeError, "block to be an int or None, but got tuple"),
         ({"scale": 0.1}, TypeError, "scale to be a Tensor or None, but got float"),
         ({"block": 32}, ValueError, "block to be 64 or 128, but got 32"),
-        ({"input": torch.ones(2, 100), "block": 64}, RuntimeError, "a multiple of block=64, but got 100"),
-        ({"scale": torch.ones(2)}, RuntimeError, r"scale to be one float32, but got Float of shape \[2\]"),
+        (
+            {"input": torch.ones(2, 100), "block": 64},
+            RuntimeError,
+            "a multiple of block=64, but got 100",
+        ),
+        (
+            {"scale": torch.ones(2)},
+            RuntimeError,
+            r"scale to be one float32, but got Float of shape \[2\]",
+        ),
         ({"scale": torch.ones(1).half()}, RuntimeError, "scale to be one float32, but got Half"),
         ({"scale": torch.ones(1, device="meta")}, RuntimeError, "scale is on meta"),
-        ({"scale": torch.ones(1), "block": 64}, ValueError, "expected neither beside a given scale"),
-        ({"scale": torch.ones(1), "scale_ub": 1.0}, ValueError, "expected neither beside a given scale"),
+        (
+            {"scale": torch.ones(1), "block": 64},
+            ValueError,
+            "expected neither beside a given scale",
+        ),
+        (
+            {"scale": torch.ones(1), "scale_ub": 1.0},
+            ValueError,
+            "expected neither beside a given scale",
+        ),
         ({"scale_ub": 0.0}, ValueError, "scale_ub to be positive, but got 0"),
         ({"column_major": True}, ValueError, "expected block to be given"),
         ({"eps": -1.0}, ValueError, "eps"),
         ({"input": torch.ones(())}, ValueError, "scalar"),
-        ({"input": X.clone().requires_grad_()}, RuntimeError, "does not support automatic differentiation"),
+        (
+            {"input": X.clone().requires_grad_()},
+            RuntimeError,
+            "does not support automatic differentiation",
+        ),
         ({"out": X}, TypeError, "out to be a tuple of 2 tensors, but got Tensor"),
         ({"out": (X,)}, ValueError, "out to hold 2 tensors, but got 1"),
         ({"out": (X, torch.ones(2, 1))}, RuntimeError, "out of dtype Float8_e4m3fn, but got Float"),
-        ({"out": (X.to(E4M3), torch.ones(2))}, RuntimeError, r"scale_out of shape \[2, 1\], but got \[2\]"),
-        ({"out": (torch.ones(128, 2).to(E4M3).t(), torch.ones(2, 1))}, RuntimeError, "out to be contiguous"),
-        ({"out": (X.to(E4M3), torch.ones(2, 2)), "block": 64, "column_major": True}, RuntimeError, "scale_out to be column-major"),
+        (
+            {"out": (X.to(E4M3), torch.ones(2))},
+            RuntimeError,
+            r"scale_out of shape \[2, 1\], but got \[2\]",
+        ),
+        (
+            {"out": (torch.ones(128, 2).to(E4M3).t(), torch.ones(2, 1))},
+            RuntimeError,
+            "out to be contiguous",
+        ),
+        (
+            {"out": (X.to(E4M3), torch.ones(2, 2)), "block": 64, "column_major": True},
+            RuntimeError,
+            "scale_out to be column-major",
+        ),
     ),
     ids=lambda value: value[:30] if isinstance(value, str) else None,
 )
@@ -240,9 +334,18 @@ def test_memory_that_is_apart():
     x, residual = whole[:, :128], whole[:, 128:]
     want = fused_add_rms_norm(x, residual)
     got = fused_add_rms_norm(x, residual, out=(x, residual))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and torch.equal(whole[:, :128], want[0])
-    with pytest.raises(RuntimeError, match="residual_out partly overlaps residual; expected residual_out to be residual itself"):
-        fused_add_rms_norm(x.clone(), whole[:3].view(-1)[:512].view(4, 128), out=(x.clone(), whole.view(-1)[64:576].view(4, 128)))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and torch.equal(
+        whole[:, :128], want[0]
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="residual_out partly overlaps residual; expected residual_out to be residual itself",
+    ):
+        fused_add_rms_norm(
+            x.clone(),
+            whole[:3].view(-1)[:512].view(4, 128),
+            out=(x.clone(), whole.view(-1)[64:576].view(4, 128)),
+        )
     memory = random(1, 300)
     one, x = memory[:1, :128], random(1, 128)
     want = fused_add_rms_norm_quant(x, one, dtype=E4M3)
@@ -254,11 +357,17 @@ def test_memory_that_is_apart():
 
 def test_negative_bit():
     negative = torch._neg_view(torch.ones(2, 128))
-    assert torch.equal(rms_norm_quant(negative, dtype=INT8)[0], rms_norm_quant(-torch.ones(2, 128), dtype=INT8)[0])
+    assert torch.equal(
+        rms_norm_quant(negative, dtype=INT8)[0], rms_norm_quant(-torch.ones(2, 128), dtype=INT8)[0]
+    )
     for call in (
         lambda: rms_norm(torch.ones(2, 128), 128, out=negative),
-        lambda: fused_add_rms_norm(torch.ones(2, 128), torch.ones(2, 128), out=(negative, torch.ones(2, 128))),
-        lambda: rms_norm_quant(negative, dtype=INT8, out=(torch.ones(2, 128, dtype=INT8), torch.ones(2, 1))),
+        lambda: fused_add_rms_norm(
+            torch.ones(2, 128), torch.ones(2, 128), out=(negative, torch.ones(2, 128))
+        ),
+        lambda: rms_norm_quant(
+            negative, dtype=INT8, out=(torch.ones(2, 128, dtype=INT8), torch.ones(2, 1))
+        ),
     ):
         with pytest.raises(RuntimeError, match="without the negative bit"):
             call()
@@ -289,10 +398,14 @@ def test_compile(backend):
 @pytest.mark.parametrize("used", range(3))
 def test_compiled_code_may_use_one_result_alone(used):
     def layer(x, residual):
-        return fused_add_rms_norm_quant(x + 1, residual, dtype=E4M3)[used], *fused_add_rms_norm(x, residual)[used % 2 :][:1]
+        return fused_add_rms_norm_quant(x + 1, residual, dtype=E4M3)[used], *fused_add_rms_norm(
+            x, residual
+        )[used % 2 :][:1]
 
     arguments = random(4, 128), random(4, 128)
-    for got, want in zip(torch.compile(layer, fullgraph=True)(*arguments), layer(*arguments), strict=True):
+    for got, want in zip(
+        torch.compile(layer, fullgraph=True)(*arguments), layer(*arguments), strict=True
+    ):
         assert torch.equal(bits(got), bits(want))
 
 
@@ -315,7 +428,9 @@ def test_compiled_out():
 def test_recompiles_little():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(lambda x: rms_norm_quant(x * 1, dtype=E4M3, block=64)[0], backend=counter, fullgraph=True)
+    compiled = torch.compile(
+        lambda x: rms_norm_quant(x * 1, dtype=E4M3, block=64)[0], backend=counter, fullgraph=True
+    )
     for rows in (2, 3, 4, 5, 6):
         compiled(torch.ones(rows, 128))
     assert counter.frame_count <= 2
@@ -327,11 +442,17 @@ def test_threads_give_the_same_bits(threads):
     for count in (1, 2, 3):
         threads(count)
         results.append(rms_norm_quant(x, dtype=E4M3, block=128, **GEMMA))
-    assert all(torch.equal(bits(a), bits(b)) for got in results[1:] for a, b in zip(got, results[0], strict=True))
+    assert all(
+        torch.equal(bits(a), bits(b))
+        for got in results[1:]
+        for a, b in zip(got, results[0], strict=True)
+    )
 
 
 def test_llama_order_is_that_of_vllm(device):
-    """All in bf16: x * rstd rounded, times the weight rounded, the largest of it over 448: csrc/quantization of vLLM."""
+    """All in bf16: x * rstd rounded, times the weight rounded, the largest of it over 448:
+    csrc/quantization of vLLM.
+    """
     x, weight = random(5, 256, dtype=BF16, device=device), random_weight(256, BF16, device)
     output, scale = rms_norm_quant(x, weight, 1e-6, dtype=E4M3, **LLAMA)
     xs, ws = x.cpu().double(), weight.cpu().double()
@@ -355,11 +476,15 @@ def test_nan_is_the_same_in_any_batch(cols, dtype):
     y, (codes, _) = rms_norm(x, cols), rms_norm_quant(x, dtype=E4M3)
     for row in range(40):
         assert torch.equal(bits(y[row]), bits(rms_norm(x[row], cols)))
-        assert torch.equal(bits(codes[row]), bits(rms_norm_quant(x[row : row + 1], dtype=E4M3)[0][0]))
+        assert torch.equal(
+            bits(codes[row]), bits(rms_norm_quant(x[row : row + 1], dtype=E4M3)[0][0])
+        )
 
 
 def test_no_memory_left():
-    """The workspace is allocated before anything is written: an error leaves out= and the residual as they were."""
+    """The workspace is allocated before anything is written: an error leaves out= and the residual
+    as they were.
+    """
     code = """if True:
         import gc, resource, torch, rmsnorm_cuda as R
         torch.set_num_threads(2)
@@ -373,7 +498,8 @@ def test_no_memory_left():
         gc.collect()
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        # Takes the freed blocks that malloc still has, so that the workspace has to come from the system.
+        # Takes the freed blocks that malloc still has, so that the workspace has to come from the
+        # system.
         kept = []
         resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), hard))
         try:

@@ -28,7 +28,9 @@ try:
     import transformers
 except ImportError:
     transformers = None
-needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
+needs_transformers = pytest.mark.skipif(
+    transformers is None, reason="transformers is not installed"
+)
 
 TINY = dict(
     hidden_size=48,
@@ -43,10 +45,30 @@ TINY = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-LOW_RANK = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, head_dim=4)
-EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=16)
-T5_SIZES = dict(d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4, vocab_size=128, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
-# architecture: (its norms' family, how many of two layers, layers that can add the residual in a norm, more of its config)
+LOW_RANK = dict(
+    kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, head_dim=4
+)
+EXPERTS = dict(
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    moe_intermediate_size=16,
+)
+T5_SIZES = dict(
+    d_model=48,
+    d_kv=12,
+    d_ff=64,
+    num_layers=2,
+    num_heads=4,
+    vocab_size=128,
+    pad_token_id=0,
+    eos_token_id=2,
+    decoder_start_token_id=0,
+)
+# architecture: (its norms' family, how many of two layers, layers that can add the residual in a
+# norm, more of its config)
 ARCHITECTURES = {
     "Llama": ("llama", 5, 2, {}),
     "Mistral": ("llama", 5, 2, {}),
@@ -58,7 +80,12 @@ ARCHITECTURES = {
     "Glm4": ("llama", 9, 2, {}),
     "Granite": ("llama", 5, 2, {}),
     "DeepseekV3": ("llama", 9, 2, LOW_RANK | EXPERTS),  # with those of the low-rank projections
-    "Olmo2": ("torch", 9, 0, {}),  # norms behind attention and MLP: nothing is added right before one
+    "Olmo2": (
+        "torch",
+        9,
+        0,
+        {},
+    ),  # norms behind attention and MLP: nothing is added right before one
     "Olmo3": ("torch", 9, 0, {}),
     "GptOss": ("torch", 5, 2, {"num_local_experts": 4}),
     "NanoChat": ("torch", 9, 0, {}),  # without weights
@@ -98,7 +125,11 @@ class Subclass(nn.RMSNorm):
 def build(name, dtype=torch.float32):
     torch.manual_seed(0)
     if name == "T5":
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_SIZES)).to(dtype).eval()
+        model = (
+            transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_SIZES))
+            .to(dtype)
+            .eval()
+        )
     else:
         config = getattr(transformers, f"{name}Config")(**TINY | ARCHITECTURES[name][3])
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -127,14 +158,18 @@ def test_logits_and_gradients(name, fuse):
         model.zero_grad()
         output = model(ids, labels=ids)
         output.loss.backward()
-        return output.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return output.logits.detach(), {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
 
     logits, grads = run()
     keys, parameters = list(model.state_dict()), dict(model.named_parameters())
     classes = {name: type(module) for name, module in model.named_modules()}
     with replace_rms_norm(model, fuse_residual=fuse) as swap:
         assert len(swap) == norms and {entry.family.name for entry in swap} == {family}
-        assert len(swap.fused) == layers * fuse and bool(swap.skipped) == (fuse and name in ("Olmo2", "Olmo3"))
+        assert len(swap.fused) == layers * fuse and bool(swap.skipped) == (
+            fuse and name in ("Olmo2", "Olmo3")
+        )
         assert sum(isinstance(m, rmsnorm_cuda.RMSNorm) for m in model.modules()) == norms
         assert list(model.state_dict()) == keys
         assert all(p is parameters[name] for name, p in model.named_parameters())
@@ -142,7 +177,9 @@ def test_logits_and_gradients(name, fuse):
     # fp32, values of size 1, a few ulp for each of up to thirteen norms in a row
     torch.testing.assert_close(new_logits, logits, rtol=1e-5, atol=1e-5)
     for key, grad in grads.items():
-        torch.testing.assert_close(new_grads[key], grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(
+            new_grads[key], grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{key}: {text}"
+        )
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert torch.equal(model(ids, labels=ids).logits, logits)
 
@@ -159,7 +196,8 @@ def test_half_precision_logits(name, dtype):
         with replace_rms_norm(model, fuse_residual=True):
             fused = model(ids, labels=ids).logits
     assert got.dtype == want.dtype == dtype
-    # one flipped rounding upstream reaches every later sum: a few units of the largest logit's last place
+    # one flipped rounding upstream reaches every later sum: a few units of the largest logit's last
+    # place
     assert (got - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
     assert torch.equal(fused, got)
 
@@ -168,7 +206,9 @@ def test_half_precision_logits(name, dtype):
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "T5"])
 def test_generates_the_same_tokens(name):
     model, ids = build(name), tokens()
-    options = dict(do_sample=False, max_new_tokens=24, min_new_tokens=24, attention_mask=torch.ones_like(ids))
+    options = dict(
+        do_sample=False, max_new_tokens=24, min_new_tokens=24, attention_mask=torch.ones_like(ids)
+    )
     want = model.generate(ids, **options)
     with replace_rms_norm(model, fuse_residual=True):
         assert torch.equal(model.generate(ids, **options), want)
@@ -195,10 +235,22 @@ def test_compiled_before_and_after():
         ours = model(ids).logits
         graphs = []
         assert torch.equal(compiled(ids).logits, ours) and not torch.equal(ours, want)
-        again = torch.compile(model, backend=lambda module, _: graphs.append(module) or module, fullgraph=True)
+        again = torch.compile(
+            model, backend=lambda module, _: graphs.append(module) or module, fullgraph=True
+        )
         assert torch.equal(again(ids).logits, ours)
-        called = [str(node.target).split(".")[1] for node in graphs[0].graph.nodes if "rmsnorm_cuda" in str(node.target)]
-        assert called == ["rms_norm", "fused_add_rms_norm", "rms_norm", "fused_add_rms_norm", "rms_norm"]
+        called = [
+            str(node.target).split(".")[1]
+            for node in graphs[0].graph.nodes
+            if "rmsnorm_cuda" in str(node.target)
+        ]
+        assert called == [
+            "rms_norm",
+            "fused_add_rms_norm",
+            "rms_norm",
+            "fused_add_rms_norm",
+            "rms_norm",
+        ]
     torch.testing.assert_close(compiled(ids).logits, want, rtol=0, atol=0)
 
 
@@ -243,32 +295,48 @@ def test_frozen_weights():
 @pytest.mark.parametrize("save", [None, ["norm"]], ids=["lora", "and norms of its own"])
 def test_lora(save):
     """Around the projections, and with norms that PEFT trains copies of."""
-    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], modules_to_save=save, r=2, init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "up_proj"], modules_to_save=save, r=2, init_lora_weights=False
+    )
     model, ids = peft.get_peft_model(build("Llama"), config), tokens()
 
     def run():
         model.zero_grad()
         output = model(ids, labels=ids)
         output.loss.backward()
-        return output.logits.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        return output.logits.detach(), [
+            p.grad.clone() for p in model.parameters() if p.requires_grad
+        ]
 
     (logits, grads), keys = run(), list(peft.get_peft_model_state_dict(model))
     with replace_rms_norm(model, fuse_residual=True) as swap:
-        assert len(swap) == (5 if save is None else 5 + 5) and not [entry for entry in swap.skipped if "RMSNorm" in entry.name]
+        assert len(swap) == (5 if save is None else 5 + 5) and not [
+            entry for entry in swap.skipped if "RMSNorm" in entry.name
+        ]
         assert list(peft.get_peft_model_state_dict(model)) == keys
         new_logits, new_grads = run()
         torch.testing.assert_close(new_logits, logits, rtol=1e-5, atol=1e-5)
-        assert new_grads and all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(new_grads, grads, strict=True))
+        assert new_grads and all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+            for a, b in zip(new_grads, grads, strict=True)
+        )
     assert torch.equal(run()[0], logits)
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="expected match to be a function of a name and a module, got 'norm'"):
+    with pytest.raises(
+        TypeError, match="expected match to be a function of a name and a module, got 'norm'"
+    ):
         replace_rms_norm(nn.Sequential(nn.RMSNorm(4)), "norm")
-    with pytest.raises(TypeError, match="expected match to be a function of a name and a module, got <class"):
+    with pytest.raises(
+        TypeError, match="expected match to be a function of a name and a module, got <class"
+    ):
         replace_rms_norm(nn.Sequential(nn.RMSNorm(4)), nn.RMSNorm)
     if transformers is not None:
-        with pytest.raises(ValueError, match="names such as config.model_type has them, got 'lama'"), patch_transformers("lama"):
+        with (
+            pytest.raises(ValueError, match="names such as config.model_type has them, got 'lama'"),
+            patch_transformers("lama"),
+        ):
             pass
 
 
@@ -280,7 +348,11 @@ def test_what_is_listed_is_short():
         pass
 
     with replace_rms_norm(nn.Sequential(nn.RMSNorm(4), MambaRMSNormGated(4, 4))) as swap:
-        assert repr(swap.skipped) == "[<1, a MambaRMSNormGated: MambaRMSNormGated has bias, where one parameter is expected, called weight>]"
+        assert (
+            repr(swap.skipped)
+            == "[<1, a MambaRMSNormGated: MambaRMSNormGated has bias, where one parameter is "
+            "expected, called weight>]"
+        )
 
 
 def test_what_modules_of_one_class_differ_in():
@@ -290,7 +362,11 @@ def test_what_modules_of_one_class_differ_in():
         def __init__(self, dtype=torch.float32, offset=0.0, sizes=()):
             super().__init__()
             self.weight, self.eps = nn.Parameter(torch.full((16,), 1.5 - offset)), 1e-5
-            self.dtype, self.options, self.sizes = dtype, types.SimpleNamespace(offset=offset), sizes
+            self.dtype, self.options, self.sizes = (
+                dtype,
+                types.SimpleNamespace(offset=offset),
+                sizes,
+            )
 
         def forward(self, x):
             y = x.to(self.dtype)
@@ -305,7 +381,11 @@ def test_what_modules_of_one_class_differ_in():
 
         def forward(self, x):
             y = x.to(self.dtype)
-            return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(self.dtype)).to(x.dtype)
+            return (
+                y
+                * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+                * self.weight.to(self.dtype)
+            ).to(x.dtype)
 
     x = torch.randn(4, 16)
     model = nn.Sequential(OwnRMSNorm(), OwnRMSNorm(offset=1.0), OwnRMSNorm(sizes=([1], 2)))
@@ -331,14 +411,19 @@ def test_from_pretrained_builds_ours(name, tmp_path):
         with patch_transformers(model.config.model_type), monkey_patching.apply_patches():
             pass
     except ModuleNotFoundError as error:
-        pytest.skip(f"the patching of transformers {transformers.__version__} imports what is not installed: {error}")
+        pytest.skip(
+            f"the patching of transformers {transformers.__version__} imports what is not "
+            f"installed: {error}"
+        )
     with patch_transformers(model.config.model_type) as mapping:
         assert f"{name}RMSNorm" in mapping
         ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         fresh = transformers.AutoModelForCausalLM.from_config(model.config)
     for built in (ours, fresh):
         norms = [m for m in built.modules() if "RMSNorm" in type(m).__name__]
-        assert len(norms) == ARCHITECTURES[name][1] and all(isinstance(m, rmsnorm_cuda.RMSNorm) for m in norms)
+        assert len(norms) == ARCHITECTURES[name][1] and all(
+            isinstance(m, rmsnorm_cuda.RMSNorm) for m in norms
+        )
     scale = {m.weight.detach().add(m.weight_offset).sub(1).abs().max().item() for m in norms}
     assert scale == {0.0}  # transformers fills a fresh weight for the family
     torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -389,8 +474,16 @@ def test_entries_and_restore():
     assert [entry.name for entry in swap] == ["first", "inner.0", "inner.1", "tied"]
     for name, old, new, family in swap:
         assert family.name == "torch"
-        assert old is originals[name] and new is model.get_submodule(name) and type(new) is rmsnorm_cuda.RMSNorm
-        assert (new.normalized_shape, new.eps, new.weight) == (old.normalized_shape, old.eps, old.weight)
+        assert (
+            old is originals[name]
+            and new is model.get_submodule(name)
+            and type(new) is rmsnorm_cuda.RMSNorm
+        )
+        assert (new.normalized_shape, new.eps, new.weight) == (
+            old.normalized_shape,
+            old.eps,
+            old.weight,
+        )
         assert not new.cast_before_weight and repr(new) == repr(old)
     assert "4 RMSNorm replaced" in repr(swap)
     torch.testing.assert_close(model(x), want)
@@ -441,14 +534,20 @@ def test_not_a_module():
 
 def test_look_alikes_are_left_alone():
     plain = [nn.RMSNorm(4) for _ in range(4)]
-    model = nn.Sequential(plain[0], OddRMSNorm(), Subclass(4), plain[1], plain[2], torch.compile(plain[3]))
+    model = nn.Sequential(
+        plain[0], OddRMSNorm(), Subclass(4), plain[1], plain[2], torch.compile(plain[3])
+    )
     model[3].forward = lambda x: x
     model[4].compile(backend="eager")
     swap = replace_rms_norm(model)
     assert [entry.name for entry in swap] == ["0"]
     assert [(entry.name, entry.reason.split("(")[0].strip()) for entry in swap.skipped] == [
         ("1", "it has no attribute that could be its eps"),
-        ("2", "it computes what no known family computes; the nearest is 'torch' with eps=None: 100% of its values differ in float32"),
+        (
+            "2",
+            "it computes what no known family computes; the nearest is 'torch' with eps=None: 100% "
+            "of its values differ in float32",
+        ),
         ("3", "its forward was replaced on this instance"),
         ("4", "it was compiled by itself; swap first, then compile"),
         ("5._orig_mod", "it was compiled by itself; swap first, then compile"),
@@ -482,7 +581,9 @@ def test_meta_device():
 
 
 def test_what_happens_to_the_new_module_stays():
-    """Training, a change of mode, hooks and a state_dict that was assigned all outlive restore()."""
+    """Training, a change of mode, hooks and a state_dict that was assigned all outlive
+    restore().
+    """
     model = Block()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model.first.weight.clone()
@@ -501,7 +602,9 @@ def test_what_happens_to_the_new_module_stays():
 
 def test_hooks_are_kept():
     model, seen = Block(), []
-    handle = model.first.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    handle = model.first.register_forward_hook(
+        lambda module, args, output: seen.append(type(module))
+    )
     with replace_rms_norm(model):
         model(torch.randn(2, 16))
         inside = model.first.register_forward_pre_hook(lambda module, args: seen.append("pre"))
@@ -518,14 +621,20 @@ def test_swapped_model_can_be_copied():
     model, x = Block(), torch.randn(2, 16)
     replace_rms_norm(model)
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(x), model(x)) and twin.tied is twin.inner[0] and twin.tied is not model.tied
+    assert (
+        torch.equal(twin(x), model(x))
+        and twin.tied is twin.inner[0]
+        and twin.tied is not model.tied
+    )
 
 
 def test_compile_after_the_swap():
     torch._dynamo.reset()
     model, x = Block(), torch.randn(2, 16)
     replace_rms_norm(model)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x)
+    )
 
 
 # What a model asks of its norm
@@ -539,7 +648,9 @@ class OwnRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = nn.Parameter(torch.full((width,), 1.1)), eps
 
     def _norm(self, hidden):
-        return hidden * torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return hidden * torch.rsqrt(
+            hidden.float().square().mean(-1, keepdim=True) + self.variance_epsilon
+        )
 
     def reset_parameters(self):
         nn.init.constant_(self.weight, 1.1)
@@ -580,7 +691,9 @@ def test_class_that_is_final():
     model, x = nn.Sequential(Final(), OwnRMSNorm()), torch.randn(3, 16)
     want = model(x)
     swap = replace_rms_norm(model, lambda name, module: isinstance(module, OwnRMSNorm))
-    assert [entry.name for entry in swap] == ["1"] and "derived from Final: it is final" in swap.skipped[0].reason
+    assert [entry.name for entry in swap] == [
+        "1"
+    ] and "derived from Final: it is final" in swap.skipped[0].reason
     torch.testing.assert_close(model(x), want)
 
 
@@ -593,12 +706,18 @@ def test_eps_by_both_names():
     model[0].eps = 0.25
     assert model[0].variance_epsilon == 0.25
     swap.restore()
-    assert model[0].variance_epsilon == 0.25 and "eps" not in vars(model[0]) and type(model[0]) is OwnRMSNorm
+    assert (
+        model[0].variance_epsilon == 0.25
+        and "eps" not in vars(model[0])
+        and type(model[0]) is OwnRMSNorm
+    )
     torch.testing.assert_close(model(x), OwnRMSNorm(eps=0.25)(x))
 
 
 def test_a_number_that_decides_the_result():
-    """Set later it would change nothing: it is refused. One that decides nothing is like any attribute."""
+    """Set later it would change nothing: it is refused. One that decides nothing is like any
+    attribute.
+    """
 
     class ScaledRMSNorm(OwnRMSNorm):
         scale, hidden_size = 1.0, 16
@@ -625,7 +744,10 @@ def test_a_number_that_decides_the_result():
 @pytest.mark.parametrize("eps", ["float64", "float32"])
 def test_eps_of_numpy_compiles(eps):
     numpy = pytest.importorskip("numpy")
-    model, x = nn.Sequential(rmsnorm_cuda.RMSNorm(16, eps=getattr(numpy, eps)(0.5)), OwnRMSNorm()), torch.randn(3, 16)
+    model, x = (
+        nn.Sequential(rmsnorm_cuda.RMSNorm(16, eps=getattr(numpy, eps)(0.5)), OwnRMSNorm()),
+        torch.randn(3, 16),
+    )
     replace_rms_norm(model)
     model[1].variance_epsilon = getattr(numpy, eps)(0.25)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
@@ -647,7 +769,10 @@ def test_twin_is_copied_and_pickled(cls, watched):
     want = model(x)
     with rmsnorm_cuda.monitor(model) if watched else contextlib.nullcontext():
         copies = copy.copy(model[0]), copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]
-    assert all(isinstance(new, cls) and type(new) is type(model[0]) and same_bits(new(x), want) for new in copies)
+    assert all(
+        isinstance(new, cls) and type(new) is type(model[0]) and same_bits(new(x), want)
+        for new in copies
+    )
 
 
 @pytest.mark.parametrize("how", ["parametrized", "pruned", "with weight_norm"])
@@ -683,7 +808,9 @@ def test_parametrized_before():
 
 
 def test_weights_that_are_gathered_for_each_call():
-    """As DeepSpeed's ZeRO-3 does it: swapped before, it trains as without; after, the reason says to swap before."""
+    """As DeepSpeed's ZeRO-3 does it: swapped before, it trains as without; after, the reason says
+    to swap before.
+    """
 
     def partition(model):
         full = {parameter: parameter.data for parameter in model.parameters()}
@@ -691,9 +818,18 @@ def test_weights_that_are_gathered_for_each_call():
             for parameter in (own := list(module.parameters(recurse=False))):
                 parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
             if own:
-                gather = lambda m, _, own=own: [setattr(p, "data", full[p].clone()) for p in own] and None  # noqa: E731
-                module.register_forward_pre_hook(gather), module.register_full_backward_pre_hook(gather)
-                module.register_forward_hook(lambda m, args, y, own=own: [setattr(p, "data", torch.empty(0)) for p in own] and None)
+                gather = lambda m, _, own=own: (
+                    [setattr(p, "data", full[p].clone()) for p in own] and None
+                )  # noqa: E731
+                (
+                    module.register_forward_pre_hook(gather),
+                    module.register_full_backward_pre_hook(gather),
+                )
+                module.register_forward_hook(
+                    lambda m, args, y, own=own: (
+                        [setattr(p, "data", torch.empty(0)) for p in own] and None
+                    )
+                )
         return model
 
     def gradient(model):
@@ -705,7 +841,10 @@ def test_weights_that_are_gathered_for_each_call():
     assert len(replace_rms_norm(model)) == 2
     torch.testing.assert_close(gradient(partition(model)), want)
     reasons = [entry.reason for entry in replace_rms_norm(late).skipped]
-    assert reasons == ["its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"] * 2
+    assert (
+        reasons
+        == ["its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"] * 2
+    )
     torch.testing.assert_close(gradient(late), want)
 
 

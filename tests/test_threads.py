@@ -1,5 +1,5 @@
-"""Many threads at once, each with tensors and models of its own: the results are those of one thread. Where Python has no GIL
-the extension runs without one."""
+"""Many threads at once, each with tensors and models of its own: the results are those of one
+thread. Where Python has no GIL the extension runs without one."""
 
 import sys
 import sysconfig
@@ -20,7 +20,10 @@ def work(seed):
     results = []
     for i, dtype in enumerate(DTYPES * 4):
         rows, cols = 1 + (seed * 7 + i * 5) % 37, 1 + (seed * 131 + i * 977) % 2500
-        x, residual = (torch.randn(rows, cols, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+        x, residual = (
+            torch.randn(rows, cols, generator=generator).to(dtype).requires_grad_()
+            for _ in range(2)
+        )
         norm = rmsnorm_cuda.RMSNorm(cols, 1e-6, dtype=dtype, weight_offset=float(i % 2))
         y, total = norm(x, residual)
         (y.float().square().sum() + total.float().sum()).backward()

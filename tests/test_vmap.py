@@ -1,10 +1,18 @@
-"""torch.func.vmap: one call for all samples, equal to a loop over them. torch's own loop is switched off."""
+"""torch.func.vmap: one call for all samples, equal to a loop over them. torch's own loop is
+switched off.
+"""
 
 import pytest
 import torch
 from cases import GEMMA, LLAMA, Calls, name, ops, random, random_weight, same_bits
 
-from rmsnorm_cuda import fused_add_rms_norm, fused_add_rms_norm_, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
+from rmsnorm_cuda import (
+    fused_add_rms_norm,
+    fused_add_rms_norm_,
+    fused_add_rms_norm_quant,
+    rms_norm,
+    rms_norm_quant,
+)
 from rmsnorm_cuda.reference import ulp_distance
 from rmsnorm_cuda.vmap import RULES
 
@@ -20,7 +28,8 @@ def no_fallback():
 
 def loop(function, in_dims, *args):
     slices = [
-        [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)] for i in range(SAMPLES)
+        [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
+        for i in range(SAMPLES)
     ]
     results = [function(*s) for s in slices]
     if isinstance(results[0], torch.Tensor):
@@ -36,8 +45,9 @@ def batched(tensor_shape, dim, dtype, mean=0.0):
 
 
 def ulps_apart(got, want):
-    """Where every sample has a weight of its own, kernel and ATen share the formula: a norm rounded to fp32 is multiplied. That
-    is half an ulp more before the last rounding, 1 ulp after it; a gradient has two such products."""
+    """Where every sample has a weight of its own, kernel and ATen share the formula: a norm rounded
+    to fp32 is multiplied. That is half an ulp more before the last rounding, 1 ulp after it; a
+    gradient has two such products."""
     got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)
@@ -52,15 +62,24 @@ def exact(got, want):
 
 
 IN_DIMS = [(0, None), (2, None), (0, 0), (1, 1), (None, 0), (3, 0)]
-DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float64)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float64),
+]
 
 
 @pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
 @pytest.mark.parametrize("dtype, weight_dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("in_dims", IN_DIMS)
 def test_rms_norm(in_dims, dtype, weight_dtype, options):
-    x, weight = batched(SHAPE, in_dims[0], dtype), batched(SHAPE[-1:], in_dims[1], weight_dtype, mean=1.0)
+    x, weight = (
+        batched(SHAPE, in_dims[0], dtype),
+        batched(SHAPE[-1:], in_dims[1], weight_dtype, mean=1.0),
+    )
     for op in (rms_norm, ops.rms_norm_forward):
+
         def function(x, weight):
             return op(x, SHAPE[-1:], weight, 1e-5, **options)  # noqa: B023
 
@@ -85,22 +104,33 @@ def test_several_normalized_dimensions_and_a_weight_for_each_sample():
 def test_one_row_for_each_sample():
     x, weight = random(SAMPLES, 8), random_weight((SAMPLES, 8), torch.float32)
     exact(torch.vmap(lambda x: rms_norm(x, 8))(x), rms_norm(x, 8))
-    ulps_apart(torch.vmap(lambda x, w: rms_norm(x, 8, w))(x, weight), loop(lambda x, w: rms_norm(x, 8, w), (0, 0), x, weight))
+    ulps_apart(
+        torch.vmap(lambda x, w: rms_norm(x, 8, w))(x, weight),
+        loop(lambda x, w: rms_norm(x, 8, w), (0, 0), x, weight),
+    )
 
 
 def test_nested():
     x, weight = random(SAMPLES, 4, 6, 8), random_weight((4, 8), torch.float32)
     got = torch.vmap(torch.vmap(lambda x, w: rms_norm(x, 8, w)), (0, None))(x, weight)
-    ulps_apart(got, torch.stack([torch.stack([rms_norm(a, 8, w) for a, w in zip(b, weight)]) for b in x]))
+    ulps_apart(
+        got, torch.stack([torch.stack([rms_norm(a, 8, w) for a, w in zip(b, weight)]) for b in x])
+    )
 
 
 @pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
 @pytest.mark.parametrize("mask", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weight_dim, dy_dim, x_dim", [(None, 0, None), (None, 1, 0), (0, 0, 0), (0, None, None), (None, None, 2)])
+@pytest.mark.parametrize(
+    "weight_dim, dy_dim, x_dim",
+    [(None, 0, None), (None, 1, 0), (0, 0, 0), (0, None, None), (None, None, 2)],
+)
 def test_backward(weight_dim, dy_dim, x_dim, dtype, mask, options):
     x, dy = batched(SHAPE, x_dim, dtype), batched(SHAPE, dy_dim, dtype)
-    weight, other = batched(SHAPE[-1:], weight_dim, torch.float32, mean=1.0), batched(SHAPE, dy_dim, dtype)
+    weight, other = (
+        batched(SHAPE[-1:], weight_dim, torch.float32, mean=1.0),
+        batched(SHAPE, dy_dim, dtype),
+    )
 
     def function(dy, x, weight, other):
         rstd = ops.rms_norm_forward(x, SHAPE[-1:], None, 1e-5)[1]
@@ -113,8 +143,11 @@ def test_backward(weight_dim, dy_dim, x_dim, dtype, mask, options):
 
     got, want = torch.vmap(wanted, in_dims)(*args), loop(wanted, in_dims, *args)
     for a, b in zip(got, want, strict=True):
-        # Sums of some ten terms of size 1 in other orders, and one more rounding of fp32 terms in 16 bits.
-        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=16 * torch.finfo(a.dtype).eps)
+        # Sums of some ten terms of size 1 in other orders, and one more rounding of fp32 terms in
+        # 16 bits.
+        torch.testing.assert_close(
+            a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=16 * torch.finfo(a.dtype).eps
+        )
 
 
 def test_batched_gradients_of_autograd():
@@ -129,16 +162,25 @@ def test_batched_gradients_of_autograd():
 
 @pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
 @pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("in_dims", [(0, 0, None), (1, None, None), (None, 2, None), (0, 0, 0), (None, None, 0)])
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, None), (1, None, None), (None, 2, None), (0, 0, 0), (None, None, 0)]
+)
 def test_fused_add(in_dims, residual_dtype, options):
-    x, residual = batched(SHAPE, in_dims[0], torch.bfloat16), batched(SHAPE, in_dims[1], residual_dtype)
+    x, residual = (
+        batched(SHAPE, in_dims[0], torch.bfloat16),
+        batched(SHAPE, in_dims[1], residual_dtype),
+    )
     weight = batched(SHAPE[-1:], in_dims[2], torch.bfloat16, mean=1.0)
     for op in (fused_add_rms_norm, ops.fused_add_rms_norm_forward):
+
         def function(x, residual, weight):
             return op(x, residual, weight, 1e-5, **options)  # noqa: B023
 
         close = exact if in_dims[2] is None else ulps_apart
-        close(torch.vmap(function, in_dims)(x, residual, weight), loop(function, in_dims, x, residual, weight))
+        close(
+            torch.vmap(function, in_dims)(x, residual, weight),
+            loop(function, in_dims, x, residual, weight),
+        )
 
 
 @pytest.mark.parametrize("weight_dim", [None, 0])
@@ -146,7 +188,6 @@ def test_fused_add_in_place(weight_dim):
     weight = batched((8,), weight_dim, torch.float32, mean=1.0)
     x, residual = batched(SHAPE, 1, torch.float32), batched(SHAPE, 0, torch.float32)
     want = loop(fused_add_rms_norm, (1, 0, weight_dim), x, residual, weight)
-
 
     def function(*args):
         fused_add_rms_norm_(*args)
@@ -165,7 +206,15 @@ def test_fused_add_in_place_needs_both_batched():
     assert same_bits(residual, before)
 
 
-@pytest.mark.parametrize("kind", [{}, {"block": 64, "column_major": True}, {"scale": torch.tensor([0.05])}, {"return_norm": True}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"block": 64, "column_major": True},
+        {"scale": torch.tensor([0.05])},
+        {"return_norm": True},
+    ],
+)
 @pytest.mark.parametrize("added", [False, True])
 def test_quantized(added, kind):
     x, residual, weight = random(SAMPLES, 4, 128), random(4, 128), random_weight(128, torch.float32)
@@ -183,11 +232,20 @@ def test_quantized(added, kind):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=name)
 @pytest.mark.parametrize("added", [False, True])
 def test_quantized_with_a_scale_for_each_sample(added, dtype):
-    x, residual, weight, scales = random(SAMPLES, 4, 64), random(4, 64), random_weight(64, torch.float32), torch.rand(SAMPLES, 1) + 0.01
+    x, residual, weight, scales = (
+        random(SAMPLES, 4, 64),
+        random(4, 64),
+        random_weight(64, torch.float32),
+        torch.rand(SAMPLES, 1) + 0.01,
+    )
 
     def function(x, scale):
         options = {"scale": scale, "dtype": dtype, "return_norm": True}
-        q, _, *rest = fused_add_rms_norm_quant(x, residual, weight, **options) if added else rms_norm_quant(x, weight, **options)
+        q, _, *rest = (
+            fused_add_rms_norm_quant(x, residual, weight, **options)
+            if added
+            else rms_norm_quant(x, weight, **options)
+        )
         return q, *rest
 
     for by_scale in (scales, scales[:, 0]):
@@ -195,7 +253,10 @@ def test_quantized_with_a_scale_for_each_sample(added, dtype):
 
 
 @pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
-@pytest.mark.parametrize("kind", [{}, {"block": 64, "column_major": True}, {"scale": torch.tensor([0.05])}, {"scale_ub": 1.0}])
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"block": 64, "column_major": True}, {"scale": torch.tensor([0.05])}, {"scale_ub": 1.0}],
+)
 @pytest.mark.parametrize("added", [False, True])
 def test_quantized_with_a_weight_for_each_sample(added, kind, options):
     """Of a row whose norm has the kernel's bits, the codes and scales have them too."""
@@ -205,13 +266,16 @@ def test_quantized_with_a_weight_for_each_sample(added, kind, options):
     def function(x, weight):
         tensors = (x, residual) if added else (x,)
         op = fused_add_rms_norm_quant if added else rms_norm_quant
-        q, scale, *rest = op(*tensors, weight, 1e-5, dtype=torch.int8, return_norm=True, **kind, **options)
+        q, scale, *rest = op(
+            *tensors, weight, 1e-5, dtype=torch.int8, return_norm=True, **kind, **options
+        )
         return q, *([] if "scale" in kind else [scale]), *rest
 
     q, *scale, norm = (got := torch.vmap(function)(x, weights))[:1] + got[1 : -1 - added] + got[-1:]
     want = loop(function, (0, 0), x, weights)
     ulps_apart(got[1:], want[1:])
-    # Off by a rounding where scale or norm is an ulp off; the sign and size of the codes are the kernels'.
+    # Off by a rounding where scale or norm is an ulp off; the sign and size of the codes are the
+    # kernels'.
     assert (q.int() - want[0].int()).abs().max() <= 1 and (q != want[0]).float().mean() < 0.01
     rows = (norm == want[-1]).all(-1)
     assert rows.float().mean() > 0.7
@@ -223,7 +287,9 @@ def test_quantized_with_a_weight_for_each_sample(added, kind, options):
 def test_quantized_under_vmap_refuses_as_it_does_without():
     x, weights = random(4, 8), random(SAMPLES, 8)
     with pytest.raises(RuntimeError, match="automatic differentiation"):
-        torch.vmap(lambda w: rms_norm_quant(x, w, dtype=torch.int8))(weights.clone().requires_grad_())
+        torch.vmap(lambda w: rms_norm_quant(x, w, dtype=torch.int8))(
+            weights.clone().requires_grad_()
+        )
     with pytest.raises(ValueError, match="expected block to be 64 or 128"):
         torch.vmap(lambda w: rms_norm_quant(x, w, dtype=torch.int8, block=2))(weights)
     with pytest.raises(RuntimeError, match="rms_norm_quant"):
@@ -233,15 +299,60 @@ def test_quantized_under_vmap_refuses_as_it_does_without():
 W, X, ROWS = torch.rand(SAMPLES, 8), torch.randn(4, 8), torch.randn(SAMPLES, 4, 8)
 # name: (function of a sample, its batched arguments, what is raised)
 REFUSED = {
-    "weight's shape": (lambda w: rms_norm(X, 8, w), [torch.rand(SAMPLES, 1)], RuntimeError, "expected weight to be of same shape"),
-    "a weight for each row": (lambda x, w: rms_norm(x, 8, w), [ROWS, torch.rand(SAMPLES, 4, 8)], RuntimeError, "expected weight to be"),
-    "a number": (lambda w: rms_norm(X, 8, w), [torch.rand(SAMPLES)], RuntimeError, "expected weight to be of same shape"),
-    "weight's dtype": (lambda w: rms_norm(X, 8, w), [torch.ones(SAMPLES, 8, dtype=torch.int64)], NotImplementedError, "'Long'"),
-    "weight_offset": (lambda w: rms_norm(X, 8, w, weight_offset=float("nan")), [W], ValueError, "weight_offset"),
-    "input's shape": (lambda w: rms_norm(X[:, :4], 8, w), [W], RuntimeError, "given normalized_shape"),
-    "residual's shape": (lambda w: fused_add_rms_norm(X, X[:1], w), [W], RuntimeError, "expected residual of input's shape"),
-    "residual's dtype": (lambda w: fused_add_rms_norm(X, X.half(), w), [W], RuntimeError, "expected residual of input's dtype"),
-    "fused, weight": (lambda w: fused_add_rms_norm(X, X, w), [torch.rand(SAMPLES, 1, 8)], RuntimeError, "expected weight to be"),
+    "weight's shape": (
+        lambda w: rms_norm(X, 8, w),
+        [torch.rand(SAMPLES, 1)],
+        RuntimeError,
+        "expected weight to be of same shape",
+    ),
+    "a weight for each row": (
+        lambda x, w: rms_norm(x, 8, w),
+        [ROWS, torch.rand(SAMPLES, 4, 8)],
+        RuntimeError,
+        "expected weight to be",
+    ),
+    "a number": (
+        lambda w: rms_norm(X, 8, w),
+        [torch.rand(SAMPLES)],
+        RuntimeError,
+        "expected weight to be of same shape",
+    ),
+    "weight's dtype": (
+        lambda w: rms_norm(X, 8, w),
+        [torch.ones(SAMPLES, 8, dtype=torch.int64)],
+        NotImplementedError,
+        "'Long'",
+    ),
+    "weight_offset": (
+        lambda w: rms_norm(X, 8, w, weight_offset=float("nan")),
+        [W],
+        ValueError,
+        "weight_offset",
+    ),
+    "input's shape": (
+        lambda w: rms_norm(X[:, :4], 8, w),
+        [W],
+        RuntimeError,
+        "given normalized_shape",
+    ),
+    "residual's shape": (
+        lambda w: fused_add_rms_norm(X, X[:1], w),
+        [W],
+        RuntimeError,
+        "expected residual of input's shape",
+    ),
+    "residual's dtype": (
+        lambda w: fused_add_rms_norm(X, X.half(), w),
+        [W],
+        RuntimeError,
+        "expected residual of input's dtype",
+    ),
+    "fused, weight": (
+        lambda w: fused_add_rms_norm(X, X, w),
+        [torch.rand(SAMPLES, 1, 8)],
+        RuntimeError,
+        "expected weight to be",
+    ),
     "narrower result": (
         lambda x, r, w: fused_add_rms_norm_(x, r, w, cast_before_weight=True),
         [ROWS.bfloat16(), ROWS.bfloat16(), W],
@@ -300,7 +411,9 @@ def test_per_sample_gradients():
     """Of the weight, as for differential privacy, by functional_call on a module."""
     from rmsnorm_cuda import RMSNorm
 
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), RMSNorm(16), torch.nn.Linear(16, 2)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), RMSNorm(16), torch.nn.Linear(16, 2)
+    ).double()
     parameters = {key: p.detach() for key, p in model.named_parameters()}
     x, target = random(SAMPLES, 8, dtype=torch.float64), random(SAMPLES, 2, dtype=torch.float64)
 
@@ -309,20 +422,27 @@ def test_per_sample_gradients():
 
     got = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, target)
     for i in range(SAMPLES):
-        want = torch.autograd.grad(loss(dict(model.named_parameters()), x[i], target[i]), list(model.parameters()))
+        want = torch.autograd.grad(
+            loss(dict(model.named_parameters()), x[i], target[i]), list(model.parameters())
+        )
         for key, w in zip(parameters, want, strict=True):
             torch.testing.assert_close(got[key][i], w, rtol=1e-11, atol=1e-12)
 
 
 def test_ensemble_in_training():
     """The leaves are outside, under plain autograd: stacked weights of several models."""
-    x, weights = random(4, 8, dtype=torch.float64), random_weight((SAMPLES, 8), torch.float64).requires_grad_()
+    x, weights = (
+        random(4, 8, dtype=torch.float64),
+        random_weight((SAMPLES, 8), torch.float64).requires_grad_(),
+    )
 
     def losses(function):
         return function(lambda w: rms_norm(x, 8, w, 1e-5).square().sum())
 
     got = torch.autograd.grad(losses(lambda f: torch.vmap(f)(weights)).sum(), weights)
-    want = torch.autograd.grad(losses(lambda f: torch.stack([f(w) for w in weights])).sum(), weights)
+    want = torch.autograd.grad(
+        losses(lambda f: torch.stack([f(w) for w in weights])).sum(), weights
+    )
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
@@ -333,23 +453,44 @@ def test_the_kernel_runs_once():
         torch.vmap(lambda x, w: fused_add_rms_norm(x, x, w))(x, weights)
         torch.vmap(lambda x, w: rms_norm_quant(x, w, dtype=torch.int8)[0])(x, weights)
         torch.vmap(lambda x, r: (fused_add_rms_norm_(x, r), x)[1])(x, x.clone())
-        torch.vmap(lambda dy, x: ops.rms_norm_backward(dy, x, [8], weights[0], x[:, 0], None, (True, False))[0])(x, x)
+        torch.vmap(
+            lambda dy, x: ops.rms_norm_backward(
+                dy, x, [8], weights[0], x[:, 0], None, (True, False)
+            )[0]
+        )(x, x)
     forward = ops.rms_norm_forward.default
-    assert calls.ours == [ops.rms_norm.default, forward, forward, ops.fused_add_rms_norm_.default, ops.rms_norm_backward.default]
+    assert calls.ours == [
+        ops.rms_norm.default,
+        forward,
+        forward,
+        ops.fused_add_rms_norm_.default,
+        ops.rms_norm_backward.default,
+    ]
 
 
 def test_compiled():
     x, weights = random(SAMPLES, 4, 8), random_weight((SAMPLES, 8), torch.float32)
 
     def function(x, weights):
-        return torch.vmap(lambda x, w: rms_norm(x, 8, w))(x, weights), torch.vmap(lambda x: rms_norm(x, 8))(x)
+        return torch.vmap(lambda x, w: rms_norm(x, 8, w))(x, weights), torch.vmap(
+            lambda x: rms_norm(x, 8)
+        )(x)
 
     torch._dynamo.reset()
-    ulps_apart(torch.compile(function, fullgraph=True, backend="aot_eager")(x, weights), function(x, weights))
+    ulps_apart(
+        torch.compile(function, fullgraph=True, backend="aot_eager")(x, weights),
+        function(x, weights),
+    )
 
 
 def test_every_op_but_those_with_out_has_a_rule():
-    names = {op.removeprefix("rmsnorm_cuda::") for op in torch._C._dispatch_get_all_op_names() if op.startswith("rmsnorm_cuda::")}
+    names = {
+        op.removeprefix("rmsnorm_cuda::")
+        for op in torch._C._dispatch_get_all_op_names()
+        if op.startswith("rmsnorm_cuda::")
+    }
     assert {op for op in names if "." not in op and not op.endswith("_formula")} == set(RULES)
     with pytest.raises(RuntimeError, match="vmap|[Bb]atching"):
-        torch.vmap(lambda x, out: rms_norm(x, 8, out=out))(random(SAMPLES, 4, 8), random(SAMPLES, 4, 8))
+        torch.vmap(lambda x, out: rms_norm(x, 8, out=out))(
+            random(SAMPLES, 4, 8), random(SAMPLES, 4, 8)
+        )

@@ -17,7 +17,8 @@ inline int64_t positive(const std::string& name, const char* text) {
   return value;
 }
 
-// Runs work(i) in threads i = 0 .. count - 1; the seconds until the last has ended. What one of them throws is thrown then.
+// Runs work(i) in threads i = 0 .. count - 1; the seconds until the last has ended. What one of
+// them throws is thrown then.
 template <class Work>
 double in_threads(int64_t count, const Work& work) {
   const auto begin = std::chrono::steady_clock::now();

@@ -40,11 +40,7 @@ class Model(torch.nn.Module):
             y = layer(y).relu()
             fused_add_rms_norm_(y, residual, self.weight, 1e-6)
         y = rms_norm(y * 2, y.shape[-1:], self.weight, 1e-6)
-        last = (
-            rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8)
-            if AOTI_KEEPS_DTYPES
-            else (y,)
-        )
+        last = rms_norm_quant(y, self.weight, 1e-6, dtype=torch.int8) if AOTI_KEEPS_DTYPES else (y,)
         return *last, residual
 
 

@@ -1,1 +1,3 @@
-"""Bridges to other libraries. Each module here is imported on first use, and imports its library lazily if at all."""
+"""Bridges to other libraries. Each module here is imported on first use, and imports its library
+lazily if at all.
+"""

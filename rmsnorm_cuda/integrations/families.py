@@ -17,23 +17,50 @@ from ..modules import RMSNorm, plain_eps
 class Family(NamedTuple):
     name: str
     weight_offset: float  # added to the weight
-    cast_before_weight: bool  # is the normalized value rounded before it is multiplied by the weight?
+    cast_before_weight: (
+        bool  # is the normalized value rounded before it is multiplied by the weight?
+    )
     result: str  # the result's dtype: the input's, the weight's, or the promotion of both
-    eps: tuple[str, ...]  # what the attribute is called that holds eps; a module's other numbers are tried after these
+    eps: tuple[
+        str, ...
+    ]  # what the attribute is called that holds eps; a module's other numbers are tried after these
     used_by: str
 
 
 # tests/test_families.py compares every row with classes of transformers.
 FAMILIES = (
-    Family("torch", 0.0, False, "input", ("eps", "variance_epsilon"), "torch.nn.RMSNorm, Olmo 2/3, GPT-OSS, DeepSeek V4, Gemma 3n/4, Moshi"),
-    Family("llama", 0.0, True, "promoted", ("variance_epsilon", "eps"), "Llama, Mistral, Qwen 2/3, Phi-3, GLM, DeepSeek V2/V3, Granite"),
+    Family(
+        "torch",
+        0.0,
+        False,
+        "input",
+        ("eps", "variance_epsilon"),
+        "torch.nn.RMSNorm, Olmo 2/3, GPT-OSS, DeepSeek V4, Gemma 3n/4, Moshi",
+    ),
+    Family(
+        "llama",
+        0.0,
+        True,
+        "promoted",
+        ("variance_epsilon", "eps"),
+        "Llama, Mistral, Qwen 2/3, Phi-3, GLM, DeepSeek V2/V3, Granite",
+    ),
     Family("gemma", 1.0, False, "input", ("eps",), "Gemma 1/2/3, T5Gemma, Qwen3-Next, Qwen 3.5"),
-    Family("t5", 0.0, True, "weight", ("variance_epsilon",), "T5, MT5, UMT5, LongT5, Switch Transformers, Idefics"),
+    Family(
+        "t5",
+        0.0,
+        True,
+        "weight",
+        ("variance_epsilon",),
+        "T5, MT5, UMT5, LongT5, Switch Transformers, Idefics",
+    ),
 )
 
 
 class RMSNormOfAnyWidth(RMSNorm):
-    """Without a weight, and not told how long its rows are: it takes the last dimension as it comes."""
+    """Without a weight, and not told how long its rows are: it takes the last dimension as it
+    comes.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.shape[-1:], None, self.eps)
@@ -49,7 +76,9 @@ class RMSNormInWeightDtype(RMSNorm):
         return _in_weight_dtype(x, self.normalized_shape, self.weight, self.eps)
 
 
-def _in_weight_dtype(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float | None) -> Tensor:
+def _in_weight_dtype(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float | None
+) -> Tensor:
     if x.dtype != weight.dtype:
         if weight.dtype.itemsize <= 2:
             return weight * rms_norm(x.float(), shape, None, eps).to(weight.dtype)
@@ -57,20 +86,37 @@ def _in_weight_dtype(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: flo
     return rms_norm(x, shape, weight, eps, cast_before_weight=True)
 
 
-def normalize(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, family: Family) -> Tensor:
+def normalize(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, family: Family
+) -> Tensor:
     """What the family's twin() computes, as a function."""
     if family.result == "weight":
         return _in_weight_dtype(x, shape, weight, eps)
-    return rms_norm(x, shape, weight, eps, weight_offset=family.weight_offset, cast_before_weight=family.cast_before_weight)
+    return rms_norm(
+        x,
+        shape,
+        weight,
+        eps,
+        weight_offset=family.weight_offset,
+        cast_before_weight=family.cast_before_weight,
+    )
 
 
-def twin(old: nn.Module, family: Family, eps: float | None, eps_name: str | None = None, also_read: tuple[str, ...] = ()) -> RMSNorm:
-    """Our module on the very state of `old`: the same dictionaries of parameters and hooks, not copies.
+def twin(
+    old: nn.Module,
+    family: Family,
+    eps: float | None,
+    eps_name: str | None = None,
+    also_read: tuple[str, ...] = (),
+) -> RMSNorm:
+    """Our module on the very state of `old`: the same dictionaries of parameters and hooks, not
+    copies.
 
-    So a hook handle taken from either one removes the hook from both, and a parameter assigned to one
-    (load_state_dict(assign=True), to_empty()) is there in the other. It is an instance of the class of `old` too, is called
-    with the same parameter name, and has its other methods; what it calls eps, `eps_name`, is another name of eps. The other
-    numbers that its forward reads, `also_read`, cannot be set any more: that would change nothing.
+    So a hook handle taken from either one removes the hook from both, and a parameter assigned to
+    one (load_state_dict(assign=True), to_empty()) is there in the other. It is an instance of the
+    class of `old` too, is called with the same parameter name, and has its other methods; what it
+    calls eps, `eps_name`, is another name of eps. The other numbers that its forward reads,
+    `also_read`, cannot be set any more: that would change nothing.
     """
     new = object.__new__(type(old))
     vars(new).update(vars(old))
@@ -78,15 +124,35 @@ def twin(old: nn.Module, family: Family, eps: float | None, eps_name: str | None
     return new
 
 
-def become_twin(module: nn.Module, family: Family, eps: float | None, eps_name: str | None = None, also_read: tuple[str, ...] = ()) -> None:
+def become_twin(
+    module: nn.Module,
+    family: Family,
+    eps: float | None,
+    eps_name: str | None = None,
+    also_read: tuple[str, ...] = (),
+) -> None:
     """twin(), made of the module itself."""
     state = vars(module)
     weight = getattr(module, "weight", None)
-    shape = getattr(module, "normalized_shape", None) or (None if weight is None else tuple(weight.shape))
-    base = RMSNormOfAnyWidth if shape is None else RMSNormInWeightDtype if family.result == "weight" else RMSNorm
+    shape = getattr(module, "normalized_shape", None) or (
+        None if weight is None else tuple(weight.shape)
+    )
+    base = (
+        RMSNormOfAnyWidth
+        if shape is None
+        else RMSNormInWeightDtype
+        if family.result == "weight"
+        else RMSNorm
+    )
     if eps_name is not None and eps_name != "eps":
         state.pop(eps_name)  # the class has it
-    module.__class__ = twin_class(type(module), base, eps_name, "normalized_shape" not in state and weight is not None, also_read)
+    module.__class__ = twin_class(
+        type(module),
+        base,
+        eps_name,
+        "normalized_shape" not in state and weight is not None,
+        also_read,
+    )
     module._parameters.setdefault("weight", None)
     state.update(
         normalized_shape=(shape,) if isinstance(shape, int) else shape,
@@ -104,7 +170,9 @@ def computing_class(cls: type[RMSNorm]) -> type[RMSNorm]:
 
 
 def give_back(old: nn.Module, new: RMSNorm) -> None:
-    """Gives the module that `new` is the twin of what happened to `new` since: a hook, a parametrization, another eps."""
+    """Gives the module that `new` is the twin of what happened to `new` since: a hook, a
+    parametrization, another eps.
+    """
     state = vars(old)
     made = next(cls for cls in type(new).__mro__ if "_twin_of" in vars(cls) or same(cls, RMSNorm))
     eps_name = getattr(made, "_eps_name", None) or "eps"
@@ -122,16 +190,32 @@ _SETTINGS = ("normalized_shape", "eps", "elementwise_affine", "weight_offset", "
 
 
 def rebased(cls: type, made: type, original: type) -> type:
-    """`cls`, which parametrize, FSDP or somebody else derived from the class `made`, as it would be derived from `original`."""
+    """`cls`, which parametrize, FSDP or somebody else derived from the class `made`, as it would be
+    derived from `original`.
+    """
     if cls is made:
         return original
-    bases = tuple(rebased(base, made, original) if issubclass(base, made) else base for base in cls.__bases__)
-    return type(cls)(cls.__name__, bases, {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")})
+    bases = tuple(
+        rebased(base, made, original) if issubclass(base, made) else base for base in cls.__bases__
+    )
+    return type(cls)(
+        cls.__name__,
+        bases,
+        {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")},
+    )
 
 
 @functools.cache
-def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its_weight: bool, also_read: tuple[str, ...]) -> type[RMSNorm]:
-    """The class of the twins of `original`: it computes what `base` does, and else is an `original`."""
+def twin_class(
+    original: type,
+    base: type[RMSNorm],
+    eps_name: str | None,
+    of_its_weight: bool,
+    also_read: tuple[str, ...],
+) -> type[RMSNorm]:
+    """The class of the twins of `original`: it computes what `base` does, and else is an
+    `original`.
+    """
     if original is nn.RMSNorm:
         return base
 
@@ -151,7 +235,9 @@ def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its
 
     def __setattr__(self, name, value):
         super(made, self).__setattr__(name, value)
-        if name == "weight" and isinstance(value, Tensor):  # the original is as wide as its weight, whichever it is given
+        if name == "weight" and isinstance(
+            value, Tensor
+        ):  # the original is as wide as its weight, whichever it is given
             self.normalized_shape = tuple(value.shape)
 
     body = {
@@ -167,14 +253,22 @@ def twin_class(original: type, base: type[RMSNorm], eps_name: str | None, of_its
     }
     body |= {name: _Fixed(name) for name in also_read if name not in _SETTINGS}
     if eps_name is not None and eps_name != "eps":
-        body[eps_name] = property(lambda self: self.eps, lambda self, eps: setattr(self, "eps", plain_eps(eps)), doc="Another name of eps.")
+        body[eps_name] = property(
+            lambda self: self.eps,
+            lambda self, eps: setattr(self, "eps", plain_eps(eps)),
+            doc="Another name of eps.",
+        )
     if of_its_weight:
         body["__setattr__"] = __setattr__
     if hasattr(original, "reset_parameters"):
         body["reset_parameters"] = original.reset_parameters
-    if hasattr(original, "kernel_layer_name"):  # a mark of the `kernels` library, which would put another kernel there
+    if hasattr(
+        original, "kernel_layer_name"
+    ):  # a mark of the `kernels` library, which would put another kernel there
         body["kernel_layer_name"] = _Absent()
-    made = types.new_class(base.__name__, (base, original), exec_body=lambda namespace: namespace.update(body))
+    made = types.new_class(
+        base.__name__, (base, original), exec_body=lambda namespace: namespace.update(body)
+    )
     return made
 
 
@@ -198,7 +292,8 @@ class _Fixed:
 
     def __set__(self, instance, value):
         raise AttributeError(
-            f"{type(instance).__name__}.{self.name} decided what the original computes, and is not read here: setting it would "
+            f"{type(instance).__name__}.{self.name} decided what the original computes, and is not "
+            "read here: setting it would "
             "change nothing; set it before replace_rms_norm(), or restore() first"
         )
 
@@ -217,7 +312,11 @@ def called_with(forward: types.FunctionType, other: types.FunctionType) -> types
     if name in names:
         return forward
     code = code.replace(co_varnames=(names[0], name, *names[2:]))
-    new = types.FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+    new = types.FunctionType(
+        code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
     new.__doc__, new.__qualname__ = forward.__doc__, forward.__qualname__
-    new.__annotations__ = {name if key == names[1] else key: value for key, value in forward.__annotations__.items()}
+    new.__annotations__ = {
+        name if key == names[1] else key: value for key, value in forward.__annotations__.items()
+    }
     return new

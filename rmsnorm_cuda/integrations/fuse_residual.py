@@ -1,17 +1,18 @@
-"""Lets the norms of a model's layers add the residual: the layer's forward, as its source reads, with three lines made one.
+"""Lets the norms of a model's layers add the residual: the layer's forward, as its source reads,
+with three lines made one.
 
-    hidden_states = residual + hidden_states
-    residual = hidden_states                        ->  hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
-    hidden_states = self.norm(hidden_states)
+    hidden_states = residual + hidden_states residual = hidden_states                        ->
+    hidden_states, residual = self._add_norm(self.norm, hidden_states, residual) hidden_states =
+    self.norm(hidden_states)
 
-Names are what they are, and anything may be added to the residual. Any other form is left alone, and so is a forward whose source
-is not what runs: compiled as it stands, it has to give the very bytecode. All else is the original's: globals, defaults, what it
-closes over, decorators.
+Names are what they are, and anything may be added to the residual. Any other form is left alone,
+and so is a forward whose source is not what runs: compiled as it stands, it has to give the very
+bytecode. All else is the original's: globals, defaults, what it closes over, decorators.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import functools
 import inspect
@@ -26,8 +27,8 @@ from .families import rebased
 
 
 def fuse(layer: nn.Module) -> tuple[str, ...] | str:
-    """Gives the layer a class whose norms add the residual. Returns the names of these norms, () if there is nothing of the
-    kind to be done, or why it was not."""
+    """Gives the layer a class whose norms add the residual. Returns the names of these norms, () if
+    there is nothing of the kind to be done, or why it was not."""
     norms = {name: child for name, child in layer.named_children() if same(type(child), RMSNorm)}
     ours = {name for name, norm in norms.items() if len(norm.normalized_shape) == 1}
     if len(ours) < 2 or is_a(layer, _AddsInNorms):
@@ -37,7 +38,9 @@ def fuse(layer: nn.Module) -> tuple[str, ...] | str:
     hooked = {name for name in ours if _hooks(layer._modules[name])}
     fused = _fused_class(type(layer), type(layer).forward, frozenset(ours - hooked))
     if not isinstance(fused, type):
-        return fused and fused + (f" that has no hooks ({', '.join(sorted(hooked))} has)" if hooked else "")
+        return fused and fused + (
+            f" that has no hooks ({', '.join(sorted(hooked))} has)" if hooked else ""
+        )
     layer.__class__ = fused
     return fused._fused
 
@@ -49,7 +52,9 @@ def unfuse(layer: nn.Module) -> None:
 
 
 def _hooks(norm: nn.Module) -> bool:
-    """Whether there is a hook, of this norm or of every module: it expects the sum, and one result."""
+    """Whether there is a hook, of this norm or of every module: it expects the sum, and one
+    result.
+    """
     return bool(
         norm._forward_hooks
         or norm._forward_pre_hooks
@@ -63,7 +68,9 @@ def _hooks(norm: nn.Module) -> bool:
 
 
 class _AddsInNorms:
-    """A base of the classes made here. They have the name of the original, and are copied and pickled by way of it."""
+    """A base of the classes made here. They have the name of the original, and are copied and
+    pickled by way of it.
+    """
 
     _original: type
     _norms: frozenset[str]  # that could take the residual
@@ -76,10 +83,21 @@ class _AddsInNorms:
     @staticmethod
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         cls = getattr(norm, "_original", type(norm))  # before a monitor gave it another
-        plain = (cls is RMSNorm or same(cls, RMSNorm)) and isinstance(hidden, Tensor) and isinstance(residual, Tensor)
-        if plain and not _hooks(norm) and hidden.dtype == residual.dtype and hidden.shape == residual.shape:
+        plain = (
+            (cls is RMSNorm or same(cls, RMSNorm))
+            and isinstance(hidden, Tensor)
+            and isinstance(residual, Tensor)
+        )
+        if (
+            plain
+            and not _hooks(norm)
+            and hidden.dtype == residual.dtype
+            and hidden.shape == residual.shape
+        ):
             return norm(hidden, residual)
-        total = residual + hidden  # promoted or broadcast as torch does it; or another norm has been put there
+        total = (
+            residual + hidden
+        )  # promoted or broadcast as torch does it; or another norm has been put there
         return norm(total), total
 
 
@@ -90,7 +108,9 @@ def _rebuild(original: type, norms: frozenset[str]) -> nn.Module:
 
 
 @functools.cache  # one class for all layers of a model: torch.compile compiles its forward once
-def _fused_class(cls: type, outermost: types.FunctionType, norms: frozenset[str]) -> type | str | tuple[()]:
+def _fused_class(
+    cls: type, outermost: types.FunctionType, norms: frozenset[str]
+) -> type | str | tuple[()]:
     decorators, forward = [], outermost
     while hasattr(forward, "__wrapped__"):
         decorators.append(forward)
@@ -114,13 +134,25 @@ def _fused_class(cls: type, outermost: types.FunctionType, norms: frozenset[str]
         if not _same_code(source.compiled(source.tree()), forward.__code__):
             return "its forward is not what its source says (the file has changed, or somebody has rewritten it)"
         code = source.compiled(rewritten)
-        new = _with(forward, code, dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)))
+        new = _with(
+            forward,
+            code,
+            dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)),
+        )
         new = _decorated(decorators, forward, new)
     except _Unknown as error:
         return str(error)
-    body = {"_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    body = {
+        "_original": cls,
+        "_norms": norms,
+        "_fused": tuple(rewriter.fused),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
     fused = type(cls)(cls.__name__, (_AddsInNorms, cls), body)
-    fused.forward = new  # now: a base class may put decorators around the forward of a new subclass, and they are there already
+    # now: a base class may put decorators around the forward of a new subclass, and they are there
+    # already
+    fused.forward = new
     return fused
 
 
@@ -129,7 +161,9 @@ class _Unknown(Exception):
 
 
 class _Source:
-    """The text of a function, and what it compiles to in the place where it stands: a class, variables around it."""
+    """The text of a function, and what it compiles to in the place where it stands: a class,
+    variables around it.
+    """
 
     def __init__(self, function: types.FunctionType) -> None:
         self.code = function.__code__
@@ -138,11 +172,16 @@ class _Source:
         around = []
         if free := [name for name in self.code.co_freevars if name != "__class__"]:
             around += ["def around():", " " + " = ".join(free) + " = None"]
-        if len(qualname) > 1 and qualname[-2] != "<locals>":  # private names have the class's in them
+        if (
+            len(qualname) > 1 and qualname[-2] != "<locals>"
+        ):  # private names have the class's in them
             around.append(f"{' ' * bool(around)}class {qualname[-2]}:")
         elif lines[0][:1].isspace():
             around.append(f"{' ' * bool(around)}if True:")
-        self.text, self.above = "\n".join(around) + "\n" * bool(around) + "".join(lines), len(around)
+        self.text, self.above = (
+            "\n".join(around) + "\n" * bool(around) + "".join(lines),
+            len(around),
+        )
         self.tree()
 
     def tree(self) -> ast.Module:
@@ -151,18 +190,38 @@ class _Source:
         if function is None:
             raise SyntaxError
         function.decorator_list = []
-        return ast.increment_lineno(tree, self.code.co_firstlineno - 1 - self.above)  # tracebacks show the original's lines
+        return ast.increment_lineno(
+            tree, self.code.co_firstlineno - 1 - self.above
+        )  # tracebacks show the original's lines
 
     def _function(self, tree: ast.Module) -> ast.FunctionDef | None:
-        named = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == self.code.co_name)
+        named = (
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name == self.code.co_name
+        )
         return next(named, None)
 
     def compiled(self, tree: ast.Module) -> types.CodeType:
-        futures = functools.reduce(lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0)
-        module = compile(tree, self.code.co_filename, "exec", flags=self.code.co_flags & futures, dont_inherit=True)
-        found = next((code for code in _all_codes(module) if code.co_name == self.code.co_name), None)
+        futures = functools.reduce(
+            lambda flags, name: flags | getattr(__future__, name).compiler_flag,
+            __future__.all_feature_names,
+            0,
+        )
+        module = compile(
+            tree,
+            self.code.co_filename,
+            "exec",
+            flags=self.code.co_flags & futures,
+            dont_inherit=True,
+        )
+        found = next(
+            (code for code in _all_codes(module) if code.co_name == self.code.co_name), None
+        )
         if found is None:
-            raise _Unknown("the source of its forward is not there, and its norms do not add the residual")
+            raise _Unknown(
+                "the source of its forward is not there, and its norms do not add the residual"
+            )
         return found
 
 
@@ -174,44 +233,68 @@ def _all_codes(code: types.CodeType):
 
 
 _FIELDS = (
-    "co_name", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars",
-    "co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_exceptiontable",
-)  # fmt: skip
+    "co_name",
+    "co_code",
+    "co_names",
+    "co_varnames",
+    "co_freevars",
+    "co_cellvars",
+    "co_argcount",
+    "co_posonlyargcount",
+    "co_kwonlyargcount",
+    "co_exceptiontable",
+)
 
 
 def _same_code(one: types.CodeType, other: types.CodeType) -> bool:
     """But for where it stands."""
-    if any(getattr(one, field, None) != getattr(other, field, None) for field in _FIELDS) or len(one.co_consts) != len(other.co_consts):
+    if any(getattr(one, field, None) != getattr(other, field, None) for field in _FIELDS) or len(
+        one.co_consts
+    ) != len(other.co_consts):
         return False
     if (one.co_flags ^ other.co_flags) & ~inspect.CO_NESTED:
         return False
     return all(
-        _same_code(a, b) if isinstance(a, types.CodeType) and isinstance(b, types.CodeType) else type(a) is type(b) and repr(a) == repr(b)
+        _same_code(a, b)
+        if isinstance(a, types.CodeType) and isinstance(b, types.CodeType)
+        else type(a) is type(b) and repr(a) == repr(b)
         for a, b in zip(one.co_consts, other.co_consts, strict=True)
     )
 
 
-def _with(function: types.FunctionType, code: types.CodeType, cells: dict[str, types.CellType]) -> types.FunctionType:
+def _with(
+    function: types.FunctionType, code: types.CodeType, cells: dict[str, types.CellType]
+) -> types.FunctionType:
     """The function with another code; all else is its own."""
     if not cells.keys() >= {*code.co_freevars}:
-        raise _Unknown("its forward closes over names that are not there, and its norms do not add the residual")
+        raise _Unknown(
+            "its forward closes over names that are not there, and its norms do not add the "
+            "residual"
+        )
     if hasattr(code, "co_qualname"):
         code = code.replace(co_qualname=function.__code__.co_qualname)
     closure = tuple(cells[name] for name in code.co_freevars) or None
-    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    new = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, closure
+    )
     new.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(new, function)
     del new.__wrapped__
     return new
 
 
-def _decorated(decorators: list[types.FunctionType], forward: types.FunctionType, new: types.FunctionType) -> types.FunctionType:
-    """What the decorators, the outermost first, made of `forward`, made of `new`: the functions that they returned, which close
-    over what they call, and over themselves to tell whether they are the outermost."""
+def _decorated(
+    decorators: list[types.FunctionType], forward: types.FunctionType, new: types.FunctionType
+) -> types.FunctionType:
+    """What the decorators, the outermost first, made of `forward`, made of `new`: the functions
+    that they returned, which close over what they call, and over themselves to tell whether they
+    are the outermost."""
     instead, filled = {forward: new}, []
     for decorator in reversed(decorators):
         if not isinstance(decorator, types.FunctionType):
-            raise _Unknown("its forward is decorated by an object, and its norms do not add the residual")
+            raise _Unknown(
+                "its forward is decorated by an object, and its norms do not add the residual"
+            )
         code, cells = decorator.__code__, {}
         for name, cell in zip(code.co_freevars, decorator.__closure__ or (), strict=True):
             held = _contents(cell)
@@ -244,9 +327,13 @@ def _norms_a_sum(tree: ast.Module, norms: frozenset[str]) -> bool:
                 sums.add(name)
     for node in ast.walk(tree):
         match node:
-            case ast.Call(ast.Attribute(_, attribute), [ast.Name(name)]) if attribute in norms and name in sums:
+            case ast.Call(ast.Attribute(_, attribute), [ast.Name(name)]) if (
+                attribute in norms and name in sums
+            ):
                 return True
-            case ast.Call(ast.Attribute(_, attribute), [ast.BinOp(_, ast.Add(), _)]) if attribute in norms:
+            case ast.Call(ast.Attribute(_, attribute), [ast.BinOp(_, ast.Add(), _)]) if (
+                attribute in norms
+            ):
                 return True
     return False
 
@@ -274,12 +361,20 @@ class _Rewriter(ast.NodeTransformer):
             case (
                 ast.Assign([ast.Name(total)], ast.BinOp(left, ast.Add(), right)),
                 ast.Assign([ast.Name(residual)], ast.Name(kept)),
-                ast.Assign([ast.Name(output)], ast.Call(ast.Attribute(ast.Name("self"), attribute), [ast.Name(argument)], [])),
-            ) if kept == argument == total == output != residual and attribute in self.norms:  # else the sum may be read later
+                ast.Assign(
+                    [ast.Name(output)],
+                    ast.Call(ast.Attribute(ast.Name("self"), attribute), [ast.Name(argument)], []),
+                ),
+            ) if (
+                kept == argument == total == output != residual and attribute in self.norms
+            ):  # else the sum may be read later
                 for one, other in ((left, right), (right, left)):
                     if isinstance(one, ast.Name) and one.id == residual:
                         self.fused.append(attribute)
-                        new = ast.parse(f"{output}, {residual} = self._add_norm(self.{attribute}, other, {residual})").body[0]
+                        new = ast.parse(
+                            f"{output}, {residual} = self._add_norm(self.{attribute}, other, "
+                            f"{residual})"
+                        ).body[0]
                         for node in ast.walk(new):
                             ast.copy_location(node, add)
                         new.value.args[1] = other

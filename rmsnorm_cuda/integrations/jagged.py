@@ -1,4 +1,6 @@
-"""The ops on jagged nested tensors: on their values, which are rows one after the other, without a copy."""
+"""The ops on jagged nested tensors: on their values, which are rows one after the other, without a
+copy.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,49 @@ def _on_values(cls, func, types, args, kwargs):
     name, first = next(iter(jagged.items()))
     for other_name, other in jagged.items():
         if other._size[: other._ragged_idx + 1] != first._size[: first._ragged_idx + 1]:
-            raise RuntimeError(f"{func}: expected nested tensors of the same lengths, but {other_name} has {other._size} and {name} {first._size}")
+            raise RuntimeError(
+                f"{func}: expected nested tensors of the same lengths, but {other_name} has "
+                f"{other._size} and {name} {first._size}"
+            )
     normalized = len(given.get("normalized_shape", "1"))
-    rows_alike = {"grad_output", "input", "residual", "grad_residual", "rstd", "out", "residual_out"}
+    rows_alike = {
+        "grad_output",
+        "input",
+        "residual",
+        "grad_residual",
+        "rstd",
+        "out",
+        "residual_out",
+    }
     for missing in rows_alike - jagged.keys():
         if given.get(missing) is not None:
-            raise RuntimeError(f"{func}: expected {missing} to be a nested tensor as {name} is, but got {type(given[missing]).__name__}")
+            raise RuntimeError(
+                f"{func}: expected {missing} to be a nested tensor as {name} is, but got "
+                f"{type(given[missing]).__name__}"
+            )
     if "input" in jagged and first.dim() - first._ragged_idx <= normalized:
-        raise RuntimeError(f"{func}: the normalized dimensions of a nested tensor may not be ragged, but it has the sizes {first._size}")
-    results = func(*(_values(a) for a in args), **{key: _values(value) for key, value in kwargs.items()})
+        raise RuntimeError(
+            f"{func}: the normalized dimensions of a nested tensor may not be ragged, but it has "
+            f"the sizes {first._size}"
+        )
+    results = func(
+        *(_values(a) for a in args), **{key: _values(value) for key, value in kwargs.items()}
+    )
     layout = extract_kwargs(first)
 
     def wrapped(result, what):
-        rows = isinstance(result, Tensor) and what != "grad_weight" and (result.numel() or not first._values.numel())
+        rows = (
+            isinstance(result, Tensor)
+            and what != "grad_weight"
+            and (result.numel() or not first._values.numel())
+        )
         return NestedTensor(result, **layout) if rows else result
 
     if isinstance(results, tuple):
-        return tuple(wrapped(result, returned.name) for result, returned in zip(results, func._schema.returns))
+        return tuple(
+            wrapped(result, returned.name)
+            for result, returned in zip(results, func._schema.returns)
+        )
     return wrapped(results, "")
 
 

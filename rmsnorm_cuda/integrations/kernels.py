@@ -1,13 +1,15 @@
-"""A layer for the `kernels` library: `kernelize(model)` puts it in place of the forward of a model's norms.
+"""A layer for the `kernels` library: `kernelize(model)` puts it in place of the forward of a
+model's norms.
 
     from kernels import Mode
     from rmsnorm_cuda.integrations.kernels import kernelize
 
     model = kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE)
 
-A layer's name says nothing of the rounding order: transformers has "RMSNorm" on the norms of Llama, Olmo and GPT-OSS alike. So
-the layer finds out whose forward it takes the place of, as replace_rms_norm() does, when that is first called. What is not
-recognized runs its own forward, and a warning tells why. Nothing here imports `kernels`.
+A layer's name says nothing of the rounding order: transformers has "RMSNorm" on the norms of Llama,
+Olmo and GPT-OSS alike. So the layer finds out whose forward it takes the place of, as
+replace_rms_norm() does, when that is first called. What is not recognized runs its own forward, and
+a warning tells why. Nothing here imports `kernels`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from .families import normalize
 from .recognize import Recognized, recognize
 
-# The names that transformers decorates its norms with; "RMSNormGated" is another function, of two inputs.
+# The names that transformers decorates its norms with; "RMSNormGated" is another function, of two
+# inputs.
 LAYER_NAMES = ("RMSNorm", "RMSNormZeroCentered")
 
 
 @dataclass(frozen=True)
 class Repository:
-    """What a mapping of `kernels` holds for a device: where a layer is loaded from. Here nothing is downloaded."""
+    """What a mapping of `kernels` holds for a device: where a layer is loaded from. Here nothing is
+    downloaded.
+    """
 
     layer_name: str = "RMSNorm"
 
@@ -41,24 +46,36 @@ class Repository:
         return f"rmsnorm_cuda (layer `{self.layer_name}`)"
 
 
-def mapping(layer_names: Iterable[str] = LAYER_NAMES, devices: Iterable[str] = ("cpu", "cuda")) -> dict[str, dict[str, Repository]]:
-    """For use_kernel_mapping() and register_kernel_mapping(): our layer for these names on these devices, in every mode."""
+def mapping(
+    layer_names: Iterable[str] = LAYER_NAMES, devices: Iterable[str] = ("cpu", "cuda")
+) -> dict[str, dict[str, Repository]]:
+    """For use_kernel_mapping() and register_kernel_mapping(): our layer for these names on these
+    devices, in every mode.
+    """
     return {name: dict.fromkeys(devices, Repository()) for name in layer_names}
 
 
-def kernelize(model: nn.Module, *, layer_names: Iterable[str] = LAYER_NAMES, **options) -> nn.Module:
-    """`kernels.kernelize(model, **options)` with our mapping, and a warning where that changes nothing.
+def kernelize(
+    model: nn.Module, *, layer_names: Iterable[str] = LAYER_NAMES, **options
+) -> nn.Module:
+    """`kernels.kernelize(model, **options)` with our mapping, and a warning where that changes
+    nothing.
 
-    It changes the modules whose class carries one of the names. transformers gives them where it accepts the version of `kernels`
-    that is installed; where it does not, no norm has one, and `kernels` says nothing.
+    It changes the modules whose class carries one of the names. transformers gives them where it
+    accepts the version of `kernels` that is installed; where it does not, no norm has one, and
+    `kernels` says nothing.
     """
     import kernels
 
     names = set(layer_names)
-    if not any(getattr(type(module), "kernel_layer_name", None) in names for module in model.modules()):
+    if not any(
+        getattr(type(module), "kernel_layer_name", None) in names for module in model.modules()
+    ):
         warnings.warn(
-            f"rmsnorm_cuda: no module of this {type(model).__name__} is marked as one of {', '.join(sorted(names))}, so that kernelize() "
-            "changes none: does this transformers accept this version of `kernels`? replace_rms_norm(model) does not need the marks",
+            f"rmsnorm_cuda: no module of this {type(model).__name__} is marked as one of "
+            f"{', '.join(sorted(names))}, so that kernelize() "
+            "changes none: does this transformers accept this version of `kernels`? "
+            "replace_rms_norm(model) does not need the marks",
             stacklevel=2,
         )
     with kernels.use_kernel_mapping(mapping(names)):
@@ -66,19 +83,25 @@ def kernelize(model: nn.Module, *, layer_names: Iterable[str] = LAYER_NAMES, **o
 
 
 class RMSNorm(nn.Module):
-    """Only its forward is used, bound to the model's own module. `kernels` allows it no constructor and no other members."""
+    """Only its forward is used, bound to the model's own module. `kernels` allows it no constructor
+    and no other members.
+    """
 
-    # Dynamo reads a module's __dict__ from 2.12 on: that tells whose forward this takes the place of.
+    # Dynamo reads a module's __dict__ from 2.12 on: that tells whose forward this takes the place
+    # of.
     can_torch_compile = torch.__version__ >= "2.12.dev0"
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # Compiled, the module's settings are read each time and guarded: one graph serves all layers, and another eps is
-        # another graph. In eager that would take as long as a short norm.
+        # Compiled, the module's settings are read each time and guarded: one graph serves all
+        # layers, and another eps is another graph. In eager that would take as long as a short
+        # norm.
         if torch.compiler.is_compiling():
             found = _recognize(type(self), *_settings(self))
         else:
-            numbers = [value for value in self.__dict__.values() if type(value) is float]  # eps may be set again
+            numbers = [
+                value for value in self.__dict__.values() if type(value) is float
+            ]  # eps may be set again
             before, found = self.__dict__.get("_rmsnorm_cuda_family", (None, None))
             if before != numbers:
                 found = _recognize(type(self), *_settings(self))
@@ -86,15 +109,24 @@ class RMSNorm(nn.Module):
         if isinstance(found, str):
             return type(self).forward(self, hidden_states)
         weight = getattr(self, "weight", None)
-        shape = self.__dict__.get("normalized_shape") or (hidden_states.shape[-1:] if weight is None else weight.shape)
+        shape = self.__dict__.get("normalized_shape") or (
+            hidden_states.shape[-1:] if weight is None else weight.shape
+        )
         return normalize(hidden_states, shape, weight, found.eps, found.family)
 
 
 def _settings(module):
-    """(attributes, shape of the weight, what else it holds): all that recognize() has to know of a module beside its class."""
+    """(attributes, shape of the weight, what else it holds): all that recognize() has to know of a
+    module beside its class.
+    """
     simple = (int, float, str, tuple, torch.dtype, type(None))
-    attributes = [(k, v) for k, v in module.__dict__.items() if k[0] != "_" and k != "training" and isinstance(v, simple)]
-    # Of a float that differs between calls Dynamo makes a variable; this makes it a constant again, with a guard.
+    attributes = [
+        (k, v)
+        for k, v in module.__dict__.items()
+        if k[0] != "_" and k != "training" and isinstance(v, simple)
+    ]
+    # Of a float that differs between calls Dynamo makes a variable; this makes it a constant again,
+    # with a guard.
     attributes = [(k, guard_scalar(v) if isinstance(v, float) else v) for k, v in attributes]
     held = [*module._parameters.items(), *module._buffers.items(), *module._modules.items()]
     weight = getattr(module, "weight", None)
@@ -109,16 +141,20 @@ _known: dict[tuple, Recognized | str] = {}
 def _recognize(cls, attributes, shape, others) -> Recognized | str:
     """recognize(), once for all modules of a class with these settings, also while Dynamo traces.
 
-    The module that is tried is a new one, since Dynamo would tie a graph to the identity of one that is handed over. A class
-    whose forward reads more of its module than numbers, strings and dtypes cannot be tried so, and keeps its own.
+    The module that is tried is a new one, since Dynamo would tie a graph to the identity of one
+    that is handed over. A class whose forward reads more of its module than numbers, strings and
+    dtypes cannot be tried so, and keeps its own.
     """
     key = cls, attributes, shape, others
     if key not in _known:
-        # In a thread of its own, where no mode of torch is on: neither fake tensors nor a transform, autocast or another device.
+        # In a thread of its own, where no mode of torch is on: neither fake tensors nor a
+        # transform, autocast or another device.
         with ThreadPoolExecutor(1) as thread:
             _known[key] = thread.submit(_try, *key).result()
         if isinstance(_known[key], str):
-            warnings.warn(f"rmsnorm_cuda: {cls.__name__} keeps its own forward: {_known[key]}", stacklevel=3)
+            warnings.warn(
+                f"rmsnorm_cuda: {cls.__name__} keeps its own forward: {_known[key]}", stacklevel=3
+            )
     return _known[key]
 
 
@@ -128,5 +164,7 @@ def _try(cls, attributes, shape, others):
     module = object.__new__(cls)  # without the constructor, whose arguments nobody knows
     nn.Module.__init__(module)
     vars(module).update(attributes)
-    module.register_parameter("weight", None if shape is None else nn.Parameter(torch.empty(shape, device="meta")))
+    module.register_parameter(
+        "weight", None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
+    )
     return recognize(module)

@@ -1,5 +1,5 @@
-"""The ops in ONNX, for both exporters of torch.onnx.export(): opset 23's RMSNormalization where that computes the same, else the
-formula. Registered by itself, as soon as an exporter is imported.
+"""The ops in ONNX, for both exporters of torch.onnx.export(): opset 23's RMSNormalization where
+that computes the same, else the formula. Registered by itself, as soon as an exporter is imported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class _Graph(_Ops):
 
     def __call__(self, name: str, *inputs: Any, **attributes: Any) -> Any:
         suffix = {int: "_i", float: "_f"}
-        return self.opset.op(name, *inputs, **{key + suffix[type(value)]: value for key, value in attributes.items()})
+        return self.opset.op(
+            name, *inputs, **{key + suffix[type(value)]: value for key, value in attributes.items()}
+        )
 
     def dtype(self, x: Any) -> int:
         from torch.onnx import JitScalarType
@@ -55,10 +57,21 @@ class _Graph(_Ops):
     def mean(self, x: Any, axes: list[int]) -> Any:
         if self.opset_version < 18:
             return self.opset.op("ReduceMean", x, axes_i=axes, keepdims_i=1)
-        return self.opset.op("ReduceMean", x, self.opset.op("Constant", value_t=torch.tensor(axes)), keepdims_i=1)
+        return self.opset.op(
+            "ReduceMean", x, self.opset.op("Constant", value_t=torch.tensor(axes)), keepdims_i=1
+        )
 
 
-def _formula(op: _Ops, x, x_dtype: int, axes: list[int], weight, eps: float | None, weight_offset: float, cast_before_weight: bool):
+def _formula(
+    op: _Ops,
+    x,
+    x_dtype: int,
+    axes: list[int],
+    weight,
+    eps: float | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+):
     dtypes = {x_dtype} if weight is None else {x_dtype, op.dtype(weight)}
     compute, result = _DOUBLE if _DOUBLE in dtypes else _FLOAT, x_dtype
     if eps is None:
@@ -78,19 +91,46 @@ def _formula(op: _Ops, x, x_dtype: int, axes: list[int], weight, eps: float | No
     return op("Cast", y, to=result)
 
 
-def _norm(op: _Ops, has_op: bool, x, x_dtype: int, axes: list[int], weight, eps: float | None, weight_offset: float, cast_before_weight: bool):
+def _norm(
+    op: _Ops,
+    has_op: bool,
+    x,
+    x_dtype: int,
+    axes: list[int],
+    weight,
+    eps: float | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+):
     # RMSNormalization rounds once, in the weight's dtype, and computes in fp32.
-    once = weight_offset == 0 and (not cast_before_weight or x_dtype == _FLOAT) and x_dtype != _DOUBLE
+    once = (
+        weight_offset == 0 and (not cast_before_weight or x_dtype == _FLOAT) and x_dtype != _DOUBLE
+    )
     if has_op and once and weight is not None and op.dtype(weight) == x_dtype:
         eps = torch.finfo(torch.float32).eps if eps is None else eps
         return op("RMSNormalization", x, weight, axis=axes[0], epsilon=eps, stash_type=_FLOAT)
     return _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight)
 
 
-def _fused_add(op: _Ops, has_op: bool, input, residual, weight, eps: float | None, weight_offset: float, cast_before_weight: bool):
+def _fused_add(
+    op: _Ops,
+    has_op: bool,
+    input,
+    residual,
+    weight,
+    eps: float | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+):
     compute = _DOUBLE if op.dtype(input) == _DOUBLE else _FLOAT
-    total = op("Cast", op("Add", op("Cast", input, to=compute), op("Cast", residual, to=compute)), to=op.dtype(residual))
-    y = _norm(op, has_op, total, op.dtype(residual), [-1], weight, eps, weight_offset, cast_before_weight)
+    total = op(
+        "Cast",
+        op("Add", op("Cast", input, to=compute), op("Cast", residual, to=compute)),
+        to=op.dtype(residual),
+    )
+    y = _norm(
+        op, has_op, total, op.dtype(residual), [-1], weight, eps, weight_offset, cast_before_weight
+    )
     promoted = cast_before_weight and weight is not None and op.dtype(weight) != op.dtype(input)
     return op("Cast", y, to=compute if promoted else op.dtype(input)), total
 
@@ -103,12 +143,36 @@ def _register() -> None:
         op, has_op = _Ops(opset), introduced >= 23
 
         def rms_norm(
-            input, normalized_shape: Sequence[int], weight=None, eps: float | None = None, weight_offset: float = 0.0, cast_before_weight: bool = False
+            input,
+            normalized_shape: Sequence[int],
+            weight=None,
+            eps: float | None = None,
+            weight_offset: float = 0.0,
+            cast_before_weight: bool = False,
         ):
-            return _norm(op, has_op, input, op.dtype(input), [*range(-len(normalized_shape), 0)], weight, eps, weight_offset, cast_before_weight)
+            return _norm(
+                op,
+                has_op,
+                input,
+                op.dtype(input),
+                [*range(-len(normalized_shape), 0)],
+                weight,
+                eps,
+                weight_offset,
+                cast_before_weight,
+            )
 
-        def fused_add_rms_norm(input, residual, weight=None, eps: float | None = None, weight_offset: float = 0.0, cast_before_weight: bool = False):
-            return _fused_add(op, has_op, input, residual, weight, eps, weight_offset, cast_before_weight)
+        def fused_add_rms_norm(
+            input,
+            residual,
+            weight=None,
+            eps: float | None = None,
+            weight_offset: float = 0.0,
+            cast_before_weight: bool = False,
+        ):
+            return _fused_add(
+                op, has_op, input, residual, weight, eps, weight_offset, cast_before_weight
+            )
 
         for function in (rms_norm, fused_add_rms_norm):
             overload = getattr(torch.ops.rmsnorm_cuda, function.__name__).default
@@ -122,29 +186,65 @@ def _register_symbolic() -> None:
     from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
     def options(eps, weight_offset, cast_before_weight):
-        return [symbolic_helper._maybe_get_const(value, kind) for value, kind in ((eps, "f"), (weight_offset, "f"), (cast_before_weight, "b"))]
+        return [
+            symbolic_helper._maybe_get_const(value, kind)
+            for value, kind in ((eps, "f"), (weight_offset, "f"), (cast_before_weight, "b"))
+        ]
 
     def given(value):
         return None if value is None or symbolic_helper._is_none(value) else value
 
     def implement(opset_version):
         def rms_norm(g, input, normalized_shape, weight, eps, weight_offset, cast_before_weight):
-            op, axes = _Graph(g, opset_version), [*range(-len(symbolic_helper._get_const(normalized_shape, "is", "normalized_shape")), 0)]
+            op, axes = (
+                _Graph(g, opset_version),
+                [
+                    *range(
+                        -len(
+                            symbolic_helper._get_const(normalized_shape, "is", "normalized_shape")
+                        ),
+                        0,
+                    )
+                ],
+            )
             eps, *rest = options(eps, weight_offset, cast_before_weight)
-            return _norm(op, False, input, op.dtype(input), axes, given(weight), eps if isinstance(eps, float) else None, *rest)
+            return _norm(
+                op,
+                False,
+                input,
+                op.dtype(input),
+                axes,
+                given(weight),
+                eps if isinstance(eps, float) else None,
+                *rest,
+            )
 
         def fused_add_rms_norm(g, input, residual, weight, eps, weight_offset, cast_before_weight):
             eps, *rest = options(eps, weight_offset, cast_before_weight)
             op = _Graph(g, opset_version)
-            return _fused_add(op, False, input, residual, given(weight), eps if isinstance(eps, float) else None, *rest)
+            return _fused_add(
+                op,
+                False,
+                input,
+                residual,
+                given(weight),
+                eps if isinstance(eps, float) else None,
+                *rest,
+            )
 
         for function in (rms_norm, fused_add_rms_norm):
-            register_custom_op_symbolic(f"rmsnorm_cuda::{function.__name__}", function, opset_version)
+            register_custom_op_symbolic(
+                f"rmsnorm_cuda::{function.__name__}", function, opset_version
+            )
 
     implement(9)
     implement(18)  # where the axes of ReduceMean have become an input
 
 
 def register_when_imported() -> None:
-    when_imported(("torch.onnx._internal.exporter._registration",), _register, "translation of its ops into ONNX")
+    when_imported(
+        ("torch.onnx._internal.exporter._registration",),
+        _register,
+        "translation of its ops into ONNX",
+    )
     when_imported(("torch.onnx",), _register_symbolic, "symbolics of its ops")

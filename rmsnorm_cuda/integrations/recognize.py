@@ -1,7 +1,7 @@
 """Which RMSNorm a module is, found by what it computes.
 
-A copy of the module is tried on the CPU, forward and backward, and compared with the twin of each family. The module itself, its
-hooks and its weights take no part, and nothing is left behind.
+A copy of the module is tried on the CPU, forward and backward, and compared with the twin of each
+family. The module itself, its hooks and its weights take no part, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -42,21 +42,25 @@ class Recognized(NamedTuple):
     family: Family
     eps: float | None
     eps_name: str | None = None  # the attribute that holds it, if one does
-    also_read: tuple[str, ...] = ()  # attributes whose numbers decide the result too, and are as they are
+    also_read: tuple[
+        str, ...
+    ] = ()  # attributes whose numbers decide the result too, and are as they are
 
 
 def recognize(module: nn.Module) -> Recognized | str:
-    """The family and eps with which twin() computes what the module computes, or a sentence why there are none.
+    """The family and eps with which twin() computes what the module computes, or a sentence why
+    there are none.
 
-    It is the same function if results and gradients are, in training and in evaluation, in fp32, bf16, fp16 and their mixtures,
-    for rows of all sizes, of zeros, with NaN and with Inf.
+    It is the same function if results and gradients are, in training and in evaluation, in fp32,
+    bf16, fp16 and their mixtures, for rows of all sizes, of zeros, with NaN and with Inf.
     """
     if type(module) is nn.RMSNorm and nn.RMSNorm.forward is _TORCHS_FORWARD and _as_built(module):
         return Recognized(FAMILIES[0], number(module.eps), "eps")
     reason = _another_structure(module)
     if reason:
         return reason
-    # In a thread of its own no mode of torch is on: neither fake tensors nor a transform, autocast or another device.
+    # In a thread of its own no mode of torch is on: neither fake tensors nor a transform, autocast
+    # or another device.
     with ThreadPoolExecutor(1) as thread, _without_warning:
         return thread.submit(_try, module).result()
 
@@ -64,7 +68,13 @@ def recognize(module: nn.Module) -> Recognized | str:
 def number(value: object) -> float | None:
     """A Python number of what may stand for eps: a number of Python, numpy or torch, or None."""
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 and value.device.type == "cpu" and type(value) in (Tensor, nn.Parameter) else None
+        return (
+            value.item()
+            if value.numel() == 1
+            and value.device.type == "cpu"
+            and type(value) in (Tensor, nn.Parameter)
+            else None
+        )
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
 
 
@@ -81,7 +91,11 @@ def _another_structure(module: nn.Module) -> str:
     cls, name = type(module), type(module).__name__
     if any(True for _ in module.children()):
         return f"{name} has submodules"
-    others = [key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None and key != "weight"]
+    others = [
+        key
+        for key, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None and key != "weight"
+    ]
     if others:
         return f"{name} has {', '.join(others)}, where one parameter is expected, called weight"
     weight = module._parameters.get("weight")
@@ -92,10 +106,13 @@ def _another_structure(module: nn.Module) -> str:
     shape = _shape(module)
     if weight is not None and (weight.shape != shape or weight.numel() < 2):
         return (
-            f"its weight has the shape {list(weight.shape)}, and one number for each column is expected; "
+            f"its weight has the shape {list(weight.shape)}, and one number for each column is "
+            "expected; "
             "where it was sharded, swap before that"
         )
-    if properties := [key for key in _SETTINGS if inspect.isdatadescriptor(getattr(cls, key, None))]:
+    if properties := [
+        key for key in _SETTINGS if inspect.isdatadescriptor(getattr(cls, key, None))
+    ]:
         return f"{name} has a property {', '.join(properties)}"
     try:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
@@ -108,13 +125,16 @@ def _another_structure(module: nn.Module) -> str:
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
     weight = module._parameters.get("weight")
-    shape = getattr(module, "normalized_shape", None) or ((256,) if weight is None else weight.shape)
+    shape = getattr(module, "normalized_shape", None) or (
+        (256,) if weight is None else weight.shape
+    )
     return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
 class _Filter:
-    """One warning is ignored while trials run, in any number of threads: the first one puts the filter there, the last one takes
-    it away. catch_warnings() would take every filter of the process along, and is not for threads."""
+    """One warning is ignored while trials run, in any number of threads: the first one puts the
+    filter there, the last one takes it away. catch_warnings() would take every filter of the
+    process along, and is not for threads."""
 
     def __init__(self) -> None:
         self.lock, self.depth = threading.Lock(), 0
@@ -124,7 +144,9 @@ class _Filter:
             self.depth += 1
             if self.depth == 1:
                 self.filters = warnings.filters
-                warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of F.rms_norm
+                warnings.filterwarnings(
+                    "ignore", message="Mismatch dtype between input and weight"
+                )  # of F.rms_norm
                 self.filter = warnings.filters[0]
 
     def __exit__(self, *_) -> None:
@@ -141,9 +163,13 @@ _without_warning = _Filter()
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Puts the process's generators back if somebody has drawn from them. Held for one call only: others draw meanwhile, too."""
+    """Puts the process's generators back if somebody has drawn from them. Held for one call only:
+    others draw meanwhile, too.
+    """
     of_numpy = getattr(sys.modules.get("numpy"), "random", None)
-    if hasattr(of_numpy, "get_bit_generator") and not isinstance(of_numpy.get_bit_generator(), of_numpy.MT19937):
+    if hasattr(of_numpy, "get_bit_generator") and not isinstance(
+        of_numpy.get_bit_generator(), of_numpy.MT19937
+    ):
         of_numpy = None  # of another kind that somebody has put there, whose state is no tuple
     before = torch.get_rng_state(), random.getstate(), of_numpy and of_numpy.get_state()
     try:
@@ -166,7 +192,9 @@ class _Trial(NamedTuple):
     grad: bool
 
     def __str__(self) -> str:
-        dtypes = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.pair))
+        dtypes = " and ".join(
+            dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.pair)
+        )
         return f"in {dtypes}{' while it trains' if self.training else ''}{'' if self.grad else ' without gradients'}"
 
 
@@ -176,7 +204,9 @@ class _Outcome(NamedTuple):
     wrote: bool  # to its input
 
 
-_Function = Callable[[Tensor, "Tensor | None", bool], Tensor]  # of input, weight and whether it trains
+_Function = Callable[
+    [Tensor, "Tensor | None", bool], Tensor
+]  # of input, weight and whether it trains
 
 
 def _their(copied: nn.Module) -> _Function:
@@ -200,26 +230,53 @@ class _Laboratory:
     def __init__(self, shape: tuple[int, ...], has_weight: bool, values: Iterable[float]) -> None:
         generator = torch.Generator().manual_seed(0)
         width = torch.Size(shape).numel()
-        count = max(2, -(-2048 // max(1, width)))  # so many that a near-tie or two is no per cent of the values
-        # An eps shows in rows whose mean of squares is about as large; a tiny one is left to rows that it does not reach.
-        sizes = [1.0, 2e-4, *(value**0.5 for value in values if 1e-20 < value < 1), 1e-6, 1e-2, 1e2, 1e4]
-        usual = {f"rows of size {size:.2g}": torch.randn(count, *shape, generator=generator) * size for size in sizes}
+        count = max(
+            2, -(-2048 // max(1, width))
+        )  # so many that a near-tie or two is no per cent of the values
+        # An eps shows in rows whose mean of squares is about as large; a tiny one is left to rows
+        # that it does not reach.
+        sizes = [
+            1.0,
+            2e-4,
+            *(value**0.5 for value in values if 1e-20 < value < 1),
+            1e-6,
+            1e-2,
+            1e2,
+            1e4,
+        ]
+        usual = {
+            f"rows of size {size:.2g}": torch.randn(count, *shape, generator=generator) * size
+            for size in sizes
+        }
         usual["rows of zeros"] = torch.zeros(2, *shape)
-        special = {"rows near the largest number of fp16": torch.rand(count, *shape, generator=generator) * 2e4 + 4e4}
+        special = {
+            "rows near the largest number of fp16": torch.rand(count, *shape, generator=generator)
+            * 2e4
+            + 4e4
+        }
         for what in ("NaN", "Inf", "-Inf"):
             special[f"rows with {what}"] = torch.randn(2, *shape, generator=generator)
             special[f"rows with {what}"].view(2, -1)[:, width // 2] = float(what)
-        # Their result reaches the square root of the width, and with the weight beyond what anybody would clamp it to.
+        # Their result reaches the square root of the width, and with the weight beyond what anybody
+        # would clamp it to.
         dominated = torch.randn(2 * len(_EXTREME_WEIGHTS), *shape, generator=generator)
-        for row, sign, column in zip(dominated.flatten(1), cycle((1e4, -1e4)), cycle(range(len(_EXTREME_WEIGHTS)))):
+        for row, sign, column in zip(
+            dominated.flatten(1), cycle((1e4, -1e4)), cycle(range(len(_EXTREME_WEIGHTS)))
+        ):
             row[column % width] = sign
         special["rows that one element dominates"] = dominated
-        self.usual, self.special, self.special_names = _batches(usual), _batches(special), special.keys()
+        self.usual, self.special, self.special_names = (
+            _batches(usual),
+            _batches(special),
+            special.keys(),
+        )
         self.gain = 1 + torch.randn(shape, generator=generator) / 4 if has_weight else None
         self.extreme_gain = None
         if has_weight:
             self.extreme_gain = self.gain.clone()
-            self.extreme_gain.view(-1)[: len(_EXTREME_WEIGHTS)] = torch.tensor(_EXTREME_WEIGHTS[:width])
+            self.extreme_gain.view(-1)[: len(_EXTREME_WEIGHTS)] = torch.tensor(
+                _EXTREME_WEIGHTS[:width]
+            )
         # In part along the row: what goes through the root is not lost among what does not.
         self.direction = torch.randn(shape, generator=generator) + 1
         self.pairs = _PAIRS if has_weight else tuple((dtype, dtype) for dtype in _DTYPES)
@@ -231,12 +288,16 @@ class _Laboratory:
         if not trial.grad:
             with torch.no_grad():
                 before = x.clone()
-                return _Outcome(function(x, weight, trial.training), (None, None), not _same(before, x))
+                return _Outcome(
+                    function(x, weight, trial.training), (None, None), not _same(before, x)
+                )
         result = function(x.requires_grad_(), weight, trial.training)
         gradients: tuple[Tensor | None, ...] = (None, None)
         if isinstance(result, Tensor) and result.requires_grad and result.shape == x.shape:
             loss = (result.float() * self.direction * x.detach().float().sign()).sum()
-            gradients = torch.autograd.grad(loss, [x, weight][: 1 + (weight is not None)], allow_unused=True)
+            gradients = torch.autograd.grad(
+                loss, [x, weight][: 1 + (weight is not None)], allow_unused=True
+            )
         return _Outcome(result, (*gradients, None)[:2], False)
 
     def difference(self, ours: _Outcome, theirs: _Outcome, trial: _Trial) -> str:
@@ -255,14 +316,21 @@ class _Laboratory:
             return ""
         if got.requires_grad != want.requires_grad:
             return "its result requires no gradient"
-        for what, mine, other in zip(("input", "weight"), ours.gradients, theirs.gradients, strict=True):
+        for what, mine, other in zip(
+            ("input", "weight"), ours.gradients, theirs.gradients, strict=True
+        ):
             if (mine is None) != (other is None):
                 return f"its {what} gets no gradient"
             if mine is None or other is None:
                 continue
             parts = [("", mine, other)]
             if what == "input":
-                parts = [(f" for {name}", a, b) for name, a, b in zip(trial.batch, mine.split(counts), other.split(counts), strict=True)]
+                parts = [
+                    (f" for {name}", a, b)
+                    for name, a, b in zip(
+                        trial.batch, mine.split(counts), other.split(counts), strict=True
+                    )
+                ]
             for where, a, b in parts:
                 if gradients_differ(a, b, trial.pair):
                     return f"the gradient of its {what} differs{where}"
@@ -280,21 +348,30 @@ def _batches(rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
+        one.nan_to_num(), other.nan_to_num()
+    )
 
 
 def _kind(result: object) -> str:
-    return f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+    return (
+        f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}"
+        if isinstance(result, Tensor)
+        else f"a {type(result).__name__}"
+    )
 
 
 def values_off(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]) -> tuple[float, bool]:
-    """How many of the values are further apart than the roundings of fp32 arithmetic put them, and whether one is by far."""
+    """How many of the values are further apart than the roundings of fp32 arithmetic put them, and
+    whether one is by far.
+    """
     if not isinstance(theirs, Tensor) or theirs.dtype != ours.dtype or theirs.shape != ours.shape:
         return 1.0, True
     ours, theirs, dtype = ours.detach(), theirs.detach(), theirs.dtype
     apart = (ours - theirs).abs().masked_fill(ours == theirs, 0)
-    # fp32: theirs rounds the sum, the mean, the root and two products. 16 bits: a near-tie may fall the other way. So it may where
-    # the input has 16 bits, the result 32, and the family rounds between; that is few elements, and an ulp of the 16 bits.
+    # fp32: theirs rounds the sum, the mean, the root and two products. 16 bits: a near-tie may fall
+    # the other way. So it may where the input has 16 bits, the result 32, and the family rounds
+    # between; that is few elements, and an ulp of the 16 bits.
     off = apart > 8 * torch.finfo(dtype).eps * theirs.abs() if dtype == torch.float32 else apart > 0
     coarsest = max(torch.finfo(d).eps for d in (*pair, dtype))
     far = apart > 4 * coarsest * theirs.abs() + 4 * torch.finfo(dtype).tiny
@@ -303,10 +380,14 @@ def values_off(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]) -> t
 
 
 def gradients_differ(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]) -> bool:
-    """By more of their length than the roundings of the way back, which another order of operations rounds elsewhere."""
+    """By more of their length than the roundings of the way back, which another order of operations
+    rounds elsewhere.
+    """
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return True
-    finite = ours.isfinite() & theirs.isfinite()  # fp16 has no number for some gradients of small rows
+    finite = (
+        ours.isfinite() & theirs.isfinite()
+    )  # fp16 has no number for some gradients of small rows
     ours, theirs = ours[finite].double(), theirs[finite].double()
     share = 1e-4 if {*pair} == {torch.float32} else 0.05
     return bool((ours - theirs).norm() > share * theirs.norm())
@@ -314,18 +395,26 @@ def gradients_differ(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]
 
 def _try(module: nn.Module) -> Recognized | str:
     copied, has_weight = _copy(module), module._parameters.get("weight") is not None
-    named = {key: value for key, of in vars(copied).items() if key not in _OF_EVERY_MODULE and (value := number(of)) is not None}
+    named = {
+        key: value
+        for key, of in vars(copied).items()
+        if key not in _OF_EVERY_MODULE and (value := number(of)) is not None
+    }
     shape = _shape(module)
     laboratory, their = _Laboratory(shape, has_weight, named.values()), _their(copied)
     known_shape = shape if has_weight or getattr(module, "normalized_shape", None) else None
     wants, errors = [], []
-    for pair, batch in product([pair for pair in _TELLING if pair in laboratory.pairs], laboratory.usual):
+    for pair, batch in product(
+        [pair for pair in _TELLING if pair in laboratory.pairs], laboratory.usual
+    ):
         trial = _Trial(batch, pair, False, True)
         try:
             wants.append((trial, laboratory.observe(their, trial).result))
         except Exception as error:
             errors.append(error)
-    if not {(dtype, dtype) for dtype in (torch.float32, torch.bfloat16)} <= {trial.pair for trial, _ in wants}:
+    if not {(dtype, dtype) for dtype in (torch.float32, torch.bfloat16)} <= {
+        trial.pair for trial, _ in wants
+    }:
         return f"it could not be tried on the CPU: {_in_a_line(errors[0])}"
     if not isinstance(wants[0][1], Tensor):
         return f"its result is {_kind(wants[0][1])}, not a tensor"
@@ -334,16 +423,24 @@ def _try(module: nn.Module) -> Recognized | str:
     for family in FAMILIES if has_weight else _OF_NO_WEIGHT:
         for eps, names in _candidates(copied, family, named).items():
             our = _our(known_shape, family, eps)
-            offs = [(values_off(laboratory.observe(our, trial).result, want, trial.pair)[0], trial) for trial, want in wants]
+            offs = [
+                (values_off(laboratory.observe(our, trial).result, want, trial.pair)[0], trial)
+                for trial, want in wants
+            ]
             off, where = max(offs, key=lambda pair: pair[0])
             if off < nearest[0]:
-                nearest = off, f"{family.name!r} with eps={eps}: {off:.0%} of its values differ {where}"
+                nearest = (
+                    off,
+                    f"{family.name!r} with eps={eps}: {off:.0%} of its values differ {where}",
+                )
             if off < 0.01:
                 reason = _difference(laboratory, our, their)
                 if reason:
                     return f"it is like {family.name!r} with eps={eps}, but {reason}"
                 eps_name = _heeded(laboratory, copied, known_shape, family, eps, names)
-                return Recognized(family, eps, eps_name, _also_read(laboratory, copied, named.keys() - {eps_name}))
+                return Recognized(
+                    family, eps, eps_name, _also_read(laboratory, copied, named.keys() - {eps_name})
+                )
     if not nearest[1]:
         return "it has no attribute that could be its eps"
     return f"it computes what no known family computes; the nearest is {nearest[1]}"
@@ -351,7 +448,10 @@ def _try(module: nn.Module) -> Recognized | str:
 
 def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> str:
     """Between the two functions, in words; empty if there is none."""
-    batches = *((batch, True) for batch in laboratory.usual), *((batch, False) for batch in laboratory.special)
+    batches = (
+        *((batch, True) for batch in laboratory.usual),
+        *((batch, False) for batch in laboratory.special),
+    )
     for pair in laboratory.pairs:
         for training, (batch, usual), grad in product((False, True), batches, (True, False)):
             if grad and not usual:
@@ -372,21 +472,36 @@ def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> st
         once = their(x, weight, False)
         if not _same(their(x, weight, False), once):
             return "its result is another at each call"
-        for t, want in ((x[None], once[None]), (x.reshape(2, -1, *x.shape[1:]), None), (x[0], once[0]), (x[:0], once[:0])):
+        for t, want in (
+            (x[None], once[None]),
+            (x.reshape(2, -1, *x.shape[1:]), None),
+            (x[0], once[0]),
+            (x[:0], once[:0]),
+        ):
             try:
                 got = their(t, weight, False)
             except Exception as error:
                 return f"of input of the shape {list(t.shape)} it raises {_in_a_line(error)}"
             want = once.reshape(t.shape) if want is None else want
             if got.shape != t.shape or values_off(got, want, _PAIRS[0])[1]:
-                return "its result depends on how many dimensions there are before the normalized ones"
+                return (
+                    "its result depends on how many dimensions there are before the normalized ones"
+                )
     return ""
 
 
-def _candidates(module: nn.Module, family: Family, named: dict[str, float]) -> dict[float | None, list[str]]:
-    """What may be eps, and the attributes that hold it. None is for torch.nn.RMSNorm's eps=None, that of the type computed in."""
+def _candidates(
+    module: nn.Module, family: Family, named: dict[str, float]
+) -> dict[float | None, list[str]]:
+    """What may be eps, and the attributes that hold it. None is for torch.nn.RMSNorm's eps=None,
+    that of the type computed in.
+    """
     names = [name for name in family.eps if name in named or getattr(module, name, "") is None]
-    names += [name for name, value in named.items() if 0 <= value < 1 and not isinstance(vars(module)[name], int)]
+    names += [
+        name
+        for name, value in named.items()
+        if 0 <= value < 1 and not isinstance(vars(module)[name], int)
+    ]
     candidates: dict[float | None, list[str]] = {}
     for name in dict.fromkeys(names):
         if named.get(name) is None or 0 <= named[name] < math.inf:
@@ -402,7 +517,9 @@ def _heeded(laboratory, copied, shape, family, eps, names) -> str | None:
         before = vars(copied).get(name)
         vars(copied)[name] = other
         with contextlib.suppress(Exception):
-            if not values_off(laboratory.observe(_their(copied), trial).result, want, trial.pair)[1]:
+            if not values_off(laboratory.observe(_their(copied), trial).result, want, trial.pair)[
+                1
+            ]:
                 return name
         vars(copied)[name] = before
     return None

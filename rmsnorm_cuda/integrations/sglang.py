@@ -1,18 +1,21 @@
 """An SGLang plug-in: RMSNorm and GemmaRMSNorm of its models on our kernels.
 
-Installed, it is found by SGLang through the entry point `sglang.srt.plugins`, and does nothing until it is named:
+Installed, it is found by SGLang through the entry point `sglang.srt.plugins`, and does nothing
+until it is named:
 
     SGLANG_PLUGINS=rmsnorm_cuda python -m sglang.launch_server --model-path MODEL
 
-It goes around `forward_cuda` and `forward_cpu` of both classes. SGLang's own runs on where there is something that ours does
-not do: quantization in the same kernel, a part of the row for the variance, an fp32 residual, another output dtype,
-mixed dtypes of input and residual, its batch-invariant mode (whose native forward a trainer may want the bits of). On a CPU without
-AMX SGLang takes its native forward, as it does under torch.compile; neither is touched.
+It goes around `forward_cuda` and `forward_cpu` of both classes. SGLang's own runs on where there is
+something that ours does not do: quantization in the same kernel, a part of the row for the
+variance, an fp32 residual, another output dtype, mixed dtypes of input and residual, its
+batch-invariant mode (whose native forward a trainer may want the bits of). On a CPU without AMX
+SGLang takes its native forward, as it does under torch.compile; neither is touched.
 
-Numerics are those of SGLang's CUDA kernels: one rounding, of x / rms * w (Gemma: * (1 + w), in fp32), where
-`cast_x_before_out_mul` is set round(x / rms) * w, in place on x and residual if there is a residual. In one thing they differ, in
-16 bits: ours normalizes the sum x + residual as it is rounded for the residual, as transformers does and SGLang's native
-GemmaRMSNorm, where its CUDA kernels and native RMSNorm normalize the sum before it is rounded.
+Numerics are those of SGLang's CUDA kernels: one rounding, of x / rms * w (Gemma: * (1 + w), in
+fp32), where `cast_x_before_out_mul` is set round(x / rms) * w, in place on x and residual if there
+is a residual. In one thing they differ, in 16 bits: ours normalizes the sum x + residual as it is
+rounded for the residual, as transformers does and SGLang's native GemmaRMSNorm, where its CUDA
+kernels and native RMSNorm normalize the sum before it is rounded.
 """
 
 from __future__ import annotations
@@ -23,20 +26,28 @@ from ..functional import fused_add_rms_norm_, rms_norm
 
 
 def register() -> None:
-    """Registers the hooks; SGLang applies them when it has loaded all plug-ins, or HookRegistry.apply_hooks() does."""
+    """Registers the hooks; SGLang applies them when it has loaded all plug-ins, or
+    HookRegistry.apply_hooks() does.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for cls, hook in (("RMSNorm", _around_rms_norm), ("GemmaRMSNorm", _around_gemma_rms_norm)):
         for method in ("forward_cuda", "forward_cpu"):
-            HookRegistry.register(f"sglang.srt.layers.layernorm.{cls}.{method}", hook, HookType.AROUND)
+            HookRegistry.register(
+                f"sglang.srt.layers.layernorm.{cls}.{method}", hook, HookType.AROUND
+            )
 
 
-def _around_rms_norm(original, self, x, residual=None, post_residual_addition=None, quant_linear=None):
+def _around_rms_norm(
+    original, self, x, residual=None, post_residual_addition=None, quant_linear=None
+):
     absent = ("_quant_linear", "variance_size_override", "override_orig_dtype")
     plain = quant_linear is None and all(getattr(self, name, None) is None for name in absent)
     if self.fp32_residual and residual is not None:
         plain = False
-    if plain and _is_ours(x, residual, post_residual_addition, self.weight, self.cast_x_before_out_mul):
+    if plain and _is_ours(
+        x, residual, post_residual_addition, self.weight, self.cast_x_before_out_mul
+    ):
         return _forward(x, residual, post_residual_addition, self, 0.0, self.cast_x_before_out_mul)
     rest = () if quant_linear is None else (quant_linear,)
     return original(self, x, residual, post_residual_addition, *rest)
@@ -53,7 +64,9 @@ def _is_ours(x, residual, post_residual_addition, weight, cast):
 
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and all(other is None or other.dtype == x.dtype for other in (residual, post_residual_addition))
+        and all(
+            other is None or other.dtype == x.dtype for other in (residual, post_residual_addition)
+        )
         and (residual is None or x.stride(-1) == residual.stride(-1) == 1)
         and (not cast or weight.dtype == x.dtype)
         and not is_batch_invariant_mode_enabled()

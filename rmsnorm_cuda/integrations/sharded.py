@@ -1,11 +1,14 @@
-"""RMSNorm of rows whose elements are spread over the ranks of a group, by one all-reduce of a number for each row."""
+"""RMSNorm of rows whose elements are spread over the ranks of a group, by one all-reduce of a
+number for each row.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup, group as groups
+from torch.distributed import ProcessGroup
+from torch.distributed import group as groups
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,38 +26,47 @@ def rms_norm_sharded(
     weight_offset: float = 0,
     cast_before_weight: bool = False,
 ) -> Tensor:
-    """:func:`rms_norm` over a last dimension that is sharded: what a norm of q or k over all heads needs behind a column-
-    parallel projection (Olmo 2, MiniMax), instead of gathering its input.
+    """:func:`rms_norm` over a last dimension that is sharded: what a norm of q or k over all heads
+    needs behind a column- parallel projection (Olmo 2, MiniMax), instead of gathering its input.
 
-    Each rank has some columns of the same rows, not necessarily equally many. The rows' sums of squares are added up over
-    the group, and in the backward their products with the gradient: one all-reduce of one fp32 number for each row. Computed
-    in fp32 (fp64) and rounded once, in ATen ops, which torch.compile fuses (from torch 2.12 on): within 1 ulp in 16 bits, 4
-    in fp32. Rows whose squares leave fp32's range are not rescued. In both it is as good as torch's own norm.
+    Each rank has some columns of the same rows, not necessarily equally many. The rows' sums of
+    squares are added up over the group, and in the backward their products with the gradient: one
+    all-reduce of one fp32 number for each row. Computed in fp32 (fp64) and rounded once, in ATen
+    ops, which torch.compile fuses (from torch 2.12 on): within 1 ulp in 16 bits, 4 in fp32. Rows
+    whose squares leave fp32's range are not rescued. In both it is as good as torch's own norm.
 
     Args:
         input: ``(*, n)``, this rank's columns.
         normalized_size: how many columns all ranks have together.
         weight: ``(n,)``, the weights of these columns.
-        group: of the ranks that share the rows (ProcessGroup, or DeviceMesh of one dimension); None: all.
+        group: of the ranks that share the rows (ProcessGroup, or DeviceMesh of one dimension);
+            None: all.
         eps, weight_offset, cast_before_weight: as of :func:`rms_norm`.
 
-    Returns:
-        ``(*, n)``, this rank's columns of the norm. Differentiable once, in ``input`` and ``weight``, by autograd; not by the
-        transforms of torch.func.
+    Returns: ``(*, n)``, this rank's columns of the norm. Differentiable once, in ``input`` and
+        ``weight``, by autograd; not by the transforms of torch.func.
 
     Errors: as of :func:`rms_norm`; TypeError if given a DTensor, whose own rules are another way.
     """
     if isinstance(input, DTensor) or isinstance(weight, DTensor):
-        raise TypeError("rms_norm_sharded: expected this rank's columns as a plain tensor, but got a DTensor; call rms_norm, or to_local() first")
+        raise TypeError(
+            "rms_norm_sharded: expected this rank's columns as a plain tensor, but got a DTensor; "
+            "call rms_norm, or to_local() first"
+        )
     if not input.dim():
-        raise ValueError("rms_norm_sharded: expected input with at least one dimension, but got a scalar")
+        raise ValueError(
+            "rms_norm_sharded: expected input with at least one dimension, but got a scalar"
+        )
     columns = input.shape[-1]
     # On no rows, for the checks that both have.
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     with torch.no_grad():
         rms_norm(input.new_empty((0, columns)), (columns,), weight, eps, **options)
     if columns > normalized_size:
-        raise ValueError(f"rms_norm_sharded: expected normalized_size to be at least input's {columns} columns, but got {normalized_size}")
+        raise ValueError(
+            f"rms_norm_sharded: expected normalized_size to be at least input's {columns} columns, "
+            f"but got {normalized_size}"
+        )
     group = groups.WORLD if group is None else group
     return _apply(input, weight, normalized_size, eps, group, weight_offset, cast_before_weight)
 
@@ -77,7 +89,9 @@ class _Sharded(torch.autograd.Function):
             return xhat.to(input.dtype)
         if cast_before_weight:
             xhat = xhat.to(input.dtype).to(compute)
-        return (xhat * (weight.to(compute) + weight_offset)).to(output_dtype(input, weight, cast_before_weight))
+        return (xhat * (weight.to(compute) + weight_offset)).to(
+            output_dtype(input, weight, cast_before_weight)
+        )
 
     @staticmethod
     @once_differentiable

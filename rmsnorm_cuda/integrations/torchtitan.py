@@ -3,10 +3,11 @@
     from rmsnorm_cuda.integrations.torchtitan import RMSNorm, RMSNormConverter
 
     norm = RMSNorm.Config(normalized_shape=dim, eps=1e-5).build()       # in a config of one's own
-    model_config = RMSNormConverter(RMSNormConverter.Config()).convert(model_config)   # or `converters=[RMSNormConverter.Config()]`
+    model_config = RMSNormConverter(RMSNormConverter.Config()).convert(model_config)   # or
+    `converters=[RMSNormConverter.Config()]`
 
-The parameters and checkpoints are those of torchtitan's, as are init and sharding, which stand in the config. Importing this
-module imports torchtitan.
+The parameters and checkpoints are those of torchtitan's, as are init and sharding, which stand in
+the config. Importing this module imports torchtitan.
 """
 
 from dataclasses import dataclass, fields
@@ -20,9 +21,11 @@ from .. import modules
 
 
 class RMSNorm(modules.RMSNorm, Module):
-    """rmsnorm_cuda.RMSNorm, built from a Config: that of torchtitan's RMSNorm, with two options more.
+    """rmsnorm_cuda.RMSNorm, built from a Config: that of torchtitan's RMSNorm, with two options
+    more.
 
-    `weight_offset=1.0` is the function of torchtitan's OffsetRMSNorm (Qwen 3.5); its `param_init` is what fills the weight.
+    `weight_offset=1.0` is the function of torchtitan's OffsetRMSNorm (Qwen 3.5); its `param_init`
+    is what fills the weight.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -45,7 +48,9 @@ class RMSNorm(modules.RMSNorm, Module):
 
 
 class RMSNormConverter(ModelConfigConverter):
-    """Has a model built with our norms in place of torchtitan's RMSNorm; its OffsetRMSNorm and RMSNormGated stay."""
+    """Has a model built with our norms in place of torchtitan's RMSNorm; its OffsetRMSNorm and
+    RMSNormGated stay.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ModelConfigConverter.Config):
@@ -58,7 +63,13 @@ class RMSNormConverter(ModelConfigConverter):
         for _, config, parent, name in list(model_config.traverse(TorchtitanRMSNorm.Config)):
             if type(config) is not TorchtitanRMSNorm.Config:
                 continue
-            ours = RMSNorm.Config(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})
+            ours = RMSNorm.Config(
+                **{
+                    field.name: getattr(config, field.name)
+                    for field in fields(config)
+                    if field.init
+                }
+            )
             if parent is None:
                 return ours
             if isinstance(parent, list):

@@ -1,6 +1,8 @@
-"""replace_rms_norm(model): puts this package's RMSNorm in place of the norms of a model that already exists.
+"""replace_rms_norm(model): puts this package's RMSNorm in place of the norms of a model that
+already exists.
 
-Nothing here imports transformers but patch_transformers(), which has it build models with ours from the start.
+Nothing here imports transformers but patch_transformers(), which has it build models with ours from
+the start.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from ..again import is_a
 from ..modules import RMSNorm
 from .families import Family, give_back, twin
 from .fuse_residual import fuse, unfuse
-from .recognize import _OF_EVERY_MODULE, Recognized, number, recognize
+from .recognize import _OF_EVERY_MODULE, Recognized, recognize
 
 
 class Replaced(NamedTuple):
-    name: str  # as in model.named_modules(); a module that sits in two places is listed twice, with one `new`
+    # as in model.named_modules(); a module that sits in two places is listed twice, with one `new`
+    name: str
     old: nn.Module
     new: RMSNorm
     family: Family
@@ -49,11 +52,12 @@ class Skipped(NamedTuple):
 
 
 class Replacement(list):
-    """The swaps that were made, a list of Replaced, and in `.skipped` the RMSNorm look-alikes left alone.
+    """The swaps that were made, a list of Replaced, and in `.skipped` the RMSNorm look-alikes left
+    alone.
 
-    `.fused` are the layers whose residual additions happen in our norms. restore() undoes all of it, as does leaving a
-    `with` block. Old and new module share their parameters, hooks and training flag, so what happened to one in the
-    meantime holds for the other.
+    `.fused` are the layers whose residual additions happen in our norms. restore() undoes all of
+    it, as does leaving a `with` block. Old and new module share their parameters, hooks and
+    training flag, so what happened to one in the meantime holds for the other.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,7 +67,9 @@ class Replacement(list):
         self._model = model
 
     def restore(self) -> None:
-        """Puts the original modules back, except where somebody else has replaced ours since. Idempotent."""
+        """Puts the original modules back, except where somebody else has replaced ours since.
+        Idempotent.
+        """
         for _, layer, _ in self.fused:
             unfuse(layer)
         for name, old, new, _ in self:
@@ -86,25 +92,33 @@ class Replacement(list):
 
 
 def replace_rms_norm(
-    model: nn.Module, match: Callable[[str, nn.Module], bool] | None = None, *, fuse_residual: bool = False
+    model: nn.Module,
+    match: Callable[[str, nn.Module], bool] | None = None,
+    *,
+    fuse_residual: bool = False,
 ) -> Replacement:
-    """Swaps, in place, the norms of `model` for rmsnorm_cuda.RMSNorm with the same parameters and rounding order.
+    """Swaps, in place, the norms of `model` for rmsnorm_cuda.RMSNorm with the same parameters and
+    rounding order.
 
-    Which family's norm a module is, and its eps, is found by trying a copy of it, whatever its class is called: rounding
-    order, offset and dtypes are those of `rmsnorm_cuda.integrations.families.FAMILIES`. That covers the RMSNorms of
-    transformers (Llama, Mistral, Qwen, Gemma, Olmo, T5, Phi-3, GLM, DeepSeek and those that are built like them),
-    torch.nn.RMSNorm and most that people write themselves. Parameters stay the same objects: an optimizer keeps working, and
-    state_dict() keeps its keys. What is named like an RMSNorm and computes something else stays, and is listed in `.skipped`
-    with the reason. A model without such norms, or swapped before, gives an empty result.
+    Which family's norm a module is, and its eps, is found by trying a copy of it, whatever its
+    class is called: rounding order, offset and dtypes are those of
+    `rmsnorm_cuda.integrations.families.FAMILIES`. That covers the RMSNorms of transformers (Llama,
+    Mistral, Qwen, Gemma, Olmo, T5, Phi-3, GLM, DeepSeek and those that are built like them),
+    torch.nn.RMSNorm and most that people write themselves. Parameters stay the same objects: an
+    optimizer keeps working, and state_dict() keeps its keys. What is named like an RMSNorm and
+    computes something else stays, and is listed in `.skipped` with the reason. A model without such
+    norms, or swapped before, gives an empty result.
 
     Args:
         model: changed in place; compiled or not.
-        match: ``match(name, module)`` says which modules are meant, for classes that are not called ...RMSNorm. Each of them
-            is tried in the same way, and swapped or skipped. Their one parameter has to be called `weight`.
-        fuse_residual: also let the norms of decoder layers add the residual themselves, where the layer's forward is seen to
-            do ``h = residual + h; residual = h; h = self.norm(h)``. The same bits in the forward, two passes over memory less;
-            in the backward both gradients of the sum are added before they are rounded, once instead of twice. A layer whose
-            forward has no such place is listed in `.skipped`.
+        match: ``match(name, module)`` says which modules are meant, for classes that are not called
+            ...RMSNorm. Each of them is tried in the same way, and swapped or skipped. Their one
+            parameter has to be called `weight`.
+        fuse_residual: also let the norms of decoder layers add the residual themselves, where the
+            layer's forward is seen to do ``h = residual + h; residual = h; h = self.norm(h)``. The
+            same bits in the forward, two passes over memory less; in the backward both gradients of
+            the sum are added before they are rounded, once instead of twice. A layer whose forward
+            has no such place is listed in `.skipped`.
 
         swap = replace_rms_norm(model)        # or: with replace_rms_norm(model): ...
         swap.restore()
@@ -112,7 +126,10 @@ def replace_rms_norm(
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_rms_norm: expected a torch.nn.Module, got {type(model).__name__}")
     if match is not None and (not callable(match) or isinstance(match, type)):
-        raise TypeError(f"replace_rms_norm: expected match to be a function of a name and a module, got {match!r}")
+        raise TypeError(
+            "replace_rms_norm: expected match to be a function of a name and a module, got "
+            f"{match!r}"
+        )
     result = Replacement(model)
     try:
         _swap(model, match, fuse_residual, result)
@@ -122,11 +139,18 @@ def replace_rms_norm(
     return result
 
 
-def _swap(model: nn.Module, match: Callable[[str, nn.Module], bool] | None, fuse_residual: bool, result: Replacement) -> None:
+def _swap(
+    model: nn.Module,
+    match: Callable[[str, nn.Module], bool] | None,
+    fuse_residual: bool,
+    result: Replacement,
+) -> None:
     new_of: dict[nn.Module, RMSNorm] = {}
     known: dict[tuple, Recognized | str] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if is_a(module, RMSNorm) or not (match(name, module) if match else _may_be_rms_norm(module)):
+        if is_a(module, RMSNorm) or not (
+            match(name, module) if match else _may_be_rms_norm(module)
+        ):
             continue
         parent, child = _slot(model, name)
         found = _reason_to_skip(module, parent) or _recognize_once(module, known)
@@ -140,7 +164,8 @@ def _swap(model: nn.Module, match: Callable[[str, nn.Module], bool] | None, fuse
                 result.skipped.append(Skipped(name, module, found))
         elif parent is None:
             raise ValueError(
-                f"replace_rms_norm: the model is itself a {type(module).__name__}, and a module can only be replaced "
+                f"replace_rms_norm: the model is itself a {type(module).__name__}, and a module "
+                "can only be replaced "
                 "inside a parent; construct rmsnorm_cuda.RMSNorm instead"
             )
         else:
@@ -157,14 +182,16 @@ def _swap(model: nn.Module, match: Callable[[str, nn.Module], bool] | None, fuse
 
 @contextlib.contextmanager
 def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
-    """Within the block, from_pretrained() and from_config() of transformers build models of these types with our norms.
+    """Within the block, from_pretrained() and from_config() of transformers build models of these
+    types with our norms.
 
         with patch_transformers("llama", "gemma3"):  # config.model_type
             model = AutoModelForCausalLM.from_pretrained(...)
 
-    Uses transformers' own register_patch_mapping(). Yields the mapping: every class of the types' modeling modules with "Norm"
-    in its name. Each norm is tried as it is built; one that is not recognized stays the original. Where from_config() scales
-    fresh weights of norms (T5's initializer_factor), ours are 1: replace_rms_norm() afterwards leaves weights as they are.
+    Uses transformers' own register_patch_mapping(). Yields the mapping: every class of the types'
+    modeling modules with "Norm" in its name. Each norm is tried as it is built; one that is not
+    recognized stays the original. Where from_config() scales fresh weights of norms (T5's
+    initializer_factor), ours are 1: replace_rms_norm() afterwards leaves weights as they are.
     """
     from transformers import monkey_patching
 
@@ -172,11 +199,18 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
     known: dict[tuple, Recognized | str] = {}
     for model_type in model_types:
         try:
-            module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+            module = importlib.import_module(
+                f"transformers.models.{model_type}.modeling_{model_type}"
+            )
         except ModuleNotFoundError as error:
-            if not f"transformers.models.{model_type}.modeling_{model_type}".startswith(str(error.name)):
+            if not f"transformers.models.{model_type}.modeling_{model_type}".startswith(
+                str(error.name)
+            ):
                 raise
-            raise ValueError(f"patch_transformers: expected names such as config.model_type has them, got {model_type!r}") from error
+            raise ValueError(
+                "patch_transformers: expected names such as config.model_type has them, got "
+                f"{model_type!r}"
+            ) from error
         mapping |= {name: _building_twins(cls, known) for name, cls in norm_classes(module).items()}
     monkey_patching.register_patch_mapping(mapping)
     try:
@@ -187,12 +221,22 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
 
 def norm_classes(module: types.ModuleType) -> dict[str, type]:
     """The classes that a modeling module defines and calls a norm."""
-    classes = {name: cls for name, cls in vars(module).items() if isinstance(cls, type) and issubclass(cls, nn.Module)}
-    return {name: cls for name, cls in classes.items() if cls.__module__ == module.__name__ and "Norm" in name}
+    classes = {
+        name: cls
+        for name, cls in vars(module).items()
+        if isinstance(cls, type) and issubclass(cls, nn.Module)
+    }
+    return {
+        name: cls
+        for name, cls in classes.items()
+        if cls.__module__ == module.__name__ and "Norm" in name
+    }
 
 
 def _building_twins(original: type, known: dict[tuple, Recognized | str]) -> type:
-    """A class to call in place of `original`: builds one, and returns its twin if it is of a known family."""
+    """A class to call in place of `original`: builds one, and returns its twin if it is of a known
+    family.
+    """
 
     class Builder(original):
         def __new__(cls, *args, **kwargs):
@@ -205,7 +249,9 @@ def _building_twins(original: type, known: dict[tuple, Recognized | str]) -> typ
 
 
 def _slot(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The module that holds the submodule called `name`, and the name it has there; no parent for the root."""
+    """The module that holds the submodule called `name`, and the name it has there; no parent for
+    the root.
+    """
     if not name:
         return None, ""
     path, _, child = name.rpartition(".")
@@ -220,27 +266,44 @@ def _named_rms_norm(module: nn.Module) -> bool:
 
 
 def _may_be_rms_norm(module: nn.Module) -> bool:
-    """Named so, or a norm with no bias that torch does not bring: T5 calls its RMSNorm a LayerNorm."""
+    """Named so, or a norm with no bias that torch does not bring: T5 calls its RMSNorm a
+    LayerNorm.
+    """
     own = not type(module).__module__.startswith("torch.")
-    return _named_rms_norm(module) or (own and "Norm" in type(module).__name__ and not list(module.children()))
+    return _named_rms_norm(module) or (
+        own and "Norm" in type(module).__name__ and not list(module.children())
+    )
 
 
 def _reason_to_skip(module: nn.Module, parent: nn.Module | None) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on this instance (accelerate hooks, kernels, Liger, ...); swap before that"
-    if getattr(module, "_compiled_call_impl", None) is not None or type(parent).__name__ == "OptimizedModule":
+    if (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or type(parent).__name__ == "OptimizedModule"
+    ):
         return "it was compiled by itself; swap first, then compile"
     return ""
 
 
 def _recognize_once(module: nn.Module, known: dict[tuple, Recognized | str]) -> Recognized | str:
-    """recognize(), once for all modules of a class that have the same settings and shape, if these are all that they have."""
+    """recognize(), once for all modules of a class that have the same settings and shape, if these
+    are all that they have.
+    """
     attributes = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
     plain = (numbers.Number, str, torch.dtype, type(None))
-    if not all(isinstance(part, plain) for value in attributes.values() for part in (value if isinstance(value, tuple) else [value])):
+    if not all(
+        isinstance(part, plain)
+        for value in attributes.values()
+        for part in (value if isinstance(value, tuple) else [value])
+    ):
         return recognize(module)
     held = [*module._parameters.items(), *module._buffers.items()]
-    key = (type(module), *attributes.items(), *((name, None if t is None else t.shape) for name, t in held))
+    key = (
+        type(module),
+        *attributes.items(),
+        *((name, None if t is None else t.shape) for name, t in held),
+    )
     if key not in known:
         known[key] = recognize(module)
     return known[key]

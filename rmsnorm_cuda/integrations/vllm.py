@@ -1,20 +1,25 @@
-"""A vLLM plug-in: implementations of its IR ops rms_norm and fused_add_rms_norm, under the provider name "rmsnorm_cuda".
+"""A vLLM plug-in: implementations of its IR ops rms_norm and fused_add_rms_norm, under the provider
+name "rmsnorm_cuda".
 
-Installed, it is found by vLLM through the entry point `vllm.general_plugins`, and does nothing until it is asked for:
+Installed, it is found by vLLM through the entry point `vllm.general_plugins`, and does nothing
+until it is asked for:
 
-    vllm serve MODEL --ir-op-priority.rms_norm=rmsnorm_cuda --ir-op-priority.fused_add_rms_norm=rmsnorm_cuda
+    vllm serve MODEL --ir-op-priority.rms_norm=rmsnorm_cuda
+    --ir-op-priority.fused_add_rms_norm=rmsnorm_cuda
 
 vLLM puts its platform's own implementations behind that, for arguments that ours declines.
 
-Numerics. The op is defined as the norm in fp32, rounded to the weight's dtype, times the weight, rounded to the input's. With a
-weight of the input's dtype that is the Llama family's order, with an fp32 weight (GemmaRMSNorm hands 1 + w over in fp32) one
-rounding: ours is the same but where a value is so near to a tie that the roundings of fp32 arithmetic decide. fused_add_rms_norm
-differs in 16 bits: ours, as vLLM's CUDA kernel and as the two steps one by one, normalizes the sum as it is rounded for the
-residual, where the definition normalizes the sum before it is rounded. That is within the tolerance that vLLM states for the
-op. In fp32 there is no such rounding.
+Numerics. The op is defined as the norm in fp32, rounded to the weight's dtype, times the weight,
+rounded to the input's. With a weight of the input's dtype that is the Llama family's order, with an
+fp32 weight (GemmaRMSNorm hands 1 + w over in fp32) one rounding: ours is the same but where a value
+is so near to a tie that the roundings of fp32 arithmetic decide. fused_add_rms_norm differs in 16
+bits: ours, as vLLM's CUDA kernel and as the two steps one by one, normalizes the sum as it is
+rounded for the residual, where the definition normalizes the sum before it is rounded. That is
+within the tolerance that vLLM states for the op. In fp32 there is no such rounding.
 
-Declined, and so left to the next implementation: `variance_size`, a weight of another 16-bit dtype or one narrower than the
-input, fp64, a residual of another dtype than the input, and a weight that is broadcast.
+Declined, and so left to the next implementation: `variance_size`, a weight of another 16-bit dtype
+or one narrower than the input, fp64, a residual of another dtype than the input, and a weight that
+is broadcast.
 """
 
 import warnings
@@ -28,31 +33,47 @@ PROVIDER = "rmsnorm_cuda"
 
 
 def register() -> None:
-    """Registers both implementations, once. An older vLLM, without IR ops, is left as it is, with a warning."""
+    """Registers both implementations, once. An older vLLM, without IR ops, is left as it is, with a
+    warning.
+    """
     try:
         from vllm.ir import ops
 
-        found = [(ops.rms_norm, _rms_norm, _supports), (ops.fused_add_rms_norm, _fused_add_rms_norm, _supports_fused)]
+        found = [
+            (ops.rms_norm, _rms_norm, _supports),
+            (ops.fused_add_rms_norm, _fused_add_rms_norm, _supports_fused),
+        ]
     except (ImportError, AttributeError) as error:
-        warnings.warn(f"rmsnorm_cuda: this vLLM has no IR ops for norms, and keeps its own: {error}", stacklevel=2)
+        warnings.warn(
+            f"rmsnorm_cuda: this vLLM has no IR ops for norms, and keeps its own: {error}",
+            stacklevel=2,
+        )
         return
     for op, implementation, supports in found:
         if PROVIDER not in op.impls:
             op.register_impl(PROVIDER, supports_args=supports)(implementation)
 
 
-# vLLM demands the names, types and defaults of its own. Not in place: of an op that works in place vLLM clones the arguments where
-# they live on, and memory traffic is the same.
+# vLLM demands the names, types and defaults of its own. Not in place: of an op that works in place
+# vLLM clones the arguments where they live on, and memory traffic is the same.
 
 
-def _rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+def _rms_norm(
+    x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> Tensor:
     return rms_norm(x, x.shape[-1:], weight, epsilon, cast_before_weight=_rounds_first(x, weight))
 
 
 def _fused_add_rms_norm(
-    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+    x: Tensor,
+    x_residual: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return fused_add_rms_norm(x, x_residual, weight, epsilon, cast_before_weight=_rounds_first(x, weight))
+    return fused_add_rms_norm(
+        x, x_residual, weight, epsilon, cast_before_weight=_rounds_first(x, weight)
+    )
 
 
 def _rounds_first(x, weight):
@@ -64,9 +85,16 @@ def _supports(x, weight, epsilon, variance_size=None):
         variance_size is None
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and x.dim() > 0
-        and (weight is None or (weight.dtype in (x.dtype, torch.float32) and weight.shape == x.shape[-1:]))
+        and (
+            weight is None
+            or (weight.dtype in (x.dtype, torch.float32) and weight.shape == x.shape[-1:])
+        )
     )
 
 
 def _supports_fused(x, x_residual, weight, epsilon, variance_size=None):
-    return _supports(x, weight, epsilon, variance_size) and x_residual.dtype == x.dtype and x_residual.shape == x.shape
+    return (
+        _supports(x, weight, epsilon, variance_size)
+        and x_residual.dtype == x.dtype
+        and x_residual.shape == x.shape
+    )

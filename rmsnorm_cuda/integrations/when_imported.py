@@ -1,4 +1,6 @@
-"""Calls a function once somebody has imported a module: to import it ourselves would take a while, and most do not need it."""
+"""Calls a function once somebody has imported a module: to import it ourselves would take a while,
+and most do not need it.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,27 @@ from ..again import is_a
 
 
 def when_imported(names: tuple[str, ...], function: Callable[[], None], what: str) -> None:
-    """Calls `function` now or when the first of these modules is imported, or another of them if it failed then; `what` is
-    missing until it succeeds."""
+    """Calls `function` now or when the first of these modules is imported, or another of them if it
+    failed then; `what` is missing until it succeeds."""
     hook = _Hook(names, function, what)
     # Instead of one that an earlier import of this package left.
-    sys.meta_path[:] = [hook, *(finder for finder in sys.meta_path if not (is_a(finder, _Hook) and finder.names == names))]
+    sys.meta_path[:] = [
+        hook,
+        *(
+            finder
+            for finder in sys.meta_path
+            if not (is_a(finder, _Hook) and finder.names == names)
+        ),
+    ]
     if names[0] in sys.modules:
         importlib.import_module(names[0])  # waits for a thread that is importing it
         hook.call()
 
 
 class _Hook(threading.local):
-    """A finder that has the function called once a module has been executed, and then leaves sys.meta_path."""
+    """A finder that has the function called once a module has been executed, and then leaves
+    sys.meta_path.
+    """
 
     asks = False  # the other finders, in this thread: one of somebody else may in turn ask this one
 
@@ -41,8 +52,11 @@ class _Hook(threading.local):
     def find_spec(self, name, path=None, target=None):
         if self.asks or name not in self.names:
             return None
-        # Not importlib.util.find_spec, which imports the parent: this is called under the lock of all imports.
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        # Not importlib.util.find_spec, which imports the parent: this is called under the lock of
+        # all imports.
+        specs = (
+            finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self
+        )
         self.asks = True
         try:
             spec = next((spec for spec in specs if spec is not None), None)
@@ -64,6 +78,10 @@ class _Hook(threading.local):
                 self.call()
             except Exception as error:  # that is no reason for the module not to be imported
                 until = f" until {self.names[1]} is imported" if len(self.names) > 1 else ""
-                warnings.warn(f"rmsnorm_cuda: no {self.what}{until}, which failed: {type(error).__name__}: {error}", stacklevel=2)
+                warnings.warn(
+                    f"rmsnorm_cuda: no {self.what}{until}, which failed: {type(error).__name__}: "
+                    f"{error}",
+                    stacklevel=2,
+                )
 
         loader.exec_module = exec_module

@@ -1,4 +1,5 @@
-// What the checks of the kernels share: number formats, tensors between guard zones, the formula in long double.
+// What the checks of the kernels share: number formats, tensors between guard zones, the formula in
+// long double.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -41,7 +42,8 @@ struct Format {
 };
 
 const Format& format(DType t) {
-  static const Format kFormats[] = {{"fp32", 4, 23, 8}, {"fp16", 2, 10, 5}, {"bf16", 2, 7, 8}, {"fp64", 8, 52, 11}};
+  static const Format kFormats[] = {
+      {"fp32", 4, 23, 8}, {"fp16", 2, 10, 5}, {"bf16", 2, 7, 8}, {"fp64", 8, 52, 11}};
   return kFormats[int(t)];
 }
 
@@ -52,7 +54,8 @@ uint64_t encode(DType t, Real value) {
   const Real magnitude = std::fabs(value);
   if (magnitude == 0) return sign;
   if (std::isinf(magnitude)) return sign | f.infinity();
-  // Units of the last place: a carry out of the fraction runs into the exponent, and into Inf, as it should.
+  // Units of the last place: a carry out of the fraction runs into the exponent, and into Inf, as
+  // it should.
   const int exponent = std::max(std::ilogb(magnitude), 1 - f.bias());
   if (exponent > f.bias()) return sign | f.infinity();
   const Real units = std::nearbyint(std::ldexp(magnitude, f.fraction_bits - exponent));
@@ -92,7 +95,8 @@ int64_t ulps(DType t, uint64_t a, uint64_t b) {
 // Rows in a buffer of NaN bytes. An output has guard zones; an input ends with its buffer, where a
 // sanitizer sees the first byte too many.
 enum class Layout { kDense, kMisaligned, kStrided, kTwoDims, kExpanded };
-constexpr Layout kLayouts[] = {Layout::kDense, Layout::kMisaligned, Layout::kStrided, Layout::kTwoDims};
+constexpr Layout kLayouts[] = {Layout::kDense, Layout::kMisaligned, Layout::kStrided,
+                               Layout::kTwoDims};
 
 struct Tensor {
   DType dtype;
@@ -101,7 +105,8 @@ struct Tensor {
   size_t origin = 0;
   std::vector<unsigned char> bytes;
 
-  Tensor(DType t, int64_t n, int64_t m, Layout layout = Layout::kDense, size_t guard = 0) : dtype(t), rows(n), cols(m) {
+  Tensor(DType t, int64_t n, int64_t m, Layout layout = Layout::kDense, size_t guard = 0)
+      : dtype(t), rows(n), cols(m) {
     const size_t size = format(t).bytes;
     place.size[0] = n;
     place.stride[0] = m;
@@ -170,13 +175,14 @@ struct Forward {
   double offset = 0, eps = 1e-6;
   DType y_type() const { return cast && weighted && w_type != x_type ? promoted() : x_type; }
   DType promoted() const {
-    return x_type == DType::kFloat64 || w_type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    return x_type == DType::kFloat64 || w_type == DType::kFloat64 ? DType::kFloat64
+                                                                  : DType::kFloat32;
   }
   DType rstd_type() const { return x_type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
   bool wide() const { return x_type == DType::kFloat64 || (weighted && w_type == DType::kFloat64); }
   std::string name() const {
-    return std::string(format(x_type).name) + " w=" + (weighted ? format(w_type).name : "none") + (cast ? " cast" : "") +
-           (offset != 0 ? " offset" : "");
+    return std::string(format(x_type).name) + " w=" + (weighted ? format(w_type).name : "none") +
+           (cast ? " cast" : "") + (offset != 0 ? " offset" : "");
   }
   Real weight(Tensor& w, int64_t i) const {
     if (!weighted) return 1;
@@ -185,8 +191,14 @@ struct Forward {
 };
 
 RmsNormForward params(const Forward& f, Tensor& x, Tensor& w, Tensor& y, void* rstd) {
-  return {x.data(), f.weighted ? w.data() : nullptr, y.data(), rstd,     x.place,  y.place, x.rows,
-          x.cols,   f.eps,                           f.offset, f.cast,   f.x_type, f.w_type, f.y_type(), false,  {}};
+  return {x.data(), f.weighted ? w.data() : nullptr,
+          y.data(), rstd,
+          x.place,  y.place,
+          x.rows,   x.cols,
+          f.eps,    f.offset,
+          f.cast,   f.x_type,
+          f.w_type, f.y_type(),
+          false,    {}};
 }
 
 Real reference_rstd(const Forward& f, Tensor& x, int64_t row) {
@@ -225,10 +237,12 @@ void compare_forward(const Forward& f, Tensor& x, Tensor& w, Tensor& y, Tensor& 
       if (e > worst) worst = e, worst_row = row, worst_col = col, rstd_there = rstd;
     }
   }
-  // Plain double arithmetic in fp64: five roundings, and those of the sum, which grow with sqrt(cols / 8).
+  // Plain double arithmetic in fp64: five roundings, and those of the sum, which grow with
+  // sqrt(cols / 8).
   const int64_t fp64_bound = f.rstd_type() == DType::kFloat64 ? 8 : 0;
-  check(worst <= std::max<int64_t>(f.cast ? 2 : !exact, fp64_bound), "%s: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", name,
-        worst, worst_row, worst_col, x.get(worst_row, worst_col), y.get(worst_row, worst_col),
+  check(worst <= std::max<int64_t>(f.cast ? 2 : !exact, fp64_bound),
+        "%s: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", name, worst, worst_row, worst_col,
+        x.get(worst_row, worst_col), y.get(worst_row, worst_col),
         x.get(worst_row, worst_col) * rstd_there * f.weight(w, worst_col));
   check(worst_rstd <= std::max(rstd_bound, fp64_bound), "%s: rstd %ld ulp", name, worst_rstd);
   check(y.guards_intact() && r.guards_intact(), "%s: wrote outside", name);
@@ -247,20 +261,27 @@ std::vector<Forward> forward_mixes() {
   return mixes;
 }
 
-// A sum that is formed before it is normalized. Its bits are those of the sum rounded once, y's those of the norm of that,
-// rounded to the dtype of the input where the residual is a wider one. In place: the sum takes the place of the
-// residual, and y that of the input if it has its dtype.
+// A sum that is formed before it is normalized. Its bits are those of the sum rounded once, y's
+// those of the norm of that, rounded to the dtype of the input where the residual is a wider one.
+// In place: the sum takes the place of the residual, and y that of the input if it has its dtype.
 struct Fused {
   Forward f;
   bool narrow, in_place;
   DType y_type;
   Tensor input, residual, sum, w, x, y;
 
-  Fused(const Forward& forward, DType input_type, int64_t rows, int64_t cols, Layout layout, bool replace)
-      : f(forward), narrow(f.x_type == DType::kFloat32 && !f.cast && format(input_type).bytes == 2), in_place(replace),
-        y_type(narrow ? input_type : f.y_type()), input(input_type, rows, cols, layout, kGuard),
-        residual(f.x_type, rows, cols, layout, kGuard), sum(f.x_type, rows, cols), w(f.w_type, 1, cols),
-        x(f.x_type, rows, cols, layout, kGuard), y(y_type, rows, cols, layout, kGuard) {
+  Fused(const Forward& forward, DType input_type, int64_t rows, int64_t cols, Layout layout,
+        bool replace)
+      : f(forward),
+        narrow(f.x_type == DType::kFloat32 && !f.cast && format(input_type).bytes == 2),
+        in_place(replace),
+        y_type(narrow ? input_type : f.y_type()),
+        input(input_type, rows, cols, layout, kGuard),
+        residual(f.x_type, rows, cols, layout, kGuard),
+        sum(f.x_type, rows, cols),
+        w(f.w_type, 1, cols),
+        x(f.x_type, rows, cols, layout, kGuard),
+        y(y_type, rows, cols, layout, kGuard) {
     fill_normal(input);
     fill_normal(residual, 3);
     fill_normal(w, 0.5, 1);
@@ -282,15 +303,17 @@ struct Fused {
   }
   // norm: that of `sum`, by the same kernels.
   void compare(Tensor& norm, const char* where) {
-    const std::string name = std::string("fused ") + where + " " + f.name() + " input=" + format(input.dtype).name + " " +
-                             std::to_string(sum.rows) + "x" + std::to_string(sum.cols) + (in_place ? " in place" : "");
+    const std::string name = std::string("fused ") + where + " " + f.name() +
+                             " input=" + format(input.dtype).name + " " + std::to_string(sum.rows) +
+                             "x" + std::to_string(sum.cols) + (in_place ? " in place" : "");
     bool same = true;
     for (int64_t row = 0; row < sum.rows; ++row)
       for (int64_t col = 0; col < sum.cols; ++col)
         same &= ulps(y_type, y_there().bits(row, col), encode(y_type, norm.get(row, col))) == 0;
     check(same, "%s: y", name.c_str());
     check(x_there().same_bits(sum), "%s: sum", name.c_str());
-    check(x_there().guards_intact() && y_there().guards_intact(), "%s: wrote outside", name.c_str());
+    check(x_there().guards_intact() && y_there().guards_intact(), "%s: wrote outside",
+          name.c_str());
   }
 };
 
@@ -302,30 +325,39 @@ struct Backward {
   Tensor x, dy, w, rstd, dresidual;
   bool with_dresidual = false;
 
-  Backward(const Forward& forward, DType dy_dtype, int64_t rows, int64_t cols, Layout layout = Layout::kDense)
-      : f(forward), dy_type(dy_dtype), x(f.x_type, rows, cols, layout), dy(dy_type, rows, cols, layout),
-        w(f.w_type, 1, cols), rstd(f.rstd_type(), 1, rows), dresidual(f.x_type, rows, cols, layout) {
+  Backward(const Forward& forward, DType dy_dtype, int64_t rows, int64_t cols,
+           Layout layout = Layout::kDense)
+      : f(forward),
+        dy_type(dy_dtype),
+        x(f.x_type, rows, cols, layout),
+        dy(dy_type, rows, cols, layout),
+        w(f.w_type, 1, cols),
+        rstd(f.rstd_type(), 1, rows),
+        dresidual(f.x_type, rows, cols, layout) {
     fill_normal(dresidual);
     fill_normal(x);
     fill_normal(dy);
     fill_normal(w, 0.2, f.offset != 0 ? 0 : 1);
   }
   std::string name() {
-    return f.name() + " dy=" + format(dy_type).name + " " + std::to_string(x.rows) + "x" + std::to_string(x.cols);
+    return f.name() + " dy=" + format(dy_type).name + " " + std::to_string(x.rows) + "x" +
+           std::to_string(x.cols);
   }
 };
 
 struct Gradients {
   Tensor dx, dweight;
   explicit Gradients(Backward& b)
-      : dx(b.f.x_type, b.x.rows, b.x.cols, Layout::kDense, kGuard), dweight(b.f.w_type, 1, b.x.cols, Layout::kDense, kGuard) {}
-  bool same_bits(Gradients& other) { return dx.same_bits(other.dx) && dweight.same_bits(other.dweight); }
+      : dx(b.f.x_type, b.x.rows, b.x.cols, Layout::kDense, kGuard),
+        dweight(b.f.w_type, 1, b.x.cols, Layout::kDense, kGuard) {}
+  bool same_bits(Gradients& other) {
+    return dx.same_bits(other.dx) && dweight.same_bits(other.dweight);
+  }
   bool guards_intact() { return dx.guards_intact() && dweight.guards_intact(); }
 };
 
-
-// Each tolerance: half an ulp of the result (its one rounding), plus the roundings before it, each a
-// unit of the compute type, times the sum of the magnitudes that were rounded.
+// Each tolerance: half an ulp of the result (its one rounding), plus the roundings before it, each
+// a unit of the compute type, times the sum of the magnitudes that were rounded.
 struct BackwardReference {
   Backward& b;
   int64_t rows, cols;
@@ -334,7 +366,8 @@ struct BackwardReference {
 
   explicit BackwardReference(Backward& of) : b(of), rows(of.x.rows), cols(of.x.cols) {
     unit = b.f.wide() || b.dy_type == DType::kFloat64 ? 0x1p-52L : 0x1p-23L;
-    dweight.resize(cols), dweight_size.resize(cols), dx.resize(rows * cols), dx_size.resize(rows * cols);
+    dweight.resize(cols), dweight_size.resize(cols), dx.resize(rows * cols),
+        dx_size.resize(rows * cols);
     for (int64_t row = 0; row < rows; ++row) {
       const Real r = reference_rstd(b.f, b.x, row);
       Real c = 0, c_size = 0;
@@ -345,14 +378,20 @@ struct BackwardReference {
         const Real rounded = b.f.cast ? round_to(b.f.x_type, xhat) : xhat;
         dweight[i] += b.dy.get(row, i) * rounded;
         // A first rounding close to a tie may fall to either side: one unit of x's format.
-        const Real tie = b.f.cast && unit > 0x1p-30L ? std::ldexp(1.0L, -format(b.f.x_type).fraction_bits) / unit : 0;
-        dweight_size[i] += std::fabs(b.dy.get(row, i) * xhat) * (2 + std::min<int64_t>(rows, 8) + tie);
+        const Real tie = b.f.cast && unit > 0x1p-30L
+                             ? std::ldexp(1.0L, -format(b.f.x_type).fraction_bits) / unit
+                             : 0;
+        dweight_size[i] +=
+            std::fabs(b.dy.get(row, i) * xhat) * (2 + std::min<int64_t>(rows, 8) + tie);
       }
       for (int64_t i = 0; i < cols; ++i) {
         const Real xhat = b.x.get(row, i) * r, gdy = b.f.weight(b.w, i) * b.dy.get(row, i);
-        dx[row * cols + i] = r * (gdy - xhat * c) + (b.with_dresidual ? b.dresidual.get(row, i) : 0);
-        dx_size[row * cols + i] = r * (3 * std::fabs(gdy) + std::fabs(xhat) * (3 * std::fabs(c) + 3 * c_size));
-        if (b.with_dresidual) dx_size[row * cols + i] += std::fabs(dx[row * cols + i]);  // the sum rounds once more
+        dx[row * cols + i] =
+            r * (gdy - xhat * c) + (b.with_dresidual ? b.dresidual.get(row, i) : 0);
+        dx_size[row * cols + i] =
+            r * (3 * std::fabs(gdy) + std::fabs(xhat) * (3 * std::fabs(c) + 3 * c_size));
+        if (b.with_dresidual)
+          dx_size[row * cols + i] += std::fabs(dx[row * cols + i]);  // the sum rounds once more
       }
     }
   }
@@ -360,8 +399,10 @@ struct BackwardReference {
   bool close(DType type, Real got, Real expected, Real size) const {
     if (std::isnan(expected) || std::isnan(size)) return bool(std::isnan(got));
     const int64_t exponent = expected == 0 ? -20000 : std::ilogb(expected);
-    const Real ulp = std::ldexp(1.0L, std::max<int64_t>(exponent, 1 - format(type).bias()) - format(type).fraction_bits);
-    return got == round_to(type, expected) || std::fabs(got - expected) <= ulp * 0.5001L + unit * size;
+    const Real ulp = std::ldexp(
+        1.0L, std::max<int64_t>(exponent, 1 - format(type).bias()) - format(type).fraction_bits);
+    return got == round_to(type, expected) ||
+           std::fabs(got - expected) <= ulp * 0.5001L + unit * size;
   }
 
   void compare(Gradients& got, const char* name) {
@@ -373,9 +414,11 @@ struct BackwardReference {
       }
       dweight_close &= ok;
       for (int64_t row = 0; row < rows; ++row) {
-        const bool fine = close(b.f.x_type, got.dx.get(row, i), dx[row * cols + i], dx_size[row * cols + i]);
+        const bool fine =
+            close(b.f.x_type, got.dx.get(row, i), dx[row * cols + i], dx_size[row * cols + i]);
         if (!fine && dx_close) {
-          std::printf("dx[%ld][%ld] = %Lg, not %Lg\n", row, i, got.dx.get(row, i), dx[row * cols + i]);
+          std::printf("dx[%ld][%ld] = %Lg, not %Lg\n", row, i, got.dx.get(row, i),
+                      dx[row * cols + i]);
         }
         dx_close &= fine;
       }
@@ -387,10 +430,25 @@ struct BackwardReference {
 };
 
 RmsNormBackward params(Backward& b, Gradients& to, bool want_dx, bool want_dweight) {
-  return {b.dy.data(), b.x.data(), b.f.weighted ? b.w.data() : nullptr, b.rstd.data(),
+  return {b.dy.data(),
+          b.x.data(),
+          b.f.weighted ? b.w.data() : nullptr,
+          b.rstd.data(),
           b.with_dresidual ? b.dresidual.data() : nullptr,
-          want_dx ? to.dx.data() : nullptr, want_dweight ? to.dweight.data() : nullptr, nullptr,
-          b.dy.place, b.x.place, b.dresidual.place, b.x.rows, b.x.cols, b.f.eps, b.f.offset, b.f.cast, b.dy_type, b.f.x_type, b.f.w_type,
+          want_dx ? to.dx.data() : nullptr,
+          want_dweight ? to.dweight.data() : nullptr,
+          nullptr,
+          b.dy.place,
+          b.x.place,
+          b.dresidual.place,
+          b.x.rows,
+          b.x.cols,
+          b.f.eps,
+          b.f.offset,
+          b.f.cast,
+          b.dy_type,
+          b.f.x_type,
+          b.f.w_type,
           false};
 }
 

@@ -60,10 +60,12 @@ EMU __m512 from_half(__m256i v) {
   return join<__m512>(_mm256_cvtph_ps(half<__m128i>(v, 0)), _mm256_cvtph_ps(half<__m128i>(v, 1)));
 }
 EMU __m256i to_half(__m512 v) {
-  return join<__m256i>(_mm256_cvtps_ph(half<__m256>(v, 0), 0), _mm256_cvtps_ph(half<__m256>(v, 1), 0));
+  return join<__m256i>(_mm256_cvtps_ph(half<__m256>(v, 0), 0),
+                       _mm256_cvtps_ph(half<__m256>(v, 1), 0));
 }
 EMU __m512i widen16(__m256i v) {
-  return join<__m512i>(_mm256_cvtepu16_epi32(half<__m128i>(v, 0)), _mm256_cvtepu16_epi32(half<__m128i>(v, 1)));
+  return join<__m512i>(_mm256_cvtepu16_epi32(half<__m128i>(v, 0)),
+                       _mm256_cvtepu16_epi32(half<__m128i>(v, 1)));
 }
 EMU __m256i cut16(__m512i v) {
   uint32_t from[16];
@@ -88,8 +90,9 @@ EMU int32_t largest(__m512i v) {
   return result;
 }
 EMU __m512d fmadd(__m512d a, __m512d b, __m512d c) {
-  return join<__m512d>(_mm256_fmadd_pd(half<__m256d>(a, 0), half<__m256d>(b, 0), half<__m256d>(c, 0)),
-                       _mm256_fmadd_pd(half<__m256d>(a, 1), half<__m256d>(b, 1), half<__m256d>(c, 1)));
+  return join<__m512d>(
+      _mm256_fmadd_pd(half<__m256d>(a, 0), half<__m256d>(b, 0), half<__m256d>(c, 0)),
+      _mm256_fmadd_pd(half<__m256d>(a, 1), half<__m256d>(b, 1), half<__m256d>(c, 1)));
 }
 EMU unsigned any_greater(__m512d a, __m512d b) {
   unsigned any = 0;
@@ -115,7 +118,8 @@ EMU __m512i each(T (*value)(const T*, const T*, int), __m512i a, __m512i b) {
 static uint16_t to_bfloat16(const uint32_t* a, const uint32_t* b, int i) {
   const uint32_t bits = i < 16 ? b[i] : a[i - 16], magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((magnitude < 0x800000 ? bits & 0x80000000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  return uint16_t((magnitude < 0x800000 ? bits & 0x80000000 : bits + 0x7fff + (bits >> 16 & 1)) >>
+                  16);
 }
 EMU __m512i to_bfloat16(__m512 a, __m512 b) {
   uint32_t x[16], y[16];
@@ -127,7 +131,9 @@ EMU __m512i to_bfloat16(__m512 a, __m512 b) {
   std::memcpy(&v, result, sizeof v);
   return v;
 }
-static uint16_t pick(const uint16_t* index, const uint16_t* from, int i) { return from[index[i] & 31]; }
+static uint16_t pick(const uint16_t* index, const uint16_t* from, int i) {
+  return from[index[i] & 31];
+}
 static uint16_t sum(const uint16_t* a, const uint16_t* b, int i) { return uint16_t(a[i] + b[i]); }
 EMU __m512 pick(__m512 a, __m512i index, __m512 b) {
   uint32_t at[16];
@@ -159,7 +165,8 @@ EMU __m512d gather(__m512d a, __m512d b, F place) {
   return v;
 }
 EMU __m512d shuffle_pairs(__m512d a, __m512d b, int control) {
-  return gather(a, b, [=](int i) { return 8 * (i / 4) + 2 * (control >> 2 * (i / 2) & 3) + i % 2; });
+  return gather(a, b,
+                [=](int i) { return 8 * (i / 4) + 2 * (control >> 2 * (i / 2) & 3) + i % 2; });
 }
 EMU __m512d unpack(__m512d a, __m512d b, int odd) {
   return gather(a, b, [=](int i) { return 8 * (i % 2) + i / 2 * 2 + odd; });
@@ -184,8 +191,10 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 #define _mm512_castps_pd(v) reinterpret_cast<__m512d>(v)
 #define _mm512_cvtepu16_epi32(v) emulated::widen16(v)
 #define _mm512_cvtepi32_epi16(v) emulated::cut16(v)
-#define _mm512_slli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) << (n))
-#define _mm512_srli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) >> (n))
+#define _mm512_slli_epi32(v, n) \
+  reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) << (n))
+#define _mm512_srli_epi32(v, n) \
+  reinterpret_cast<__m512i>(reinterpret_cast<emulated::U32x16>(v) >> (n))
 #define _mm512_and_si512(a, b) ((a) & (b))
 #define _mm512_or_si512(a, b) ((a) | (b))
 #define _mm512_stream_ps(p, v) emulated::store(p, v)

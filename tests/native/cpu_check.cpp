@@ -1,7 +1,9 @@
 // The CPU kernels against the formula in long double, without torch:
-//   g++ -std=c++17 -O2 -ffp-contract=off tests/native/cpu_check.cpp csrc/cpu/*.cpp -o cpu_check && ./cpu_check
-// or with the objects of the build in place of csrc/cpu/*.cpp. Also with -fsanitize=address,undefined. Every instruction
-// set that the machine has is run. Silent but for failures and the last line.
+//   g++ -std=c++17 -O2 -ffp-contract=off tests/native/cpu_check.cpp csrc/cpu/*.cpp -o cpu_check &&
+//   ./cpu_check
+// or with the objects of the build in place of csrc/cpu/*.cpp. Also with
+// -fsanitize=address,undefined. Every instruction set that the machine has is run. Silent but for
+// failures and the last line.
 #include "check.h"
 
 namespace {
@@ -15,20 +17,25 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-void use(const std::string& isa) { check(cpu::set_isa(isa.c_str()) && isa == cpu::isa(), "set_isa(%s)", isa.c_str()); }
+void use(const std::string& isa) {
+  check(cpu::set_isa(isa.c_str()) && isa == cpu::isa(), "set_isa(%s)", isa.c_str());
+}
 
 void check_instruction_sets() {
   check(!std::strcmp(cpu::last_isa(), ""), "last_isa() before the first kernel");
   check(!cpu::set_isa("sse9"), "set_isa of an unknown name");
   check(instruction_sets()[0] == "fp64" && instruction_sets()[1] == "scalar", "always there");
-  check(cpu::set_isa(nullptr) && cpu::isa() == instruction_sets().back(), "the best is the default");
+  check(cpu::set_isa(nullptr) && cpu::isa() == instruction_sets().back(),
+        "the best is the default");
 }
 
-// What is small stays in the caches; memory that malloc maps afresh on every call is not streamed to.
+// What is small stays in the caches; memory that malloc maps afresh on every call is not streamed
+// to.
 void check_writes_past_caches() {
   for (int64_t bytes = 64 << 10; bytes <= 64 << 20; bytes *= 2) {
     const bool owned = cpu::writes_past_caches(bytes, false);
-    check(owned >= cpu::writes_past_caches(bytes, true), "new memory is sooner in a cache: %ld", bytes);
+    check(owned >= cpu::writes_past_caches(bytes, true), "new memory is sooner in a cache: %ld",
+          bytes);
     check(bytes < 1 << 20 ? !owned : bytes < 4 << 20 || owned, "writes_past_caches(%ld)", bytes);
   }
   check(cpu::writes_past_caches(31 << 20, true), "a large new output");
@@ -47,8 +54,8 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
     Tensor& y = results.emplace_back(f.y_type(), rows, cols, y_layout, kGuard);
     Tensor r(f.rstd_type(), 1, rows, Layout::kDense, kGuard);
     cpu::rms_norm_forward(params(f, x, w, y, r.data()), 0, rows);
-    const std::string run = std::string(what) + ": " + isa + " " + f.name() + " " + std::to_string(rows) + "x" +
-                            std::to_string(cols);
+    const std::string run = std::string(what) + ": " + isa + " " + f.name() + " " +
+                            std::to_string(rows) + "x" + std::to_string(cols);
     const char* name = run.c_str();
     compare_forward(f, x, w, y, r, name, 1, isa == "fp64");
     check(f.wide() || isa == cpu::last_isa(), "%s: ran %s", name, cpu::last_isa());
@@ -60,15 +67,17 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
 
 // Around one vector, one block of 64 lanes, one fold (256), a tile of addends (1024), and sizes of
 // models; around a tile of weights (8192).
-const int64_t kSizes[] = {1,   2,   3,   4,   5,   7,   8,   9,   15,  16,  17,  31,   32,   33,   48,   63,   64,  65,
-                          80,  96,  127, 128, 129, 191, 255, 256, 257, 319, 511, 1000, 1024, 1025, 4095, 4096, 4097};
+const int64_t kSizes[] = {1,   2,   3,   4,   5,   7,    8,    9,    15,   16,   17,  31,
+                          32,  33,  48,  63,  64,  65,   80,   96,   127,  128,  129, 191,
+                          255, 256, 257, 319, 511, 1000, 1024, 1025, 4095, 4096, 4097};
 const int64_t kLongSizes[] = {8191, 8192, 8193, 20000};
 
 void check_forward_sizes() {
   int turn = 0;
   for (const Forward& f : forward_mixes()) {
     const auto run = [&](int64_t cols, int64_t rows) {
-      Tensor x(f.x_type, rows, cols, kLayouts[turn % 4]), w(f.w_type, 1, cols, kLayouts[turn / 4 % 2]);
+      Tensor x(f.x_type, rows, cols, kLayouts[turn % 4]),
+          w(f.w_type, 1, cols, kLayouts[turn / 4 % 2]);
       fill_normal(x, std::ldexp(1.0L, turn % 7 - 3));
       fill_normal(w, 0.5, f.offset != 0 ? 0 : 1);
       check_forward(f, x, w, kLayouts[turn / 3 % 4], "sizes");
@@ -88,10 +97,15 @@ void check_forward_extremes() {
     double eps;
     std::function<Real(int64_t, int64_t)> value;
   };
-  const DType f32 = DType::kFloat32, f16 = DType::kFloat16, bf16 = DType::kBFloat16, f64 = DType::kFloat64;
+  const DType f32 = DType::kFloat32, f16 = DType::kFloat16, bf16 = DType::kBFloat16,
+              f64 = DType::kFloat64;
   const auto scaled = [](Real scale) { return [=](int64_t, int64_t) { return scale * normal(); }; };
-  const auto one_odd = [](Real odd) { return [=](int64_t r, int64_t c) { return r == 1 && c == 3 ? odd : normal(); }; };
-  const auto constant = [](Real value) { return [=](int64_t r, int64_t) { return value * (1 + r / 3.0L); }; };
+  const auto one_odd = [](Real odd) {
+    return [=](int64_t r, int64_t c) { return r == 1 && c == 3 ? odd : normal(); };
+  };
+  const auto constant = [](Real value) {
+    return [=](int64_t r, int64_t) { return value * (1 + r / 3.0L); };
+  };
   const std::vector<Case> cases = {
       {"huge", f32, 1e-6, scaled(1e38L)},
       {"squares overflow", f32, 1e-6, scaled(1e19L)},
@@ -101,8 +115,10 @@ void check_forward_extremes() {
       {"tiny under eps", f32, 1e-6, scaled(1e-25L)},
       {"denormal", f32, 0, scaled(1e-40L)},
       {"denormal under eps", f32, 1e-6, scaled(1e-40L)},
-      {"denormals among numbers", f32, 1e-6, [](int64_t, int64_t c) { return normal() * (c % 3 ? 1 : 1e-40L); }},
-      {"denormals among small numbers", f32, 0, [](int64_t, int64_t c) { return normal() * (c % 3 ? 1e-6L : 1e-41L); }},
+      {"denormals among numbers", f32, 1e-6,
+       [](int64_t, int64_t c) { return normal() * (c % 3 ? 1 : 1e-40L); }},
+      {"denormals among small numbers", f32, 0,
+       [](int64_t, int64_t c) { return normal() * (c % 3 ? 1e-6L : 1e-41L); }},
       {"zeros", f32, 1e-6, scaled(0)},
       {"zeros without eps", f32, 0, scaled(0)},
       {"one NaN", f32, 1e-6, one_odd(NAN)},
@@ -114,7 +130,8 @@ void check_forward_extremes() {
       {"constant", f32, 0, constant(1 + 0x1p-23L)},
       {"huge", bf16, 1e-6, scaled(1e38L)},
       {"denormal", bf16, 0, scaled(1e-39L)},
-      {"denormals among numbers", bf16, 1e-6, [](int64_t, int64_t c) { return normal() * (c % 3 ? 1 : 1e-39L); }},
+      {"denormals among numbers", bf16, 1e-6,
+       [](int64_t, int64_t c) { return normal() * (c % 3 ? 1 : 1e-39L); }},
       {"a denormal among numbers", bf16, 1e-6, one_odd(3e-39L)},
       {"a zero among numbers", bf16, 1e-6, one_odd(0)},
       {"one NaN", bf16, 1e-6, one_odd(NAN)},
@@ -146,14 +163,16 @@ void check_forward_extremes() {
       }
     }
   }
-  for (const Real odd : {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
+  for (const Real odd :
+       {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
     Tensor x(f32, 3, 70), w(f32, 1, 70);
     fill_normal(x);
     fill(w, [&](int64_t, int64_t col) { return col == 9 ? odd : 1; });
     check_forward({f32, f32}, x, w, Layout::kDense, "one odd weight");
     check_forward({f32, f32, true, true}, x, w, Layout::kDense, "one odd weight");
   }
-  for (const Forward& f : {Forward{f32, f64}, Forward{f64, bf16, true, false, 1}, Forward{bf16, f64, true, true}}) {
+  for (const Forward& f :
+       {Forward{f32, f64}, Forward{f64, bf16, true, false, 1}, Forward{bf16, f64, true, true}}) {
     Tensor x(f.x_type, 3, 70), w(f.w_type, 1, 70);
     fill_normal(x);
     fill_normal(w);
@@ -204,9 +223,11 @@ void check_fused_mixes() {
   check_fused(Fused(odd, DType::kBFloat16, 3, 70, Layout::kDense, false));
 }
 
-// 8 bits: of every instruction set the codes and scales that plain C++ makes of its own norm, and nothing beside them.
+// 8 bits: of every instruction set the codes and scales that plain C++ makes of its own norm, and
+// nothing beside them.
 uint8_t code_of(QType type, float v) {
-  if (type == QType::kInt8) return uint8_t(int8_t(v != v ? 0 : std::nearbyint(std::fmin(std::fmax(v, -128.0f), 127.0f))));
+  if (type == QType::kInt8)
+    return uint8_t(int8_t(v != v ? 0 : std::nearbyint(std::fmin(std::fmax(v, -128.0f), 127.0f))));
   const bool e4m3 = type == QType::kFloat8E4M3;
   const int fraction = e4m3 ? 3 : 2, bias = e4m3 ? 7 : 15;
   const uint8_t sign = std::signbit(v) ? 0x80 : 0;
@@ -224,19 +245,24 @@ void check_quant() {
     for (const bool cast : {false, true})
       for (const QType type : {QType::kFloat8E4M3, QType::kFloat8E5M2, QType::kInt8})
         for (const int64_t cols : {1, 7, 33, 64, 128, 300, 4224, 9000})
-          for (const int way : {0, 1, 2, 3}) {  // a given scale, rows, bounded rows, blocks in columns
+          for (const int way :
+               {0, 1, 2, 3}) {  // a given scale, rows, bounded rows, blocks in columns
             if (way == 3 && cols % 64) continue;
             ++turn;
             const Forward f = {x_type, turn % 2 ? x_type : DType::kFloat32, true, cast};
-            const int64_t rows = cols < 200 ? 21 : 3, block = way == 3 ? 64 : cols, blocks = cols / block;
+            const int64_t rows = cols < 200 ? 21 : 3, block = way == 3 ? 64 : cols,
+                          blocks = cols / block;
             Tensor x(f.x_type, rows, cols, kLayouts[turn % 4]), w(f.w_type, 1, cols);
             fill_normal(x);
             fill_normal(w, 0.5, 1);
-            for (int64_t i = 0; i < cols && rows > 2; ++i) x.set(1, i, x.get(1, i) * (x_type == DType::kFloat16 ? 1e-4L : 1e30L)), x.set(2, i, 0);
+            for (int64_t i = 0; i < cols && rows > 2; ++i)
+              x.set(1, i, x.get(1, i) * (x_type == DType::kFloat16 ? 1e-4L : 1e30L)),
+                  x.set(2, i, 0);
             if (rows > 3 && turn % 3 == 0) x.set(3, cols / 2, NAN);
             for (const std::string& isa : instruction_sets()) {
               use(isa);
-              Tensor norm(f.y_type(), rows, cols), y(f.y_type(), rows, cols, Layout::kDense, kGuard);
+              Tensor norm(f.y_type(), rows, cols),
+                  y(f.y_type(), rows, cols, Layout::kDense, kGuard);
               cpu::rms_norm_forward(params(f, x, w, norm, nullptr), 0, rows);
               std::vector<uint8_t> codes(rows * cols + 2 * kGuard, 0xa5);
               std::vector<float> scales(way ? rows * blocks + 2 : 3, -1.0f);
@@ -244,13 +270,23 @@ void check_quant() {
               RmsNormForward p = params(f, x, w, y, nullptr);
               if (turn % 3) p.y = nullptr;
               const bool int8 = type == QType::kInt8;
-              const float most = kMost[int(type)], bound = way == 2 ? 1.5f : INFINITY, least = int8 ? 0x1p-23f : 1 / (512 * most);
-              p.quant = {codes.data() + kGuard, scales.data() + 1, way ? block : 0, way == 3 ? 1 : blocks, way == 3 ? rows : 1, bound, least, type};
+              const float most = kMost[int(type)], bound = way == 2 ? 1.5f : INFINITY,
+                          least = int8 ? 0x1p-23f : 1 / (512 * most);
+              p.quant = {codes.data() + kGuard,
+                         scales.data() + 1,
+                         way ? block : 0,
+                         way == 3 ? 1 : blocks,
+                         way == 3 ? rows : 1,
+                         bound,
+                         least,
+                         type};
               const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p);
               std::vector<uint8_t> workspace(workspace_bytes + 64 + kGuard, 0xa5);
-              uint8_t* const space = workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64;
+              uint8_t* const space =
+                  workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64;
               for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{1, rows}, {0, 1}}) {
-                if (begin < end) cpu::rms_norm_forward(p, begin, end, workspace_bytes ? space : nullptr);
+                if (begin < end)
+                  cpu::rms_norm_forward(p, begin, end, workspace_bytes ? space : nullptr);
               }
               bool same = true;
               for (int64_t row = 0; row < rows; ++row)
@@ -265,18 +301,23 @@ void check_quant() {
                   const float there = scales[1 + (way == 3 ? b * rows + row : way ? row : 0)];
                   same &= there == scale || (there != there && scale != scale);
                   for (int64_t i = b * block; i < (b + 1) * block; ++i) {
-                    const float v = float(norm.get(row, i)), q = way && !int8 ? v / scale : v * (1 / scale);
+                    const float v = float(norm.get(row, i)),
+                                q = way && !int8 ? v / scale : v * (1 / scale);
                     const uint8_t code = codes[kGuard + row * cols + i], want = code_of(type, q);
                     same &= code == want || (q != q && !int8 && (code & 0x7f) == 0x7f);
                   }
                 }
-              const std::string name = isa + " " + f.name() + " " + std::to_string(rows) + "x" + std::to_string(cols) + " format " +
+              const std::string name = isa + " " + f.name() + " " + std::to_string(rows) + "x" +
+                                       std::to_string(cols) + " format " +
                                        std::to_string(int(type)) + " way " + std::to_string(way);
               check(same, "quant: %s", name.c_str());
               check(!p.y || y.same_bits(norm), "quant: %s: norm", name.c_str());
               bool intact = scales.front() == -1 && scales.back() == -1 && y.guards_intact();
-              for (size_t i = 0; i < kGuard; ++i) intact &= codes[i] == 0xa5 && codes[codes.size() - 1 - i] == 0xa5;
-              for (const uint8_t* at = space + workspace_bytes; at < workspace.data() + workspace.size(); ++at) intact &= *at == 0xa5;
+              for (size_t i = 0; i < kGuard; ++i)
+                intact &= codes[i] == 0xa5 && codes[codes.size() - 1 - i] == 0xa5;
+              for (const uint8_t* at = space + workspace_bytes;
+                   at < workspace.data() + workspace.size(); ++at)
+                intact &= *at == 0xa5;
               check(intact, "quant: %s: wrote outside", name.c_str());
             }
           }
@@ -300,8 +341,9 @@ void check_forward_invariance(const std::string& isa) {
         fill(w2, [&](int64_t, int64_t col) { return w.get(0, col); });
         for (const auto& [begin, end] : {std::pair<int, int>{6, 7}, {0, 1}, {1, 6}})
           cpu::rms_norm_forward(params(f, x2, w2, y2, nullptr), begin, end);
-        check(y.same_bits(y2) && y2.guards_intact(), "%s %s %ld: bits depend on the layout %d or the split",
-              isa.c_str(), f.name().c_str(), cols, int(layout));
+        check(y.same_bits(y2) && y2.guards_intact(),
+              "%s %s %ld: bits depend on the layout %d or the split", isa.c_str(), f.name().c_str(),
+              cols, int(layout));
         if (f.y_type() != f.x_type) continue;
         cpu::rms_norm_forward(params(f, x2, w2, x2, nullptr), 0, rows);
         check(y.same_bits(x2), "%s %s %ld: in place", isa.c_str(), f.name().c_str(), cols);
@@ -323,11 +365,13 @@ Gradients run(Backward& b, bool want_dx, bool want_dweight, int64_t step = -1) {
   p.workspace = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64) % 64;
   const auto parts = [step](int64_t count, const std::function<void(int64_t, int64_t)>& work) {
     const int64_t n = step < 0 ? count : step;
-    for (int64_t begin = (count - 1) / n * n; begin >= 0; begin -= n) work(begin, std::min(begin + n, count));
+    for (int64_t begin = (count - 1) / n * n; begin >= 0; begin -= n)
+      work(begin, std::min(begin + n, count));
   };
   parts(plan.blocks, [&](int64_t begin, int64_t end) { cpu::rms_norm_backward(p, begin, end); });
   if (want_dweight) {
-    parts(b.x.cols, [&](int64_t begin, int64_t end) { cpu::rms_norm_backward_dweight(p, begin, end); });
+    parts(b.x.cols,
+          [&](int64_t begin, int64_t end) { cpu::rms_norm_backward_dweight(p, begin, end); });
   }
   return result;
 }
@@ -345,7 +389,8 @@ void check_backward(Backward& b, const char* what) {
     }
     for (const int64_t step : {1, 3}) {
       Gradients split = run(b, true, true, step);
-      check(split.same_bits(got), "%s: %s %s: bits depend on the split", what, isa.c_str(), b.name().c_str());
+      check(split.same_bits(got), "%s: %s %s: bits depend on the split", what, isa.c_str(),
+            b.name().c_str());
     }
     Gradients only_dx = run(b, true, false), only_dweight = run(b, false, true);
     check(only_dx.dx.same_bits(got.dx) && only_dweight.dweight.same_bits(got.dweight),
@@ -372,8 +417,12 @@ void check_backward_sizes() {
     }
   }
   const DType f64 = DType::kFloat64, f32 = DType::kFloat32, bf16 = DType::kBFloat16;
-  for (const auto& [f, dy] : {std::pair<Forward, DType>{{f64, f64}, f64}, {{f64, f64, false}, f64}, {{f32, f32}, f64},
-                              {{f32, f64}, f32}, {{bf16, f64, true, true}, f64}, {{f64, f32, true, true, 1}, f64}}) {
+  for (const auto& [f, dy] : {std::pair<Forward, DType>{{f64, f64}, f64},
+                              {{f64, f64, false}, f64},
+                              {{f32, f32}, f64},
+                              {{f32, f64}, f32},
+                              {{bf16, f64, true, true}, f64},
+                              {{f64, f32, true, true, 1}, f64}}) {
     Backward b(f, dy, 300, 70, Layout::kTwoDims);
     check_backward(b, "some fp64");
   }
@@ -391,10 +440,16 @@ void check_backward_extremes() {
     double eps;
     Real scale, dy_scale = 1;
   };
-  for (const Case& c : {Case{"huge", f32, 1e-6, 1e37L}, {"huge", bf16, 1e-6, 1e37L}, {"tiny", f32, 0, 1e-25L},
-                        {"huge", f64, 1e-6, 1e160L}, {"tiny", f64, 0, 1e-170L}, {"tiny under eps", f64, 1e-6, 1e-170L},
-                        {"g * x overflows", f32, 0, 1e8L, 1e34L}, {"g * x overflows", bf16, 0, 1e8L, 1e34L},
-                        {"g * x underflows", f32, 0, 1e-8L, 1e-33L}, {"g * x underflows", bf16, 0, 1e-8L, 1e-33L},
+  for (const Case& c : {Case{"huge", f32, 1e-6, 1e37L},
+                        {"huge", bf16, 1e-6, 1e37L},
+                        {"tiny", f32, 0, 1e-25L},
+                        {"huge", f64, 1e-6, 1e160L},
+                        {"tiny", f64, 0, 1e-170L},
+                        {"tiny under eps", f64, 1e-6, 1e-170L},
+                        {"g * x overflows", f32, 0, 1e8L, 1e34L},
+                        {"g * x overflows", bf16, 0, 1e8L, 1e34L},
+                        {"g * x underflows", f32, 0, 1e-8L, 1e-33L},
+                        {"g * x underflows", bf16, 0, 1e-8L, 1e-33L},
                         {"no gradient", bf16, 0, 1e-8L, 0}}) {
     for (int64_t cols : {70, 1100}) {
       Backward b({c.type, c.type, true, false, 0, c.eps}, c.type, 9, cols);
