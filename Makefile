@@ -4,8 +4,8 @@
 # make wheel     a wheel of PYTHON for every supported torch, in dist/
 # make wheelhouse   the same for every supported Python that is there
 # make sdist     the source distribution, in dist/
-# Each sets up all it needs on a fresh machine: python3 >= 3.10 with venv, g++ and make. nvcc is used
-# if it is there.
+# Each sets up all it needs on a fresh machine: python3 >= 3.10 with venv, g++ and make. It uses
+# nvcc if it is there.
 #
 # PROMPT="..." and ARGS="..." go to the demo; TORCH, PYTHON and VENV choose what is installed, with
 # what, where.
@@ -61,14 +61,17 @@ $(VENV)/demo-ready: $(VENV)/ready
 
 # The charts of the pages, drawn again from the JSON beside them. It measures nothing.
 RESULTS := benchmarks/results
+MACHINE := epyc-zen4-avx512
+STUDY := layernorm-vs-rmsnorm
+# $(call drawn,NAME,EXTENSIONS): from the JSON of that name, the files beside it.
+file = $(RESULTS)/$(1)-$(MACHINE)
+drawn = --from $(file).json $(foreach kind,$(2),--$(kind) $(file).$(kind))
 figures: $(VENV)/demo-ready build
-	$(BIN)/python benchmarks/uses.py --png $(RESULTS)/uses-epyc-zen4-avx512.png
-	$(BIN)/python benchmarks/cpu.py --from $(RESULTS)/cpu-epyc-zen4-avx512.json --png $(RESULTS)/cpu-epyc-zen4-avx512.png
-	$(BIN)/python benchmarks/layernorm_vs_rmsnorm ops --from $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.json \
-	  --png $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.png --md $(RESULTS)/layernorm-vs-rmsnorm-ops-epyc-zen4-avx512.md
-	$(BIN)/python benchmarks/layernorm_vs_rmsnorm train --from $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.json \
-	  --png $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.png --md $(RESULTS)/layernorm-vs-rmsnorm-train-epyc-zen4-avx512.md
-	$(BIN)/python benchmarks/monitor.py --from $(RESULTS)/monitor-epyc-zen4-avx512.json --png $(RESULTS)/monitor-epyc-zen4-avx512.png
+	$(BIN)/python benchmarks/uses.py --png $(call file,uses).png
+	$(BIN)/python benchmarks/cpu.py $(call drawn,cpu,png)
+	$(BIN)/python benchmarks/layernorm_vs_rmsnorm ops $(call drawn,$(STUDY)-ops,png md)
+	$(BIN)/python benchmarks/layernorm_vs_rmsnorm train $(call drawn,$(STUDY)-train,png md)
+	$(BIN)/python benchmarks/monitor.py $(call drawn,monitor,png)
 
 wheel:
 	$(PYTHON) .ci/wheels.py

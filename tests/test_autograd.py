@@ -201,7 +201,7 @@ def test_transforms_of_narrow_types(dtype):
         random(4, 48, dtype=dtype),
     )
     for options in ({}, GEMMA):
-        y, vjp = torch.func.vjp(lambda x, w: rms_norm(x, 48, w, 1e-5, **options), x, weight)  # noqa: B023
+        y, vjp = torch.func.vjp(lambda x, w: rms_norm(x, 48, w, 1e-5, **options), x, weight)
         leaf_x, leaf_w = leaves((x, weight))
         want = rms_norm(leaf_x, 48, leaf_w, 1e-5, **options)
         assert y.dtype == want.dtype
@@ -340,5 +340,5 @@ def test_tangents_where_squares_leave_fp32():
 
 def test_formula_without_columns_or_rows():
     for shape in ((3, 0), (0, 4)):
-        y, pull = torch.func.vjp(lambda x: rms_norm(x, shape[-1]), torch.empty(shape))  # noqa: B023
+        y, pull = torch.func.vjp(lambda x: rms_norm(x, shape[-1]), torch.empty(shape))
         assert y.shape == shape and pull(y)[0].shape == shape

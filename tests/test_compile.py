@@ -159,9 +159,10 @@ def in_place(x, w):
     return y + total
 
 
+NORM = RMSNorm(40)
 FUNCTIONS = {
     "function": lambda x, w: rms_norm(x, 40, w),
-    "module": lambda x, w, norm=RMSNorm(40): norm(x) + w,
+    "module": lambda x, w: NORM(x) + w,
     "fused": lambda x, w: fused_add_rms_norm(x, x * 2, w)[0],
     "in place": in_place,
     "out": lambda x, w: rms_norm(x.detach(), 40, w.detach(), out=torch.empty_like(x)),

@@ -276,7 +276,7 @@ def test_fakes_say_what_the_kernels_return():
         with FakeTensorMode() as mode:
 
             def fake(value):
-                return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value  # noqa: B023
+                return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
             pretended = op(*map(fake, args), **{key: fake(value) for key, value in options.items()})
         for a, b in zip(

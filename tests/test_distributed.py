@@ -763,15 +763,18 @@ RUN = """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     x = distribute_tensor(torch.randn(4, 8), dist.init_device_mesh("cpu", (1,)), [Shard(0)])
     y = torch.ops.rmsnorm_cuda.rms_norm(x, [8])
-    assert torch.equal(y.to_local(), rmsnorm_cuda.rms_norm(x.to_local(), 8)) and y.placements == x.placements
-    assert not [f for f in sys.meta_path if type(f).__module__.startswith("rmsnorm_cuda") and "torch.distributed.tensor" in f.names]
+    assert torch.equal(y.to_local(), rmsnorm_cuda.rms_norm(x.to_local(), 8))
+    assert y.placements == x.placements
+    ours = [f for f in sys.meta_path if type(f).__module__.startswith("rmsnorm_cuda")]
+    assert not [f for f in ours if "torch.distributed.tensor" in f.names]
 """
 ORDERS = {
     "first": """
         import rmsnorm_cuda
         assert not [name for name in sys.modules if name.startswith("torch.distributed.tensor")]
         importlib.reload(rmsnorm_cuda)
-        assert importlib.util.find_spec("torch.distributed.tensor").loader  # somebody asks if it is there
+        # Somebody asks if it is there.
+        assert importlib.util.find_spec("torch.distributed.tensor").loader
         import torch.distributed.tensor
         loader = torch.distributed.tensor.__spec__.loader
         assert loader is torch.distributed.tensor.__loader__ and not vars(loader).get("exec_module")
@@ -823,7 +826,8 @@ def test_import_in_threads():
         def load(name):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-        names = ("torch.distributed.tensor", "torch.distributed.tensor.experimental", "torch.distributed.tensor.parallel") * 2
+        tensor = "torch.distributed.tensor"
+        names = (tensor, f"{tensor}.experimental", f"{tensor}.parallel") * 2
         threads = [threading.Thread(target=load, args=(name,)) for name in names]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
@@ -848,7 +852,9 @@ def test_fsdp1_of_a_swapped_model(use_orig_params, tmp_path):
         from rmsnorm_cuda import replace_rms_norm
 
         dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-        wrap = lambda model: FullyShardedDataParallel(model, use_orig_params={use_orig_params}, device_id=torch.device("cpu"))
+        wrap = lambda model: FullyShardedDataParallel(
+            model, use_orig_params={use_orig_params}, device_id=torch.device("cpu")
+        )
         model, x = nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16, 1e-6)), torch.randn(3, 16)
         nn.init.normal_(model[1].weight)
         want, late = model(x).detach(), wrap(copy.deepcopy(model))

@@ -492,7 +492,10 @@ def test_weight_that_is_not_one_for_each_column():
     for shape in ((), (0,), (1,)):  # a scale; what a sharded model holds meanwhile
         norm = Wrapped(OWN["large eps"][0], eps=0.5)
         norm.weight = nn.Parameter(torch.ones(shape))
-        reason = f"its weight has the shape {list(shape)}, and one number for each column is expected; where it was sharded, swap before that"
+        reason = (
+            f"its weight has the shape {list(shape)}, and one number for each column is expected; "
+            "where it was sharded, swap before that"
+        )
         assert recognize(norm) == reason
     norm = Wrapped(OWN["large eps"][0], eps=0.5, normalized_shape=40)
     assert twin(norm, *recognize(norm)).normalized_shape == (40,)

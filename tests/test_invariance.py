@@ -201,7 +201,10 @@ def test_best_isa_is_the_default(restore_isa):
 
 @pytest.mark.parametrize("isa", [*ISAS, "mmx", ""])
 def test_isa_from_the_environment(isa):
-    code = "import torch, rmsnorm_cuda; rmsnorm_cuda.rms_norm(torch.ones(2, 8), 8); print(rmsnorm_cuda._C.last_isa())"
+    code = (
+        "import torch, rmsnorm_cuda; rmsnorm_cuda.rms_norm(torch.ones(2, 8), 8); "
+        "print(rmsnorm_cuda._C.last_isa())"
+    )
     env = os.environ | {"RMSNORM_CUDA_ISA": isa}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     supported = [isa for isa, has in _C.isas().items() if has]

@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPTIONS = [({}, 1), ({"cast_before_weight": True}, 2), ({"weight_offset": 1.0}, 1)]
 
 
-def make(shape=64, options={}, **kwargs):
+def make(shape=64, options=OPTIONS[0][0], **kwargs):
     """A module with a weight that is not all ones."""
     module = rmsnorm_cuda.RMSNorm(shape, **kwargs, **options)
     if module.weight is not None:

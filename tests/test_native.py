@@ -96,7 +96,8 @@ DRIVER = """
 #include <cstring>
 extern "C" int cuDriverGetVersion(int* version) { *version = VERSION; return 0; }
 extern "C" int cuInit(unsigned) { return 100; }  // no device
-extern "C" int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long long, int* status) {
+extern "C" int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long long,
+                                   int* status) {
   const auto is = [&](const char* what) { return std::strcmp(name, what) == 0; };
   *function = is("cuDriverGetVersion") ? reinterpret_cast<void*>(cuDriverGetVersion)
               : is("cuInit")           ? reinterpret_cast<void*>(cuInit)
@@ -105,7 +106,8 @@ extern "C" int cuGetProcAddress_v2(const char* name, void** function, int, unsig
   if (status) *status = *function == nullptr;
   return *function ? 0 : 500;  // not found
 }
-extern "C" int cuGetProcAddress(const char* name, void** function, int version, unsigned long long flags) {
+extern "C" int cuGetProcAddress(const char* name, void** function, int version,
+                                unsigned long long flags) {
   return cuGetProcAddress_v2(name, function, version, flags, nullptr);
 }
 """
@@ -117,7 +119,8 @@ int main() {
   RmsNormForward p{};
   p.rows = 1, p.cols = 8, p.x_rows.ndim = p.y_rows.ndim = 1;
   const int error = cuda::rms_norm_forward(p, nullptr);
-  std::printf("%d %d %d %s", cuda::runtime_version(), cuda::driver_version(), error, cuda::error_string(error));
+  std::printf("%d %d %d %s", cuda::runtime_version(), cuda::driver_version(), error,
+              cuda::error_string(error));
 }
 """
 

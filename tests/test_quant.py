@@ -492,7 +492,8 @@ def test_no_memory_left():
         x, residual, w = torch.randn(rows, cols), torch.randn(rows, cols), torch.randn(cols)
         codes, scale = torch.zeros(rows, cols, dtype=torch.int8), torch.zeros(rows, 1)
         before = residual.clone()
-        run = lambda: R.fused_add_rms_norm_quant(x, residual, w, dtype=torch.int8, out=(codes, scale, residual))
+        out = codes, scale, residual
+        run = lambda: R.fused_add_rms_norm_quant(x, residual, w, dtype=torch.int8, out=out)
         run()  # the threads are there now
         residual.copy_(before), codes.zero_(), scale.zero_()
         gc.collect()

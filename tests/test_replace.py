@@ -818,9 +818,11 @@ def test_weights_that_are_gathered_for_each_call():
             for parameter in (own := list(module.parameters(recurse=False))):
                 parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
             if own:
-                gather = lambda m, _, own=own: (
-                    [setattr(p, "data", full[p].clone()) for p in own] and None
-                )  # noqa: E731
+
+                def gather(m, _, own=own):
+                    for p in own:
+                        p.data = full[p].clone()
+
                 (
                     module.register_forward_pre_hook(gather),
                     module.register_full_backward_pre_hook(gather),

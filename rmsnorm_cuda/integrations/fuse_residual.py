@@ -128,11 +128,15 @@ def _fused_class(
             return "its forward calls super(), and its norms do not add the residual"
         named = any("residual" in name for name in forward.__code__.co_varnames)
         if named or _norms_a_sum(source.tree(), norms):
-            return "its forward does not read `h = residual + h; residual = h; h = self.norm(h)` anywhere"
+            pattern = "`h = residual + h; residual = h; h = self.norm(h)`"
+            return f"its forward does not read {pattern} anywhere"
         return ()
     try:
         if not _same_code(source.compiled(source.tree()), forward.__code__):
-            return "its forward is not what its source says (the file has changed, or somebody has rewritten it)"
+            return (
+                "its forward is not what its source says "
+                "(the file has changed, or somebody has rewritten it)"
+            )
         code = source.compiled(rewritten)
         new = _with(
             forward,

@@ -160,7 +160,8 @@ def _recognize(cls, attributes, shape, others) -> Recognized | str:
 
 def _try(cls, attributes, shape, others):
     if others:
-        return f"{cls.__name__} has {', '.join(others)}, where one parameter is expected, called weight"
+        held = ", ".join(others)
+        return f"{cls.__name__} has {held}, where one parameter is expected, called weight"
     module = object.__new__(cls)  # without the constructor, whose arguments nobody knows
     nn.Module.__init__(module)
     vars(module).update(attributes)

@@ -100,7 +100,10 @@ def _another_structure(module: nn.Module) -> str:
         return f"{name} has {', '.join(others)}, where one parameter is expected, called weight"
     weight = module._parameters.get("weight")
     if getattr(module, "weight", None) is not weight:
-        return f"the weight of {name} is not a parameter; where it was sharded or parametrized, swap before that"
+        return (
+            f"the weight of {name} is not a parameter; "
+            "where it was sharded or parametrized, swap before that"
+        )
     if hasattr(weight, "ds_shape"):
         return "its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"
     shape = _shape(module)
@@ -195,7 +198,8 @@ class _Trial(NamedTuple):
         dtypes = " and ".join(
             dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.pair)
         )
-        return f"in {dtypes}{' while it trains' if self.training else ''}{'' if self.grad else ' without gradients'}"
+        mode = " while it trains" if self.training else ""
+        return f"in {dtypes}{mode}{'' if self.grad else ' without gradients'}"
 
 
 class _Outcome(NamedTuple):
@@ -311,7 +315,8 @@ class _Laboratory:
         for name, a, b in zip(trial.batch, got.split(counts), want.split(counts), strict=True):
             share, far = values_off(a, b, trial.pair)
             if share >= 0.01 or far:
-                return f"{f'{share:.0%} of the' if share >= 0.01 else 'single'} values differ for {name}"
+                how_many = f"{share:.0%} of the" if share >= 0.01 else "single"
+                return f"{how_many} values differ for {name}"
         if not trial.grad:
             return ""
         if got.requires_grad != want.requires_grad:

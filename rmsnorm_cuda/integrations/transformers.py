@@ -277,7 +277,10 @@ def _may_be_rms_norm(module: nn.Module) -> bool:
 
 def _reason_to_skip(module: nn.Module, parent: nn.Module | None) -> str:
     if "forward" in vars(module):
-        return "its forward was replaced on this instance (accelerate hooks, kernels, Liger, ...); swap before that"
+        return (
+            "its forward was replaced on this instance (accelerate hooks, kernels, Liger, ...); "
+            "swap before that"
+        )
     if (
         getattr(module, "_compiled_call_impl", None) is not None
         or type(parent).__name__ == "OptimizedModule"
