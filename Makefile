@@ -64,10 +64,10 @@ RESULTS := benchmarks/results
 MACHINE := epyc-zen4-avx512
 STUDY := layernorm-vs-rmsnorm
 # $(call drawn,NAME,EXTENSIONS): from the JSON of that name, the files beside it.
-file = $(RESULTS)/$(1)-$(MACHINE)
-drawn = --from $(file).json $(foreach kind,$(2),--$(kind) $(file).$(kind))
+result = $(RESULTS)/$(1)-$(MACHINE)
+drawn = --from $(result).json $(foreach kind,$(2),--$(kind) $(result).$(kind))
 figures: $(VENV)/demo-ready build
-	$(BIN)/python benchmarks/uses.py --png $(call file,uses).png
+	$(BIN)/python benchmarks/uses.py --png $(call result,uses).png
 	$(BIN)/python benchmarks/cpu.py $(call drawn,cpu,png)
 	$(BIN)/python benchmarks/layernorm_vs_rmsnorm ops $(call drawn,$(STUDY)-ops,png md)
 	$(BIN)/python benchmarks/layernorm_vs_rmsnorm train $(call drawn,$(STUDY)-train,png md)
