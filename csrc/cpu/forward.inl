@@ -66,7 +66,7 @@ INLINE void add_row(const RmsNormForward& p, int64_t row, int64_t begin, int64_t
 }
 
 // Forms a row of x, and sums its squares. A part is summed up while it is in the L1 cache. kCols:
-// as of ForwardRows, for fp32, whose heads take a tenth less time so; those of 16 bits do not.
+// as of ForwardRows; an fp32 head takes a tenth less time so.
 template <class Tin, class Tx, bool kRound, int kCols>
 Doubles add_and_sum(const RmsNormForward& p, int64_t row, int64_t next_row,
                     typename Isa::SmallElements& small) {
@@ -183,7 +183,7 @@ class ForwardRows {
         per_col(1.0 / double(cols())),
         schedule(schedule_rows<Tx, Ty, kCols>(params, cols())),
         fetch_end(schedule.prefetch ? row_end : 0),
-        add_and_sum(add_and_sum_of<Tx, kRound, kIsFloat<Tx> ? kCols : 0>(params)) {}
+        add_and_sum(add_and_sum_of<Tx, kRound, kCols>(params)) {}
 
   INLINE void run(int64_t row_begin) {
     const int64_t group = schedule.group;
