@@ -316,8 +316,8 @@ def _memory(tensors: object) -> set[int]:
     return memory
 
 
-_ROWS_TO_BE_SURE = 4  # so many rows are as long as before by chance once in a million steps
-_TRACED_STEPS = 3  # of a norm; parts that call step() themselves are never traced
+_ROWS_TO_BE_SURE = 4  # one row is as long as before by chance once in a million; so many are not
+_STEPS_TO_TRACE = 3  # for one norm; no trace runs in parts that call step() themselves
 
 
 class _DeadLayers:
@@ -345,7 +345,7 @@ class _DeadLayers:
                 equal[i] = i not in self._equal_by_design
             elif i in self._sources:
                 equal[i] = bool(self._sources[i] >> step.previous[i] & 1)
-            elif self._asked[i] < _TRACED_STEPS:
+            elif self._asked[i] < _STEPS_TO_TRACE:
                 self._asked[i] += 1
                 unsure.append(i)
         self._rows = torch.where(equal, self._rows + step.figures[:, ROWS], 0)
