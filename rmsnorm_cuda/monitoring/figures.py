@@ -47,9 +47,10 @@ class Meter:
 
     def measure(self, number: int, calls: list[Call], training: bool) -> Step:
         rstds: dict[int, Tensor] = {}
-        for i, rstd, *_ in calls:
-            seen = rstds.get(i)
-            rstds[i] = rstd if seen is None else torch.cat([seen.reshape(-1), rstd.reshape(-1)])
+        for i, rstd, _, _ in calls:
+            if i in rstds:
+                rstd = torch.cat([rstds[i].reshape(-1), rstd.reshape(-1)])
+            rstds[i] = rstd
         device = calls[0][1].device
         figures, previous = self._of_rows(rstds, device)
         weights = self._weights.at(number, training, device)
@@ -59,7 +60,7 @@ class Meter:
             pinned.copy_(figures, non_blocking=True)
             copied, figures = torch.cuda.current_stream(device).record_event(), pinned
         dtypes = {i: dtype for i, _, dtype, _ in calls}
-        compiled = {i for i, *_, is_compiled in calls if is_compiled}
+        compiled = {i for i, _, _, is_compiled in calls if is_compiled}
         return Step(number, figures, dtypes, previous, compiled, copied)
 
     def _of_rows(self, rstds: dict[int, Tensor], device: torch.device) -> tuple[Tensor, dict]:

@@ -82,22 +82,21 @@ def find_faults(
         dead: for each norm whether what is before it adds nothing.
         eps: of each norm, by its name.
     """
-    f, names, checks = step.figures, list(eps), []
-    rows = f[:, ROWS]
+    names, checks = list(eps), []
+    rows, nan, inf, small, _, mean, _, longest, _, weight = step.figures.unbind(1)
 
     def check(kind: str, is_fault: Tensor, message: str, *values: Sequence) -> None:
         checks.append((kind, is_fault, lambda i: message.format(*(value[i] for value in values))))
 
     if limits.non_finite:
-        check("non_finite", f[:, NAN] > 0, "NaN in {:.0f} of {:.0f} rows", f[:, NAN], rows)
+        check("non_finite", nan > 0, "NaN in {:.0f} of {:.0f} rows", nan, rows)
         message = "Inf in {:.0f} of {:.0f} rows: what comes before it overflows"
-        check("non_finite", f[:, INF] > 0, message, f[:, INF], rows)
+        check("non_finite", inf > 0, message, inf, rows)
     if limits.small is not None:
         message = "the mean of squares of {:.0%} of the rows is below eps={}, which decides there"
-        is_small, share = f[:, SMALL] > limits.small * rows, f[:, SMALL] / rows
-        check("small", is_small, message, share, list(eps.values()))
+        check("small", small > limits.small * rows, message, small / rows, list(eps.values()))
     if limits.drift is not None:
-        drift = f[:, MEAN] - first[:, MEAN]
+        drift = mean - first[:, MEAN]
         message = "rows are {:.3g} times as long as in the first step"
         check("drift", drift.abs() > math.log2(limits.drift), message, drift.double().exp2())
     if limits.headroom is not None:
@@ -105,15 +104,15 @@ def find_faults(
         room = {d: math.log2(torch.finfo(d).max / limits.headroom) for d in set(dtypes)}
         room = torch.tensor([room[d] for d in dtypes], dtype=torch.float32, device="cpu")
         message = "a row has RMS {:.3g}, near the largest number of {}"
-        check("headroom", f[:, MAX] > room, message, f[:, MAX].double().exp2(), dtypes)
+        check("headroom", longest > room, message, longest.double().exp2(), dtypes)
     if limits.weight is not None:
-        growth = f[:, WEIGHT] / first[:, WEIGHT]
+        growth = weight / first[:, WEIGHT]
         message = "the weight is {:.3g} times as large as in the first step"
         check("weight", growth > limits.weight, message, growth)
     if dead is not None:
         message = "its rows are exactly as long as in the norm before: what is between adds nothing"
         check("dead", dead, message)
-        check("dead", f[:, WEIGHT] == 0, "its weight is zero")
+        check("dead", weight == 0, "its weight is zero")
     if not checks:
         return []
     faults = torch.stack([is_fault for _, is_fault, _ in checks], 1).nonzero().tolist()
