@@ -65,15 +65,25 @@ def rms_norm(
             raised.
     """
     if not is_dynamo_compiling():
-        args = input, normalized_shape, weight, eps, weight_offset, cast_before_weight
-        result = _C.rms_norm(*args) if out is None else _C.rms_norm_out(*args, out)
-        if result is not NotImplemented:
-            return result if out is None else out
+        # No tuple of them all, which costs a tenth of a call on one row.
+        if out is None:
+            result = _C.rms_norm(
+                input, normalized_shape, weight, eps, weight_offset, cast_before_weight
+            )
+            if result is not NotImplemented:
+                return result
+        elif (
+            _C.rms_norm_out(
+                input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out
+            )
+            is None
+        ):
+            return out
         options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
         if is_overridden(input, weight, out):
             return override(rms_norm, input, normalized_shape, weight, eps, **options, out=out)
-        names = "input", "normalized_shape", "weight", "eps", *options
-        args = checked("rms_norm", out=out, **dict(zip(names, args)))[1:]
+        tensors = {"input": input, "normalized_shape": normalized_shape, "weight": weight}
+        _, *args = checked("rms_norm", out=out, **tensors, eps=eps, **options)
     else:
         if isinstance(normalized_shape, int):
             normalized_shape = (normalized_shape,)
@@ -133,15 +143,18 @@ def fused_add_rms_norm(
         RuntimeError: shapes, dtypes or devices do not match; ``out`` does not fit, or overlaps what
             is read partly. Nothing is written then.
     """
+    if out is None and not is_dynamo_compiling():
+        results = _C.fused_add_rms_norm(
+            input, residual, weight, eps, weight_offset, cast_before_weight
+        )
+        if results is not NotImplemented:
+            return results
     args = input, residual, weight, eps, weight_offset, cast_before_weight
     if out is not None:
         check_out("fused_add_rms_norm", out, 2)
     if not is_dynamo_compiling():
-        results = (
-            _C.fused_add_rms_norm(*args) if out is None else _C.fused_add_rms_norm_out(*args, *out)
-        )
-        if results is not NotImplemented:
-            return results if out is None else tuple(out)
+        if out is not None and _C.fused_add_rms_norm_out(*args, *out) is None:
+            return tuple(out)
         args = checked("fused_add_rms_norm", **dict(zip(_FUSED_ADD, args)))
     *args, weight_offset, cast_before_weight = args
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
@@ -173,10 +186,14 @@ def fused_add_rms_norm_(
             rows overlap or are not contiguous; the result would not have ``input``'s dtype
             (``cast_before_weight`` beside a wider weight). Nothing is written then.
     """
+    if not is_dynamo_compiling():
+        done = _C.fused_add_rms_norm_(
+            input, residual, weight, eps, weight_offset, cast_before_weight
+        )
+        if done is None:
+            return
     args = input, residual, weight, eps, weight_offset, cast_before_weight
     if not is_dynamo_compiling():
-        if _C.fused_add_rms_norm_(*args) is None:
-            return
         args = checked("fused_add_rms_norm_", **dict(zip(_FUSED_ADD, args)))
     *args, weight_offset, cast_before_weight = args
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
@@ -249,8 +266,14 @@ def rms_norm_quant(
             would be recorded; ``out`` does not fit or overlaps what is read. Nothing is written
             then.
     """
-    args = (weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset)
-    return _quantized("rms_norm_quant", (input,), (*args, cast_before_weight), out)
+    quant = dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight
+    if out is None and not is_dynamo_compiling():
+        results = _C.rms_norm_quant(input, weight, scale, eps, *quant)
+        if results is not NotImplemented:
+            output, dynamic, norm = results
+            scale = dynamic if scale is None else scale
+            return (output, scale, norm) if return_norm else (output, scale)
+    return _quantized("rms_norm_quant", (input,), (weight, scale, eps, *quant), out)
 
 
 def fused_add_rms_norm_quant(
@@ -278,8 +301,14 @@ def fused_add_rms_norm_quant(
     Returns:
         ``(output, scale, residual_out)`` or ``(output, scale, residual_out, norm)``.
     """
-    args = (weight, scale, eps, dtype, block, scale_ub, column_major, return_norm, weight_offset)
-    arguments = (*args, cast_before_weight)
+    quant = dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight
+    if out is None and not is_dynamo_compiling():
+        results = _C.fused_add_rms_norm_quant(input, residual, weight, scale, eps, *quant)
+        if results is not NotImplemented:
+            output, dynamic, total, norm = results
+            scale = dynamic if scale is None else scale
+            return (output, scale, total, norm) if return_norm else (output, scale, total)
+    arguments = (weight, scale, eps, *quant)
     return _quantized("fused_add_rms_norm_quant", (input, residual), arguments, out)
 
 
@@ -288,7 +317,9 @@ _OPTIONS = *_QUANT[3:7], "keep_norm", "weight_offset", "cast_before_weight"
 
 
 def _quantized(op, tensors, arguments, out):
-    """What both functions do: `tensors` is the input and, if one is added, the residual."""
+    """What both functions do with other than plain arguments: `tensors` is the input and, if one is
+    added, the residual.
+    """
     _, scale, *_, return_norm, _, _ = arguments
     count = len(tensors) + 1 + return_norm
     given = ()
@@ -299,7 +330,8 @@ def _quantized(op, tensors, arguments, out):
         given = output, dynamic if scale is None else None, *rest, *(() if return_norm else (None,))
     results = NotImplemented
     if not is_dynamo_compiling():
-        results = getattr(_C, f"{op}_out" if given else op)(*tensors, *arguments, *given)
+        if given:
+            results = getattr(_C, f"{op}_out")(*tensors, *arguments, *given)
         if results is NotImplemented:
             names = "input", "residual"
             names = *names[: len(tensors)], *_QUANT, "weight_offset", "cast_before_weight"
