@@ -977,7 +977,7 @@ def test_build_for_another_machine(tmp_path):
         subprocess.run(
             [tmp_path / "check"], capture_output=True, text=True, check=True, env=environment
         ).stdout
-        == "1 scalar"
+        == "2 scalar"
     )
 
 
