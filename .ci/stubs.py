@@ -109,12 +109,13 @@ def function_stub(name, parameters, returned):
 
 def binding_stubs():
     yield HEADER + "from typing import Any\n\nfrom torch import Tensor, dtype\n"
-    for name, value in sorted(vars(_C).items()):
-        if name.startswith("__"):
+    names = {name: value for name, value in sorted(vars(_C).items()) if name[:2] != "__"}
+    texts = [name for name, value in names.items() if isinstance(value, str)]
+    yield "".join(f"{name}: str\n" for name in texts)
+    for name, value in names.items():
+        if name in texts:
             continue
-        if isinstance(value, str):
-            yield f"{name}: str"
-        elif signature := re.match(r"\w+\((.*)\) -> (.*)", value.__doc__):
+        if signature := re.match(r"\w+\((.*)\) -> (.*)", value.__doc__):
             yield function_stub(name, *signature.groups())
         else:
             yield entry_stub(name)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, dtype
 
 compiler: str
+torch_version: str
 
 def cuda_architectures() -> str: ...
 def cuda_built() -> bool: ...
@@ -160,5 +161,3 @@ def rms_norm_quant_out(
     /,
 ) -> None: ...  # or NotImplemented
 def set_isa(name: str | None) -> None: ...
-
-torch_version: str
