@@ -91,7 +91,8 @@ const Choice& choose() {
 }
 
 const Choice& choice() {
-  const Choice* chosen = current.load(std::memory_order_relaxed);
+  // Acquired, for what it points to may have been written by the thread that chose it.
+  const Choice* chosen = current.load(std::memory_order_acquire);
   return chosen ? *chosen : choose();
 }
 
