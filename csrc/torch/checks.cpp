@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace rmsnorm {
@@ -36,17 +37,30 @@ void check_dtype(const char* op, const char* name, const Tensor& t) {
   refuse_dtype(op, t, c10::str("expected ", name, " to be float32, float16, bfloat16 or float64"));
 }
 
-void check_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  TORCH_CHECK(t.device() == input.device(), op,
-              ": expected all tensors to be on the same device, but input is on ", input.device(),
-              " and ", name, " is on ", t.device());
-}
-
-void check_memory(const char* op, const char* name, const Tensor& t) {
-  TORCH_CHECK(t.is_meta() || !t.has_storage() || t.unsafeGetTensorImpl()->storage_initialized(), op,
-              ": expected ", name,
-              " to have memory, but its storage was freed (as FSDP and "
-              "offloading do until the tensor is gathered again)");
+void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const Tensor*> tensors,
+                   bool need_memory) {
+  const auto has_memory = [&](const Tensor& t) {
+    return !need_memory || t.is_meta() || !t.has_storage() ||
+           t.unsafeGetTensorImpl()->storage_initialized();
+  };
+  const at::Device device = tensors[0]->device();
+  if (std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
+        return !t || !t->defined() || (t->device() == device && has_memory(*t));
+      })) {
+    return;
+  }
+  const auto& arguments = op.schema().arguments();
+  const Tensor& input = *tensors[*op.schema().argumentIndexWithName("input")];
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i] || !tensors[i]->defined()) continue;
+    const Tensor& t = *tensors[i];
+    TORCH_CHECK(t.device() == input.device(), op.operator_name(),
+                ": expected all tensors to be on the same device, but input is on ", input.device(),
+                " and ", arguments[i].name(), " is on ", t.device());
+    TORCH_CHECK(has_memory(t), op.operator_name(), ": expected ", arguments[i].name(),
+                " to have memory, but its storage was freed (as FSDP and offloading do until the "
+                "tensor is gathered again)");
+  }
 }
 
 void check_norm(const char* op, const Tensor& input, SymIntArrayRef normalized_shape,
@@ -70,7 +84,6 @@ void check_norm(const char* op, const Tensor& input, SymIntArrayRef normalized_s
         same_sizes(weight->sym_sizes(), normalized_shape), op,
         ": expected weight to be of same shape as normalized_shape, but got weight of shape ",
         weight->sym_sizes(), " and normalized_shape=", normalized_shape);
-    check_device(op, "weight", *weight, input);
   }
   const auto& [eps, weight_offset, cast_before_weight] = options;
   TORCH_CHECK_VALUE(!eps || (*eps >= 0 && std::isfinite(*eps)), op,
@@ -94,7 +107,6 @@ void check_residual(const char* op, const Tensor& input, const Tensor& residual)
   TORCH_CHECK(same_sizes(residual.sym_sizes(), input.sym_sizes()), op,
               ": expected residual of input's shape ", input.sym_sizes(), ", but got ",
               residual.sym_sizes());
-  check_device(op, "residual", residual, input);
   const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   TORCH_CHECK(residual.scalar_type() == input.scalar_type() ||
                   (half && residual.scalar_type() == at::kFloat),
@@ -102,11 +114,10 @@ void check_residual(const char* op, const Tensor& input, const Tensor& residual)
               half ? " or of Float" : "", ", but got ", residual.scalar_type());
 }
 
-void check_tensor(const char* op, const char* name, const Tensor& t, const Tensor& input,
-                  SymIntArrayRef shape, std::optional<at::ScalarType> type) {
+void check_tensor(const char* op, const char* name, const Tensor& t, SymIntArrayRef shape,
+                  std::optional<at::ScalarType> type) {
   TORCH_CHECK(same_sizes(t.sym_sizes(), shape), op, ": expected ", name, " of shape ", shape,
               ", but got ", t.sym_sizes());
-  check_device(op, name, t, input);
   TORCH_CHECK(!type || t.scalar_type() == *type, op, ": expected ", name, " of dtype ", *type,
               ", but got ", t.scalar_type());
 }

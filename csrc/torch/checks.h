@@ -4,6 +4,7 @@
 // checked when the compiled program runs.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
@@ -16,6 +17,12 @@ namespace rmsnorm {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Of every op, before its body: `tensors` are its arguments, nullptr for what is none. They are on
+// one device. A kernel needs their memory too, which FSDP and offloading free until a tensor is
+// gathered again.
+void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const at::Tensor*> tensors,
+                   bool need_memory);
+
 // The arguments that all ops have.
 void check_norm(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
                 const OptionalTensor& weight, const NormOptions& options);
@@ -27,21 +34,13 @@ c10::SymIntArrayRef check_last_dim(const char* op, const at::Tensor& input,
 // The residual of a fused add: input's shape, and its dtype or, beside 16 bits, fp32.
 void check_residual(const char* op, const at::Tensor& input, const at::Tensor& residual);
 
-// Another tensor of a call: its shape, input's device and, if one is named, its dtype.
-void check_tensor(const char* op, const char* name, const at::Tensor& t, const at::Tensor& input,
-                  c10::SymIntArrayRef shape, std::optional<at::ScalarType> type = std::nullopt);
+// Another tensor of a call: its shape and, if one is named, its dtype.
+void check_tensor(const char* op, const char* name, const at::Tensor& t, c10::SymIntArrayRef shape,
+                  std::optional<at::ScalarType> type = std::nullopt);
 
 // One of the four that the kernels know.
 void check_dtype(const char* op, const char* name, const at::Tensor& t);
 [[noreturn]] void refuse_dtype(const char* op, const at::Tensor& t, const std::string& expected);
-void check_device(const char* op, const char* name, const at::Tensor& t, const at::Tensor& input);
-
-// Of what a kernel reads or writes: a tensor may have elements and no memory, where FSDP and
-// offloading free a storage until it is gathered again. Those of a compiler never have.
-void check_memory(const char* op, const char* name, const at::Tensor& t);
-inline void check_memory(const char* op, const char* name, const OptionalTensor& t) {
-  if (t) check_memory(op, name, *t);
-}
 
 // The rows of a result that the caller owns. It may be what it replaces, or apart from it.
 Rows check_written_rows(const char* op, const char* name, const at::Tensor& out, int64_t lead,

@@ -90,7 +90,7 @@ Tensor Formula::rstd() const {
 std::tuple<Tensor, Tensor> Formula::backward(const Tensor& grad_output,
                                              std::array<bool, 2> output_mask,
                                              const OptionalTensor& grad_residual) const {
-  check_tensor(name_, "grad_output", grad_output, input_, input_.sym_sizes());
+  check_tensor(name_, "grad_output", grad_output, input_.sym_sizes());
   const Tensor dy = grad_output.to(compute_);
   Tensor dx, dweight;
   if (output_mask[0]) {

@@ -1,7 +1,6 @@
 // The residual addition before a norm, and the norm: fused_add_rms_norm, fused_add_rms_norm.out,
 // fused_add_rms_norm_ (in place), fused_add_rms_norm_forward.
 #include <ATen/TensorOperators.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "checks.h"
 #include "formula.h"
@@ -11,9 +10,6 @@
 
 namespace rmsnorm {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 struct Call {
   const Tensor& input;
@@ -35,40 +31,22 @@ constexpr const char* kName = "fused_add_rms_norm";
 void check(const char* op, const Call& call) {
   check_residual(op, call.input, call.residual);
   check_last_dim(op, call.input, call.weight, call.options);
-  check_memory(op, "input", call.input);
-  check_memory(op, "residual", call.residual);
-  check_memory(op, "weight", call.weight);
 }
 
 // ------------------------------------------------------------------------------------- forward
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Call& call, bool want_rstd) {
-  check(kName, call);
-  const Tensor& input = call.input;
-  const int64_t lead = call.lead();
-  Tensor y = allocate(input.sym_sizes(), input, call.output_type());
-  Tensor sum = allocate(input.sym_sizes(), input, call.residual.scalar_type());
-  Tensor rstd;
-  if (want_rstd) rstd = allocate(input.sym_sizes().slice(0, lead), input, rstd_type(input));
-  if (input.is_meta()) return {y, sum, rstd};
-  if (input.numel() == 0) {
-    if (want_rstd) rstd.fill_(std::numeric_limits<double>::quiet_NaN());  // a mean over nothing
-    return {y, sum, rstd};
-  }
-  ForwardLaunch launch(kName, sum, lead, call.weight, call.options);
-  launch.add(input, call.residual);
-  launch.write_to(y, dense_rows(launch.cols()), cpu::writes_past_caches(y.nbytes(), true));
-  if (want_rstd) launch.write_rstd(rstd);
-  launch.run();
-  return {y, sum, rstd};
-}
-
-std::tuple<Tensor, Tensor> fused_add_rms_norm(const Call& call) {
-  auto [y, sum, rstd] = forward(call, /*want_rstd=*/false);
-  return {std::move(y), std::move(sum)};
-}
+template <bool want_rstd>
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward(const Call& call) {
-  return forward(call, /*want_rstd=*/true);
+  const auto& [input, residual, weight, options] = call;
+  check(kName, call);
+  Tensor sum = allocate(input.sym_sizes(), input, residual.scalar_type());
+  auto [y, rstd] = forward(kName, sum, call.lead(), weight, options, call.output_type(), want_rstd,
+                           &input, &residual);
+  return {std::move(y), std::move(sum), std::move(rstd)};
+}
+std::tuple<Tensor, Tensor> fused_add_rms_norm(const Call& call) {
+  auto [y, sum, rstd] = fused_add_rms_norm_forward<false>(call);
+  return {std::move(y), std::move(sum)};
 }
 
 // The sum goes to residual_out, the norm to y; both may be what they are made of.
@@ -103,11 +81,8 @@ void fused_add_rms_norm_out(const OutCall& call) {
   const auto& [norm, out, residual_out] = call;
   const Tensor& input = norm.input;
   check(kName, norm);
-  check_tensor(kName, "out", out, input, input.sym_sizes(), norm.output_type());
-  check_tensor(kName, "residual_out", residual_out, input, input.sym_sizes(),
-               norm.residual.scalar_type());
-  check_memory(kName, "out", out);
-  check_memory(kName, "residual_out", residual_out);
+  check_tensor(kName, "out", out, input.sym_sizes(), norm.output_type());
+  check_tensor(kName, "residual_out", residual_out, input.sym_sizes(), norm.residual.scalar_type());
   if (input.is_meta() || input.numel() == 0) return;
   write(kName, norm, out, "out", residual_out, "residual_out");
 }
@@ -136,12 +111,12 @@ struct Record : torch::autograd::Function<Record> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& residual,
                                const OptionalTensor& weight, const NormOptions& options,
-                               Tensor* rstd_out) {
+                               Tensor* rstd) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, sum, rstd] = ops::fused_add_rms_norm_forward::call(
+    Tensor output, sum;
+    std::tie(output, sum, *rstd) = ops::fused_add_rms_norm_forward::call(
         input, residual, weight, options.eps, options.weight_offset, options.cast_before_weight);
-    if (rstd_out) *rstd_out = rstd;
-    ctx->save_for_backward({sum, weight.value_or(Tensor()), rstd});
+    ctx->save_for_backward({sum, weight.value_or(Tensor()), *rstd});
     ctx->set_materialize_grads(false);
     if (!input.requires_grad() && !residual.requires_grad()) ctx->mark_non_differentiable({sum});
     save(ctx, options);
@@ -184,9 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> record_forward(const Call& call) {
   return {results[0], results[1], rstd};
 }
 std::tuple<Tensor, Tensor> record(const Call& call) {
-  const variable_list results =
-      Record::apply(call.input, call.residual, call.weight, call.options, nullptr);
-  return {results[0], results[1]};
+  auto [output, sum, rstd] = record_forward(call);
+  return {std::move(output), std::move(sum)};
 }
 
 }  // namespace
@@ -201,8 +175,8 @@ TORCH_LIBRARY_FRAGMENT(rmsnorm_cuda, m) {
                                   fused_add_rms_norm_formula<kPlain>>(
       m, arguments, "(Tensor output, Tensor residual_out)");
   ops::fused_add_rms_norm_forward::define<
-      fused_add_rms_norm_forward, fused_add_rms_norm_forward_formula<kRescaled>, record_forward,
-      fused_add_rms_norm_forward_formula<kPlain>>(
+      fused_add_rms_norm_forward<true>, fused_add_rms_norm_forward_formula<kRescaled>,
+      record_forward, fused_add_rms_norm_forward_formula<kPlain>>(
       m, arguments, "(Tensor output, Tensor residual_out, Tensor rstd)");
   ops::fused_add_rms_norm_::define<fused_add_rms_norm_>(
       m, "Tensor(a!) input, Tensor(b!) residual, " + tensors, "()");

@@ -74,4 +74,25 @@ void ForwardLaunch::run() const {
   });
 }
 
+std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& x, int64_t lead,
+                                   const std::optional<Tensor>& weight, const NormOptions& options,
+                                   at::ScalarType y_type, bool want_rstd, const Tensor* input,
+                                   const Tensor* residual) {
+  Tensor y = allocate(x.sym_sizes(), x, y_type), rstd;
+  if (want_rstd) {
+    rstd = allocate(x.sym_sizes().slice(0, lead), x, rstd_type(x));
+  }
+  if (x.is_meta()) return {y, rstd};
+  if (x.numel() == 0) {
+    if (want_rstd) rstd.fill_(std::numeric_limits<double>::quiet_NaN());  // a mean over nothing
+    return {y, rstd};
+  }
+  ForwardLaunch launch(op, x, lead, weight, options);
+  if (residual) launch.add(*input, *residual);
+  launch.write_to(y, dense_rows(launch.cols()), cpu::writes_past_caches(y.nbytes(), true));
+  if (want_rstd) launch.write_rstd(rstd);
+  launch.run();
+  return {y, rstd};
+}
+
 }  // namespace rmsnorm

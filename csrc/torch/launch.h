@@ -4,6 +4,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "layout.h"
 #include "options.h"
@@ -55,5 +56,13 @@ class ForwardLaunch {
   Placed input_, residual_;
   RmsNormForward p_{};
 };
+
+// (y, rstd) in new tensors, y of this dtype. With a residual, x first becomes its sum with input.
+// On the meta device, and of no elements, nothing is launched.
+std::tuple<at::Tensor, at::Tensor> forward(const char* op, const at::Tensor& x, int64_t lead,
+                                           const std::optional<at::Tensor>& weight,
+                                           const NormOptions& options, at::ScalarType y_type,
+                                           bool want_rstd, const at::Tensor* input = nullptr,
+                                           const at::Tensor* residual = nullptr);
 
 }  // namespace rmsnorm

@@ -1,24 +1,22 @@
 // An op of torch.ops.rmsnorm_cuda: how C++ calls it, and all that torch's dispatcher is told of it.
 #pragma once
 #include <ATen/FuncTorchTLS.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include <array>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+#include "checks.h"
 
 namespace rmsnorm {
 
 using at::Tensor;
 using c10::DispatchKeySet;
 using c10::SymIntArrayRef;
-using OptionalTensor = std::optional<Tensor>;
 
 // Whether another copy of this library registered these ops in the process before. Then this copy
 // registers nothing: torch would refuse it while the library is loaded, which ends the process.
@@ -56,13 +54,12 @@ bool record_grad(const Args&... args) {
   return at::GradMode::is_enabled() && (requires_grad(tensor_of(args)) || ...);
 }
 
-// `Name` derives from Op<Name, Signature> and has `name`; Signature is the C++ type of its schema.
-// A body takes the arguments as one aggregate, which is filled in their order.
+// `Name` derives from Op<Name, Signature> and has `name` and `overload`; Signature is the C++ type
+// of its schema. A body takes the arguments as one aggregate, which is filled in their order.
 template <class Name, class Signature>
 struct Op;
 template <class Name, class Result, class... Args>
 struct Op<Name, Result(Args...)> {
-  static constexpr const char* overload = "";
   using Arguments = std::tuple<std::decay_t<Args>...>;
   static constexpr bool kWrites = std::is_void_v<Result>;  // to some of its arguments
 
@@ -78,8 +75,7 @@ struct Op<Name, Result(Args...)> {
   //   1. nothing is recorded: straight to the kernel, or to what a functorch transform has below
   //      (vmap: vmap.py);
   //   2. a functorch transform records, or there is a forward-mode tangent: the formula in ATen
-  //   ops,
-  //      which torch differentiates and batches itself, in any nesting;
+  //      ops, which torch differentiates and batches itself, in any nesting;
   //   3. else record(), an autograd::Function over forward and backward ops.
   // `composite` is the op "<name>_formula", for compilers that fuse the formula with its
   // neighbours.
@@ -92,7 +88,7 @@ struct Op<Name, Result(Args...)> {
     const std::string formula_name = full_name() + "_formula";
     define_schema(m, formula_name, arguments, results);
     m.impl(formula_name.c_str(), torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd,
-                                                 TORCH_FN(unpacked<composite>)));
+                                                 TORCH_FN((checked<composite, false>))));
   }
 
   // An op for inference: refused where a gradient would be recorded. One that writes to arguments
@@ -126,7 +122,7 @@ struct Op<Name, Result(Args...)> {
   template <auto body>
   static void define_kernels(torch::Library& m) {
     for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
-      m.impl(full_name().c_str(), torch::dispatch(key, TORCH_FN(unpacked<body>)));
+      m.impl(full_name().c_str(), torch::dispatch(key, TORCH_FN((checked<body, true>))));
     }
   }
 
@@ -137,6 +133,11 @@ struct Op<Name, Result(Args...)> {
   template <auto body>
   static Result unpacked(Args... args) {
     return body(pack(body, std::forward<Args>(args)...));
+  }
+  template <auto body, bool need_memory>
+  static Result checked(Args... args) {
+    check_tensors(handle(), {tensor_of(args)...}, need_memory);
+    return unpacked<body>(std::forward<Args>(args)...);
   }
   static Result redispatch(DispatchKeySet keys, Args... args) {
     return handle().redispatch(keys, std::forward<Args>(args)...);
@@ -149,7 +150,7 @@ struct Op<Name, Result(Args...)> {
                     : in_functorch_transform() ? Way::kFormula
                                                : Way::kRecord;
     if (way == Way::kKernel) return redispatch(keys & c10::after_autograd_keyset, args...);
-    if (way == Way::kFormula) return unpacked<formula>(args...);
+    if (way == Way::kFormula) return checked<formula, false>(args...);
     return unpacked<record>(args...);
   }
 
@@ -165,11 +166,10 @@ struct Op<Name, Result(Args...)> {
   // saved the old values.
   static void bump_versions(DispatchKeySet keys, Args... args) {
     redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
-    const std::array<const Tensor*, sizeof...(Args)> tensors{tensor_of(args)...};
-    const auto& arguments = handle().schema().arguments();
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const auto* alias = arguments[i].alias_info();
-      if (alias && alias->isWrite()) tensors[i]->unsafeGetTensorImpl()->bump_version();
+    const auto* argument = handle().schema().arguments().data();
+    for (const Tensor* t : {tensor_of(args)...}) {
+      const auto* alias = argument++->alias_info();
+      if (alias && alias->isWrite()) t->unsafeGetTensorImpl()->bump_version();
     }
   }
 

@@ -9,84 +9,51 @@ using Eps = std::optional<double>;
 template <int n>
 using Tensors = decltype(std::tuple_cat(std::declval<std::array<Tensor, n>>()));  // std::tuple
 
-// (input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
-struct rms_norm : Op<rms_norm, Tensor(const Tensor&, SymIntArrayRef, const OptionalTensor&, Eps,
-                                      double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::rms_norm";
-};
-// (output, rstd)
-struct rms_norm_forward
-    : Op<rms_norm_forward,
-         Tensors<2>(const Tensor&, SymIntArrayRef, const OptionalTensor&, Eps, double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::rms_norm_forward";
-};
+// (input, normalized_shape, weight, eps, weight_offset, cast_before_weight, ...)
+template <class Result, class... Out>
+using Norm = Result(const Tensor&, SymIntArrayRef, const OptionalTensor&, Eps, double, bool,
+                    Out...);
 // (grad_output, input, normalized_shape, weight, rstd, eps, output_mask, grad_residual,
-// weight_offset, cast_before_weight) -> (grad_input, grad_weight)
-struct rms_norm_backward
-    : Op<rms_norm_backward,
-         Tensors<2>(const Tensor&, const Tensor&, SymIntArrayRef, const OptionalTensor&,
-                    const Tensor&, Eps, std::array<bool, 2>, const OptionalTensor&, double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::rms_norm_backward";
-};
-struct rms_norm_out : Op<rms_norm_out, void(const Tensor&, SymIntArrayRef, const OptionalTensor&,
-                                            Eps, double, bool, const Tensor& out)> {
-  static constexpr const char *name = "rmsnorm_cuda::rms_norm", *overload = "out";
-};
-
-// (input, residual, weight, eps, weight_offset, cast_before_weight) -> (output, residual_out)
-struct fused_add_rms_norm
-    : Op<fused_add_rms_norm,
-         Tensors<2>(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::fused_add_rms_norm";
-};
-// (output, residual_out, rstd)
-struct fused_add_rms_norm_forward
-    : Op<fused_add_rms_norm_forward,
-         Tensors<3>(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::fused_add_rms_norm_forward";
-};
-struct fused_add_rms_norm_
-    : Op<fused_add_rms_norm_,
-         void(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::fused_add_rms_norm_";
-};
-struct fused_add_rms_norm_out
-    : Op<fused_add_rms_norm_out,
-         void(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool,
-              const Tensor& out, const Tensor& residual_out)> {
-  static constexpr const char *name = "rmsnorm_cuda::fused_add_rms_norm", *overload = "out";
-};
-
+// weight_offset, cast_before_weight)
+template <class Result>
+using NormBackward = Result(const Tensor&, const Tensor&, SymIntArrayRef, const OptionalTensor&,
+                            const Tensor&, Eps, std::array<bool, 2>, const OptionalTensor&, double,
+                            bool);
+// (input, residual, weight, eps, weight_offset, cast_before_weight, ...)
+template <class Result, class... Out>
+using FusedNorm = Result(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool,
+                         Out...);
 // (input, weight, scale, eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset,
-// cast_before_weight) -> (output, scale, norm)
-struct rms_norm_quant
-    : Op<rms_norm_quant, Tensors<3>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                    Eps, at::ScalarType, std::optional<int64_t>,
-                                    std::optional<double>, bool, bool, double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::rms_norm_quant";
-};
-struct rms_norm_quant_out
-    : Op<rms_norm_quant_out,
-         void(const Tensor&, const OptionalTensor&, const OptionalTensor&, Eps, at::ScalarType,
-              std::optional<int64_t>, std::optional<double>, bool, bool, double, bool,
-              const Tensor& out, const Tensor& scale_out, const Tensor& norm_out)> {
-  static constexpr const char *name = "rmsnorm_cuda::rms_norm_quant", *overload = "out";
-};
-// the same with residual after input -> (output, scale, residual_out, norm)
-struct fused_add_rms_norm_quant
-    : Op<fused_add_rms_norm_quant,
-         Tensors<4>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, Eps,
-                    at::ScalarType, std::optional<int64_t>, std::optional<double>, bool, bool,
-                    double, bool)> {
-  static constexpr const char* name = "rmsnorm_cuda::fused_add_rms_norm_quant";
-};
-struct fused_add_rms_norm_quant_out
-    : Op<fused_add_rms_norm_quant_out,
-         void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, Eps,
-              at::ScalarType, std::optional<int64_t>, std::optional<double>, bool, bool, double,
-              bool, const Tensor& out, const Tensor& scale_out, const Tensor& residual_out,
-              const Tensor& norm_out)> {
-  static constexpr const char *name = "rmsnorm_cuda::fused_add_rms_norm_quant", *overload = "out";
-};
+// cast_before_weight, ...)
+template <class Result, class... Out>
+using Quant = Result(const Tensor&, const OptionalTensor&, const OptionalTensor&, Eps,
+                     at::ScalarType, std::optional<int64_t>, std::optional<double>, bool, bool,
+                     double, bool, Out...);
+// the same with residual after input
+template <class Result, class... Out>
+using FusedQuant = Result(const Tensor&, const Tensor&, const OptionalTensor&,
+                          const OptionalTensor&, Eps, at::ScalarType, std::optional<int64_t>,
+                          std::optional<double>, bool, bool, double, bool, Out...);
+
+#define RMSNORM_OP(type, op, overload_name, ...)                                        \
+  struct type : Op<type, __VA_ARGS__> {                                                 \
+    static constexpr const char *name = "rmsnorm_cuda::" op, *overload = overload_name; \
+  }
+using Out = const Tensor&;
+RMSNORM_OP(rms_norm, "rms_norm", "", Norm<Tensor>);
+RMSNORM_OP(rms_norm_out, "rms_norm", "out", Norm<void, Out>);
+RMSNORM_OP(rms_norm_forward, "rms_norm_forward", "", Norm<Tensors<2>>);            // output, rstd
+RMSNORM_OP(rms_norm_backward, "rms_norm_backward", "", NormBackward<Tensors<2>>);  // dx, dweight
+// output, residual_out, of the forward also rstd
+RMSNORM_OP(fused_add_rms_norm, "fused_add_rms_norm", "", FusedNorm<Tensors<2>>);
+RMSNORM_OP(fused_add_rms_norm_, "fused_add_rms_norm_", "", FusedNorm<void>);
+RMSNORM_OP(fused_add_rms_norm_out, "fused_add_rms_norm", "out", FusedNorm<void, Out, Out>);
+RMSNORM_OP(fused_add_rms_norm_forward, "fused_add_rms_norm_forward", "", FusedNorm<Tensors<3>>);
+// output, scale, residual_out if there is a residual, norm
+RMSNORM_OP(rms_norm_quant, "rms_norm_quant", "", Quant<Tensors<3>>);
+RMSNORM_OP(rms_norm_quant_out, "rms_norm_quant", "out", Quant<void, Out, Out, Out>);
+RMSNORM_OP(fused_add_rms_norm_quant, "fused_add_rms_norm_quant", "", FusedQuant<Tensors<4>>);
+RMSNORM_OP(fused_add_rms_norm_quant_out, "fused_add_rms_norm_quant", "out",
+           FusedQuant<void, Out, Out, Out, Out>);
 
 }  // namespace rmsnorm::ops

@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "../rmsnorm.h"
 
@@ -15,33 +16,29 @@ struct NormOptions {
   bool cast_before_weight;
 };
 
-inline std::optional<DType> as_dtype(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kDouble:
-      return DType::kFloat64;
-    default:
-      return std::nullopt;
+// torch's name of a dtype, in the kernels' words; nullopt if they do not know it.
+template <class Type, size_t n>
+std::optional<Type> in_table(const std::pair<at::ScalarType, Type> (&table)[n],
+                             at::ScalarType type) {
+  for (const auto& [name, value] : table) {
+    if (name == type) return value;
   }
+  return std::nullopt;
+}
+inline std::optional<DType> as_dtype(at::ScalarType type) {
+  static constexpr std::pair<at::ScalarType, DType> kTable[] = {{at::kFloat, DType::kFloat32},
+                                                                {at::kHalf, DType::kFloat16},
+                                                                {at::kBFloat16, DType::kBFloat16},
+                                                                {at::kDouble, DType::kFloat64}};
+  return in_table(kTable, type);
 }
 inline DType dtype(const at::Tensor& t) { return *as_dtype(t.scalar_type()); }
-
 inline std::optional<QType> as_qtype(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat8_e4m3fn:
-      return QType::kFloat8E4M3;
-    case at::kFloat8_e5m2:
-      return QType::kFloat8E5M2;
-    case at::kChar:
-      return QType::kInt8;
-    default:
-      return std::nullopt;
-  }
+  static constexpr std::pair<at::ScalarType, QType> kTable[] = {
+      {at::kFloat8_e4m3fn, QType::kFloat8E4M3},
+      {at::kFloat8_e5m2, QType::kFloat8E5M2},
+      {at::kChar, QType::kInt8}};
+  return in_table(kTable, type);
 }
 
 // eps=None is the machine epsilon of the type that is computed in, as in

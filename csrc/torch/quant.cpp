@@ -43,16 +43,11 @@ struct Results {
 };
 struct OutCall {
   Call quant;
-  const Tensor& out;
-  const Tensor& scale_out;
-  const Tensor& norm_out;
+  const Tensor &out, &scale_out, &norm_out;
 };
 struct FusedOutCall {
   FusedCall quant;
-  const Tensor& out;
-  const Tensor& scale_out;
-  const Tensor& residual_out;
-  const Tensor& norm_out;
+  const Tensor &out, &scale_out, &residual_out, &norm_out;
 };
 
 // One body for all four ops.
@@ -107,7 +102,6 @@ class Quantization {
       TORCH_CHECK(scale->scalar_type() == at::kFloat && scale->sym_numel() == 1, op_,
                   ": expected scale to be one float32, but got ", scale->scalar_type(),
                   " of shape ", scale->sym_sizes());
-      check_device(op_, "scale", *scale, input_);
       TORCH_CHECK_VALUE(!block && !scale_ub, op_,
                         ": block and scale_ub are for scales that are found; expected neither "
                         "beside a given scale, but got ",
@@ -125,10 +119,6 @@ class Quantization {
                       ": expected scale_ub to be positive, but got ", *scale_ub);
     TORCH_CHECK_VALUE(!column_major || block, op_,
                       ": column-major scales are those of blocks; expected block to be given");
-    check_memory(op_, "input", input_);
-    if (residual_) check_memory(op_, "residual", *residual_);
-    check_memory(op_, "weight", weight);
-    check_memory(op_, "scale", scale);
   }
 
   void check_not_double(const Tensor& t) const {
@@ -153,7 +143,7 @@ class Quantization {
       check_dense("norm_out", norm, sizes_, norm_type_);
     } else {
       const c10::SymInt nothing[] = {0};
-      check_tensor(op_, "norm_out", norm, input_, nothing);
+      check_tensor(op_, "norm_out", norm, nothing);
     }
     if (input_.is_meta()) return;
     const std::pair<const char*, const Tensor*> written[] = {{"out", &output},
@@ -179,8 +169,7 @@ class Quantization {
 
   void check_dense(const char* name, const Tensor& t, SymIntArrayRef shape, at::ScalarType type,
                    bool column_major = false) const {
-    check_tensor(op_, name, t, input_, shape, type);
-    check_memory(op_, name, t);
+    check_tensor(op_, name, t, shape, type);
     if (t.is_meta()) return;
     TORCH_CHECK((column_major ? t.movedim(-1, 0) : t).is_contiguous(), op_, ": expected ", name,
                 column_major ? " to be column-major" : " to be contiguous", ", but got strides ",

@@ -6,15 +6,18 @@
 
 namespace rmsnorm {
 
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
 // An entry of saved_data costs an allocation or two: only what differs from the usual is kept.
-inline void save(torch::autograd::AutogradContext* ctx, const NormOptions& options) {
+inline void save(AutogradContext* ctx, const NormOptions& options) {
   auto& data = ctx->saved_data;
   if (options.eps) data["eps"] = *options.eps;
   if (options.weight_offset != 0) data["weight_offset"] = options.weight_offset;
   if (options.cast_before_weight) data["cast_before_weight"] = true;
 }
 
-inline NormOptions saved_options(torch::autograd::AutogradContext* ctx) {
+inline NormOptions saved_options(AutogradContext* ctx) {
   const auto& data = ctx->saved_data;
   NormOptions options{};
   if (const auto eps = data.find("eps"); eps != data.end()) options.eps = eps->second.toDouble();

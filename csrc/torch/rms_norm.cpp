@@ -1,7 +1,6 @@
 // The norm and its gradient: rms_norm, rms_norm.out, rms_norm_forward, rms_norm_backward.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "checks.h"
 #include "formula.h"
@@ -11,9 +10,6 @@
 
 namespace rmsnorm {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 struct Call {
   const Tensor& input;
@@ -48,40 +44,20 @@ int64_t lead_of(const Tensor& input, SymIntArrayRef normalized_shape) {
 
 // ------------------------------------------------------------------------------------- forward
 
-std::tuple<Tensor, Tensor> forward(const Call& call, bool want_rstd) {
+template <bool want_rstd>
+std::tuple<Tensor, Tensor> rms_norm_forward(const Call& call) {
   const auto& [input, normalized_shape, weight, options] = call;
   check_norm(kName, input, normalized_shape, weight, options);
-  check_memory(kName, "input", input);
-  check_memory(kName, "weight", weight);
-  const int64_t lead = lead_of(input, normalized_shape);
-  Tensor y = allocate(input.sym_sizes(), input, output_type(input, weight, options));
-  Tensor rstd;
-  if (want_rstd) rstd = allocate(input.sym_sizes().slice(0, lead), input, rstd_type(input));
-  if (input.is_meta()) return {y, rstd};
-  if (input.numel() == 0) {
-    if (want_rstd) rstd.fill_(std::numeric_limits<double>::quiet_NaN());  // a mean over nothing
-    return {y, rstd};
-  }
-  ForwardLaunch launch(kName, input, lead, weight, options);
-  launch.write_to(y, dense_rows(launch.cols()), cpu::writes_past_caches(y.nbytes(), true));
-  if (want_rstd) launch.write_rstd(rstd);
-  launch.run();
-  return {y, rstd};
+  return forward(kName, input, lead_of(input, normalized_shape), weight, options,
+                 output_type(input, weight, options), want_rstd);
 }
-
-Tensor rms_norm(const Call& call) { return std::get<0>(forward(call, /*want_rstd=*/false)); }
-std::tuple<Tensor, Tensor> rms_norm_forward(const Call& call) {
-  return forward(call, /*want_rstd=*/true);
-}
+Tensor rms_norm(const Call& call) { return std::get<0>(rms_norm_forward<false>(call)); }
 
 void rms_norm_out(const OutCall& call) {
   const auto& [input, normalized_shape, weight, options] = call.norm;
   const Tensor& out = call.out;
   check_norm(kName, input, normalized_shape, weight, options);
-  check_tensor(kName, "out", out, input, input.sym_sizes(), output_type(input, weight, options));
-  check_memory(kName, "input", input);
-  check_memory(kName, "weight", weight);
-  check_memory(kName, "out", out);
+  check_tensor(kName, "out", out, input.sym_sizes(), output_type(input, weight, options));
   if (input.is_meta() || input.numel() == 0) return;
   const int64_t lead = lead_of(input, normalized_shape);
   ForwardLaunch launch(kName, input, lead, weight, options);
@@ -92,17 +68,15 @@ void rms_norm_out(const OutCall& call) {
 }
 
 template <Rescaling rescaling>
-Formula formula_of(const Call& call) {
-  return {kName, rescaling, call.input, call.normalized_shape, call.weight, call.options};
+std::tuple<Tensor, Tensor> rms_norm_forward_formula(const Call& call) {
+  const auto& [input, normalized_shape, weight, options] = call;
+  const Formula formula(kName, rescaling, input, normalized_shape, weight, options);
+  return {formula.output(), formula.rstd()};
 }
 template <Rescaling rescaling>
 Tensor rms_norm_formula(const Call& call) {
-  return formula_of<rescaling>(call).output();
-}
-template <Rescaling rescaling>
-std::tuple<Tensor, Tensor> rms_norm_forward_formula(const Call& call) {
-  const Formula formula = formula_of<rescaling>(call);
-  return {formula.output(), formula.rstd()};
+  const auto& [input, normalized_shape, weight, options] = call;
+  return Formula(kName, rescaling, input, normalized_shape, weight, options).output();
 }
 
 // ------------------------------------------------------------------------------------ backward
@@ -116,19 +90,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
   const int64_t lead = lead_of(input, normalized_shape);
   check_norm(op, input, normalized_shape, weight, call.options());
   check_dtype(op, "grad_output", grad_output);
-  check_tensor(op, "grad_output", grad_output, input, input.sym_sizes());
-  check_tensor(op, "rstd", rstd, input, input.sym_sizes().slice(0, lead), rstd_type(input));
+  const SymIntArrayRef sizes = input.sym_sizes();
+  check_tensor(op, "grad_output", grad_output, sizes);
+  check_tensor(op, "rstd", rstd, sizes.slice(0, lead), rstd_type(input));
   if (grad_residual) {
-    check_tensor(op, "grad_residual", *grad_residual, input, input.sym_sizes(),
-                 input.scalar_type());
+    check_tensor(op, "grad_residual", *grad_residual, sizes, input.scalar_type());
   }
-  check_memory(op, "grad_output", grad_output);
-  check_memory(op, "input", input);
-  check_memory(op, "weight", weight);
-  check_memory(op, "rstd", rstd);
-  check_memory(op, "grad_residual", grad_residual);
   Tensor dx, dweight;
-  if (want_dx) dx = allocate(input.sym_sizes(), input, input.scalar_type());
+  if (want_dx) dx = allocate(sizes, input, input.scalar_type());
   if (want_dweight && weight) dweight = at::empty_symint(normalized_shape, weight->options());
   if (input.is_meta() || (!dx.defined() && !dweight.defined())) return {dx, dweight};
   if (input.numel() == 0) {
@@ -203,14 +172,13 @@ struct Record : torch::autograd::Function<Record> {
 
   // rstd goes out beside the differentiable result, by pointer, so that it has no gradient.
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                        SymIntArrayRef normalized_shape, const NormOptions& options,
-                        Tensor* rstd_out) {
+                        SymIntArrayRef normalized_shape, const NormOptions& options, Tensor* rstd) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, rstd] =
+    Tensor output;
+    std::tie(output, *rstd) =
         ops::rms_norm_forward::call(input, normalized_shape, weight, options.eps,
                                     options.weight_offset, options.cast_before_weight);
-    if (rstd_out) *rstd_out = rstd;
-    ctx->save_for_backward({input, weight.value_or(Tensor()), rstd});
+    ctx->save_for_backward({input, weight.value_or(Tensor()), *rstd});
     save(ctx, options);
     if (normalized_shape.size() != 1) {
       ctx->saved_data["normalized_dims"] = static_cast<int64_t>(normalized_shape.size());
@@ -233,15 +201,12 @@ struct Record : torch::autograd::Function<Record> {
   }
 };
 
-Tensor record(const Call& call) {
-  return Record::apply(call.input, call.weight, call.normalized_shape, call.options, nullptr);
-}
 std::tuple<Tensor, Tensor> record_forward(const Call& call) {
-  Tensor rstd;
-  const Tensor output =
-      Record::apply(call.input, call.weight, call.normalized_shape, call.options, &rstd);
+  const auto& [input, normalized_shape, weight, options] = call;
+  Tensor rstd, output = Record::apply(input, weight, normalized_shape, options, &rstd);
   return {output, rstd};
 }
+Tensor record(const Call& call) { return std::get<0>(record_forward(call)); }
 
 }  // namespace
 
@@ -265,7 +230,7 @@ TORCH_LIBRARY_FRAGMENT(rmsnorm_cuda, m) {
       "Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, " + options;
   ops::rms_norm::define<rms_norm, rms_norm_formula<kRescaled>, record, rms_norm_formula<kPlain>>(
       m, norm, "Tensor");
-  ops::rms_norm_forward::define<rms_norm_forward, rms_norm_forward_formula<kRescaled>,
+  ops::rms_norm_forward::define<rms_norm_forward<true>, rms_norm_forward_formula<kRescaled>,
                                 record_forward, rms_norm_forward_formula<kPlain>>(
       m, norm, "(Tensor output, Tensor rstd)");
   // A backward that is itself recorded goes through the formula, for second derivatives.
