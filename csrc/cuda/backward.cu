@@ -8,25 +8,23 @@
 namespace rmsnorm::cuda {
 namespace {
 
-// What the second pass over a long row needs of it.
+// What the second pass over a long row needs of it. As Scale: x is multiplied by pre, then by rstd.
+// mean is that of g * xhat.
 struct RowStats {
-  float rstd, pre,
-      mean;  // as Scale: x is multiplied by pre, then by rstd; mean is that of g * xhat
+  float rstd, pre, mean;
 };
 
 struct BackwardArgs {
-  View dy, x, weight, dresidual;
+  View dy, x, weight, dresidual, dx;
   const float* rstd;
-  void* dx;
   float* partial;  // sums for dweight, [blocks, cols]; nullptr: not wanted
   RowStats* stats;
-  Rows dy_rows, x_rows, dresidual_rows;
   int64_t rows, cols;
   double eps;
   float weight_offset, inv_cols;
   int lanes, cluster;
   int64_t slice;
-  bool dx_aligned, cast_before_weight;
+  bool cast_before_weight;
 };
 
 // DY and W are the types that dy and the weight are held in (held_dtype in plan.h).
@@ -37,14 +35,15 @@ struct Backward {
   using XChunk = Chunk<X, kElems>;
   using DYChunk = Chunk<DY, kElems>;
   using WChunk = Chunk<W, kElems>;
+  using DWeightChunk = Chunk<float, kElems>;
 
   // rstd as it is, but for the rows that did not fit its range: those are looked at again, in
   // double.
   static __device__ RowStats row_scale(const BackwardArgs& a, int64_t row) {
     const float rstd = a.rstd[row];
-    if (!(rstd < kMinRstd || rstd > kMaxRstd)) return {rstd, 1.0f, 0.0f};
-    const Scale s = rescued_scale(static_cast<const X*>(a.x.data) + row_offset(a.x_rows, row),
-                                  a.cols, a.eps, a.lanes);
+    if (!(rstd < kMinFastRstd || rstd > kMaxFastRstd)) return {rstd, 1.0f, 0.0f};
+    const Scale s =
+        rescued_scale(static_cast<const X*>(a.x.data) + a.x.offset(row), a.cols, a.eps, a.lanes);
     return {s.hi, s.pre, 0.0f};
   }
 
@@ -54,6 +53,26 @@ struct Backward {
 
   static __device__ float2 times_weight(const BackwardArgs& a, float2 dy, float2 w) {
     return {dy.x * (w.x + a.weight_offset), dy.y * (w.y + a.weight_offset)};
+  }
+
+  static __device__ WChunk load_weight(const BackwardArgs& a, int64_t col, int count) {
+    return cuda::load_weight<W, kElems>(a.weight, col, count);
+  }
+
+  // x and dy of the chunks that each(f) calls f(k, column, count) for. With kFetch dresidual is
+  // brought into the L2 cache: it is loaded later.
+  template <bool kFetch, typename Each, int kChunks>
+  static __device__ void load(const BackwardArgs& a, int64_t row, const Each& each,
+                              XChunk (&x)[kChunks], DYChunk (&dy)[kChunks]) {
+    const int64_t x_offset = a.x.offset(row), dy_offset = a.dy.offset(row);
+    each([&](int k, int64_t col, int count) {
+      x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
+      dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
+      if (!kFetch || count <= 0 || a.dresidual.data == nullptr || a.dx.data == nullptr) return;
+      const X* const to_fetch =
+          static_cast<const X*>(a.dresidual.data) + a.dresidual.offset(row) + col;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(to_fetch));
+    });
   }
 
   // The sum of g * xhat.
@@ -69,38 +88,30 @@ struct Backward {
     });
   }
 
-  static __device__ void fetch_dresidual(const BackwardArgs& a, int64_t row, int64_t col) {
-    if (a.dresidual.data == nullptr || a.dx == nullptr) return;
-    fetch_chunk(a.dresidual, sizeof(X), row_offset(a.dresidual_rows, row) + col,
-                static_cast<int>(min(a.cols - col, int64_t{1})));
-  }
-
   // Stores dx and adds to the sums for dweight, `count` of each from (row, col) on.
   static __device__ void finish(const BackwardArgs& a, int64_t row, int64_t col, int count,
                                 XChunk& x, DYChunk& dy, WChunk& w, const RowStats& s,
-                                float2 (&dweight)[kPairs]) {
+                                DWeightChunk& dweight) {
     x.stay_packed();
     dy.stay_packed();
     w.stay_packed();
-    const bool has_dresidual = a.dresidual.data != nullptr && a.dx != nullptr;
+    const bool has_dresidual = a.dresidual.data != nullptr && a.dx.data != nullptr;
     XChunk dx, dresidual;
     if (has_dresidual) {
-      dresidual =
-          load_chunk<X, kElems>(a.dresidual, row_offset(a.dresidual_rows, row) + col, count);
+      dresidual = load_chunk<X, kElems>(a.dresidual, a.dresidual.offset(row) + col, count);
     }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float2 d = dy.get(i), g = times_weight(a, d, w.get(i));
+      const float2 d = dy.get(i), g = times_weight(a, d, w.get(i)), sum = dweight.get(i);
       float2 xhat = normalized(x.get(i), s);
       float2 result = {(g.x - xhat.x * s.mean) * s.rstd * s.pre,
                        (g.y - xhat.y * s.mean) * s.rstd * s.pre};
       if (has_dresidual) result = {result.x + dresidual.get(i).x, result.y + dresidual.get(i).y};
       dx.set(i, result);
       if (a.cast_before_weight) xhat = round_to<X>(xhat);
-      dweight[i] = {__fmaf_rn(d.x, xhat.x, dweight[i].x), __fmaf_rn(d.y, xhat.y, dweight[i].y)};
+      dweight.set(i, {__fmaf_rn(d.x, xhat.x, sum.x), __fmaf_rn(d.y, xhat.y, sum.y)});
     }
-    if (a.dx != nullptr)
-      store_chunk(static_cast<X*>(a.dx) + row * a.cols + col, dx, count, a.dx_aligned);
+    if (a.dx.data != nullptr) store_chunk<X>(a.dx, row * a.cols + col, dx, count);
   }
 
   // The thread's part of the sum of g * xhat over a longer row. With kShared it keeps x and dy.
@@ -108,22 +119,16 @@ struct Backward {
   static __device__ float dot_tiles(const BackwardArgs& a, int64_t row, const RowStats& stats,
                                     const Slice<Index, kBackwardVectors, kElems>& slice,
                                     uint4* kept) {
-    const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
     Sum total;
     for (Index first = 0; first < slice.chunks; first += slice.tile) {
       XChunk x[kBackwardVectors];
       DYChunk dy[kBackwardVectors];
       WChunk w[kBackwardVectors];
-      slice.each_chunk(first, [&](int k, Index i) {
-        const int64_t col = slice.column(i);
-        const int count = slice.count(i);
-        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
-        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
-        w[k] = load_weight<W, kElems>(a.weight, col, count);
-        if (kShared && i < slice.chunks) fetch_dresidual(a, row, col);
-      });
+      const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
+      load<kShared>(a, row, each_chunk, x, dy);
+      each_chunk([&](int k, int64_t col, int count) { w[k] = load_weight(a, col, count); });
       total = total + Sum(dot(a, x, dy, w, stats));
-      slice.each_chunk(first, [&](int k, Index i) {
+      slice.each_index(first, [&](int k, Index i) {
         if (!kShared || i >= slice.chunks) return;
         put_chunk(kept, slice.chunks, i, x[k]);
         put_chunk(kept + slice.chunks, slice.chunks, i, dy[k]);
@@ -132,12 +137,10 @@ struct Backward {
     return total;
   }
 
-  static __device__ void store_partial(float* p, int count, const float2 (&dweight)[kPairs],
-                                       bool aligned) {
-    Chunk<float, kElems> c;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) c.set(i, dweight[i]);
-    store_chunk(p, c, count, aligned);
+  // The sums for dweight of a block that has these columns.
+  static __device__ void store_partial(const BackwardArgs& a, int64_t block, int64_t col, int count,
+                                       const DWeightChunk& dweight) {
+    store_chunk(a.partial + block * a.cols + col, dweight, count, a.cols % 4 == 0);
   }
 };
 
@@ -157,10 +160,10 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
   const Cluster alone(1);
   __shared__ alignas(8) float slot_sums[kTuned.backward_block_threads * kVectors * kElems];
   RowGroup<kRows, kVectors, kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, false};
+  const auto each_chunk = [&](const auto& f) { group.each_chunk(f); };
   typename B::WChunk w[kVectors];
-  float2 dweight[kVectors][B::kPairs] = {};
-  group.each_chunk(
-      [&](int k, int col, int count) { w[k] = load_weight<W, kElems>(a.weight, col, count); });
+  typename B::DWeightChunk dweight[kVectors] = {};
+  each_chunk([&](int k, int col, int count) { w[k] = B::load_weight(a, col, count); });
 
   for (int turn = 0; group.any(); group.advance(), ++turn) {
     typename B::XChunk x[kRows][kVectors] = {};
@@ -169,12 +172,7 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
     float sum[kRows] = {};
     const int live = group.live();
     group.each_row([&](int r, int64_t row) {
-      const int64_t x_offset = row_offset(a.x_rows, row), dy_offset = row_offset(a.dy_rows, row);
-      group.each_chunk([&](int k, int col, int count) {
-        x[r][k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
-        dy[r][k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
-        B::fetch_dresidual(a, row, col);
-      });
+      B::template load<true>(a, row, each_chunk, x[r], dy[r]);
       stats[r] = B::row_scale(a, row);
     });
 #pragma unroll
@@ -185,29 +183,25 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
     row_sum(sum, live, a.lanes, alone, scratch, turn);
     group.each_row([&](int r, int64_t row) {
       stats[r].mean = sum[r] * a.inv_cols;
-      group.each_chunk([&](int k, int col, int count) {
+      each_chunk([&](int k, int col, int count) {
         B::finish(a, row, col, count, x[r][k], dy[r][k], w[k], stats[r], dweight[k]);
       });
     });
   }
   if (a.partial == nullptr) return;
-  float* const partial = a.partial + blockIdx.x * a.cols;
   const int row_elems = group.lanes * kVectors * kElems;
-  group.each_chunk([&](int k, int col, int count) {
-    if (group.slots == 1) {
-      B::store_partial(partial + col, count, dweight[k], a.cols % 4 == 0);
-    } else {
-      float2* const sums = reinterpret_cast<float2*>(slot_sums + group.slot * row_elems + col);
+  each_chunk([&](int k, int col, int count) {
+    if (group.slots == 1) return B::store_partial(a, blockIdx.x, col, count, dweight[k]);
+    float2* const sums = reinterpret_cast<float2*>(slot_sums + group.slot * row_elems + col);
 #pragma unroll
-      for (int i = 0; i < B::kPairs; ++i) sums[i] = dweight[k][i];
-    }
+    for (int i = 0; i < B::kPairs; ++i) sums[i] = dweight[k].get(i);
   });
   if (group.slots == 1) return;
   __syncthreads();
   for (int col = threadIdx.x; col < group.cols; col += blockDim.x) {
     float total = 0;
     for (int i = 0; i < group.slots; ++i) total += slot_sums[i * row_elems + col];
-    partial[col] = total;
+    a.partial[blockIdx.x * a.cols + col] = total;
   }
 }
 
@@ -217,19 +211,18 @@ __global__ LAUNCH_BOUNDS(kBackwardSharedRows,
                          false) void backward_shared_rows(const __grid_constant__ BackwardArgs a) {
   sync_dependent_launch();
   using B = Backward<X, DY, W>;
-  constexpr int kElems = B::kElems;
-  using DWChunk = Chunk<float, kElems>;
+  using DWeightChunk = typename B::DWeightChunk;
   extern __shared__ uint4 kept[];
   __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
   const int64_t begin = cluster.rank * a.slice;
-  const Slice<int, kBackwardVectors, kElems> slice{begin, min(a.cols, begin + a.slice),
-                                                   static_cast<int>(blockDim.x)};
+  const Slice<int, kBackwardVectors, B::kElems> slice{begin, min(a.cols, begin + a.slice),
+                                                      static_cast<int>(blockDim.x)};
   const int chunks = slice.chunks;
   uint4* const kept_dy = kept + chunks;
-  uint4* const kept_dweight = kept_dy + chunks * (B::DYChunk::kBytes / 16);
+  uint4* const kept_dweight = kept_dy + chunks * B::DYChunk::kVectors;
 
-  slice.each_chunk([&](int i) { put_chunk(kept_dweight, chunks, i, DWChunk{}); });
+  slice.each_index([&](int i) { put_chunk(kept_dweight, chunks, i, DWeightChunk{}); });
   int turn = 0;
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows;
        row += gridDim.x / cluster.size, ++turn) {
@@ -237,29 +230,19 @@ __global__ LAUNCH_BOUNDS(kBackwardSharedRows,
     float sum[] = {B::template dot_tiles<true>(a, row, stats, slice, kept)};
     row_sum(sum, 1, slice.lanes, cluster, scratch, turn);
     stats.mean = sum[0] * a.inv_cols;
-    slice.each_chunk([&](int i) {
-      typename B::XChunk x;
-      typename B::DYChunk dy;
-      DWChunk kept_sum;
-      typename B::WChunk w = load_weight<W, kElems>(a.weight, slice.column(i), slice.count(i));
-      get_chunk(kept, chunks, i, x);
-      get_chunk(kept_dy, chunks, i, dy);
-      get_chunk(kept_dweight, chunks, i, kept_sum);
-      float2 dweight[B::kPairs];
-#pragma unroll
-      for (int j = 0; j < B::kPairs; ++j) dweight[j] = kept_sum.get(j);
+    slice.each_index([&](int i) {
+      auto w = B::load_weight(a, slice.column(i), slice.count(i));
+      auto x = get_chunk<typename B::XChunk>(kept, chunks, i);
+      auto dy = get_chunk<typename B::DYChunk>(kept_dy, chunks, i);
+      auto dweight = get_chunk<DWeightChunk>(kept_dweight, chunks, i);
       B::finish(a, row, slice.column(i), slice.count(i), x, dy, w, stats, dweight);
-#pragma unroll
-      for (int j = 0; j < B::kPairs; ++j) kept_sum.set(j, dweight[j]);
-      put_chunk(kept_dweight, chunks, i, kept_sum);
+      put_chunk(kept_dweight, chunks, i, dweight);
     });
   }
   if (a.partial == nullptr) return;
-  float* const partial = a.partial + blockIdx.x / cluster.size * a.cols;
-  slice.each_chunk([&](int i) {
-    DWChunk sum;
-    get_chunk(kept_dweight, chunks, i, sum);
-    store_chunk(partial + slice.column(i), sum, slice.count(i), a.cols % 4 == 0);
+  slice.each_index([&](int i) {
+    B::store_partial(a, blockIdx.x / cluster.size, slice.column(i), slice.count(i),
+                     get_chunk<DWeightChunk>(kept_dweight, chunks, i));
   });
 }
 
@@ -296,23 +279,21 @@ __global__ LAUNCH_BOUNDS(kBackwardLongStrips,
   const int64_t block_rows = (groups + gridDim.y - 1) / gridDim.y * kStripRows;
   const int64_t begin = blockIdx.y * block_rows, end = min(a.rows, begin + block_rows);
 
-  typename B::WChunk w = load_weight<W, kElems>(a.weight, col, count);
-  float2 dweight[B::kPairs] = {};
+  typename B::WChunk w = B::load_weight(a, col, count);
+  typename B::DWeightChunk dweight = {};
   for (int64_t first = begin; first < end; first += kStripRows) {
     typename B::XChunk x[kStripRows];
     typename B::DYChunk dy[kStripRows];
     const auto row_of = [=](int r) { return first + r; };
     each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
-      x[r] = load_chunk<X, kElems>(a.x, row_offset(a.x_rows, row) + col, count);
-      dy[r] = load_chunk<DY, kElems>(a.dy, row_offset(a.dy_rows, row) + col, count);
+      x[r] = load_chunk<X, kElems>(a.x, a.x.offset(row) + col, count);
+      dy[r] = load_chunk<DY, kElems>(a.dy, a.dy.offset(row) + col, count);
     });
     each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
       B::finish(a, row, col, count, x[r], dy[r], w, a.stats[row], dweight);
     });
   }
-  if (a.partial != nullptr) {
-    B::store_partial(a.partial + blockIdx.y * a.cols + col, count, dweight, a.cols % 4 == 0);
-  }
+  if (a.partial != nullptr) B::store_partial(a, blockIdx.y, col, count, dweight);
 }
 
 struct DWeightArgs {
@@ -353,16 +334,7 @@ int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips
   const int error = launch(backward_long_stats<X, DY, W>, plan, a, stream);
   if (error != 0) return error;
   const dim3 grid(static_cast<unsigned>(strips.strips), static_cast<unsigned>(strips.blocks));
-  return launch(backward_long_strips<X, DY, W>, {grid, kThreads<kBackwardLongStrips>}, a, stream);
-}
-
-template <typename X>
-int launch_rows(const BackwardArgs& a, bool same_dy, bool same_w, const Plan& plan,
-                const StripPlan& strips, cudaStream_t stream) {
-  if (same_dy && same_w) return launch_rows<X, X, X>(a, plan, strips, stream);
-  if (same_dy) return launch_rows<X, X, float>(a, plan, strips, stream);
-  if (same_w) return launch_rows<X, float, X>(a, plan, strips, stream);
-  return launch_rows<X, float, float>(a, plan, strips, stream);
+  return launch(backward_long_strips<X, DY, W>, grid, kThreads<kBackwardLongStrips>, a, stream);
 }
 
 // How a call is laid out, in the workspace too: the statistics of long rows, then the partial sums.
@@ -402,23 +374,20 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   const Layout layout(p, here);
   if (layout.in_double) return backward_in_double(p, s);
 
-  const int elems = vector_elems(p.x_dtype);
-  const Rows dense{1, {}, {p.cols}};
+  const auto view = [&](const void* data, DType dtype, const Rows& rows) {
+    return view_of(data, dtype, rows, p.rows, p.x_dtype);
+  };
   BackwardArgs a{};
-  a.dy = {p.dy, p.dy_dtype, rows_aligned(p.dy, p.dy_rows, p.rows, p.dy_dtype, elems)};
-  a.x = {p.x, p.x_dtype, rows_aligned(p.x, p.x_rows, p.rows, p.x_dtype, elems)};
-  a.weight = {p.weight, layout.w_dtype, row_aligned(p.weight, layout.w_dtype, elems)};
-  a.dresidual = {p.dresidual, p.x_dtype,
-                 rows_aligned(p.dresidual, p.dresidual_rows, p.rows, p.x_dtype, elems)};
-  a.dresidual_rows = p.dresidual_rows;
+  a.dy = view(p.dy, p.dy_dtype, p.dy_rows);
+  a.x = view(p.x, p.x_dtype, p.x_rows);
+  a.weight = view_of(p.weight, layout.w_dtype, p.x_dtype);
+  a.dresidual = view(p.dresidual, p.x_dtype, p.dresidual_rows);
+  a.dx = view(p.dx, p.x_dtype, Rows{1, {}, {p.cols}});
   a.rstd = static_cast<const float*>(p.rstd);
-  a.dx = p.dx;
   a.stats = static_cast<RowStats*>(p.workspace);
-  a.partial = p.dweight != nullptr
-                  ? reinterpret_cast<float*>(static_cast<char*>(p.workspace) + layout.stats_bytes)
-                  : nullptr;
-  a.dy_rows = p.dy_rows;
-  a.x_rows = p.x_rows;
+  if (p.dweight != nullptr) {
+    a.partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + layout.stats_bytes);
+  }
   a.rows = p.rows;
   a.cols = p.cols;
   a.eps = p.eps;
@@ -427,24 +396,18 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   a.lanes = layout.plan.lanes;
   a.cluster = layout.plan.cluster;
   a.slice = layout.plan.slice;
-  a.dx_aligned = rows_aligned(p.dx, dense, p.rows, p.x_dtype, elems);
   a.cast_before_weight = p.cast_before_weight;
-  const bool same_dy = held_dtype(p.x_dtype, p.dy_dtype) == p.x_dtype;
-  const bool same_w = held_dtype(p.x_dtype, layout.w_dtype) == p.x_dtype;
-  int error = 0;
-  switch (p.x_dtype) {
-    case DType::kFloat32:
-      error = launch_rows<float, float, float>(a, layout.plan, layout.strips, s);
-      break;
-    case DType::kFloat16:
-      error = launch_rows<__half>(a, same_dy, same_w, layout.plan, layout.strips, s);
-      break;
-    default:
-      error = launch_rows<__nv_bfloat16>(a, same_dy, same_w, layout.plan, layout.strips, s);
-  }
+  const int error = with_type(p.x_dtype, [&](auto x) {
+    return with_held_type(x, p.x_dtype, p.dy_dtype, [&](auto dy) {
+      return with_held_type(x, p.x_dtype, layout.w_dtype, [&](auto w) {
+        return launch_rows<decltype(x), decltype(dy), decltype(w)>(a, layout.plan, layout.strips,
+                                                                   s);
+      });
+    });
+  });
   if (error != 0 || p.dweight == nullptr) return error;
   const DWeightArgs d{a.partial, p.dweight, p.w_dtype, layout.partial_rows, p.cols};
-  return launch(dweight_sum, {static_cast<unsigned>(ceil_div(p.cols, 32)), 1024}, d, s);
+  return launch(dweight_sum, static_cast<unsigned>(ceil_div(p.cols, 32)), 1024, d, s);
 }
 
 }  // namespace rmsnorm::cuda

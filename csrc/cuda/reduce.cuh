@@ -146,10 +146,9 @@ inline Mean mean_of(int64_t cols, double eps) {
   return {inv_hi, static_cast<float>(inv - inv_hi), eps_hi, static_cast<float>(eps - eps_hi)};
 }
 
-// Mean squares in this range neither overflow nor lose bits in fp32 on any way through the kernels,
-// and their reciprocal roots are between kMinRstd and kMaxRstd. Other rows are rescued.
+// Mean squares in this range neither overflow nor lose bits in fp32 on any way through the kernels:
+// rstd is between kMinFastRstd and kMaxFastRstd. Other rows are rescued.
 constexpr float kMinMeanSquare = 0x1p-60f, kMaxMeanSquare = 0x1p60f;
-constexpr float kMinRstd = 0x1p-30f, kMaxRstd = 0x1p30f;
 
 // From the sum of squares, to about 2^-44: the error of the result is that of the sum. All in fp32,
 // because fp64 runs at 1/64 of its rate on most GPUs and this is done once for as few as 64

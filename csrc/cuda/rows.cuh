@@ -76,17 +76,22 @@ struct Slice {
     return static_cast<int>(min(end - column(chunk), int64_t{kElems}));
   }
 
-  // f(k, chunk) for each of the thread's chunks in a tile; those beyond the slice too, of count 0
-  // or less.
+  // f(k, chunk) for each of the thread's chunks in a tile; those beyond the slice too.
   template <typename F>
-  __device__ void each_chunk(Index first, const F& f) const {
+  __device__ void each_index(Index first, const F& f) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) f(k, first + k * lanes + lane);
   }
 
+  // f(k, column, count) for the same; beyond the slice the count is 0 or less.
+  template <typename F>
+  __device__ void each_chunk(Index first, const F& f) const {
+    each_index(first, [&](int k, Index chunk) { f(k, column(chunk), count(chunk)); });
+  }
+
   // f(chunk) for each of the thread's chunks in the slice, one at a time.
   template <typename F>
-  __device__ void each_chunk(const F& f) const {
+  __device__ void each_index(const F& f) const {
     for (Index chunk = lane; chunk < chunks; chunk += lanes) f(chunk);
   }
 };
