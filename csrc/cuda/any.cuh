@@ -5,46 +5,44 @@
 
 namespace rmsnorm::cuda {
 
-__device__ inline double load_any(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(p)[i];
-    case DType::kFloat16:
-      return __half2float(static_cast<const __half*>(p)[i]);
-    case DType::kBFloat16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-    default:
-      return static_cast<const double*>(p)[i];
+// f(T()) with T the type of dtype.
+template <typename F>
+__device__ auto with_any_type(DType dtype, const F& f) {
+  return dtype == DType::kFloat64 ? f(double()) : with_type(dtype, f);
+}
+
+template <typename T>
+__device__ double to_double(T v) {
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<float>(v);
+  } else {
+    return v;
   }
+}
+
+template <typename T>
+__device__ T from_double(double v) {
+  if constexpr (sizeof(T) == 2) {
+    return T(round_to_odd(v));
+  } else {
+    return static_cast<T>(v);
+  }
+}
+
+__device__ inline double load_any(const void* p, DType dtype, int64_t i) {
+  return with_any_type(
+      dtype, [=](auto type) { return to_double(static_cast<const decltype(type)*>(p)[i]); });
 }
 
 __device__ inline void store_any(void* p, DType dtype, int64_t i, double v) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(p)[i] = static_cast<float>(v);
-      return;
-    case DType::kFloat16:
-      static_cast<__half*>(p)[i] = __float2half_rn(round_to_odd(v));
-      return;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(round_to_odd(v));
-      return;
-    default:
-      static_cast<double*>(p)[i] = v;
-  }
+  with_any_type(dtype, [=](auto type) {
+    using T = decltype(type);
+    static_cast<T*>(p)[i] = from_double<T>(v);
+  });
 }
 
 __device__ inline double round_any(DType dtype, double v) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<float>(v);
-    case DType::kFloat16:
-      return __half2float(__float2half_rn(round_to_odd(v)));
-    case DType::kBFloat16:
-      return __bfloat162float(__float2bfloat16_rn(round_to_odd(v)));
-    default:
-      return v;
-  }
+  return with_any_type(dtype, [=](auto type) { return to_double(from_double<decltype(type)>(v)); });
 }
 
 }  // namespace rmsnorm::cuda

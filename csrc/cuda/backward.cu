@@ -14,16 +14,12 @@ struct RowStats {
   float rstd, pre, mean;
 };
 
-struct BackwardArgs {
-  View dy, x, weight, dresidual, dx;
+struct BackwardArgs : RowArgs {
+  View dy, dx, dresidual;  // dx without data: not wanted, nor dresidual then
   const float* rstd;
   float* partial;  // sums for dweight, [blocks, cols]; nullptr: not wanted
   RowStats* stats;
-  int64_t rows, cols;
-  double eps;
-  float weight_offset, inv_cols;
-  int lanes, cluster;
-  int64_t slice;
+  float inv_cols;
   bool cast_before_weight;
 };
 
@@ -59,21 +55,25 @@ struct Backward {
     return cuda::load_weight<W, kElems>(a.weight, col, count);
   }
 
-  // x and dy of the chunks that each(f) calls f(k, column, count) for. With kFetch dresidual is
-  // brought into the L2 cache: it is loaded later.
-  template <bool kFetch, typename Each, int kChunks>
-  static __device__ void load(const BackwardArgs& a, int64_t row, const Each& each,
-                              XChunk (&x)[kChunks], DYChunk (&dy)[kChunks]) {
-    const int64_t x_offset = a.x.offset(row), dy_offset = a.dy.offset(row);
-    each([&](int k, int64_t col, int count) {
-      x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
-      dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
-      if (!kFetch || count <= 0 || a.dresidual.data == nullptr || a.dx.data == nullptr) return;
-      const X* const to_fetch =
-          static_cast<const X*>(a.dresidual.data) + a.dresidual.offset(row) + col;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(to_fetch));
-    });
-  }
+  // A row of x and dy, and where they start.
+  struct Source {
+    const BackwardArgs& a;
+    const int64_t row, x_offset = a.x.offset(row), dy_offset = a.dy.offset(row);
+
+    // The chunks that each(f) calls f(k, column, count) for. With kFetch dresidual is brought into
+    // the L2 cache, for finish.
+    template <bool kFetch, typename Each, int kChunks>
+    __device__ void load(const Each& each, XChunk (&x)[kChunks], DYChunk (&dy)[kChunks]) const {
+      each([&](int k, int64_t col, int count) {
+        x[k] = load_chunk<X, kElems>(a.x, x_offset + col, count);
+        dy[k] = load_chunk<DY, kElems>(a.dy, dy_offset + col, count);
+        if (!kFetch || count <= 0 || a.dresidual.data == nullptr) return;
+        const X* const dresidual = static_cast<const X*>(a.dresidual.data);
+        const int64_t index = a.dresidual.offset(row) + col;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(dresidual + index));
+      });
+    }
+  };
 
   // The sum of g * xhat.
   template <int kChunks>
@@ -95,13 +95,12 @@ struct Backward {
     x.stay_packed();
     dy.stay_packed();
     w.stay_packed();
-    const bool has_dresidual = a.dresidual.data != nullptr && a.dx.data != nullptr;
+    const bool has_dresidual = a.dresidual.data != nullptr;
     XChunk dx, dresidual;
     if (has_dresidual) {
       dresidual = load_chunk<X, kElems>(a.dresidual, a.dresidual.offset(row) + col, count);
     }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
+    unrolled<kPairs>([&](int i) {
       const float2 d = dy.get(i), g = times_weight(a, d, w.get(i)), sum = dweight.get(i);
       float2 xhat = normalized(x.get(i), s);
       float2 result = {(g.x - xhat.x * s.mean) * s.rstd * s.pre,
@@ -110,7 +109,7 @@ struct Backward {
       dx.set(i, result);
       if (a.cast_before_weight) xhat = round_to<X>(xhat);
       dweight.set(i, {__fmaf_rn(d.x, xhat.x, sum.x), __fmaf_rn(d.y, xhat.y, sum.y)});
-    }
+    });
     if (a.dx.data != nullptr) store_chunk<X>(a.dx, row * a.cols + col, dx, count);
   }
 
@@ -119,14 +118,19 @@ struct Backward {
   static __device__ float dot_tiles(const BackwardArgs& a, int64_t row, const RowStats& stats,
                                     const Slice<Index, kBackwardVectors, kElems>& slice,
                                     uint4* kept) {
+    const Source source{a, row};
     Sum total;
     for (Index first = 0; first < slice.chunks; first += slice.tile) {
       XChunk x[kBackwardVectors];
       DYChunk dy[kBackwardVectors];
       WChunk w[kBackwardVectors];
-      const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
-      load<kShared>(a, row, each_chunk, x, dy);
-      each_chunk([&](int k, int64_t col, int count) { w[k] = load_weight(a, col, count); });
+      const auto each_chunk = [&](const auto& f) {
+        slice.each_chunk(first, [&](int k, int64_t col, int count) {
+          f(k, col, count);
+          w[k] = load_weight(a, col, count);
+        });
+      };
+      source.template load<kShared>(each_chunk, x, dy);
       total = total + Sum(dot(a, x, dy, w, stats));
       slice.each_index(first, [&](int k, Index i) {
         if (!kShared || i >= slice.chunks) return;
@@ -156,7 +160,6 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
   constexpr int kRows = kBackwardVectors / kVectors;
-  __shared__ Scratch scratch;
   const Cluster alone(1);
   __shared__ alignas(8) float slot_sums[kTuned.backward_block_threads * kVectors * kElems];
   RowGroup<kRows, kVectors, kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, false};
@@ -172,7 +175,8 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
     float sum[kRows] = {};
     const int live = group.live();
     group.each_row([&](int r, int64_t row) {
-      B::template load<true>(a, row, each_chunk, x[r], dy[r]);
+      const typename B::Source source{a, row};
+      source.template load<true>(each_chunk, x[r], dy[r]);
       stats[r] = B::row_scale(a, row);
     });
 #pragma unroll
@@ -180,7 +184,7 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
       if (r >= live) break;
       sum[r] = B::dot(a, x[r], dy[r], w, stats[r]);
     }
-    row_sum(sum, live, a.lanes, alone, scratch, turn);
+    row_sum(sum, live, a.lanes, alone, turn);
     group.each_row([&](int r, int64_t row) {
       stats[r].mean = sum[r] * a.inv_cols;
       each_chunk([&](int k, int col, int count) {
@@ -193,8 +197,7 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
   each_chunk([&](int k, int col, int count) {
     if (group.slots == 1) return B::store_partial(a, blockIdx.x, col, count, dweight[k]);
     float2* const sums = reinterpret_cast<float2*>(slot_sums + group.slot * row_elems + col);
-#pragma unroll
-    for (int i = 0; i < B::kPairs; ++i) sums[i] = dweight[k].get(i);
+    unrolled<B::kPairs>([&](int i) { sums[i] = dweight[k].get(i); });
   });
   if (group.slots == 1) return;
   __syncthreads();
@@ -213,7 +216,6 @@ __global__ LAUNCH_BOUNDS(kBackwardSharedRows,
   using B = Backward<X, DY, W>;
   using DWeightChunk = typename B::DWeightChunk;
   extern __shared__ uint4 kept[];
-  __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
   const int64_t begin = cluster.rank * a.slice;
   const Slice<int, kBackwardVectors, B::kElems> slice{begin, min(a.cols, begin + a.slice),
@@ -228,7 +230,7 @@ __global__ LAUNCH_BOUNDS(kBackwardSharedRows,
        row += gridDim.x / cluster.size, ++turn) {
     RowStats stats = B::row_scale(a, row);
     float sum[] = {B::template dot_tiles<true>(a, row, stats, slice, kept)};
-    row_sum(sum, 1, slice.lanes, cluster, scratch, turn);
+    row_sum(sum, 1, slice.lanes, cluster, turn);
     stats.mean = sum[0] * a.inv_cols;
     slice.each_index([&](int i) {
       auto w = B::load_weight(a, slice.column(i), slice.count(i));
@@ -252,14 +254,13 @@ __global__ LAUNCH_BOUNDS(kBackwardLongStats,
                          false) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
   sync_dependent_launch();
   using B = Backward<X, DY, W>;
-  __shared__ Scratch scratch;
   const Cluster alone(1);
   const Slice<int64_t, kBackwardVectors, B::kElems> slice{0, a.cols, kThreads<kBackwardLongStats>};
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
     RowStats stats = B::row_scale(a, row);
     float sum[] = {B::template dot_tiles<false>(a, row, stats, slice, nullptr)};
-    row_sum(sum, 1, slice.lanes, alone, scratch, turn);
+    row_sum(sum, 1, slice.lanes, alone, turn);
     stats.mean = sum[0] * a.inv_cols;
     if (slice.lane == 0) a.stats[row] = stats;
   }
@@ -322,9 +323,24 @@ __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWei
   if (lane == 0 && first + group < a.cols) store_any(a.dweight, a.dtype, first + group, sum);
 }
 
+// How a call is laid out, in the workspace too: the statistics of long rows, then the partial sums.
+struct Layout {
+  Plan plan;
+  StripPlan strips;
+  int64_t partial_rows, stats_bytes;
+
+  Layout(const RmsNormBackward& p, const Device& here)
+      : plan(plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, weight_dtype(p), here)),
+        strips(plan_strips(p.rows, p.cols, p.x_dtype, here)) {
+    const bool once = plan.keep != Keep::kNowhere;
+    partial_rows = once ? plan.blocks / plan.cluster : strips.blocks;
+    stats_bytes = once ? 0 : ceil_div(p.rows * sizeof(RowStats), 64) * 64;
+  }
+};
+
 template <typename X, typename DY, typename W>
-int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips,
-                cudaStream_t stream) {
+int launch_rows(const BackwardArgs& a, const Layout& layout, cudaStream_t stream) {
+  const Plan& plan = layout.plan;
   if (plan.keep != Keep::kNowhere) {
     void (*kernel)(BackwardArgs) = plan.keep == Keep::kShared ? backward_shared_rows<X, DY, W>
                                    : plan.vectors == 1        ? backward_rows<X, DY, W, 1>
@@ -333,36 +349,20 @@ int launch_rows(const BackwardArgs& a, const Plan& plan, const StripPlan& strips
   }
   const int error = launch(backward_long_stats<X, DY, W>, plan, a, stream);
   if (error != 0) return error;
-  const dim3 grid(static_cast<unsigned>(strips.strips), static_cast<unsigned>(strips.blocks));
+  const dim3 grid(static_cast<unsigned>(layout.strips.strips),
+                  static_cast<unsigned>(layout.strips.blocks));
   return launch(backward_long_strips<X, DY, W>, grid, kThreads<kBackwardLongStrips>, a, stream);
 }
 
-// How a call is laid out, in the workspace too: the statistics of long rows, then the partial sums.
-struct Layout {
-  DType w_dtype;
-  bool in_double;
-  Plan plan;
-  StripPlan strips;
-  int64_t partial_rows, stats_bytes;
-
-  Layout(const RmsNormBackward& p, const Device& here) {
-    w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
-    const auto is_double = [](DType type) { return type == DType::kFloat64; };
-    in_double = is_double(p.dy_dtype) || is_double(p.x_dtype) || is_double(w_dtype);
-    if (in_double) return;
-    plan = plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, w_dtype, here);
-    strips = plan_strips(p.rows, p.cols, p.x_dtype, here);
-    const bool once = plan.keep != Keep::kNowhere;
-    partial_rows = once ? plan.blocks / plan.cluster : strips.blocks;
-    stats_bytes = once ? 0 : ceil_div(p.rows * sizeof(RowStats), 64) * 64;
-  }
-};
+bool in_double(const RmsNormBackward& p) {
+  return is_double(p.dy_dtype) || is_double(p.x_dtype) || is_double(weight_dtype(p));
+}
 
 }  // namespace
 
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p) {
+  if (in_double(p)) return backward_in_double_workspace(p);
   const Layout layout(p, device());
-  if (layout.in_double) return backward_in_double_workspace(p);
   return layout.stats_bytes +
          (p.dweight != nullptr ? layout.partial_rows * p.cols * int64_t{sizeof(float)} : 0);
 }
@@ -371,37 +371,24 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const Device here = device();
   if (here.multiprocessors == 0) return why_no_device();
-  const Layout layout(p, here);
-  if (layout.in_double) return backward_in_double(p, s);
+  if (in_double(p)) return backward_in_double(p, s);
 
-  const auto view = [&](const void* data, DType dtype, const Rows& rows) {
-    return view_of(data, dtype, rows, p.rows, p.x_dtype);
-  };
-  BackwardArgs a{};
-  a.dy = view(p.dy, p.dy_dtype, p.dy_rows);
-  a.x = view(p.x, p.x_dtype, p.x_rows);
-  a.weight = view_of(p.weight, layout.w_dtype, p.x_dtype);
-  a.dresidual = view(p.dresidual, p.x_dtype, p.dresidual_rows);
-  a.dx = view(p.dx, p.x_dtype, Rows{1, {}, {p.cols}});
+  const Layout layout(p, here);
+  auto a = row_args<BackwardArgs>(p, layout.plan);
+  a.dy = view_of(p, p.dy, p.dy_dtype, p.dy_rows);
+  a.dx = view_of(p, p.dx, p.x_dtype, Rows{1, {}, {p.cols}});
+  if (p.dx != nullptr) a.dresidual = view_of(p, p.dresidual, p.x_dtype, p.dresidual_rows);
   a.rstd = static_cast<const float*>(p.rstd);
   a.stats = static_cast<RowStats*>(p.workspace);
   if (p.dweight != nullptr) {
     a.partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + layout.stats_bytes);
   }
-  a.rows = p.rows;
-  a.cols = p.cols;
-  a.eps = p.eps;
-  a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
   a.inv_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
-  a.lanes = layout.plan.lanes;
-  a.cluster = layout.plan.cluster;
-  a.slice = layout.plan.slice;
   a.cast_before_weight = p.cast_before_weight;
   const int error = with_type(p.x_dtype, [&](auto x) {
     return with_held_type(x, p.x_dtype, p.dy_dtype, [&](auto dy) {
-      return with_held_type(x, p.x_dtype, layout.w_dtype, [&](auto w) {
-        return launch_rows<decltype(x), decltype(dy), decltype(w)>(a, layout.plan, layout.strips,
-                                                                   s);
+      return with_held_type(x, p.x_dtype, a.weight.dtype, [&](auto w) {
+        return launch_rows<decltype(x), decltype(dy), decltype(w)>(a, layout, s);
       });
     });
   });

@@ -12,11 +12,10 @@ struct StoreNorm {
   using Args = NormArgs;
   static constexpr bool kFindsLargest = false;
   const Args& a;
-  const Scale s;
-  const int64_t y_offset;
-
-  __device__ StoreNorm(const Args& a, int64_t row, const Scale& s, Largest)
-      : a(a), s(s), y_offset(a.y.offset(row)) {}
+  const int64_t row;
+  const Scale& s;
+  const Largest& largest;  // not looked at
+  const int64_t y_offset = a.y.offset(row);
 
   __device__ void store(int64_t col, int count, typename N::XChunk& x,
                         typename N::WChunk& w) const {
@@ -25,17 +24,16 @@ struct StoreNorm {
     Chunk<Y, N::kElems> y;
     x.stay_packed();
     w.stay_packed();
-#pragma unroll
-    for (int i = 0; i < N::kElems / 2; ++i) {
+    unrolled<N::kElems / 2>([&](int i) {
       const float2 g = w.get(i);
       y.set(i, normalized<X, kCast>(x.get(i), {g.x + a.weight_offset, g.y + a.weight_offset}, s));
-    }
+    });
     const int64_t index = y_offset + col;
     if constexpr (N::kAdds && sizeof(X) == 4) {
-      if (a.y.dtype == DType::kFloat16) return store_chunk<__half>(a.y, index, y, count);
-      if (a.y.dtype == DType::kBFloat16) return store_chunk<__nv_bfloat16>(a.y, index, y, count);
+      with_type(a.y.dtype, [&](auto type) { store_chunk<decltype(type)>(a.y, index, y, count); });
+    } else {
+      store_chunk<Y>(a.y, index, y, count);
     }
-    store_chunk<Y>(a.y, index, y, count);
   }
 };
 
@@ -71,10 +69,8 @@ int launch_forward(const NormArgs& a, const Plan& plan, cudaStream_t stream) {
 
 int rms_norm_forward(const RmsNormForward& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const DType w_dtype = p.weight != nullptr ? p.w_dtype : p.x_dtype;
   const Addends& addends = p.addends;
-  const auto is_double = [](DType type) { return type == DType::kFloat64; };
-  const bool in_double = is_double(p.x_dtype) || is_double(w_dtype);
+  const bool in_double = is_double(p.x_dtype) || is_double(weight_dtype(p));
   const bool in_kernel = p.x_dtype == DType::kFloat32 ? !is_double(addends.input_dtype)
                                                       : addends.input_dtype == p.x_dtype;
   const bool adds = addends.input != nullptr && !in_double && in_kernel;
@@ -87,29 +83,17 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   if (here.multiprocessors == 0) return why_no_device();
 
   const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, p.quant.data != nullptr);
-  const auto view = [&](const void* data, DType dtype, const Rows& rows) {
-    return view_of(data, dtype, rows, p.rows, p.x_dtype);
-  };
-  NormArgs a{};
-  a.x = view(p.x, p.x_dtype, p.x_rows);
-  a.y = view(p.y, p.y_dtype, p.y_rows);
-  a.weight = view_of(p.weight, w_dtype, p.x_dtype);
+  auto a = row_args<NormArgs>(p, plan);
+  a.y = view_of(p, p.y, p.y_dtype, p.y_rows);
   if (adds) {
-    a.input = view(addends.input, addends.input_dtype, addends.input_rows);
-    a.residual = view(addends.residual, p.x_dtype, addends.residual_rows);
+    a.input = view_of(p, addends.input, addends.input_dtype, addends.input_rows);
+    a.residual = view_of(p, addends.residual, p.x_dtype, addends.residual_rows);
   }
   a.rstd = p.rstd;
-  a.rows = p.rows;
-  a.cols = p.cols;
-  a.eps = p.eps;
   a.mean = mean_of(p.cols, p.eps);
-  a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
-  a.lanes = plan.lanes;
-  a.cluster = plan.cluster;
-  a.slice = plan.slice;
   if (p.quant.data != nullptr) return launch_quant(p, a, plan, s);
   return with_type(p.x_dtype, [&](auto x) {
-    return with_held_type(x, p.x_dtype, w_dtype, [&](auto w) {
+    return with_held_type(x, p.x_dtype, a.weight.dtype, [&](auto w) {
       return with_flag(p.cast_before_weight, [&](auto cast) {
         return with_flag(adds, [&](auto add) {
           return launch_forward<decltype(x), decltype(w), decltype(cast)::value,

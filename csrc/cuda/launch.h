@@ -70,36 +70,50 @@ int launch(void (*kernel)(Args), const Plan& plan, const Args& args, cudaStream_
                 static_cast<unsigned>(plan.shared_bytes), plan.cluster);
 }
 
-// A tensor of `count` rows for a kernel that takes as many elements at a time as 16 bytes of x
-// hold. Aligned: all of these chunks start where the widest instruction can access them (16 bytes
-// at most; the chunks of a row are as far apart as they are long).
-inline View view_of(const void* data, DType dtype, const Rows& rows, int64_t count, DType x) {
-  const int64_t size = size_of(dtype), chunk = vector_elems(x) * size;
-  const int64_t bytes = chunk < 16 ? chunk : 16;
+// A tensor of p.rows rows for a kernel that takes as many elements at a time as 16 bytes of x hold.
+// Aligned: all of these chunks start where the widest instruction can access them (16 bytes at
+// most; the chunks of a row are as far apart as they are long).
+template <typename P>
+View view_of(const P& p, const void* data, DType dtype, const Rows& rows) {
+  const int64_t size = size_of(dtype);
+  const int64_t bytes = std::min(vector_elems(p.x_dtype) * size, int64_t{16});
   bool aligned = reinterpret_cast<uintptr_t>(data) % bytes == 0;
   for (int d = 0; d < rows.ndim; ++d) {
-    const bool is_one = (rows.ndim == 1 ? count : rows.size[d]) <= 1;
+    const bool is_one = (rows.ndim == 1 ? p.rows : rows.size[d]) <= 1;
     aligned = aligned && (is_one || rows.stride[d] * size % bytes == 0);
   }
   return {data, dtype, aligned, rows};
 }
 
-// A weight is one row.
-inline View view_of(const void* weight, DType dtype, DType x) {
-  return view_of(weight, dtype, Rows{1, {}, {}}, 1, x);
+// Where there is no weight, there is none that differs from x.
+template <typename P>
+DType weight_dtype(const P& p) {
+  return p.weight != nullptr ? p.w_dtype : p.x_dtype;
 }
 
-// f(T()) with T the type of dtype, of those that the kernels are compiled for.
-template <typename F>
-int with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float());
-    case DType::kFloat16:
-      return f(__half());
-    default:
-      return f(__nv_bfloat16());
-  }
+// What the kernels of rows have in common.
+struct RowArgs {
+  View x, weight;
+  int64_t rows, cols;
+  double eps;
+  float weight_offset;
+  int lanes, cluster;  // of the plan
+  int64_t slice;
+};
+
+template <typename Args, typename P>
+Args row_args(const P& p, const Plan& plan) {
+  Args a{};
+  a.x = view_of(p, p.x, p.x_dtype, p.x_rows);
+  a.weight = view_of(p, p.weight, weight_dtype(p), Rows{1, {}, {0}});
+  a.rows = p.rows;
+  a.cols = p.cols;
+  a.eps = p.eps;
+  a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
+  a.lanes = plan.lanes;
+  a.cluster = plan.cluster;
+  a.slice = plan.slice;
+  return a;
 }
 
 // f(T()) with T the type in which a tensor of dtype `other` is held beside x, of type X and dtype

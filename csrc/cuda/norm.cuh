@@ -6,15 +6,10 @@
 
 namespace rmsnorm::cuda {
 
-struct NormArgs {
-  View x, weight, input, residual, y;  // x = input + residual is formed first, if there is an input
+struct NormArgs : RowArgs {
+  View y, input, residual;  // x = input + residual is formed first, if there is an input
   void* rstd;
-  int64_t rows, cols;
-  double eps;
   Mean mean;
-  float weight_offset;
-  int lanes, cluster;
-  int64_t slice;
 };
 
 // Rows in 8 bits: quant.cu.
@@ -64,17 +59,14 @@ struct Norm {
   // within a thread.
   template <int kChunks>
   static __device__ Total<X> sum_of_squares(const XChunk (&x)[kChunks]) {
-    const auto pair = [&](int i) { return x[i / (kElems / 2)].get(i % (kElems / 2)); };
-    constexpr int kPairs = kChunks * kElems / 2;
-    if constexpr (sizeof(X) == 4) {
-      return tree_sum<kPairs>(
-          [&](int i) { return Sum::of_square(pair(i).x) + Sum::of_square(pair(i).y); });
-    } else {
-      const auto square = [&](int i) {
-        return __fmaf_rn(pair(i).y, pair(i).y, __fmul_rn(pair(i).x, pair(i).x));
-      };
-      return tree_sum<kPairs>(square);
-    }
+    return tree_sum<kChunks * kElems / 2>([&](int i) {
+      const float2 v = x[i / (kElems / 2)].get(i % (kElems / 2));
+      if constexpr (sizeof(X) == 4) {
+        return Sum::of_square(v.x) + Sum::of_square(v.y);
+      } else {
+        return __fmaf_rn(v.y, v.y, __fmul_rn(v.x, v.x));
+      }
+    });
   }
 
   static __device__ WChunk load_weight(const NormArgs& a, int64_t col, int count) {
@@ -101,11 +93,10 @@ struct Norm {
     if constexpr (!kAdd) return;
     const int64_t offset = a.x.offset(row);
     each([&](int k, int64_t col, int count) {
-#pragma unroll
-      for (int i = 0; i < kElems / 2; ++i) {
+      unrolled<kElems / 2>([&](int i) {
         const float2 left = input[k].get(i), right = x[k].get(i);
         x[k].set(i, {left.x + right.x, left.y + right.y});
-      }
+      });
       store_chunk<X>(a.x, offset + col, x[k], count);
     });
   }
@@ -129,21 +120,9 @@ struct Norm {
 };
 
 // The launch bounds of rows in registers. Short ones take few registers unasked.
-template <KernelIndex kKernel, int kVectors>
-constexpr int kRowsThreads =
-    kVectors < kForwardVectors ? kTuned.forward_block_threads : kThreads<kKernel>;
-template <KernelIndex kKernel, int kVectors, bool kMixed>
-constexpr int kRowsBlocks = kVectors < kForwardVectors ? 1 : kBlocks<kKernel, kMixed>;
-#define ROWS_BOUNDS(kernel, vectors, mixed) \
-  __launch_bounds__((kRowsThreads<kernel, vectors>), (kRowsBlocks<kernel, vectors, (mixed)>))
-
-// The kernels of rows differ in their epilogue E, what is done with a row once its scale is known:
-//   E::Args              its arguments, NormArgs or more
-//   E::N                 the Norm that it is of
-//   E(args, row, s, m)   of a row with Scale s, of which m is the largest magnitude of the norm
-//   store(column, count, x, w)
-//   E::kFindsLargest     whether m is found, where args.per_token is set, by largest_of(args, x, w,
-//                        s) of each chunk
+#define ROWS_BOUNDS(kernel, vectors, mixed)                                                        \
+  __launch_bounds__((vectors) < kForwardVectors ? kTuned.forward_block_threads : kThreads<kernel>, \
+                    (vectors) < kForwardVectors ? 1 : kBlocks<kernel, (mixed)>)
 
 // The largest magnitude: as integers they are in the same order, and NaN is the largest of all. Its
 // sum is that of both.
@@ -157,13 +136,16 @@ __device__ inline Largest of_lane(Largest v, int distance) {
   return {__shfl_xor_sync(~0u, v.bits, distance)};
 }
 
+// The kernels of rows differ in their epilogue E: what is done with a row of the Norm E::N once its
+// Scale s is known. E{args, row, s, largest}.store(column, count, x, w) does it for a chunk. With
+// E::kFindsLargest, and args.per_token, E::largest_of(args, x, w, s) of all of them comes first.
+
 // Rows held in registers, kVectors chunks per thread. A residual is as many bytes in flight again.
 template <typename E, int kVectors>
 __device__ void norm_rows(const typename E::Args& a) {
   sync_dependent_launch();
   using N = typename E::N;
   constexpr int kRows = kForwardVectors / kVectors;
-  __shared__ Scratch scratch;
   const Cluster alone(1);
   RowGroup<kRows, kVectors, N::kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, kRows == 1};
   const auto each_chunk = [&](const auto& f) { group.each_chunk(f); };
@@ -181,7 +163,7 @@ __device__ void norm_rows(const typename E::Args& a) {
       if (r >= live) break;
       sum[r] = N::sum_of_squares(x[r]);
     }
-    row_sum(sum, live, a.lanes, alone, scratch, turn);
+    row_sum(sum, live, a.lanes, alone, turn);
     Scale s[kRows];
     Largest largest[kRows];
     if constexpr (E::kFindsLargest) {
@@ -192,11 +174,11 @@ __device__ void norm_rows(const typename E::Args& a) {
           largest[r] = largest[r] + E::largest_of(a, x[r][k], w[k], s[r]);
         }
       });
-      if (a.per_token) row_sum(largest, live, a.lanes, alone, scratch, ++turn);
+      if (a.per_token) row_sum(largest, live, a.lanes, alone, ++turn);
     }
     group.each_row([&](int r, int64_t row) {
       if constexpr (!E::kFindsLargest) s[r] = N::scale(a, sum[r], row, alone, group.lane);
-      const E epilogue(a, row, s[r], largest[r]);
+      const E epilogue{a, row, s[r], largest[r]};
       each_chunk([&](int k, int col, int count) { epilogue.store(col, count, x[r][k], w[k]); });
     });
   }
@@ -212,7 +194,6 @@ __device__ void norm_long_rows(const typename E::Args& a) {
   using Index = std::conditional_t<kShared, int, int64_t>;  // of a chunk
   using XChunk = typename N::XChunk;
   extern __shared__ uint4 kept[];
-  __shared__ Scratch scratch;
   const Cluster cluster(a.cluster);
   const int64_t begin = cluster.rank * a.slice;
   const Slice<Index, kForwardVectors, N::kElems> slice{begin, min(a.cols, begin + a.slice),
@@ -246,7 +227,7 @@ __device__ void norm_long_rows(const typename E::Args& a) {
     // was read last is the likeliest still to be in the cache.
     Index first = (slice.chunks - 1) / slice.tile * slice.tile;
     load_weights(first);
-    row_sum(sum, 1, slice.lanes, cluster, scratch, turn);
+    row_sum(sum, 1, slice.lanes, cluster, turn);
     const Scale s = N::scale(a, sum[0], row, cluster, slice.lane);
     const int64_t x_offset = kShared ? 0 : a.x.offset(row);
     Largest largest[1];
@@ -257,11 +238,11 @@ __device__ void norm_long_rows(const typename E::Args& a) {
           typename N::WChunk weight = N::load_weight(a, slice.column(i), slice.count(i));
           largest[0] = largest[0] + E::largest_of(a, x, weight, s);
         });
-        row_sum(largest, 1, slice.lanes, cluster, scratch, ++turn);
+        row_sum(largest, 1, slice.lanes, cluster, ++turn);
       }
     }
     for (; first >= 0; first -= slice.tile) {
-      const E epilogue(a, row, s, largest[0]);  // here, where it costs no register before
+      const E epilogue{a, row, s, largest[0]};  // here, where it costs no register before
       XChunk x[kForwardVectors];
       slice.each_index(first, [&](int k, Index i) {
         if (!kShared) x[k] = load_again(x_offset, i);

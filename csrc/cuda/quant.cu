@@ -94,28 +94,23 @@ struct StoreQuant {
   const Scale& s;
   const Largest& largest;  // of the row, if it has a scale of its own
 
-  __device__ StoreQuant(const Args& a, int64_t row, const Scale& s, const Largest& largest)
-      : a(a), row(row), s(s), largest(largest) {}
-
   // The norm as it is rounded before it is put into 8 bits.
   static __device__ void norm_of(const Args& a, XChunk& x, const WChunk& w, const Scale& s,
                                  float2 (&v)[kPairs]) {
     using X = typename N::X;
     x.stay_packed();
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
+    unrolled<kPairs>([&](int i) {
       const float2 g = {w.get(i).x + a.weight_offset, w.get(i).y + a.weight_offset};
       v[i] = a.cast_before_weight ? normalized<X, true>(x.get(i), g, s)
                                   : normalized<X, false>(x.get(i), g, s);
       if (a.y.dtype == DType::kFloat16) v[i] = round_to<__half>(v[i]);
       if (a.y.dtype == DType::kBFloat16) v[i] = round_to<__nv_bfloat16>(v[i]);
-    }
+    });
   }
 
   static __device__ Largest largest_of(const float2 (&v)[kPairs]) {
     Largest result;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) result.take(v[i].x), result.take(v[i].y);
+    unrolled<kPairs>([&](int i) { result.take(v[i].x), result.take(v[i].y); });
     return result;
   }
   static __device__ Largest largest_of(const Args& a, XChunk& x, const WChunk& w, const Scale& s) {
@@ -126,21 +121,17 @@ struct StoreQuant {
 
   __device__ void store_norm(int64_t col, int count, const float2 (&v)[kPairs]) const {
     Chunk<float, kElems> y;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) y.set(i, v[i]);
+    unrolled<kPairs>([&](int i) { y.set(i, v[i]); });
     const int64_t index = a.y.offset(row) + col;
-    if (a.y.dtype == DType::kFloat16) store_chunk<__half>(a.y, index, y, count);
-    if (a.y.dtype == DType::kBFloat16) store_chunk<__nv_bfloat16>(a.y, index, y, count);
-    if (a.y.dtype == DType::kFloat32) store_chunk<float>(a.y, index, y, count);
+    with_type(a.y.dtype, [&](auto type) { store_chunk<decltype(type)>(a.y, index, y, count); });
   }
 
   __device__ void store_codes(int64_t col, int count, const float2 (&v)[kPairs],
                               const QuantScale& scale) const {
     Chunk<uint8_t, kElems> codes = {};
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
+    unrolled<kPairs>([&](int i) {
       codes.word[i / 2] |= to_codes({scale(v[i].x), scale(v[i].y)}, a.quant.dtype) << 16 * (i % 2);
-    }
+    });
     uint8_t* const to = static_cast<uint8_t*>(a.quant.data) + row * a.cols + col;
     store_chunk(to, codes, count, a.codes_aligned);
   }
@@ -204,12 +195,10 @@ int launch_rows(const QuantArgs& a, const Plan& plan, cudaStream_t stream) {
 int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan,
                  cudaStream_t stream) {
   const int elems = vector_elems(p.x_dtype);
-  const bool aligned =
-      p.cols % elems == 0 && reinterpret_cast<uintptr_t>(p.quant.data) % elems == 0;
   QuantArgs a{args};
   a.quant = p.quant;
   a.largest_value = max_value(p.quant.dtype);
-  a.codes_aligned = aligned;
+  a.codes_aligned = p.cols % elems == 0 && reinterpret_cast<uintptr_t>(p.quant.data) % elems == 0;
   a.per_token = p.quant.block == p.cols;
   a.cast_before_weight = p.cast_before_weight && p.weight != nullptr;
   return with_type(p.x_dtype, [&](auto x) {

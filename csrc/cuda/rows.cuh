@@ -10,11 +10,10 @@ namespace rmsnorm::cuda {
 // f(r, row) for each of the rows row_of(0), row_of(1), ... of a thread that there are.
 template <int kRows, typename RowOf, typename F>
 __device__ void each_row(const RowOf& row_of, const int64_t& rows, const F& f) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
+  unrolled<kRows>([&](int r) {
     const int64_t row = row_of(r);
     if (row < rows) f(r, row);
-  }
+  });
 }
 
 // Rows in registers: a thread has kVectors chunks, of kElems elements each, of kRows rows at a
@@ -40,8 +39,7 @@ struct RowGroup {
   __device__ int live() const {
     int live = 0;
     const int64_t apart = stride();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) live += first + r * apart < rows;
+    unrolled<kRows>([&](int r) { live += first + r * apart < rows; });
     return live;
   }
 
@@ -54,11 +52,10 @@ struct RowGroup {
   // f(k, column, count) for each chunk of a row. The count of the last is beyond its elements.
   template <typename F>
   __device__ void each_chunk(const F& f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    unrolled<kVectors>([&](int k) {
       const int col = (k * lanes + recomputed(lane)) * kElems;
       f(k, col, cols - col);
-    }
+    });
   }
 };
 
@@ -79,8 +76,7 @@ struct Slice {
   // f(k, chunk) for each of the thread's chunks in a tile; those beyond the slice too.
   template <typename F>
   __device__ void each_index(Index first, const F& f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) f(k, first + k * lanes + lane);
+    unrolled<kVectors>([&](int k) { f(k, first + k * lanes + lane); });
   }
 
   // f(k, column, count) for the same; beyond the slice the count is 0 or less.

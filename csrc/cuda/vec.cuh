@@ -22,6 +22,27 @@ __device__ inline void sync_dependent_launch() {
 #endif
 }
 
+// f(0), f(1), ... f(kCount - 1), without a loop.
+template <int kCount, typename F>
+__device__ void unrolled(const F& f) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) f(i);
+}
+
+// f(T()) with T the type of dtype, of those that the kernels of rows are compiled for.
+#pragma nv_exec_check_disable
+template <typename F>
+RMSNORM_HOST_DEVICE auto with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float());
+    case DType::kFloat16:
+      return f(__half());
+    default:
+      return f(__nv_bfloat16());
+  }
+}
+
 template <typename T>
 __device__ float2 unpack(const uint32_t* w) {
   if constexpr (std::is_same_v<T, float>) {
@@ -80,11 +101,13 @@ struct Chunk {
 
   template <typename To>
   __device__ Chunk<To, kElems> to() const {
-    if constexpr (std::is_same_v<To, T>) return *this;
-    Chunk<To, kElems> result;
-#pragma unroll
-    for (int i = 0; i < kElems / 2; ++i) result.set(i, get(i));
-    return result;
+    if constexpr (std::is_same_v<To, T>) {
+      return *this;
+    } else {
+      Chunk<To, kElems> result;
+      unrolled<kElems / 2>([&](int i) { result.set(i, get(i)); });
+      return result;
+    }
   }
 
   // Keeps the compiler from unpacking ahead, which would hold twice the registers over a reduction
@@ -104,17 +127,14 @@ __device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
   using C = Chunk<T, kElems>;
   C c = {};
   if (aligned && count >= kElems) {
-#pragma unroll
-    for (int i = 0; i < C::kVectors; ++i) {
-      c.set_vector(i, reinterpret_cast<const typename C::Vector*>(p)[i]);
-    }
+    unrolled<C::kVectors>(
+        [&](int i) { c.set_vector(i, reinterpret_cast<const typename C::Vector*>(p)[i]); });
   } else {
-#pragma unroll
-    for (int i = 0; i < kElems; ++i) {
-      if (i >= count) continue;
+    unrolled<kElems>([&](int i) {
+      if (i >= count) return;
       const uint32_t raw = reinterpret_cast<const typename C::Raw*>(p)[i];
       c.word[i * sizeof(T) / 4] |= raw << 8 * sizeof(T) * i % 32;
-    }
+    });
   }
   return c;
 }
@@ -125,31 +145,26 @@ template <typename T, int kElems>
 __device__ void store_chunk(T* p, const Chunk<T, kElems>& c, int count, bool aligned) {
   using C = Chunk<T, kElems>;
   if (aligned && count >= kElems) {
-#pragma unroll
-    for (int i = 0; i < C::kVectors; ++i) {
-      __stwb(reinterpret_cast<typename C::Vector*>(p) + i, c.vector(i));
-    }
+    unrolled<C::kVectors>(
+        [&](int i) { __stwb(reinterpret_cast<typename C::Vector*>(p) + i, c.vector(i)); });
   } else {
-#pragma unroll
-    for (int i = 0; i < kElems; ++i) {
-      if (i >= count) continue;
+    unrolled<kElems>([&](int i) {
+      if (i >= count) return;
       const uint32_t word = c.word[i * sizeof(T) / 4];
       reinterpret_cast<typename C::Raw*>(p)[i] = word >> 8 * sizeof(T) * i % 32;
-    }
+    });
   }
 }
 
 // Chunk i of n in shared memory, as 16-byte vectors that the threads of a warp find side by side.
 template <typename C>
 __device__ void put_chunk(uint4* kept, int n, int i, const C& c) {
-#pragma unroll
-  for (int k = 0; k < C::kVectors; ++k) kept[k * n + i] = c.vector(k);
+  unrolled<C::kVectors>([&](int k) { kept[k * n + i] = c.vector(k); });
 }
 template <typename C>
 __device__ C get_chunk(const uint4* kept, int n, int i) {
   C c;
-#pragma unroll
-  for (int k = 0; k < C::kVectors; ++k) c.set_vector(k, kept[k * n + i]);
+  unrolled<C::kVectors>([&](int k) { c.set_vector(k, kept[k * n + i]); });
   return c;
 }
 
@@ -196,12 +211,10 @@ template <typename T, int kElems>
 __device__ Chunk<T, kElems> load_chunk(const View& v, int64_t index, int count) {
   const auto load_as = [&](auto element) {
     using From = decltype(element);
-    return load_chunk<From, kElems>(static_cast<const From*>(v.data) + index, count, v.aligned);
+    const From* const from = static_cast<const From*>(v.data) + index;
+    return load_chunk<From, kElems>(from, count, v.aligned).template to<T>();
   };
-  if constexpr (std::is_same_v<T, float>) {
-    if (v.dtype == DType::kFloat16) return load_as(__half()).template to<float>();
-    if (v.dtype == DType::kBFloat16) return load_as(__nv_bfloat16()).template to<float>();
-  }
+  if constexpr (std::is_same_v<T, float>) return with_type(v.dtype, load_as);
   return load_as(T());
 }
 
@@ -210,8 +223,7 @@ template <typename T, int kElems>
 __device__ Chunk<T, kElems> load_weight(const View& v, int64_t index, int count) {
   if (v.data != nullptr) return load_chunk<T, kElems>(v, index, count);
   Chunk<T, kElems> ones;
-#pragma unroll
-  for (int i = 0; i < kElems / 2; ++i) ones.set(i, {1.0f, 1.0f});
+  unrolled<kElems / 2>([&](int i) { ones.set(i, {1.0f, 1.0f}); });
   return ones;
 }
 
