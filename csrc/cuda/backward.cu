@@ -173,18 +173,13 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
     typename B::DYChunk dy[kRows][kVectors] = {};
     RowStats stats[kRows] = {};
     float sum[kRows] = {};
-    const int live = group.live();
     group.each_row([&](int r, int64_t row) {
       const typename B::Source source{a, row};
       source.template load<true>(each_chunk, x[r], dy[r]);
       stats[r] = B::row_scale(a, row);
     });
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= live) break;
-      sum[r] = B::dot(a, x[r], dy[r], w, stats[r]);
-    }
-    row_sum(sum, live, a.lanes, alone, turn);
+    unrolled<kRows>([&](int r) { sum[r] = B::dot(a, x[r], dy[r], w, stats[r]); });
+    row_sum(sum, a.lanes, alone, turn);
     group.each_row([&](int r, int64_t row) {
       stats[r].mean = sum[r] * a.inv_cols;
       each_chunk([&](int k, int col, int count) {
@@ -230,7 +225,7 @@ __global__ LAUNCH_BOUNDS(kBackwardSharedRows,
        row += gridDim.x / cluster.size, ++turn) {
     RowStats stats = B::row_scale(a, row);
     float sum[] = {B::template dot_tiles<true>(a, row, stats, slice, kept)};
-    row_sum(sum, 1, slice.lanes, cluster, turn);
+    row_sum(sum, slice.lanes, cluster, turn);
     stats.mean = sum[0] * a.inv_cols;
     slice.each_index([&](int i) {
       auto w = B::load_weight(a, slice.column(i), slice.count(i));
@@ -260,7 +255,7 @@ __global__ LAUNCH_BOUNDS(kBackwardLongStats,
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
     RowStats stats = B::row_scale(a, row);
     float sum[] = {B::template dot_tiles<false>(a, row, stats, slice, nullptr)};
-    row_sum(sum, 1, slice.lanes, alone, turn);
+    row_sum(sum, slice.lanes, alone, turn);
     stats.mean = sum[0] * a.inv_cols;
     if (slice.lane == 0) a.stats[row] = stats;
   }
@@ -285,12 +280,16 @@ __global__ LAUNCH_BOUNDS(kBackwardLongStrips,
   for (int64_t first = begin; first < end; first += kStripRows) {
     typename B::XChunk x[kStripRows];
     typename B::DYChunk dy[kStripRows];
-    const auto row_of = [=](int r) { return first + r; };
-    each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
+    const auto each_row = [&](const auto& f) {
+      unrolled<kStripRows>([&](int r) {
+        if (first + r < end) f(r, first + r);
+      });
+    };
+    each_row([&](int r, int64_t row) {
       x[r] = load_chunk<X, kElems>(a.x, a.x.offset(row) + col, count);
       dy[r] = load_chunk<DY, kElems>(a.dy, a.dy.offset(row) + col, count);
     });
-    each_row<kStripRows>(row_of, end, [&](int r, int64_t row) {
+    each_row([&](int r, int64_t row) {
       B::finish(a, row, col, count, x[r], dy[r], w, a.stats[row], dweight);
     });
   }

@@ -7,15 +7,6 @@
 
 namespace rmsnorm::cuda {
 
-// f(r, row) for each of the rows row_of(0), row_of(1), ... of a thread that there are.
-template <int kRows, typename RowOf, typename F>
-__device__ void each_row(const RowOf& row_of, const int64_t& rows, const F& f) {
-  unrolled<kRows>([&](int r) {
-    const int64_t row = row_of(r);
-    if (row < rows) f(r, row);
-  });
-}
-
 // Rows in registers: a thread has kVectors chunks, of kElems elements each, of kRows rows at a
 // time.
 template <int kRows, int kVectors, int kElems>
@@ -34,19 +25,13 @@ struct RowGroup {
   __device__ bool any() const { return first < rows; }
   __device__ void advance() { first += kRows * stride(); }
 
-  // How many of the kRows rows there are in the block's first slot: the same for all of its
-  // threads.
-  __device__ int live() const {
-    int live = 0;
-    const int64_t apart = stride();
-    unrolled<kRows>([&](int r) { live += first + r * apart < rows; });
-    return live;
-  }
-
   // f(r, row) for each of the thread's rows that there are.
   template <typename F>
   __device__ void each_row(const F& f) const {
-    cuda::each_row<kRows>([&](int r) { return first + r * stride() + slot; }, rows, f);
+    unrolled<kRows>([&](int r) {
+      const int64_t row = first + r * stride() + slot;
+      if (row < rows) f(r, row);
+    });
   }
 
   // f(k, column, count) for each chunk of a row. The count of the last is beyond its elements.
