@@ -43,14 +43,6 @@ struct Backward {
     return {s.hi, s.pre, 0.0f};
   }
 
-  static __device__ float2 normalized(float2 x, const RowStats& s) {
-    return {x.x * s.pre * s.rstd, x.y * s.pre * s.rstd};
-  }
-
-  static __device__ float2 times_weight(const BackwardArgs& a, float2 dy, float2 w) {
-    return {dy.x * (w.x + a.weight_offset), dy.y * (w.y + a.weight_offset)};
-  }
-
   static __device__ WChunk load_weight(const BackwardArgs& a, int64_t col, int count) {
     return cuda::load_weight<W, kElems>(a.weight, col, count);
   }
@@ -82,8 +74,8 @@ struct Backward {
                               const RowStats& s) {
     return tree_sum<kChunks * kPairs>([&](int i) {
       const int k = i / kPairs, j = i % kPairs;
-      const float2 g = times_weight(a, dy[k].get(j), w[k].get(j)),
-                   xhat = normalized(x[k].get(j), s);
+      const float2 g = dy[k].get(j) * (w[k].get(j) + a.weight_offset);
+      const float2 xhat = x[k].get(j) * s.pre * s.rstd;
       return __fmaf_rn(g.y, xhat.y, __fmul_rn(g.x, xhat.x));
     });
   }
@@ -101,11 +93,10 @@ struct Backward {
       dresidual = load_chunk<X, kElems>(a.dresidual, a.dresidual.offset(row) + col, count);
     }
     unrolled<kPairs>([&](int i) {
-      const float2 d = dy.get(i), g = times_weight(a, d, w.get(i)), sum = dweight.get(i);
-      float2 xhat = normalized(x.get(i), s);
-      float2 result = {(g.x - xhat.x * s.mean) * s.rstd * s.pre,
-                       (g.y - xhat.y * s.mean) * s.rstd * s.pre};
-      if (has_dresidual) result = {result.x + dresidual.get(i).x, result.y + dresidual.get(i).y};
+      const float2 d = dy.get(i), g = d * (w.get(i) + a.weight_offset), sum = dweight.get(i);
+      float2 xhat = x.get(i) * s.pre * s.rstd;
+      float2 result = (g - xhat * s.mean) * s.rstd * s.pre;
+      if (has_dresidual) result = result + dresidual.get(i);
       dx.set(i, result);
       if (a.cast_before_weight) xhat = round_to<X>(xhat);
       dweight.set(i, {__fmaf_rn(d.x, xhat.x, sum.x), __fmaf_rn(d.y, xhat.y, sum.y)});

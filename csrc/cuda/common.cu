@@ -11,7 +11,6 @@
 namespace rmsnorm::cuda {
 
 bool built() { return true; }
-
 const char* architectures() { return RMSNORM_CUDA_ARCHS; }
 
 int runtime_version() {
@@ -68,7 +67,6 @@ Device ask(int device) {
 }  // namespace
 
 void set_last_plan(const Plan& plan) { last = plan; }
-
 Plan last_plan() { return last; }
 
 bool overlapping() {

@@ -24,10 +24,8 @@ struct StoreNorm {
     Chunk<Y, N::kElems> y;
     x.stay_packed();
     w.stay_packed();
-    unrolled<N::kElems / 2>([&](int i) {
-      const float2 g = w.get(i);
-      y.set(i, normalized<X, kCast>(x.get(i), {g.x + a.weight_offset, g.y + a.weight_offset}, s));
-    });
+    unrolled<N::kElems / 2>(
+        [&](int i) { y.set(i, normalized<X, kCast>(x.get(i), w.get(i) + a.weight_offset, s)); });
     const int64_t index = y_offset + col;
     if constexpr (N::kAdds && sizeof(X) == 4) {
       with_type(a.y.dtype, [&](auto type) { store_chunk<decltype(type)>(a.y, index, y, count); });

@@ -31,14 +31,13 @@ __device__ float scaled(float x, float g, const Scale& s) {
 // x * rstd * g; with kCast x * rstd is rounded to X before.
 template <typename X, bool kCast>
 __device__ float2 normalized(float2 x, float2 g, const Scale& s) {
-  const float2 v = {x.x * s.pre, x.y * s.pre};
+  const float2 v = x * s.pre;
   if constexpr (kCast) {
-    float2 n = {v.x * s.hi, v.y * s.hi};
+    float2 n = v * s.hi;
     if constexpr (sizeof(X) == 4) {
       n = {__fmaf_rn(v.x, s.hi, v.x * s.lo), __fmaf_rn(v.y, s.hi, v.y * s.lo)};
     }
-    n = round_to<X>(n);
-    return {n.x * g.x, n.y * g.y};
+    return round_to<X>(n) * g;
   } else {
     return {scaled<X>(v.x, g.x, s), scaled<X>(v.y, g.y, s)};
   }
@@ -93,10 +92,7 @@ struct Norm {
     if constexpr (!kAdd) return;
     const int64_t offset = a.x.offset(row);
     each([&](int k, int64_t col, int count) {
-      unrolled<kElems / 2>([&](int i) {
-        const float2 left = input[k].get(i), right = x[k].get(i);
-        x[k].set(i, {left.x + right.x, left.y + right.y});
-      });
+      unrolled<kElems / 2>([&](int i) { x[k].set(i, input[k].get(i) + x[k].get(i)); });
       store_chunk<X>(a.x, offset + col, x[k], count);
     });
   }
@@ -122,7 +118,7 @@ struct Norm {
 // The launch bounds of rows in registers. Short ones take few registers unasked.
 #define ROWS_BOUNDS(kernel, vectors, mixed)                                                        \
   __launch_bounds__((vectors) < kForwardVectors ? kTuned.forward_block_threads : kThreads<kernel>, \
-                    (vectors) < kForwardVectors ? 1 : kBlocks<kernel, (mixed)>)
+                    (vectors) < kForwardVectors ? 1 : blocks_of(kTuned.limits[kernel], mixed))
 
 // The largest magnitude: as integers they are in the same order, and NaN is the largest of all. Its
 // sum is that of both.

@@ -100,7 +100,7 @@ struct StoreQuant {
     using X = typename N::X;
     x.stay_packed();
     unrolled<kPairs>([&](int i) {
-      const float2 g = {w.get(i).x + a.weight_offset, w.get(i).y + a.weight_offset};
+      const float2 g = w.get(i) + a.weight_offset;
       v[i] = a.cast_before_weight ? normalized<X, true>(x.get(i), g, s)
                                   : normalized<X, false>(x.get(i), g, s);
       if (a.y.dtype == DType::kFloat16) v[i] = round_to<__half>(v[i]);

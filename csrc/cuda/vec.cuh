@@ -66,6 +66,12 @@ __device__ void pack(uint32_t* w, float2 v) {
   }
 }
 
+__device__ inline float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ inline float2 operator+(float2 a, float b) { return {a.x + b, a.y + b}; }
+__device__ inline float2 operator-(float2 a, float2 b) { return {a.x - b.x, a.y - b.y}; }
+__device__ inline float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+__device__ inline float2 operator*(float2 a, float b) { return {a.x * b, a.y * b}; }
+
 // v rounded to T and back.
 template <typename T>
 __device__ float2 round_to(float2 v) {
