@@ -1,6 +1,5 @@
 // dx and dweight of y = x * rstd * (weight + weight_offset): one reduction per row, and one over
 // the rows.
-#include "any.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 #include "rows.cuh"
@@ -145,8 +144,8 @@ constexpr bool kMixed = sizeof(DY) > sizeof(X) || sizeof(W) > sizeof(X);
 // Rows held in registers: x and dy are read once. Each thread keeps the sums for dweight of its
 // columns over all rows that its block works on.
 template <typename X, typename DY, typename W, int kVectors>
-__global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
-    const __grid_constant__ BackwardArgs a) {
+ROW_KERNEL(kBackwardRows, (kMixed<X, DY, W>))
+backward_rows(const __grid_constant__ BackwardArgs a) {
   sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;
@@ -196,8 +195,8 @@ __global__ LAUNCH_BOUNDS(kBackwardRows, (kMixed<X, DY, W>)) void backward_rows(
 
 // Longer rows: x, dy and the sums for dweight are in shared memory, of several blocks if need be.
 template <typename X, typename DY, typename W>
-__global__ LAUNCH_BOUNDS(kBackwardSharedRows,
-                         false) void backward_shared_rows(const __grid_constant__ BackwardArgs a) {
+ROW_KERNEL(kBackwardSharedRows, false)
+backward_shared_rows(const __grid_constant__ BackwardArgs a) {
   sync_dependent_launch();
   using B = Backward<X, DY, W>;
   using DWeightChunk = typename B::DWeightChunk;
@@ -236,8 +235,8 @@ __global__ LAUNCH_BOUNDS(kBackwardSharedRows,
 
 // Rows of any length, in two passes that read x and dy each. The first finds the RowStats.
 template <typename X, typename DY, typename W>
-__global__ LAUNCH_BOUNDS(kBackwardLongStats,
-                         false) void backward_long_stats(const __grid_constant__ BackwardArgs a) {
+ROW_KERNEL(kBackwardLongStats, false)
+backward_long_stats(const __grid_constant__ BackwardArgs a) {
   sync_dependent_launch();
   using B = Backward<X, DY, W>;
   const Cluster alone(1);
@@ -254,8 +253,8 @@ __global__ LAUNCH_BOUNDS(kBackwardLongStats,
 
 // The second: a block owns a strip of columns and a range of rows, kStripRows at a time.
 template <typename X, typename DY, typename W>
-__global__ LAUNCH_BOUNDS(kBackwardLongStrips,
-                         false) void backward_long_strips(const __grid_constant__ BackwardArgs a) {
+ROW_KERNEL(kBackwardLongStrips, false)
+backward_long_strips(const __grid_constant__ BackwardArgs a) {
   sync_dependent_launch();
   using B = Backward<X, DY, W>;
   constexpr int kElems = B::kElems;

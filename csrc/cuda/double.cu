@@ -1,6 +1,5 @@
 // Everything in double, for any dtypes: taken where one of them is double. One warp per row,
 // element by element: speed is no concern here.
-#include "any.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 

@@ -36,20 +36,20 @@ struct StoreNorm {
 };
 
 template <typename X, typename W, bool kCast, bool kAdd, int kVectors>
-__global__ ROWS_BOUNDS(kForwardRows, kVectors, kAdd && sizeof(W) > sizeof(X)) void forward_rows(
-    const __grid_constant__ NormArgs a) {
+SHORT_ROW_KERNEL(kForwardRows, kVectors, kAdd && sizeof(W) > sizeof(X))
+forward_rows(const __grid_constant__ NormArgs a) {
   norm_rows<StoreNorm<Norm<X, W, kAdd>, kCast>, kVectors>(a);
 }
 
 template <typename X, typename W, bool kCast, bool kAdd>
-__global__ LAUNCH_BOUNDS(kForwardSharedRows,
-                         kAdd) void forward_shared_rows(const __grid_constant__ NormArgs a) {
+ROW_KERNEL(kForwardSharedRows, kAdd)
+forward_shared_rows(const __grid_constant__ NormArgs a) {
   norm_long_rows<StoreNorm<Norm<X, W, kAdd>, kCast>, true>(a);
 }
 
 template <typename X, typename W, bool kCast, bool kAdd>
-__global__ LAUNCH_BOUNDS(kForwardLongRows,
-                         kAdd) void forward_long_rows(const __grid_constant__ NormArgs a) {
+ROW_KERNEL(kForwardLongRows, kAdd)
+forward_long_rows(const __grid_constant__ NormArgs a) {
   norm_long_rows<StoreNorm<Norm<X, W, kAdd>, kCast>, false>(a);
 }
 

@@ -115,10 +115,11 @@ struct Norm {
   }
 };
 
-// The launch bounds of rows in registers. Short ones take few registers unasked.
-#define ROWS_BOUNDS(kernel, vectors, mixed)                                                        \
-  __launch_bounds__((vectors) < kForwardVectors ? kTuned.forward_block_threads : kThreads<kernel>, \
-                    (vectors) < kForwardVectors ? 1 : blocks_of(kTuned.limits[kernel], mixed))
+// The head of a kernel of rows in registers. Short ones take few registers unasked.
+#define SHORT_ROW_KERNEL(kernel, vectors, mixed)                                     \
+  __global__ void __launch_bounds__(                                                 \
+      (vectors) < kForwardVectors ? kTuned.forward_block_threads : kThreads<kernel>, \
+      (vectors) < kForwardVectors ? 1 : blocks_of(kTuned.limits[kernel], mixed))
 
 // The largest magnitude: as integers they are in the same order, and NaN is the largest of all. Its
 // sum is that of both.

@@ -89,48 +89,43 @@ struct StoreQuant {
   using WChunk = typename N::WChunk;
   static constexpr bool kFindsLargest = true;
   static constexpr int kElems = N::kElems, kPairs = kElems / 2;
+  using Values = Chunk<float, kElems>;
   const Args& a;
   const int64_t row;
   const Scale& s;
   const Largest& largest;  // of the row, if it has a scale of its own
 
   // The norm as it is rounded before it is put into 8 bits.
-  static __device__ void norm_of(const Args& a, XChunk& x, const WChunk& w, const Scale& s,
-                                 float2 (&v)[kPairs]) {
+  static __device__ Values norm_of(const Args& a, XChunk& x, const WChunk& w, const Scale& s) {
     using X = typename N::X;
     x.stay_packed();
+    Values v;
     unrolled<kPairs>([&](int i) {
       const float2 g = w.get(i) + a.weight_offset;
-      v[i] = a.cast_before_weight ? normalized<X, true>(x.get(i), g, s)
-                                  : normalized<X, false>(x.get(i), g, s);
-      if (a.y.dtype == DType::kFloat16) v[i] = round_to<__half>(v[i]);
-      if (a.y.dtype == DType::kBFloat16) v[i] = round_to<__nv_bfloat16>(v[i]);
+      float2 norm = a.cast_before_weight ? normalized<X, true>(x.get(i), g, s)
+                                         : normalized<X, false>(x.get(i), g, s);
+      if (a.y.dtype == DType::kFloat16) norm = round_to<__half>(norm);
+      if (a.y.dtype == DType::kBFloat16) norm = round_to<__nv_bfloat16>(norm);
+      v.set(i, norm);
     });
+    return v;
   }
 
-  static __device__ Largest largest_of(const float2 (&v)[kPairs]) {
+  static __device__ Largest largest_of(const Values& v) {
     Largest result;
-    unrolled<kPairs>([&](int i) { result.take(v[i].x), result.take(v[i].y); });
+    unrolled<kPairs>([&](int i) { result.take(v.get(i).x), result.take(v.get(i).y); });
     return result;
   }
   static __device__ Largest largest_of(const Args& a, XChunk& x, const WChunk& w, const Scale& s) {
-    float2 v[kPairs];
-    norm_of(a, x, w, s, v);
-    return largest_of(v);
+    return largest_of(norm_of(a, x, w, s));
   }
 
-  __device__ void store_norm(int64_t col, int count, const float2 (&v)[kPairs]) const {
-    Chunk<float, kElems> y;
-    unrolled<kPairs>([&](int i) { y.set(i, v[i]); });
-    const int64_t index = a.y.offset(row) + col;
-    with_type(a.y.dtype, [&](auto type) { store_chunk<decltype(type)>(a.y, index, y, count); });
-  }
-
-  __device__ void store_codes(int64_t col, int count, const float2 (&v)[kPairs],
+  __device__ void store_codes(int64_t col, int count, const Values& v,
                               const QuantScale& scale) const {
     Chunk<uint8_t, kElems> codes = {};
     unrolled<kPairs>([&](int i) {
-      codes.word[i / 2] |= to_codes({scale(v[i].x), scale(v[i].y)}, a.quant.dtype) << 16 * (i % 2);
+      const float2 scaled = {scale(v.get(i).x), scale(v.get(i).y)};
+      codes.word[i / 2] |= to_codes(scaled, a.quant.dtype) << 16 * (i % 2);
     });
     uint8_t* const to = static_cast<uint8_t*>(a.quant.data) + row * a.cols + col;
     store_chunk(to, codes, count, a.codes_aligned);
@@ -138,9 +133,11 @@ struct StoreQuant {
 
   __device__ void store(int64_t col, int count, XChunk& x, const WChunk& w) const {
     if (count <= 0) return;
-    float2 v[kPairs];
-    norm_of(a, x, w, s, v);
-    if (a.y.data != nullptr) store_norm(col, count, v);
+    const Values v = norm_of(a, x, w, s);
+    if (a.y.data != nullptr) {
+      const int64_t index = a.y.offset(row) + col;
+      with_type(a.y.dtype, [&](auto type) { store_chunk<decltype(type)>(a.y, index, v, count); });
+    }
     const Quant& q = a.quant;
     if (q.block == 0) return store_codes(col, count, v, QuantScale(*q.scale));
     Largest top = largest;
@@ -163,20 +160,20 @@ template <typename X, bool kAdd>
 using StoreRows = StoreQuant<Norm<X, float, kAdd>>;
 
 template <typename X, bool kAdd, int kVectors>
-__global__ ROWS_BOUNDS(kQuantRows, kVectors,
-                       kAdd) void quant_rows(const __grid_constant__ QuantArgs a) {
+SHORT_ROW_KERNEL(kQuantRows, kVectors, kAdd)
+quant_rows(const __grid_constant__ QuantArgs a) {
   norm_rows<StoreRows<X, kAdd>, kVectors>(a);
 }
 
 template <typename X, bool kAdd>
-__global__ LAUNCH_BOUNDS(kQuantSharedRows,
-                         kAdd) void quant_shared_rows(const __grid_constant__ QuantArgs a) {
+ROW_KERNEL(kQuantSharedRows, kAdd)
+quant_shared_rows(const __grid_constant__ QuantArgs a) {
   norm_long_rows<StoreRows<X, kAdd>, true>(a);
 }
 
 template <typename X, bool kAdd>
-__global__ LAUNCH_BOUNDS(kQuantLongRows,
-                         kAdd) void quant_long_rows(const __grid_constant__ QuantArgs a) {
+ROW_KERNEL(kQuantLongRows, kAdd)
+quant_long_rows(const __grid_constant__ QuantArgs a) {
   norm_long_rows<StoreRows<X, kAdd>, false>(a);
 }
 

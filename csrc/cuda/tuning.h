@@ -104,7 +104,8 @@ constexpr int blocks_of(const KernelLimits& limits, bool mixed) {
 }
 template <KernelIndex kKernel>
 constexpr int kThreads = kTuned.limits[kKernel].threads;
-#define LAUNCH_BOUNDS(kernel, mixed) \
-  __launch_bounds__(kThreads<kernel>, blocks_of(kTuned.limits[kernel], mixed))
+// The head of a kernel, with its launch bounds.
+#define ROW_KERNEL(kernel, mixed) \
+  __global__ void __launch_bounds__(kThreads<kernel>, blocks_of(kTuned.limits[kernel], mixed))
 
 }  // namespace rmsnorm::cuda
