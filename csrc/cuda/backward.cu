@@ -363,7 +363,7 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
   if (in_double(p)) return backward_in_double(p, s);
 
   const Layout layout(p, here);
-  auto a = row_args<BackwardArgs>(p, layout.plan);
+  BackwardArgs a{row_args(p, layout.plan)};
   a.dy = view_of(p, p.dy, p.dy_dtype, p.dy_rows);
   a.dx = view_of(p, p.dx, p.x_dtype, Rows{1, {}, {p.cols}});
   if (p.dx != nullptr) a.dresidual = view_of(p, p.dresidual, p.x_dtype, p.dresidual_rows);

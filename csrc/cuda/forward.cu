@@ -81,7 +81,7 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   if (here.multiprocessors == 0) return why_no_device();
 
   const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, p.quant.data != nullptr);
-  auto a = row_args<NormArgs>(p, plan);
+  NormArgs a{row_args(p, plan)};
   a.y = view_of(p, p.y, p.y_dtype, p.y_rows);
   if (adds) {
     a.input = view_of(p, addends.input, addends.input_dtype, addends.input_rows);

@@ -38,12 +38,8 @@ int launch(void (*kernel)(Args), dim3 blocks, int threads, const Args& args, cud
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
   }
   cudaLaunchAttribute attributes[2]{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
+  cudaLaunchConfig_t config{
+      blocks, static_cast<unsigned>(threads), shared_bytes, stream, attributes, 0};
   if (cluster_blocks > 1) {
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -101,19 +97,12 @@ struct RowArgs {
   int64_t slice;
 };
 
-template <typename Args, typename P>
-Args row_args(const P& p, const Plan& plan) {
-  Args a{};
-  a.x = view_of(p, p.x, p.x_dtype, p.x_rows);
-  a.weight = view_of(p, p.weight, weight_dtype(p), Rows{1, {}, {0}});
-  a.rows = p.rows;
-  a.cols = p.cols;
-  a.eps = p.eps;
-  a.weight_offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
-  a.lanes = plan.lanes;
-  a.cluster = plan.cluster;
-  a.slice = plan.slice;
-  return a;
+template <typename P>
+RowArgs row_args(const P& p, const Plan& plan) {
+  const View x = view_of(p, p.x, p.x_dtype, p.x_rows);
+  const View weight = view_of(p, p.weight, weight_dtype(p), Rows{1, {}, {0}});
+  const float offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
+  return {x, weight, p.rows, p.cols, p.eps, offset, plan.lanes, plan.cluster, plan.slice};
 }
 
 // f(T()) with T the type in which a tensor of dtype `other` is held beside x, of type X and dtype

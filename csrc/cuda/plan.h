@@ -24,12 +24,6 @@ inline DType held_dtype(DType x, DType other) { return other == x ? x : DType::k
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int ceil_pow2(int64_t n) {
-  int p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
-
 // Blocks for `items` of equal work, at most `limit`, so that all have the same number of items but
 // the last.
 inline int64_t even_blocks(int64_t items, int64_t limit) {
@@ -49,8 +43,8 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
   plan.slice = cols;
   if (n <= int64_t{limits[0].threads} * max_vectors) {
     plan.vectors = n <= kWarp ? 1 : n <= 2 * kWarp ? 2 : max_vectors;
-    plan.lanes =
-        n <= kWarp ? ceil_pow2(n) : kWarp * static_cast<int>(ceil_div(n, kWarp * plan.vectors));
+    plan.lanes = kWarp * static_cast<int>(ceil_div(n, kWarp * plan.vectors));
+    while (plan.lanes / 2 >= n) plan.lanes /= 2;
     plan.threads = plan.lanes * std::max(block_threads / plan.lanes, 1);
     return plan;
   }
