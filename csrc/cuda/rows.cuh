@@ -67,11 +67,7 @@ struct Slice {
   // f(k, column, count) for the same; beyond the slice the count is 0 or less.
   template <typename F>
   __device__ void each_chunk(Index first, const F& f) const {
-    const int64_t start = column(first);
-    unrolled<kVectors>([&](int k) {
-      const int64_t col = start + (k * lanes + lane) * kElems;
-      f(k, col, static_cast<int>(min(end - col, int64_t{kElems})));
-    });
+    each_index(first, [&](int k, Index chunk) { f(k, column(chunk), count(chunk)); });
   }
 
   // f(chunk) for each of the thread's chunks in the slice, one at a time.
