@@ -2,30 +2,18 @@
 #include "../rmsnorm.h"
 
 namespace rmsnorm::cuda {
-namespace {
-
 constexpr int kNotBuilt = 1;
 
-}  // namespace
-
 bool built() { return false; }
-
 const char* architectures() { return RMSNORM_CUDA_ABSENT_REASON; }
-
 int runtime_version() { return 0; }
-
 int driver_version() { return 0; }
-
 const char* error_string(int) {
   return "the CUDA kernels were not built: " RMSNORM_CUDA_ABSENT_REASON;
 }
-
 int rms_norm_forward(const RmsNormForward&, void*) { return kNotBuilt; }
-
 int64_t rms_norm_backward_workspace(const RmsNormBackward&) { return 0; }
-
 int rms_norm_backward(const RmsNormBackward&, void*) { return kNotBuilt; }
-
 Plan last_plan() { return {}; }
 
 }  // namespace rmsnorm::cuda

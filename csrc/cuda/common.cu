@@ -1,11 +1,9 @@
 // The CUDA build: what it holds and what it runs on.
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <stdexcept>
 
 #include "launch.h"
@@ -13,7 +11,6 @@
 namespace rmsnorm::cuda {
 
 bool built() { return true; }
-
 const char* architectures() { return RMSNORM_CUDA_ARCHS; }
 
 int runtime_version() {
@@ -26,44 +23,29 @@ int driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-namespace {
-
-// Text by snprintf: what std::string instantiates here would be a symbol of this library that
-// others see.
-struct Text {
-  char value[200];
-};
-
-// A runtime works with every driver of its own series, and newer ones.
-Text driver_too_old() {
-  Text text;
-  const int series = runtime_version() / 1000, driver = driver_version();
-  const char* branch = series == 12 ? " (R525)" : series == 13 ? " (R580)" : "";
-  const auto write = [&](const char* format, auto... versions) {
-    std::snprintf(text.value, sizeof text.value, format, versions..., series, branch);
-  };
-  if (driver == 0) {
-    write("there is no NVIDIA driver, and these kernels need one of CUDA %d.0%s or newer");
-  } else {
-    write(
-        "the NVIDIA driver is of CUDA %d.%d, too old: these kernels need one of CUDA %d.0%s or "
-        "newer",
-        driver / 1000, driver % 1000 / 10);
+// A runtime works with every driver of its own series, and newer ones. Text by snprintf: what
+// std::string instantiates here would be a symbol of this library that others see.
+const char* error_string(int error) {
+  if (error != cudaErrorInsufficientDriver) {
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
   }
+  const int series = runtime_version() / 1000, driver = driver_version();
+  const char* const branch = series == 12 ? " (R525)" : series == 13 ? " (R580)" : "";
+  char problem[64] = "there is no NVIDIA driver, and";
+  if (driver != 0) {
+    std::snprintf(problem, sizeof problem,
+                  "the NVIDIA driver is of CUDA %d.%d, too old:", driver / 1000,
+                  driver % 1000 / 10);
+  }
+  thread_local char text[200];
+  std::snprintf(text, sizeof text, "%s these kernels need one of CUDA %d.0%s or newer", problem,
+                series, branch);
   return text;
 }
 
-}  // namespace
-
-const char* error_string(int error) {
-  if (error == cudaErrorInsufficientDriver) {
-    static const Text sentence = driver_too_old();
-    return sentence.value;
-  }
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
-
 namespace {
+
+thread_local Plan last;
 
 __global__ void probe() {}
 
@@ -84,29 +66,21 @@ Device ask(int device) {
 
 }  // namespace
 
+void set_last_plan(const Plan& plan) { last = plan; }
+Plan last_plan() { return last; }
+
 bool overlapping() {
   static const bool wanted = [] {
-    const char* value = std::getenv("RMSNORM_CUDA_PDL");
-    if (value == nullptr || std::strcmp(value, "") == 0 || std::strcmp(value, "0") == 0)
-      return false;
+    const char* const set = std::getenv("RMSNORM_CUDA_PDL");
+    const char* const value = set != nullptr ? set : "";
+    if (std::strcmp(value, "") == 0 || std::strcmp(value, "0") == 0) return false;
     if (std::strcmp(value, "1") == 0) return true;
-    Text text;
-    std::snprintf(text.value, sizeof text.value, "RMSNORM_CUDA_PDL is '%s': expected 1, 0 or unset",
-                  value);
-    throw std::runtime_error(text.value);
+    char text[200];
+    std::snprintf(text, sizeof text, "RMSNORM_CUDA_PDL is '%s': expected 1, 0 or unset", value);
+    throw std::runtime_error(text);
   }();
   return wanted && device().arch >= 90;
 }
-
-namespace {
-
-thread_local Plan last;
-
-}  // namespace
-
-void set_last_plan(const Plan& plan) { last = plan; }
-
-Plan last_plan() { return last; }
 
 int why_no_device() {
   int current = 0;
@@ -116,23 +90,16 @@ int why_no_device() {
 }
 
 Device device() {
-  constexpr int kKnownDevices = 64;  // the answer costs microseconds, and never changes
-  static Device known[kKnownDevices];
-  static std::atomic<bool> is_known[kKnownDevices];
-  static std::mutex asking;
+  constexpr int kKnownDevices = 64;
+  thread_local Device known[kKnownDevices];  // the answer costs microseconds, and never changes
   int current = 0;
   if (cudaGetDevice(&current) != cudaSuccess) {
     cudaGetLastError();
     return {};
   }
   if (current >= kKnownDevices) return ask(current);
-  if (is_known[current].load(std::memory_order_acquire)) return known[current];
-  const Device d = ask(current);
-  if (d.multiprocessors == 0) return d;
-  const std::lock_guard<std::mutex> lock(asking);
-  known[current] = d;
-  is_known[current].store(true, std::memory_order_release);
-  return d;
+  if (known[current].multiprocessors == 0) known[current] = ask(current);
+  return known[current];
 }
 
 }  // namespace rmsnorm::cuda

@@ -1,6 +1,5 @@
 // Everything in double, for any dtypes: taken where one of them is double. One warp per row,
 // element by element: speed is no concern here.
-#include "any.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 
@@ -12,14 +11,11 @@ constexpr int64_t kMaxBlocks = 1 << 16;
 
 // A warp, or a thread, for each of so many items.
 Plan plan_items(const char* kernel, int64_t items, int lanes) {
-  Plan plan{};
-  plan.kernel = kernel;
-  plan.keep = Keep::kNowhere;
+  Plan plan{kernel, Keep::kNowhere};
   plan.lanes = lanes;
   plan.threads = kThreads;
   plan.cluster = 1;
-  const int64_t blocks = ceil_div(items, kThreads / lanes);
-  plan.blocks = blocks < kMaxBlocks ? blocks : kMaxBlocks;
+  plan.blocks = std::min(ceil_div(items, kThreads / lanes), kMaxBlocks);
   return plan;
 }
 

@@ -6,19 +6,10 @@
 
 namespace rmsnorm::cuda {
 
-struct NormArgs {
-  View x, weight, input, residual;  // x = input + residual is formed first, if there is an input
-  void* y;
+struct NormArgs : RowArgs {
+  View y, input, residual;  // x = input + residual is formed first, if there is an input
   void* rstd;
-  Rows x_rows, y_rows, input_rows, residual_rows;
-  int64_t rows, cols;
-  double eps;
   Mean mean;
-  float weight_offset;
-  int lanes, cluster;
-  int64_t slice;
-  DType y_dtype;
-  bool y_aligned;
 };
 
 // Rows in 8 bits: quant.cu.
@@ -40,14 +31,13 @@ __device__ float scaled(float x, float g, const Scale& s) {
 // x * rstd * g; with kCast x * rstd is rounded to X before.
 template <typename X, bool kCast>
 __device__ float2 normalized(float2 x, float2 g, const Scale& s) {
-  const float2 v = {x.x * s.pre, x.y * s.pre};
+  const float2 v = x * s.pre;
   if constexpr (kCast) {
-    float2 n = {v.x * s.hi, v.y * s.hi};
+    float2 n = v * s.hi;
     if constexpr (sizeof(X) == 4) {
       n = {__fmaf_rn(v.x, s.hi, v.x * s.lo), __fmaf_rn(v.y, s.hi, v.y * s.lo)};
     }
-    n = round_to<X>(n);
-    return {n.x * g.x, n.y * g.y};
+    return round_to<X>(n) * g;
   } else {
     return {scaled<X>(v.x, g.x, s), scaled<X>(v.y, g.y, s)};
   }
@@ -68,39 +58,43 @@ struct Norm {
   // within a thread.
   template <int kChunks>
   static __device__ Total<X> sum_of_squares(const XChunk (&x)[kChunks]) {
-    const auto pair = [&](int i) { return x[i / (kElems / 2)].get(i % (kElems / 2)); };
-    constexpr int kPairs = kChunks * kElems / 2;
-    if constexpr (sizeof(X) == 4) {
-      return tree_sum<kPairs>(
-          [&](int i) { return Sum::of_square(pair(i).x) + Sum::of_square(pair(i).y); });
-    } else {
-      const auto square = [&](int i) {
-        return __fmaf_rn(pair(i).y, pair(i).y, __fmul_rn(pair(i).x, pair(i).x));
-      };
-      return tree_sum<kPairs>(square);
-    }
+    return tree_sum<kChunks * kElems / 2>([&](int i) {
+      const float2 v = x[i / (kElems / 2)].get(i % (kElems / 2));
+      if constexpr (sizeof(X) == 4) {
+        return Sum::of_square(v.x) + Sum::of_square(v.y);
+      } else {
+        return __fmaf_rn(v.y, v.y, __fmul_rn(v.x, v.x));
+      }
+    });
   }
 
-  // One chunk of x, or of the residual beside one of the input.
-  static __device__ XChunk load(const NormArgs& a, int64_t row, int64_t col, int count,
-                                XChunk& input) {
-    if constexpr (!kAdd) return load_chunk<X, kElems>(a.x, row_offset(a.x_rows, row) + col, count);
-    input = load_chunk<X, kElems>(a.input, row_offset(a.input_rows, row) + col, count);
-    return load_chunk<X, kElems>(a.residual, row_offset(a.residual_rows, row) + col, count);
+  static __device__ WChunk load_weight(const NormArgs& a, int64_t col, int count) {
+    return cuda::load_weight<W, kElems>(a.weight, col, count);
+  }
+
+  // x, or the residual and beside it the input, of the chunks that each(f) calls f(k, column,
+  // count) for.
+  template <typename Each, int kChunks>
+  static __device__ void load(const NormArgs& a, int64_t row, const Each& each,
+                              XChunk (&x)[kChunks], XChunk (&input)[kChunks]) {
+    const View& from = kAdd ? a.residual : a.x;
+    const int64_t offset = from.offset(row), input_offset = kAdd ? a.input.offset(row) : 0;
+    each([&](int k, int64_t col, int count) {
+      if constexpr (kAdd) input[k] = load_chunk<X, kElems>(a.input, input_offset + col, count);
+      x[k] = load_chunk<X, kElems>(from, offset + col, count);
+    });
   }
 
   // x as their sum; on its own, since a load does not go past a store.
-  static __device__ void add(const NormArgs& a, int64_t row, int64_t col, int count,
-                             const XChunk& input, XChunk& x) {
-    if constexpr (kAdd) {
-#pragma unroll
-      for (int i = 0; i < kElems / 2; ++i) {
-        const float2 left = input.get(i), right = x.get(i);
-        x.set(i, {left.x + right.x, left.y + right.y});
-      }
-      X* const to = static_cast<X*>(const_cast<void*>(a.x.data)) + row_offset(a.x_rows, row) + col;
-      store_chunk(to, x, count, a.x.aligned);
-    }
+  template <typename Each, int kChunks>
+  static __device__ void add(const NormArgs& a, int64_t row, const Each& each,
+                             const XChunk (&input)[kChunks], XChunk (&x)[kChunks]) {
+    if constexpr (!kAdd) return;
+    const int64_t offset = a.x.offset(row);
+    each([&](int k, int64_t col, int count) {
+      unrolled<kElems / 2>([&](int i) { x[k].set(i, input[k].get(i) + x[k].get(i)); });
+      store_chunk<X>(a.x, offset + col, x[k], count);
+    });
   }
 
   // Once x is summed up and before y, which may be x, is written.
@@ -110,8 +104,7 @@ struct Norm {
     if (!fast_scale(sum, a.mean, s)) {
       // For what its other lanes wrote. Longer rows have had a barrier.
       if (kAdd && a.lanes <= 32) __syncwarp(group_mask(a.lanes));
-      s = rescued_scale(static_cast<const X*>(a.x.data) + row_offset(a.x_rows, row), a.cols, a.eps,
-                        a.lanes);
+      s = rescued_scale(static_cast<const X*>(a.x.data) + a.x.offset(row), a.cols, a.eps, a.lanes);
       // Its warps read all of the row, which is the block's only one.
       if (a.lanes > 32) cluster.barrier();
     }
@@ -122,106 +115,138 @@ struct Norm {
   }
 };
 
-// The launch bounds of rows in registers. Short ones take few registers unasked.
-template <KernelIndex kKernel, int kVectors>
-constexpr int kRowsThreads =
-    kVectors < kForwardVectors ? kTuned.forward_block_threads : kThreads<kKernel>;
-template <KernelIndex kKernel, int kVectors, bool kMixed>
-constexpr int kRowsBlocks = kVectors < kForwardVectors ? 1 : kBlocks<kKernel, kMixed>;
-#define ROWS_BOUNDS(kernel, vectors, mixed) \
-  __launch_bounds__((kRowsThreads<kernel, vectors>), (kRowsBlocks<kernel, vectors, (mixed)>))
+// The head of a kernel of rows in registers. Short ones take few registers unasked.
+#define SHORT_ROW_KERNEL(kernel, vectors, mixed)                                     \
+  __global__ void __launch_bounds__(                                                 \
+      (vectors) < kForwardVectors ? kTuned.forward_block_threads : kThreads<kernel>, \
+      (vectors) < kForwardVectors ? 1 : blocks_of(kTuned.limits[kernel], mixed))
 
-// Loads the rows of a thread, or forms them, and sums up their squares.
-template <typename N, typename Group, int kRows, int kVectors>
-__device__ void load_rows(const NormArgs& a, const Group& group, int live,
-                          typename N::XChunk (&x)[kRows][kVectors],
-                          Total<typename N::X> (&sum)[kRows]) {
-  typename N::XChunk input[kRows][kVectors] = {};
-  group.each_row([&](int r, int64_t row) {
-    group.each_chunk(
-        [&](int k, int col, int count) { x[r][k] = N::load(a, row, col, count, input[r][k]); });
-  });
-  if constexpr (N::kAdds) {
-    group.each_row([&](int r, int64_t row) {
-      group.each_chunk(
-          [&](int k, int col, int count) { N::add(a, row, col, count, input[r][k], x[r][k]); });
-    });
-  }
+// The largest magnitude: as integers they are in the same order, and NaN is the largest of all. Its
+// sum is that of both.
+struct Largest {
+  uint32_t bits = 0;
+
+  __device__ void take(float v) { bits = max(bits, __float_as_uint(v) & 0x7fffffffu); }
+};
+__device__ inline Largest operator+(Largest a, Largest b) { return {max(a.bits, b.bits)}; }
+__device__ inline Largest of_lane(Largest v, int distance) {
+  return {__shfl_xor_sync(~0u, v.bits, distance)};
+}
+
+// The kernels of rows differ in their epilogue E: what is done with a row of the Norm E::N once its
+// Scale s is known. E{args, row, s, largest}.store(column, count, x, w) does it for a chunk. With
+// E::kFindsLargest, and args.per_token, E::largest_of(args, x, w, s) of all of them comes first.
+
+// Rows held in registers, kVectors chunks per thread. A residual is as many bytes in flight again.
+template <typename E, int kVectors>
+__device__ void norm_rows(const typename E::Args& a) {
+  sync_dependent_launch();
+  using N = typename E::N;
+  constexpr int kRows = kForwardVectors / kVectors;
+  const Cluster alone(1);
+  RowGroup<kRows, kVectors, N::kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, kRows == 1};
+  const auto each_chunk = [&](const auto& f) { group.each_chunk(f); };
+  typename N::WChunk w[kVectors];
+  each_chunk([&](int k, int col, int count) { w[k] = N::load_weight(a, col, count); });
+
+  for (int turn = 0; group.any(); group.advance(), ++turn) {
+    typename N::XChunk x[kRows][kVectors] = {}, input[kRows][kVectors] = {};
+    Total<typename N::X> sum[kRows];
+    group.each_row([&](int r, int64_t row) { N::load(a, row, each_chunk, x[r], input[r]); });
+    group.each_row([&](int r, int64_t row) { N::add(a, row, each_chunk, input[r], x[r]); });
+    unrolled<kRows>([&](int r) { sum[r] = N::sum_of_squares(x[r]); });
+    row_sum(sum, a.lanes, alone, turn);
+    Scale s[kRows];
+    Largest largest[kRows];
+    if constexpr (E::kFindsLargest) {
+      group.each_row([&](int r, int64_t row) {
+        s[r] = N::scale(a, sum[r], row, alone, group.lane);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r >= live) break;
-    sum[r] = N::sum_of_squares(x[r]);
+        for (int k = 0; k < kVectors && a.per_token; ++k) {
+          largest[r] = largest[r] + E::largest_of(a, x[r][k], w[k], s[r]);
+        }
+      });
+      if (a.per_token) row_sum(largest, a.lanes, alone, ++turn);
+    }
+    group.each_row([&](int r, int64_t row) {
+      if constexpr (!E::kFindsLargest) s[r] = N::scale(a, sum[r], row, alone, group.lane);
+      const E epilogue{a, row, s[r], largest[r]};
+      each_chunk([&](int k, int col, int count) { epilogue.store(col, count, x[r][k], w[k]); });
+    });
   }
 }
 
 // Longer rows, a tile of kForwardVectors chunks per thread at a time. With kShared they are held in
 // shared memory, by several blocks if need be. Without, they may be of any length and are read
 // twice.
-template <typename N, bool kShared>
-struct LongRows : Slice<std::conditional_t<kShared, int, int64_t>, kForwardVectors, N::kElems> {
+template <typename E, bool kShared>
+__device__ void norm_long_rows(const typename E::Args& a) {
+  sync_dependent_launch();
+  using N = typename E::N;
   using Index = std::conditional_t<kShared, int, int64_t>;  // of a chunk
-  using Base = Slice<Index, kForwardVectors, N::kElems>;
-  using Base::chunks, Base::column, Base::count, Base::each_chunk, Base::tile;
   using XChunk = typename N::XChunk;
-  using WChunk = typename N::WChunk;
-  const NormArgs& a;
-  uint4* const kept;
+  extern __shared__ uint4 kept[];
+  const Cluster cluster(a.cluster);
+  const int64_t begin = cluster.rank * a.slice;
+  const Slice<Index, kForwardVectors, N::kElems> slice{begin, min(a.cols, begin + a.slice),
+                                                       static_cast<int>(blockDim.x)};
+  typename N::WChunk w[kForwardVectors];
+  const auto load_weights = [&](Index first) {
+    slice.each_chunk(first,
+                     [&](int k, int64_t col, int count) { w[k] = N::load_weight(a, col, count); });
+  };
+  const auto load_again = [&](int64_t x_offset, Index i) {
+    if constexpr (kShared) return get_chunk<XChunk>(kept, slice.chunks, i);
+    return load_chunk<typename N::X, N::kElems>(a.x, x_offset + slice.column(i), slice.count(i));
+  };
 
-  __device__ LongRows(const NormArgs& a, const Cluster& cluster, uint4* kept)
-      : Base{cluster.rank * a.slice, min(a.cols, (cluster.rank + 1) * a.slice),
-             static_cast<int>(blockDim.x)},
-        a(a),
-        kept(kept) {}
-
-  // The sum of the squares of the thread's columns, which it loads, or forms, and keeps.
-  __device__ Sum sum_of_squares(int64_t row) const {
+  int turn = 0;
+  for (int64_t row = blockIdx.x / cluster.size; row < a.rows;
+       row += gridDim.x / cluster.size, ++turn) {
     Sum total;
-    for (Index first = 0; first < chunks; first += tile) {
+    for (Index first = 0; first < slice.chunks; first += slice.tile) {
       XChunk x[kForwardVectors], input[kForwardVectors];
-      each_chunk(first,
-                 [&](int k, Index i) { x[k] = N::load(a, row, column(i), count(i), input[k]); });
-      each_chunk(first,
-                 [&](int k, Index i) { N::add(a, row, column(i), count(i), input[k], x[k]); });
+      const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
+      N::load(a, row, each_chunk, x, input);
+      N::add(a, row, each_chunk, input, x);
       total = total + Sum(N::sum_of_squares(x));
-      each_chunk(first, [&](int k, Index i) {
-        if (kShared && i < chunks) put_chunk(kept, chunks, i, x[k]);
+      slice.each_index(first, [&](int k, Index i) {
+        if (kShared && i < slice.chunks) put_chunk(kept, slice.chunks, i, x[k]);
       });
     }
-    return total;
-  }
-
-  // The tiles are gone through from the last to the first then: of a row that is read twice, what
-  // was read last is the likeliest still to be in the cache.
-  __device__ Index last_tile() const { return (chunks - 1) / tile * tile; }
-
-  __device__ WChunk weight(Index i) const {
-    return load_weight<typename N::W, N::kElems>(a.weight, column(i), count(i));
-  }
-  __device__ void load_weights(Index first, WChunk (&w)[kForwardVectors]) const {
-    each_chunk(first, [&](int k, Index i) { w[k] = weight(i); });
-  }
-
-  // A chunk of x again. x_offset: where its row starts.
-  __device__ void load_again(int64_t x_offset, Index i, XChunk& x) const {
-    if constexpr (kShared) {
-      get_chunk(kept, chunks, i, x);
-    } else {
-      x = load_chunk<typename N::X, N::kElems>(a.x, x_offset + column(i), count(i));
+    Total<typename N::X> sum[] = {total};
+    // The tiles are gone through from the last to the first then: of a row that is read twice, what
+    // was read last is the likeliest still to be in the cache.
+    Index first = (slice.chunks - 1) / slice.tile * slice.tile;
+    load_weights(first);
+    row_sum(sum, slice.lanes, cluster, turn);
+    const Scale s = N::scale(a, sum[0], row, cluster, slice.lane);
+    const int64_t x_offset = kShared ? 0 : a.x.offset(row);
+    Largest largest[1];
+    if constexpr (E::kFindsLargest) {
+      if (a.per_token) {
+        slice.each_index([&](Index i) {
+          XChunk x = load_again(x_offset, i);
+          typename N::WChunk weight = N::load_weight(a, slice.column(i), slice.count(i));
+          largest[0] = largest[0] + E::largest_of(a, x, weight, s);
+        });
+        row_sum(largest, slice.lanes, cluster, ++turn);
+      }
+    }
+    for (; first >= 0; first -= slice.tile) {
+      const E epilogue{a, row, s, largest[0]};  // here, where it costs no register before
+      XChunk x[kForwardVectors];
+      slice.each_index(first, [&](int k, Index i) {
+        if (!kShared) x[k] = load_again(x_offset, i);
+      });
+      slice.each_index(first, [&](int k, Index i) {
+        if (i >= slice.chunks) return;
+        if (kShared) x[k] = load_again(x_offset, i);
+        epilogue.store(slice.column(i), slice.count(i), x[k], w[k]);
+      });
+      if (first > 0) load_weights(first - slice.tile);
     }
   }
-
-  // f(chunk, x, weight) for each of the thread's chunks in a tile.
-  template <typename F>
-  __device__ void each_chunk_again(int64_t x_offset, Index first, WChunk (&w)[kForwardVectors],
-                                   const F& f) const {
-    XChunk x[kForwardVectors];
-    if (!kShared) each_chunk(first, [&](int k, Index i) { load_again(x_offset, i, x[k]); });
-    each_chunk(first, [&](int k, Index i) {
-      if (i >= chunks) return;
-      if (kShared) load_again(x_offset, i, x[k]);
-      f(i, x[k], w[k]);
-    });
-  }
-};
+}
 
 }  // namespace rmsnorm::cuda

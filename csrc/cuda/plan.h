@@ -3,6 +3,7 @@
 // those follow from the row length, the dtypes and the kind of device; the number of rows only
 // decides the grid.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 
 #include "../rmsnorm.h"
@@ -10,7 +11,8 @@
 
 namespace rmsnorm::cuda {
 
-inline int size_of(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
+inline bool is_double(DType t) { return t == DType::kFloat64; }
+inline int size_of(DType t) { return is_double(t) ? 8 : t == DType::kFloat32 ? 4 : 2; }
 
 // Elements of one 16-byte vector of x: what a thread handles at a time.
 inline int vector_elems(DType x) { return 16 / size_of(x); }
@@ -22,17 +24,10 @@ inline DType held_dtype(DType x, DType other) { return other == x ? x : DType::k
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int ceil_pow2(int64_t n) {
-  int p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
-
 // Blocks for `items` of equal work, at most `limit`, so that all have the same number of items but
 // the last.
 inline int64_t even_blocks(int64_t items, int64_t limit) {
-  limit = limit < 1 ? 1 : limit < items ? limit : items;
-  return ceil_div(items, ceil_div(items, limit));
+  return ceil_div(items, ceil_div(items, std::clamp(limit, int64_t{1}, items)));
 }
 
 // limits: of the family's kernels, by Keep. block_threads: of several short rows. kept_bytes: what
@@ -42,17 +37,15 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
   const Tuning& tuning = tuning_of(device.arch);
   const int elems = vector_elems(x);
   const int64_t n = ceil_div(cols, elems);
-  Plan plan{};
-  plan.kernel = limits[0].kernel;
+  Plan plan{limits[0].kernel, Keep::kRegisters};
   plan.bytes_in_flight = kBytesInFlight;
   plan.cluster = 1;
   plan.slice = cols;
   if (n <= int64_t{limits[0].threads} * max_vectors) {
-    plan.keep = Keep::kRegisters;
     plan.vectors = n <= kWarp ? 1 : n <= 2 * kWarp ? 2 : max_vectors;
-    plan.lanes =
-        n <= kWarp ? ceil_pow2(n) : kWarp * static_cast<int>(ceil_div(n, kWarp * plan.vectors));
-    plan.threads = plan.lanes * (plan.lanes < block_threads ? block_threads / plan.lanes : 1);
+    plan.lanes = kWarp * static_cast<int>(ceil_div(n, kWarp * plan.vectors));
+    while (plan.lanes / 2 >= n) plan.lanes /= 2;
+    plan.threads = plan.lanes * std::max(block_threads / plan.lanes, 1);
     return plan;
   }
   const auto slice = [&](int cluster) { return ceil_div(ceil_div(n, cluster), kWarp) * kWarp; };
@@ -81,17 +74,15 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
 inline int64_t resident_blocks(const Plan& plan, const Device& device) {
   const int64_t by_registers = kRegisterFile / (plan.registers * plan.threads);
   const int64_t by_shared = device.shared_bytes / (plan.shared_bytes + kOtherSharedBytes);
-  const int64_t blocks =
-      plan.shared_bytes > 0 && by_shared < by_registers ? by_shared : by_registers;
-  return blocks < 1 ? 1 : blocks;
+  const int64_t blocks = plan.shared_bytes > 0 ? std::min(by_shared, by_registers) : by_registers;
+  return std::max(blocks, int64_t{1});
 }
 
 // Rows (or groups of short rows) that the machine works on at a time.
 inline int64_t resident_rows(const Plan& plan, const Device& device) {
   if (plan.cluster == 1) return device.multiprocessors * plan.resident;
   const int gpc = tuning_of(device.arch).gpc_multiprocessors;
-  const int64_t rows = device.multiprocessors / gpc * (gpc * plan.resident / plan.cluster);
-  return rows < 1 ? 1 : rows;
+  return std::max(device.multiprocessors / gpc * (gpc * plan.resident / plan.cluster), int64_t{1});
 }
 
 inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device,
@@ -102,12 +93,10 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& devi
   if (plan.lanes > kWarp) plan.threads = plan.lanes;  // one row: its threads may meet at a barrier
   plan.registers = limits[static_cast<int>(plan.keep)].registers;
   plan.resident = resident_blocks(plan, device);
-  // Threads with one or two vectors of a row take four or two rows at a time: that many waves
-  // fewer.
+  // Threads with one or two vectors of a row take four or two rows at a time: fewer waves.
   const int waves = tuning.forward_waves * plan.vectors / kForwardVectors;
-  plan.blocks =
-      even_blocks(ceil_div(rows, plan.threads / plan.lanes), resident_rows(plan, device) * waves);
-  plan.blocks *= plan.cluster;
+  const int64_t groups = ceil_div(rows, plan.threads / plan.lanes);
+  plan.blocks = even_blocks(groups, resident_rows(plan, device) * waves) * plan.cluster;
   return plan;
 }
 
@@ -130,7 +119,7 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, DType w
   // Rows that are read twice leave their partial sums to the second pass.
   const int64_t spread =
       plan.keep == Keep::kNowhere ? groups : ceil_div(groups, tuning.backward_min_rows);
-  plan.blocks = even_blocks(groups, spread < limit ? spread : limit) * plan.cluster;
+  plan.blocks = even_blocks(groups, std::min(spread, limit)) * plan.cluster;
   return plan;
 }
 
@@ -142,13 +131,10 @@ struct StripPlan {
 };
 
 inline StripPlan plan_strips(int64_t rows, int64_t cols, DType x, const Device& device) {
-  StripPlan plan;
   const KernelLimits& kernel = tuning_of(device.arch).limits[kBackwardLongStrips];
-  plan.strips = ceil_div(cols, kernel.threads * vector_elems(x));
+  const int64_t strips = ceil_div(cols, kernel.threads * vector_elems(x));
   const int64_t resident = device.multiprocessors * blocks_of(kernel, false);
-  const int64_t limit = ceil_div(resident, plan.strips);
-  plan.blocks = even_blocks(ceil_div(rows, kStripRows), limit);
-  return plan;
+  return {strips, even_blocks(ceil_div(rows, kStripRows), ceil_div(resident, strips))};
 }
 
 }  // namespace rmsnorm::cuda

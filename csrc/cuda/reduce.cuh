@@ -79,11 +79,6 @@ struct Cluster {
   }
 };
 
-// One partial sum per warp of a row; alternate halves, so that one barrier per row is enough.
-struct Scratch {
-  float2 warp_sum[2][kTuned.max_cluster * kTuned.limits[kForwardSharedRows].threads / kWarp];
-};
-
 // In which the sum of a row of X is formed. 16-bit results do not show what fp32 rounds off in the
 // few additions of a tree; what a thread sums up over a long row is a Sum for both.
 template <typename X>
@@ -94,19 +89,22 @@ __device__ inline Sum of_lane(const Sum& s, int distance) {
   return Sum(of_lane(s.hi, distance), of_lane(s.lo, distance));
 }
 
-// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block
-// take part. `turn` counts the calls. Rows that are taken several at a time are no longer than a
-// warp (plan.h).
+// One partial sum per warp of a row; alternate halves by `turn`, so that one barrier per row is
+// enough.
+__device__ inline float2* warp_sums(int turn) {
+  constexpr int kWarps = kTuned.limits[kForwardSharedRows].threads / kWarp;
+  __shared__ float2 sums[2][kTuned.max_cluster * kWarps];
+  return sums[turn % 2];
+}
+
+// The sums over the lanes of rows, in every one of them; all threads of the block take part. `turn`
+// counts the calls. Rows that are taken several at a time are no longer than a warp (plan.h).
 template <typename T, int kRows>
-__device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& cluster,
-                        Scratch& scratch, int turn) {
+__device__ void row_sum(T (&v)[kRows], int lanes, const Cluster& cluster, int turn) {
   if constexpr (kRows > 1) {
 #pragma unroll 1
     for (int o = lanes / 2; o > 0; o /= 2) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (r < live) v[r] = v[r] + of_lane(v[r], o);
-      }
+      unrolled<kRows>([&](int r) { v[r] = v[r] + of_lane(v[r], o); });
     }
   } else {
     const auto over_warp = [&] {
@@ -117,7 +115,7 @@ __device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& clust
     if (lanes == kWarp) return;
     const int warps = lanes / 32, thread = recomputed(threadIdx.x), warp = thread / 32,
               lane = thread % 32, first = warp / warps * warps;
-    T* const sums = reinterpret_cast<T*>(scratch.warp_sum[turn % 2]);
+    T* const sums = reinterpret_cast<T*>(warp_sums(turn));
     if (cluster.size > 1 && turn == 0) Cluster::wait();
     if (lane < cluster.size)
       *Cluster::of_block(sums + cluster.rank * warps + warp, cluster.size > 1 ? lane : 0) = v[0];
@@ -146,10 +144,9 @@ inline Mean mean_of(int64_t cols, double eps) {
   return {inv_hi, static_cast<float>(inv - inv_hi), eps_hi, static_cast<float>(eps - eps_hi)};
 }
 
-// Mean squares in this range neither overflow nor lose bits in fp32 on any way through the kernels,
-// and their reciprocal roots are between kMinRstd and kMaxRstd. Other rows are rescued.
+// Mean squares in this range neither overflow nor lose bits in fp32 on any way through the kernels:
+// rstd is between kMinFastRstd and kMaxFastRstd. Other rows are rescued.
 constexpr float kMinMeanSquare = 0x1p-60f, kMaxMeanSquare = 0x1p60f;
-constexpr float kMinRstd = 0x1p-30f, kMaxRstd = 0x1p30f;
 
 // From the sum of squares, to about 2^-44: the error of the result is that of the sum. All in fp32,
 // because fp64 runs at 1/64 of its rate on most GPUs and this is done once for as few as 64

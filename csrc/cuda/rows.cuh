@@ -7,16 +7,6 @@
 
 namespace rmsnorm::cuda {
 
-// f(r, row) for each of the rows row_of(0), row_of(1), ... of a thread that there are.
-template <int kRows, typename RowOf, typename F>
-__device__ void each_row(const RowOf& row_of, const int64_t& rows, const F& f) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t row = row_of(r);
-    if (row < rows) f(r, row);
-  }
-}
-
 // Rows in registers: a thread has kVectors chunks, of kElems elements each, of kRows rows at a
 // time.
 template <int kRows, int kVectors, int kElems>
@@ -35,30 +25,22 @@ struct RowGroup {
   __device__ bool any() const { return first < rows; }
   __device__ void advance() { first += kRows * stride(); }
 
-  // How many of the kRows rows there are in the block's first slot: the same for all of its
-  // threads.
-  __device__ int live() const {
-    int live = 0;
-    const int64_t apart = stride();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) live += first + r * apart < rows;
-    return live;
-  }
-
   // f(r, row) for each of the thread's rows that there are.
   template <typename F>
   __device__ void each_row(const F& f) const {
-    cuda::each_row<kRows>([&](int r) { return first + r * stride() + slot; }, rows, f);
+    unrolled<kRows>([&](int r) {
+      const int64_t row = first + r * stride() + slot;
+      if (row < rows) f(r, row);
+    });
   }
 
   // f(k, column, count) for each chunk of a row. The count of the last is beyond its elements.
   template <typename F>
   __device__ void each_chunk(const F& f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    unrolled<kVectors>([&](int k) {
       const int col = (k * lanes + recomputed(lane)) * kElems;
       f(k, col, cols - col);
-    }
+    });
   }
 };
 
@@ -76,17 +58,21 @@ struct Slice {
     return static_cast<int>(min(end - column(chunk), int64_t{kElems}));
   }
 
-  // f(k, chunk) for each of the thread's chunks in a tile; those beyond the slice too, of count 0
-  // or less.
+  // f(k, chunk) for each of the thread's chunks in a tile; those beyond the slice too.
+  template <typename F>
+  __device__ void each_index(Index first, const F& f) const {
+    unrolled<kVectors>([&](int k) { f(k, first + k * lanes + lane); });
+  }
+
+  // f(k, column, count) for the same; beyond the slice the count is 0 or less.
   template <typename F>
   __device__ void each_chunk(Index first, const F& f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) f(k, first + k * lanes + lane);
+    each_index(first, [&](int k, Index chunk) { f(k, column(chunk), count(chunk)); });
   }
 
   // f(chunk) for each of the thread's chunks in the slice, one at a time.
   template <typename F>
-  __device__ void each_chunk(const F& f) const {
+  __device__ void each_index(const F& f) const {
     for (Index chunk = lane; chunk < chunks; chunk += lanes) f(chunk);
   }
 };

@@ -104,8 +104,8 @@ constexpr int blocks_of(const KernelLimits& limits, bool mixed) {
 }
 template <KernelIndex kKernel>
 constexpr int kThreads = kTuned.limits[kKernel].threads;
-template <KernelIndex kKernel, bool kMixed>
-constexpr int kBlocks = blocks_of(kTuned.limits[kKernel], kMixed);
-#define LAUNCH_BOUNDS(kernel, mixed) __launch_bounds__(kThreads<kernel>, (kBlocks<kernel, mixed>))
+// The head of a kernel, with its launch bounds.
+#define ROW_KERNEL(kernel, mixed) \
+  __global__ void __launch_bounds__(kThreads<kernel>, blocks_of(kTuned.limits[kernel], mixed))
 
 }  // namespace rmsnorm::cuda

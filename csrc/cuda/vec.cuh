@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../rmsnorm.h"
+#include "../round_to_odd.h"
 
 namespace rmsnorm::cuda {
 
@@ -20,6 +21,27 @@ __device__ inline void sync_dependent_launch() {
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
+}
+
+// f(0), f(1), ... f(kCount - 1), without a loop.
+template <int kCount, typename F>
+__device__ void unrolled(const F& f) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) f(i);
+}
+
+// f(T()) with T the type of dtype, of those that the kernels of rows are compiled for.
+#pragma nv_exec_check_disable
+template <typename F>
+RMSNORM_HOST_DEVICE auto with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float());
+    case DType::kFloat16:
+      return f(__half());
+    default:
+      return f(__nv_bfloat16());
+  }
 }
 
 template <typename T>
@@ -45,6 +67,12 @@ __device__ void pack(uint32_t* w, float2 v) {
   }
 }
 
+__device__ inline float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ inline float2 operator+(float2 a, float b) { return {a.x + b, a.y + b}; }
+__device__ inline float2 operator-(float2 a, float2 b) { return {a.x - b.x, a.y - b.y}; }
+__device__ inline float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+__device__ inline float2 operator*(float2 a, float b) { return {a.x * b, a.y * b}; }
+
 // v rounded to T and back.
 template <typename T>
 __device__ float2 round_to(float2 v) {
@@ -63,11 +91,31 @@ __device__ inline int recomputed(int v) {
 template <typename T, int kElems>
 struct Chunk {
   static constexpr int kBytes = kElems * sizeof(T);
-  uint32_t word[kBytes / 4];
+  // The widest access that it is a multiple of; and elements as they are in memory.
+  using Vector =
+      std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  using Raw = std::conditional_t<sizeof(T) == 4, uint32_t,
+                                 std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>;
+  static constexpr int kVectors = kBytes / sizeof(Vector);
+  alignas(Vector) uint32_t word[kBytes / 4];
 
   // Elements 2i and 2i + 1.
   __device__ float2 get(int i) const { return unpack<T>(word + i * sizeof(T) / 2); }
   __device__ void set(int i, float2 v) { pack<T>(word + i * sizeof(T) / 2, v); }
+
+  __device__ Vector vector(int i) const { return reinterpret_cast<const Vector*>(word)[i]; }
+  __device__ void set_vector(int i, Vector v) { reinterpret_cast<Vector*>(word)[i] = v; }
+
+  template <typename To>
+  __device__ Chunk<To, kElems> to() const {
+    if constexpr (std::is_same_v<To, T>) {
+      return *this;
+    } else {
+      Chunk<To, kElems> result;
+      unrolled<kElems / 2>([&](int i) { result.set(i, get(i)); });
+      return result;
+    }
+  }
 
   // Keeps the compiler from unpacking ahead, which would hold twice the registers over a reduction
   // or a loop.
@@ -86,26 +134,14 @@ __device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
   using C = Chunk<T, kElems>;
   C c = {};
   if (aligned && count >= kElems) {
-    if constexpr (C::kBytes == 8) {
-      reinterpret_cast<uint2&>(c) = *reinterpret_cast<const uint2*>(p);
-    } else {
-#pragma unroll
-      for (int i = 0; i < C::kBytes / 16; ++i) {
-        const uint4 v = reinterpret_cast<const uint4*>(p)[i];
-        c.word[4 * i] = v.x, c.word[4 * i + 1] = v.y, c.word[4 * i + 2] = v.z,
-                   c.word[4 * i + 3] = v.w;
-      }
-    }
+    unrolled<C::kVectors>(
+        [&](int i) { c.set_vector(i, reinterpret_cast<const typename C::Vector*>(p)[i]); });
   } else {
-#pragma unroll
-    for (int i = 0; i < kElems; ++i) {
-      if (i >= count) continue;
-      if constexpr (sizeof(T) == 4) {
-        c.word[i] = reinterpret_cast<const uint32_t*>(p)[i];
-      } else {
-        c.word[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(p)[i]} << 16 * (i % 2);
-      }
-    }
+    unrolled<kElems>([&](int i) {
+      if (i >= count) return;
+      const uint32_t raw = reinterpret_cast<const typename C::Raw*>(p)[i];
+      c.word[i * sizeof(T) / 4] |= raw << 8 * sizeof(T) * i % 32;
+    });
   }
   return c;
 }
@@ -114,45 +150,29 @@ __device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
 // in most kernels.
 template <typename T, int kElems>
 __device__ void store_chunk(T* p, const Chunk<T, kElems>& c, int count, bool aligned) {
+  using C = Chunk<T, kElems>;
   if (aligned && count >= kElems) {
-    if constexpr (Chunk<T, kElems>::kBytes == 8) {
-      __stwb(reinterpret_cast<uint2*>(p), make_uint2(c.word[0], c.word[1]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < Chunk<T, kElems>::kBytes / 16; ++i) {
-        __stwb(reinterpret_cast<uint4*>(p) + i,
-               make_uint4(c.word[4 * i], c.word[4 * i + 1], c.word[4 * i + 2], c.word[4 * i + 3]));
-      }
-    }
+    unrolled<C::kVectors>(
+        [&](int i) { __stwb(reinterpret_cast<typename C::Vector*>(p) + i, c.vector(i)); });
   } else {
-#pragma unroll
-    for (int i = 0; i < kElems; ++i) {
-      if (i >= count) continue;
-      if constexpr (sizeof(T) == 4) {
-        reinterpret_cast<uint32_t*>(p)[i] = c.word[i];
-      } else {
-        reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(c.word[i / 2] >> 16 * (i % 2));
-      }
-    }
+    unrolled<kElems>([&](int i) {
+      if (i >= count) return;
+      const uint32_t word = c.word[i * sizeof(T) / 4];
+      reinterpret_cast<typename C::Raw*>(p)[i] = word >> 8 * sizeof(T) * i % 32;
+    });
   }
 }
 
 // Chunk i of n in shared memory, as 16-byte vectors that the threads of a warp find side by side.
-template <typename T, int kElems>
-__device__ void put_chunk(uint4* kept, int n, int i, const Chunk<T, kElems>& c) {
-#pragma unroll
-  for (int k = 0; k < c.kBytes / 16; ++k) {
-    kept[k * n + i] =
-        make_uint4(c.word[4 * k], c.word[4 * k + 1], c.word[4 * k + 2], c.word[4 * k + 3]);
-  }
+template <typename C>
+__device__ void put_chunk(uint4* kept, int n, int i, const C& c) {
+  unrolled<C::kVectors>([&](int k) { kept[k * n + i] = c.vector(k); });
 }
-template <typename T, int kElems>
-__device__ void get_chunk(const uint4* kept, int n, int i, Chunk<T, kElems>& c) {
-#pragma unroll
-  for (int k = 0; k < c.kBytes / 16; ++k) {
-    const uint4 v = kept[k * n + i];
-    c.word[4 * k] = v.x, c.word[4 * k + 1] = v.y, c.word[4 * k + 2] = v.z, c.word[4 * k + 3] = v.w;
-  }
+template <typename C>
+__device__ C get_chunk(const uint4* kept, int n, int i) {
+  C c;
+  unrolled<C::kVectors>([&](int k) { c.set_vector(k, kept[k * n + i]); });
+  return c;
 }
 
 // Rows::offset() on the device. A 64-bit division there is a subroutine that takes some twenty
@@ -181,41 +201,28 @@ __device__ inline int64_t row_offset(const Rows& rows, int64_t row) {
   return result + row * rows.stride[0];
 }
 
-// A tensor argument as a kernel sees it.
+// A tensor argument as a kernel sees it. A weight is one row.
 struct View {
   const void* data;
   DType dtype;
   bool aligned;  // every chunk is
+  Rows rows;
+
+  // Where a row starts, in elements.
+  __device__ int64_t offset(int64_t row) const { return row_offset(rows, row); }
 };
 
 // Elements [index, index + count) of v, held as T: those of another dtype as fp32 (held_dtype in
 // plan.h).
 template <typename T, int kElems>
 __device__ Chunk<T, kElems> load_chunk(const View& v, int64_t index, int count) {
-  if constexpr (std::is_same_v<T, float>) {
-    const auto widened = [](const auto& narrow) {
-      Chunk<float, kElems> c;
-#pragma unroll
-      for (int i = 0; i < kElems / 2; ++i) c.set(i, narrow.get(i));
-      return c;
-    };
-    if (v.dtype == DType::kFloat16) {
-      return widened(
-          load_chunk<__half, kElems>(static_cast<const __half*>(v.data) + index, count, v.aligned));
-    }
-    if (v.dtype == DType::kBFloat16) {
-      return widened(load_chunk<__nv_bfloat16, kElems>(
-          static_cast<const __nv_bfloat16*>(v.data) + index, count, v.aligned));
-    }
-  }
-  return load_chunk<T, kElems>(static_cast<const T*>(v.data) + index, count, v.aligned);
-}
-
-// Into the L2 cache, for a load that comes later.
-__device__ inline void fetch_chunk(const View& v, int bytes, int64_t index, int count) {
-  if (count > 0)
-    asm volatile(
-        "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(v.data) + index * bytes));
+  const auto load_as = [&](auto element) {
+    using From = decltype(element);
+    const From* const from = static_cast<const From*>(v.data) + index;
+    return load_chunk<From, kElems>(from, count, v.aligned).template to<T>();
+  };
+  if constexpr (std::is_same_v<T, float>) return with_type(v.dtype, load_as);
+  return load_as(T());
 }
 
 // The same of a weight, which may be absent: ones.
@@ -223,9 +230,57 @@ template <typename T, int kElems>
 __device__ Chunk<T, kElems> load_weight(const View& v, int64_t index, int count) {
   if (v.data != nullptr) return load_chunk<T, kElems>(v, index, count);
   Chunk<T, kElems> ones;
-#pragma unroll
-  for (int i = 0; i < kElems / 2; ++i) ones.set(i, {1.0f, 1.0f});
+  unrolled<kElems / 2>([&](int i) { ones.set(i, {1.0f, 1.0f}); });
   return ones;
+}
+
+// c rounded to To, the type of v, to its elements [index, index + count).
+template <typename To, typename T, int kElems>
+__device__ void store_chunk(const View& v, int64_t index, const Chunk<T, kElems>& c, int count) {
+  To* const to = static_cast<To*>(const_cast<void*>(v.data)) + index;
+  store_chunk(to, c.template to<To>(), count, v.aligned);
+}
+
+// Single elements of a dtype known at run time, as double: for what is off the hot path.
+
+// f(T()) with T the type of dtype.
+template <typename F>
+__device__ auto with_any_type(DType dtype, const F& f) {
+  return dtype == DType::kFloat64 ? f(double()) : with_type(dtype, f);
+}
+
+template <typename T>
+__device__ double to_double(T v) {
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<float>(v);
+  } else {
+    return v;
+  }
+}
+
+template <typename T>
+__device__ T from_double(double v) {
+  if constexpr (sizeof(T) == 2) {
+    return T(round_to_odd(v));
+  } else {
+    return static_cast<T>(v);
+  }
+}
+
+__device__ inline double load_any(const void* p, DType dtype, int64_t i) {
+  return with_any_type(
+      dtype, [=](auto type) { return to_double(static_cast<const decltype(type)*>(p)[i]); });
+}
+
+__device__ inline void store_any(void* p, DType dtype, int64_t i, double v) {
+  with_any_type(dtype, [=](auto type) {
+    using T = decltype(type);
+    static_cast<T*>(p)[i] = from_double<T>(v);
+  });
+}
+
+__device__ inline double round_any(DType dtype, double v) {
+  return with_any_type(dtype, [=](auto type) { return to_double(from_double<decltype(type)>(v)); });
 }
 
 }  // namespace rmsnorm::cuda
