@@ -130,17 +130,17 @@ def give_back(old: nn.Module, new: RMSNorm) -> None:
     state = vars(old)
     made = next(cls for cls in type(new).__mro__ if "_twin_of" in vars(cls) or same(cls, RMSNorm))
     eps_name = getattr(made, "_eps_name", None) or "eps"
-    kept = {key: state[key] for key in (*_SETTINGS, eps_name) if key in state}
+    kept = {key: state[key] for key in (*SETTINGS, eps_name) if key in state}
     before = kept.get(eps_name)
     if eps_name in kept and (None if before is None else float(before)) != new.eps:
         kept[eps_name] = new.eps
     state.clear()
-    state.update({key: value for key, value in vars(new).items() if key not in _SETTINGS} | kept)
+    state.update({key: value for key, value in vars(new).items() if key not in SETTINGS} | kept)
     if type(new) is not made:  # somebody derived a class from it
         old.__class__ = rebased(type(new), made, type(old))
 
 
-_SETTINGS = ("normalized_shape", "eps", "elementwise_affine", "weight_offset", "cast_before_weight")
+SETTINGS = ("normalized_shape", "eps", "elementwise_affine", "weight_offset", "cast_before_weight")
 
 
 def rebased(cls: type, made: type, original: type) -> type:
@@ -172,7 +172,7 @@ def twin_class(
         __doc__, __module__, __qualname__ = original.__doc__, base.__module__, base.__qualname__
         _twin_of, _computes, _eps_name = original, base, eps_name
         forward = called_with(base.forward, original.forward)
-        vars().update({name: _fixed(name) for name in also_read if name not in _SETTINGS})
+        vars().update({name: _fixed(name) for name in also_read if name not in SETTINGS})
         if eps_name is not None and eps_name != "eps":
             vars()[eps_name] = property(
                 lambda self: self.eps,

@@ -28,7 +28,7 @@ from ..again import is_a, same
 from ..modules import RMSNorm
 from .families import rebased
 
-_LEFT_ALONE = ", and its norms do not add the residual"
+_CONSEQUENCE = ", and its norms do not add the residual"
 
 
 def fuse(layer: nn.Module) -> tuple[str, ...] | str:
@@ -39,15 +39,15 @@ def fuse(layer: nn.Module) -> tuple[str, ...] | str:
     if len(ours) < 2 or is_a(layer, _AddsInNorms):
         return ()
     if "forward" in vars(layer):
-        return f"its forward was replaced on this instance{_LEFT_ALONE}"
-    hooked = {name for name in ours if _hooks(layer._modules[name])}
+        return f"its forward was replaced on this instance{_CONSEQUENCE}"
+    hooked = {name for name in ours if _has_hooks(layer._modules[name])}
     fused = _fused_class(type(layer), type(layer).forward, frozenset(ours - hooked))
     if isinstance(fused, type):
         layer.__class__ = fused
         return fused._fused
     if fused and hooked:
         fused += f" that has no hooks ({', '.join(sorted(hooked))} has)"
-    return fused and fused + _LEFT_ALONE
+    return fused and fused + _CONSEQUENCE
 
 
 def unfuse(layer: nn.Module) -> None:
@@ -56,7 +56,7 @@ def unfuse(layer: nn.Module) -> None:
         layer.__class__ = rebased(type(layer), made, made._original)
 
 
-def _hooks(norm: nn.Module) -> bool:
+def _has_hooks(norm: nn.Module) -> bool:
     """Whether there is a hook, of this norm or of every module: it expects the sum, and one
     result.
     """
@@ -89,7 +89,7 @@ class _AddsInNorms:
             (cls is RMSNorm or same(cls, RMSNorm))
             and isinstance(hidden, Tensor)
             and isinstance(residual, Tensor)
-            and not _hooks(norm)
+            and not _has_hooks(norm)
             and hidden.dtype == residual.dtype
             and hidden.shape == residual.shape
         ):
@@ -136,8 +136,9 @@ def _fused_class(
                 "(the file has changed, or somebody has rewritten it)"
             )
         cells = dict(zip(code.co_freevars, forward.__closure__ or ()))
-        new = _decorated(decorators, forward, _with(forward, source.compiled(rewritten), cells))
-    except _Unknown as error:
+        new = _with_code(forward, source.compiled(rewritten), cells)
+        new = _decorated(decorators, forward, new)
+    except _LeftAlone as error:
         return str(error)
     body = {"_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused)}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -148,7 +149,7 @@ def _fused_class(
     return fused
 
 
-class _Unknown(Exception):
+class _LeftAlone(Exception):
     """Why a forward is left alone."""
 
 
@@ -190,7 +191,7 @@ class _Source:
         for code in _all_codes(module):
             if code.co_name == self.code.co_name:
                 return code
-        raise _Unknown("the source of its forward is not there")
+        raise _LeftAlone("the source of its forward is not there")
 
 
 def _all_codes(code: types.CodeType):
@@ -221,12 +222,12 @@ def _same_code(one: types.CodeType, other: types.CodeType) -> bool:
     )
 
 
-def _with(
+def _with_code(
     function: types.FunctionType, code: types.CodeType, cells: dict[str, types.CellType]
 ) -> types.FunctionType:
     """The function with another code; all else is its own."""
     if not cells.keys() >= {*code.co_freevars}:
-        raise _Unknown("its forward closes over names that are not there")
+        raise _LeftAlone("its forward closes over names that are not there")
     if hasattr(code, "co_qualname"):
         code = code.replace(co_qualname=function.__code__.co_qualname)
     closure = tuple(cells[name] for name in code.co_freevars) or None
@@ -248,23 +249,23 @@ def _decorated(
     instead, filled = {forward: new}, []
     for decorator in reversed(decorators):
         if not isinstance(decorator, types.FunctionType):
-            raise _Unknown("its forward is decorated by an object")
+            raise _LeftAlone("its forward is decorated by an object")
         code, cells = decorator.__code__, {}
         for name, cell in zip(code.co_freevars, decorator.__closure__ or ()):
-            cells[name], held = cell, _contents(cell)
+            cells[name], held = cell, _function_in(cell)
             if held in (*decorators, forward):
                 cells[name] = types.CellType()
                 filled.append((cells[name], held))
         if decorator.__wrapped__ not in (held for _, held in filled):
-            raise _Unknown("its forward is decorated")
-        outer = _with(decorator, code, cells)
+            raise _LeftAlone("its forward is decorated")
+        outer = _with_code(decorator, code, cells)
         outer.__wrapped__, instead[decorator], new = new, outer, outer
     for cell, held in filled:
         cell.cell_contents = instead[held]
     return new
 
 
-def _contents(cell: types.CellType) -> types.FunctionType | None:
+def _function_in(cell: types.CellType) -> types.FunctionType | None:
     try:
         held = cell.cell_contents
     except ValueError:  # empty

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -141,14 +142,21 @@ def _recognize(cls, attributes, shape, others) -> Recognized | str:
     """
     key = cls, attributes, shape, others
     if key not in _known:
-        module = object.__new__(cls)  # without the constructor, whose arguments nobody knows
-        nn.Module.__init__(module)
-        vars(module).update(attributes)
-        weight = None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
-        module.register_parameter("weight", weight)
-        module._buffers.update((name, torch.empty(0)) for name in others)
-        _known[key] = found = recognize(module)
+        # In a thread of its own, where no mode of torch is on: torch.export would record what is
+        # made there.
+        with ThreadPoolExecutor(1) as thread:
+            _known[key] = found = thread.submit(_try, *key).result()
         if isinstance(found, str):
             message = f"rmsnorm_cuda: {cls.__name__} keeps its own forward: {found}"
             warnings.warn(message, stacklevel=3)
     return _known[key]
+
+
+def _try(cls, attributes, shape, others) -> Recognized | str:
+    module = object.__new__(cls)  # without the constructor, whose arguments nobody knows
+    nn.Module.__init__(module)
+    vars(module).update(attributes)
+    weight = None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
+    module.register_parameter("weight", weight)
+    module._buffers.update((name, torch.empty(0)) for name in others)
+    return recognize(module)

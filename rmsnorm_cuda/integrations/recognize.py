@@ -26,14 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .families import _SETTINGS, FAMILIES, Family, normalize
+from .families import FAMILIES, SETTINGS, Family, normalize
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
-_TORCHS_FORWARD = nn.RMSNorm.forward
+MODULE_ATTRIBUTES = vars(nn.Module()).keys()
+_TORCH_FORWARD = nn.RMSNorm.forward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PAIRS = tuple(product(_DTYPES, _DTYPES))  # input and weight
-_TELLING = _PAIRS[0], _PAIRS[4], _PAIRS[1], _PAIRS[3]  # fp32 and bf16: the families differ in them
+_DTYPE_PAIRS = tuple(product(_DTYPES, _DTYPES))  # input and weight
+# fp32, bf16 and their mixtures: the families differ in them.
+_DECISIVE_PAIRS = tuple(_DTYPE_PAIRS[i] for i in (0, 4, 1, 3))
 
 # For special rows, whose gradients are not compared: among such weights the others' would be lost.
 _EXTREME_WEIGHTS = (1.0, -1.0, 0.0, 3000.0, -3000.0)
@@ -54,9 +55,9 @@ def recognize(module: nn.Module) -> Recognized | str:
     It is the same function if results and gradients are, in training and in evaluation, in fp32,
     bf16, fp16 and their mixtures, for rows of all sizes, of zeros, with NaN and with Inf.
     """
-    if type(module) is nn.RMSNorm and nn.RMSNorm.forward is _TORCHS_FORWARD and _as_built(module):
+    if type(module) is nn.RMSNorm and nn.RMSNorm.forward is _TORCH_FORWARD and _as_built(module):
         return Recognized(FAMILIES[0], number(module.eps), "eps")
-    if reason := _another_structure(module):
+    if reason := _structural_reason(module):
         return reason
     # In a thread of its own no mode of torch is on: neither fake tensors nor a transform, autocast
     # or another device.
@@ -81,7 +82,8 @@ def _as_built(module: nn.RMSNorm) -> bool:
     return weight is None or weight.shape == module.normalized_shape
 
 
-def _another_structure(module: nn.Module) -> str:
+def _structural_reason(module: nn.Module) -> str:
+    """Why it cannot be a norm with one weight and one input; empty if it may be."""
     cls, name, weight = type(module), type(module).__name__, module._parameters.get("weight")
     if list(module.children()):
         return f"{name} has submodules"
@@ -101,7 +103,7 @@ def _another_structure(module: nn.Module) -> str:
             f"its weight has the shape {list(weight.shape)}, and one number for each column is "
             "expected; where it was sharded, swap before that"
         )
-    properties = [key for key in _SETTINGS if inspect.isdatadescriptor(getattr(cls, key, None))]
+    properties = [key for key in SETTINGS if inspect.isdatadescriptor(getattr(cls, key, None))]
     if properties:
         return f"{name} has a property {', '.join(properties)}"
     try:
@@ -120,7 +122,7 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
-# What warnings.filterwarnings() makes. Of F.rms_norm.
+# A warning of F.rms_norm, as warnings.filterwarnings() would have it.
 _MISMATCH = "ignore", re.compile("Mismatch dtype between input and weight"), Warning, None, 0
 
 
@@ -184,7 +186,7 @@ class _Outcome(NamedTuple):
 _Function = Callable[[Tensor, "Tensor | None", bool], Tensor]
 
 
-def _their(copied: nn.Module) -> _Function:
+def _function_of(copied: nn.Module) -> _Function:
     def call(x, weight, training):
         copied.training = training
         if weight is not None:
@@ -195,7 +197,7 @@ def _their(copied: nn.Module) -> _Function:
     return call
 
 
-def _our(shape: tuple[int, ...] | None, family: Family, eps: float | None) -> _Function:
+def _formula(shape: tuple[int, ...] | None, family: Family, eps: float | None) -> _Function:
     return lambda x, weight, training: normalize(x, shape or x.shape[-1:], weight, eps, family)
 
 
@@ -225,20 +227,21 @@ class _Laboratory:
         for row, value, column in zip(rows.flatten(1), cycle((1e4, -1e4)), cycle(range(extremes))):
             row[column % width] = value
         self.usual, self.special, self.special_names = *map(_batches, (usual, special)), {*special}
-        self.plain = _Trial(self.usual[0], _PAIRS[0], False, False)
-        self.gain = self.extreme_gain = None
+        self.plain = _Trial(self.usual[0], _DTYPE_PAIRS[0], False, False)
+        self.weight = self.extreme_weight = None
         if has_weight:
-            self.gain = 1 + normal(shape) / 4
-            self.extreme_gain = self.gain.clone()
-            self.extreme_gain.view(-1)[:extremes] = torch.tensor(_EXTREME_WEIGHTS[:width])
+            self.weight = 1 + normal(shape) / 4
+            self.extreme_weight = self.weight.clone()
+            self.extreme_weight.view(-1)[:extremes] = torch.tensor(_EXTREME_WEIGHTS[:width])
         # In part along the row: what goes through the root is not lost among what does not.
         self.direction = normal(shape) + 1
-        self.pairs = _PAIRS if has_weight else tuple((dtype, dtype) for dtype in _DTYPES)
+        self.pairs = _DTYPE_PAIRS if has_weight else tuple((dtype, dtype) for dtype in _DTYPES)
 
     def observe(self, function: _Function, trial: _Trial) -> _Outcome:
         x = torch.cat([*trial.batch.values()]).to(trial.pair[0])
-        gain = self.extreme_gain if trial.batch.keys() <= self.special_names else self.gain
-        weight = None if gain is None else nn.Parameter(gain.to(trial.pair[1]))
+        is_special = trial.batch.keys() <= self.special_names
+        values = self.extreme_weight if is_special else self.weight
+        weight = None if values is None else nn.Parameter(values.to(trial.pair[1]))
         if not trial.grad:
             before = x.clone()
             with torch.no_grad():
@@ -285,7 +288,7 @@ class _Laboratory:
 
 
 def _batches(rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """So small that no operation wakes a pool of threads."""
+    """The rows in batches so small that no operation wakes a pool of threads."""
     batches: list[dict[str, Tensor]] = [{}]
     for name, part in rows.items():
         if batches[-1] and part.numel() + sum(t.numel() for t in batches[-1].values()) >= 32768:
@@ -341,20 +344,20 @@ def gradients_differ(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]
 
 def _try(module: nn.Module) -> Recognized | str:
     copied, has_weight = _copy(module), module._parameters.get("weight") is not None
-    own = {key: value for key, value in vars(copied).items() if key not in _OF_EVERY_MODULE}
+    own = {key: value for key, value in vars(copied).items() if key not in MODULE_ATTRIBUTES}
     named = {key: n for key, value in own.items() if (n := number(value)) is not None}
     shape = _shape(module)
-    laboratory, their = _Laboratory(shape, has_weight, named.values()), _their(copied)
+    laboratory, their = _Laboratory(shape, has_weight, named.values()), _function_of(copied)
     known_shape = shape if has_weight or getattr(module, "normalized_shape", None) else None
     wants, errors = [], []
-    for pair, batch in product(_TELLING, laboratory.usual):
+    for pair, batch in product(_DECISIVE_PAIRS, laboratory.usual):
         if pair in laboratory.pairs:
             trial = _Trial(batch, pair, False, True)
             try:
                 wants.append((trial, laboratory.observe(their, trial).result))
             except Exception as error:
                 errors.append(error)
-    if not {*_TELLING[:2]} <= {trial.pair for trial, _ in wants}:
+    if not {*_DECISIVE_PAIRS[:2]} <= {trial.pair for trial, _ in wants}:
         return f"it could not be tried on the CPU: {_in_a_line(errors[0])}"
     if not isinstance(wants[0][1], Tensor):
         return f"its result is {_kind(wants[0][1])}, not a tensor"
@@ -363,15 +366,15 @@ def _try(module: nn.Module) -> Recognized | str:
     least, nearest = 2.0, ""
     for family in FAMILIES if has_weight else FAMILIES[:1]:
         for eps, names in _candidates(copied, family, named).items():
-            our, says = _our(known_shape, family, eps), f"{family.name!r} with eps={eps}"
+            our, says = _formula(known_shape, family, eps), f"{family.name!r} with eps={eps}"
             results = [laboratory.observe(our, trial).result for trial, _ in wants]
             shares = [values_off(y, want, t.pair)[0] for y, (t, want) in zip(results, wants)]
             off, (where, _) = max(zip(shares, wants), key=operator.itemgetter(0))
             if off < 0.01:
                 if reason := _difference(laboratory, our, their):
                     return f"it is like {says}, but {reason}"
-                eps_name = _heeded(laboratory, copied, known_shape, family, eps, names)
-                others = _also_read(laboratory, copied, named.keys() - {eps_name})
+                eps_name = _eps_attribute(laboratory, copied, known_shape, family, eps, names)
+                others = _other_numbers(laboratory, copied, named.keys() - {eps_name})
                 return Recognized(family, eps, eps_name, others)
             if off < least:
                 least, nearest = off, f"{says}: {off:.0%} of its values differ {where}"
@@ -391,13 +394,13 @@ def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> st
             try:
                 want = laboratory.observe(their, trial)
             except Exception as error:
-                if grad and not training and pair not in _TELLING[:2]:
+                if grad and not training and pair not in _DECISIVE_PAIRS[:2]:
                     break  # it does not take these dtypes
                 return f"{trial} it raises {_in_a_line(error)}"
             reason = laboratory.difference(laboratory.observe(our, trial), want, trial)
             if reason:
                 return f"{reason} {trial}"
-    x, weight = torch.cat([*laboratory.usual[0].values()]), laboratory.gain
+    x, weight = torch.cat([*laboratory.usual[0].values()]), laboratory.weight
     x = x[: len(x) // 2 * 2]
     with torch.no_grad():
         once = their(x, weight, False)
@@ -409,7 +412,7 @@ def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> st
                 got = their(t, weight, False)
             except Exception as error:
                 return f"of input of the shape {list(t.shape)} it raises {_in_a_line(error)}"
-            if values_off(want, got, _PAIRS[0])[1]:
+            if values_off(want, got, _DTYPE_PAIRS[0])[1]:
                 return (
                     "its result depends on how many dimensions there are before the normalized ones"
                 )
@@ -433,36 +436,36 @@ def _candidates(
     return candidates
 
 
-def _gives(laboratory: _Laboratory, copied: nn.Module, name: str, value: object) -> Tensor | None:
+def _result_with(laboratory, copied: nn.Module, name: str, value: object) -> Tensor | None:
     """The result of the copy with another value of an attribute; None where it raises."""
     before = vars(copied).get(name)
     vars(copied)[name] = value
     try:
-        return laboratory.observe(_their(copied), laboratory.plain).result
+        return laboratory.observe(_function_of(copied), laboratory.plain).result
     except Exception:
         return None
     finally:
         vars(copied)[name] = before
 
 
-def _heeded(laboratory, copied, shape, family, eps, names) -> str | None:
+def _eps_attribute(laboratory, copied, shape, family, eps, names) -> str | None:
     """The one of these attributes that the module reads its eps from."""
     other = 2e-3 + 2 * (eps or 0)
-    want = laboratory.observe(_our(shape, family, other), laboratory.plain).result
+    want = laboratory.observe(_formula(shape, family, other), laboratory.plain).result
     for name in names:
-        got = _gives(laboratory, copied, name, other)
+        got = _result_with(laboratory, copied, name, other)
         if not values_off(want, got, laboratory.plain.pair)[1]:
             return name
     return None
 
 
-def _also_read(laboratory: _Laboratory, copied: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+def _other_numbers(laboratory, copied: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """Those of these attributes on whose numbers the result depends."""
-    want = laboratory.observe(_their(copied), laboratory.plain).result
+    want = laboratory.observe(_function_of(copied), laboratory.plain).result
 
     def is_read(name: str) -> bool:
-        got = _gives(laboratory, copied, name, 2 * vars(copied)[name] + 1)
-        return not isinstance(got, Tensor) or not _same(got, want)
+        got = _result_with(laboratory, copied, name, 2 * vars(copied)[name] + 1)
+        return getattr(got, "dtype", None) != want.dtype or not _same(got, want)
 
     return tuple(filter(is_read, sorted(names)))
 
@@ -473,7 +476,7 @@ def _copy(module: nn.Module) -> nn.Module:
     nn.Module.__init__(new)
     memo = {id(module): new}
     for key, value in vars(module).items():
-        if key not in _OF_EVERY_MODULE:
+        if key not in MODULE_ATTRIBUTES:
             try:
                 vars(new)[key] = copy.deepcopy(value, memo)
             except Exception:  # a lock, a generator

@@ -22,7 +22,7 @@ from ..again import is_a
 from ..modules import RMSNorm
 from .families import Family, give_back, twin
 from .fuse_residual import fuse, unfuse
-from .recognize import _OF_EVERY_MODULE, Recognized, recognize
+from .recognize import MODULE_ATTRIBUTES, Recognized, recognize
 
 
 class Replaced(NamedTuple):
@@ -263,7 +263,7 @@ def _recognize_once(module: nn.Module, known: dict[tuple, Recognized | str]) -> 
     """recognize(), once for all modules of a class that have the same settings and shape, if these
     are all that they have.
     """
-    attributes = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    attributes = {key: value for key, value in vars(module).items() if key not in MODULE_ATTRIBUTES}
     plain = (numbers.Number, str, torch.dtype, type(None))
     values = (value if isinstance(value, tuple) else [value] for value in attributes.values())
     if not all(isinstance(part, plain) for value in values for part in value):
