@@ -89,9 +89,9 @@ def quantize_reference(
     scale_ub: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output, scale) that rms_norm_quant makes of a norm, step by step, to the bit."""
-    most = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    least = torch.finfo(torch.float32).eps if dtype == torch.int8 else 1 / (512 * most)
-    least = torch.tensor(least).item()  # as the kernels have it: rounded to fp32
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    least_scale = torch.finfo(torch.float32).eps if dtype == torch.int8 else 1 / (512 * limit)
+    least_scale = torch.tensor(least_scale).item()  # as the kernels have it: rounded to fp32
     y = norm.float()
     if scale is not None:
         q = y * (1 / scale)
@@ -100,12 +100,12 @@ def quantize_reference(
         largest = groups.abs().amax(-1, keepdim=True)
         if scale_ub is not None and scale_ub <= torch.finfo(torch.float32).max:
             largest = largest.clamp(max=scale_ub)
-        scale = (largest / most).clamp(min=least)
+        scale = (largest / limit).clamp(min=least_scale)
         q = (groups * (1 / scale) if dtype == torch.int8 else groups / scale).flatten(-2)
         scale = scale.squeeze(-1)
     if dtype == torch.int8:
         return q.nan_to_num(0.0).clamp(-128, 127).round().to(dtype), scale
-    return q.clamp(-most, most).to(dtype), scale
+    return q.clamp(-limit, limit).to(dtype), scale
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -7,8 +7,8 @@ with three lines made one.
 becomes
     hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
 
-Names are what they are, and anything may be added to the residual. Any other form is left alone,
-and so is a forward whose source is not what runs: compiled as it stands, it has to give the very
+The variables may have any names, and anything may be added to the residual. Another form is left
+alone. So is a forward whose source is not what runs: compiled as it stands, it has to give the very
 bytecode. All else is the original's: globals, defaults, what it closes over, decorators.
 """
 
