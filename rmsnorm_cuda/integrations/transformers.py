@@ -71,11 +71,14 @@ class Replacement(list):
         for _, layer, _ in self.fused:
             unfuse(layer)
         modules = dict(self._model.named_modules(remove_duplicate=False))
-        for name, old, new, _ in self:
-            if modules.get(name) is new:
-                give_back(old, new)
-                path, _, child = name.rpartition(".")
-                setattr(modules[path], child, old)
+        swaps = [(name, old, new) for name, old, new, _ in self if modules.get(name) is new]
+        for new, old in {
+            new: old for _, old, new in swaps
+        }.items():  # once, though it may be in two places
+            give_back(old, new)
+        for name, old, _ in swaps:
+            path, _, child = name.rpartition(".")
+            setattr(modules[path], child, old)
 
     def __enter__(self) -> Replacement:
         return self
