@@ -72,9 +72,8 @@ class Replacement(list):
             unfuse(layer)
         modules = dict(self._model.named_modules(remove_duplicate=False))
         swaps = [(name, old, new) for name, old, new, _ in self if modules.get(name) is new]
-        for new, old in {
-            new: old for _, old, new in swaps
-        }.items():  # once, though it may be in two places
+        old_of = {new: old for _, old, new in swaps}  # once, also where a module is in two places
+        for new, old in old_of.items():
             give_back(old, new)
         for name, old, _ in swaps:
             path, _, child = name.rpartition(".")
