@@ -76,9 +76,8 @@ def rms_norm_backward_reference(
     if weight is None:
         return dx, None
     seen = round_once(xhat, input.dtype).double() if cast_before_weight else xhat
-    return dx, (dy * seen).reshape(
-        math.prod(input.shape[: input.dim() - len(dims)]), *weight.shape
-    ).sum(0)
+    rows = math.prod(input.shape[: input.dim() - len(dims)])
+    return dx, (dy * seen).reshape(rows, *weight.shape).sum(0)
 
 
 @torch.no_grad()
@@ -90,11 +89,9 @@ def quantize_reference(
     scale_ub: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output, scale) that rms_norm_quant makes of a norm, step by step, to the bit."""
-    most = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    # As the kernels have it: rounded to fp32.
-    least = torch.tensor(
-        torch.finfo(torch.float32).eps if dtype == torch.int8 else 1 / (512 * most)
-    ).item()
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    least_scale = torch.finfo(torch.float32).eps if dtype == torch.int8 else 1 / (512 * limit)
+    least_scale = torch.tensor(least_scale).item()  # as the kernels have it: rounded to fp32
     y = norm.float()
     if scale is not None:
         q = y * (1 / scale)
@@ -103,23 +100,18 @@ def quantize_reference(
         largest = groups.abs().amax(-1, keepdim=True)
         if scale_ub is not None and scale_ub <= torch.finfo(torch.float32).max:
             largest = largest.clamp(max=scale_ub)
-        found = (largest / most).clamp(min=least)
-        q = (groups * (1 / found) if dtype == torch.int8 else groups / found).flatten(-2)
-        scale = found.squeeze(-1)
+        scale = (largest / limit).clamp(min=least_scale)
+        q = (groups * (1 / scale) if dtype == torch.int8 else groups / scale).flatten(-2)
+        scale = scale.squeeze(-1)
     if dtype == torch.int8:
         return q.nan_to_num(0.0).clamp(-128, 127).round().to(dtype), scale
-    return q.clamp(-most, most).to(dtype), scale
+    return q.clamp(-limit, limit).to(dtype), scale
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The type that operators on these tensors compute in: fp64 if one of them is fp64, else
-    fp32.
-    """
-    return (
-        torch.float64
-        if any(t is not None and t.dtype == torch.float64 for t in tensors)
-        else torch.float32
-    )
+    """What operators on these tensors compute in: fp64 if one of them is fp64, else fp32."""
+    has_fp64 = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if has_fp64 else torch.float32
 
 
 def default_eps(input: Tensor) -> float:
@@ -146,9 +138,8 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.to(dtype)
     near = value.float()
     bits = near.view(torch.int32)
-    bits = torch.where(
-        near.double().abs() > value.abs(), bits - 1, bits
-    )  # now truncated toward zero
+    # Now truncated toward zero.
+    bits = torch.where(near.double().abs() > value.abs(), bits - 1, bits)
     bits = torch.where((near.double() != value) & ~value.isnan(), bits | 1, bits)
     return bits.view(torch.float32).to(dtype)
 
@@ -195,7 +186,5 @@ def _rstd(x: Tensor, dims: list[int], eps: float) -> Tensor:
 
 
 def _gain(input: Tensor, weight: Tensor, weight_offset: float) -> Tensor:
-    """weight + weight_offset: in fp32, or in fp64 where any operand is fp64, as the operators add
-    it.
-    """
+    """weight + weight_offset, in the type that the operators add them in."""
     return weight.to(compute_dtype(input, weight)) + weight_offset

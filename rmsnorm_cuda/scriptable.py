@@ -21,10 +21,8 @@ class ScriptableRMSNorm(nn.Module):
         super().__init__()
         self.register_parameter("weight", norm._parameters["weight"])
         self.normalized_shape, self.eps = list(norm.normalized_shape), norm.eps
-        self.weight_offset, self.cast_before_weight = (
-            float(norm.weight_offset),
-            bool(norm.cast_before_weight),
-        )
+        self.weight_offset = float(norm.weight_offset)
+        self.cast_before_weight = bool(norm.cast_before_weight)
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ around the norm without a weight, in the type that the kernels compute in: as th
 once.
 """
 
+from itertools import combinations, starmap
+
 import torch
 
 from .again import has_kernel
@@ -24,11 +26,8 @@ def _one(tensor, dim):
     """The tensor as the first sample sees it."""
     if tensor is None or dim is None:
         return tensor
-    return (
-        tensor.select(dim, 0)
-        if tensor.shape[dim]
-        else tensor.new_empty(tensor.movedim(dim, 0).shape[1:])
-    )
+    samples = tensor.movedim(dim, 0)
+    return samples[0] if len(samples) else samples.new_empty(samples.shape[1:])
 
 
 def _no_rows(tensor, dim):
@@ -38,35 +37,23 @@ def _no_rows(tensor, dim):
     return tensor if tensor is None else _one(tensor, dim).unsqueeze(0)[:0]
 
 
-def _gain(weight, dim, lead, weight_offset, dtype):
+def _gain(weight, dim, lead, dtype, weight_offset=0.0, **_):
     """weight + weight_offset as (batch, 1, ..., 1, *normalized_shape), with `lead` ones."""
     gain = weight.movedim(dim, 0).to(dtype) + weight_offset
     return gain.reshape(len(gain), *(1,) * lead, *gain.shape[1:])
 
 
-def _unscaled(input, normalized_shape, eps, cast_before_weight, dtype):
+def _unscaled(input, normalized_shape, eps, dtype, cast_before_weight=False, **_):
     """What the weight multiplies, of type `dtype`, and rstd."""
-    xhat, rstd = _ops.rms_norm_forward(
-        input.to(dtype), normalized_shape, None, default_eps(input) if eps is None else eps
-    )
+    eps = default_eps(input) if eps is None else eps
+    xhat, rstd = _ops.rms_norm_forward(input.to(dtype), normalized_shape, None, eps)
     if cast_before_weight:
         xhat = xhat.to(input.dtype).to(dtype)
     return xhat, rstd.to(compute_dtype(input))
 
 
-def _rms_norm_forward(
-    info,
-    in_dims,
-    input,
-    normalized_shape,
-    weight=None,
-    eps=None,
-    *,
-    weight_offset=0.0,
-    cast_before_weight=False,
-):
+def _rms_norm_forward(info, in_dims, input, normalized_shape, weight=None, eps=None, **options):
     input_dim, _, weight_dim, *_ = *in_dims, None
-    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     sample = _no_rows(input, input_dim)
     if input_dim is not None:
         input = input.movedim(input_dim, 0)
@@ -74,20 +61,19 @@ def _rms_norm_forward(
         return _ops.rms_norm_forward(input, normalized_shape, weight, eps, **options), (0, 0)
     _ops.rms_norm_forward(sample, normalized_shape, _one(weight, weight_dim), eps, **options)
     dtype = compute_dtype(input, weight)
-    xhat, rstd = _unscaled(input, normalized_shape, eps, cast_before_weight, dtype)
+    xhat, rstd = _unscaled(input, normalized_shape, eps, dtype, **options)
     lead = rstd.dim() - (input_dim is not None)
-    output = xhat * _gain(weight, weight_dim, lead, weight_offset, dtype)
-    return (output.to(output_dtype(input, weight, cast_before_weight)), rstd), (0, input_dim and 0)
+    output = xhat * _gain(weight, weight_dim, lead, dtype, **options)
+    result_dtype = output_dtype(input, weight, options.get("cast_before_weight", False))
+    return (output.to(result_dtype), rstd), (0, input_dim and 0)
 
 
 def _rms_norm(info, in_dims, input, normalized_shape, weight=None, eps=None, **options):
     if in_dims[2:3] in ((), (None,)):
-        return _ops.rms_norm(
-            input.movedim(in_dims[0], 0), normalized_shape, weight, eps, **options
-        ), 0
-    (output, _), _ = _rms_norm_forward(
-        info, in_dims, input, normalized_shape, weight, eps, **options
-    )
+        input = input.movedim(in_dims[0], 0)
+        return _ops.rms_norm(input, normalized_shape, weight, eps, **options), 0
+    args = input, normalized_shape, weight, eps
+    (output, _), _ = _rms_norm_forward(info, in_dims, *args, **options)
     return output, 0
 
 
@@ -102,65 +88,45 @@ def _rms_norm_backward(
     eps,
     output_mask,
     grad_residual=None,
-    *,
-    weight_offset=0.0,
-    cast_before_weight=False,
+    **options,
 ):
     dims = (*in_dims, None)
     tensors = (grad_output, dims[0]), (input, dims[1]), (rstd, dims[4]), (grad_residual, dims[7])
-    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     dy, x, row_rstd, dsum = (_no_rows(*of) for of in tensors)
     _ops.rms_norm_backward(
         dy, x, normalized_shape, _one(weight, dims[3]), row_rstd, eps, output_mask, dsum, **options
     )
-    grad_output, input, rstd, grad_residual = (
-        _front(t, dim, info.batch_size) for t, dim in tensors
-    )
-    dtype, lead = compute_dtype(input, weight), rstd.dim() - 1
+    dy, x, rstd, dsum = (_front(t, dim, info.batch_size) for t, dim in tensors)
+    dtype, lead = compute_dtype(x, weight), rstd.dim() - 1
     grad_input = grad_weight = None
     if output_mask[1] and weight is not None:
-        xhat, _ = _unscaled(input, normalized_shape, eps, cast_before_weight, dtype)
-        product = grad_output.to(dtype) * xhat
+        xhat, _ = _unscaled(x, normalized_shape, eps, dtype, **options)
+        product = dy.to(dtype) * xhat
         grad_weight = (product.sum(tuple(range(1, 1 + lead))) if lead else product).to(weight.dtype)
     if output_mask[0]:
         if weight is not None and dims[3] is not None:
-            grad_output = grad_output.to(dtype) * _gain(weight, dims[3], lead, weight_offset, dtype)
+            dy = dy.to(dtype) * _gain(weight, dims[3], lead, dtype, **options)
             weight, options = None, {}
-        arguments = (
-            grad_output,
-            input,
-            normalized_shape,
-            weight,
-            rstd,
-            eps,
-            (True, False),
-            grad_residual,
+        grad_input, _ = _ops.rms_norm_backward(
+            dy, x, normalized_shape, weight, rstd, eps, (True, False), dsum, **options
         )
-        grad_input, _ = _ops.rms_norm_backward(*arguments, **options)
     return (grad_input, grad_weight), (0, 0)
 
 
 def _fused_add_rms_norm_forward(info, in_dims, input, residual, weight=None, eps=None, **options):
     input_dim, residual_dim, weight_dim, *_ = *in_dims, None
     sample = _no_rows(input, input_dim), _no_rows(residual, residual_dim), _one(weight, weight_dim)
-    input, residual = (
-        _front(input, input_dim, info.batch_size),
-        _front(residual, residual_dim, info.batch_size),
-    )
+    input = _front(input, input_dim, info.batch_size)
+    residual = _front(residual, residual_dim, info.batch_size)
     if weight is None or weight_dim is None:
         return _ops.fused_add_rms_norm_forward(input, residual, weight, eps, **options), (0, 0, 0)
     _ops.fused_add_rms_norm_forward(*sample, eps, **options)
     dtype = compute_dtype(input)
     total = (input.to(dtype) + residual.to(dtype)).to(residual.dtype)
-    dims = 0, None, weight_dim
-    (output, rstd), _ = _rms_norm_forward(
-        info, dims, total, total.shape[-1:], weight, eps, **options
-    )
-    return (
-        output.to(output_dtype(input, weight, options.get("cast_before_weight"))),
-        total,
-        rstd,
-    ), (0, 0, 0)
+    args = (0, None, weight_dim), total, total.shape[-1:], weight, eps
+    (output, rstd), _ = _rms_norm_forward(info, *args, **options)
+    result_dtype = output_dtype(input, weight, options.get("cast_before_weight", False))
+    return (output.to(result_dtype), total, rstd), (0, 0, 0)
 
 
 def _fused_add_rms_norm(info, in_dims, *args, **options):
@@ -172,29 +138,22 @@ def _fused_add_rms_norm_(info, in_dims, input, residual, weight=None, eps=None, 
     if None in in_dims[:2]:
         raise RuntimeError(
             "fused_add_rms_norm_: under vmap, input and residual are overwritten by results for "
-            "each sample, but one of them is "
-            "not batched; use fused_add_rms_norm"
+            "each sample, but one of them is not batched; use fused_add_rms_norm"
         )
     input, residual = input.movedim(in_dims[0], 0), residual.movedim(in_dims[1], 0)
     if in_dims[2:3] in ((), (None,)):
         _ops.fused_add_rms_norm_(input, residual, weight, eps, **options)
-    else:
-        _ops.fused_add_rms_norm_(
-            _no_rows(input, 0), _no_rows(residual, 0), _one(weight, in_dims[2]), eps, **options
+        return None, None
+    sample = _no_rows(input, 0), _no_rows(residual, 0), _one(weight, in_dims[2])
+    _ops.fused_add_rms_norm_(*sample, eps, **options)
+    if any(starmap(torch._C._is_alias_of, combinations((input, residual, weight), 2))):
+        raise RuntimeError(
+            "fused_add_rms_norm_: under vmap over weight, expected input, residual and weight to "
+            "have memory of their own, but two of them share theirs; use fused_add_rms_norm"
         )
-        if any(
-            torch._C._is_alias_of(a, b)
-            for a, b in ((input, residual), (input, weight), (residual, weight))
-        ):
-            raise RuntimeError(
-                "fused_add_rms_norm_: under vmap over weight, expected input, residual and weight "
-                "to have memory of their own, but "
-                "two of them share theirs; use fused_add_rms_norm"
-            )
-        results, _ = _fused_add_rms_norm(
-            info, (0, 0, in_dims[2]), input, residual, weight, eps, **options
-        )
-        input.copy_(results[0]), residual.copy_(results[1])
+    args = (0, 0, in_dims[2]), input, residual, weight, eps
+    (output, total), _ = _fused_add_rms_norm(info, *args, **options)
+    input.copy_(output), residual.copy_(total)
     return None, None
 
 
@@ -206,69 +165,40 @@ def _quant(op, tensors):
         if weight_dim is None and scale_dim is None:
             results = op(*front, weight, scale, eps, **options)
         else:
-            results = _quant_by_steps(
-                op, info, front, weight, weight_dim, scale, scale_dim, eps, **options
-            )
+            own = weight, weight_dim, scale, scale_dim
+            results = _quant_by_steps(op, info, front, *own, eps, options)
         # What is not wanted has no elements, and no batch.
-        return results, tuple(
-            None if result.dim() == 1 and not len(result) else 0 for result in results
-        )
+        return results, tuple(None if t.dim() == 1 and not len(t) else 0 for t in results)
 
     return rule
 
 
-def _quant_by_steps(
-    op,
-    info,
-    front,
-    weight,
-    weight_dim,
-    scale,
-    scale_dim,
-    eps,
-    *,
-    dtype,
-    block=None,
-    scale_ub=None,
-    column_major=False,
-    keep_norm=False,
-    **options,
-):
+def _quant_by_steps(op, info, front, weight, weight_dim, scale, scale_dim, eps, options):
     """Where samples have weights or scales of their own: the norm, and then the quantization in
     ATen ops, to the same bits.
     """
     # Its checks, and the results that are not wanted; without columns neither weights nor scales
     # matter.
-    sample = _one(weight, weight_dim), _one(scale, scale_dim)
-    kinds = {
-        "dtype": dtype,
-        "block": block,
-        "scale_ub": scale_ub,
-        "column_major": column_major,
-        "keep_norm": keep_norm,
-    }
-    _, no_scale, *_, no_norm = op(
-        *(_no_rows(t, 0) for t in front), *sample, eps, **kinds, **options
-    )
+    sample = _one(weight, weight_dim), _one(scale, scale_dim), eps
+    _, no_scale, *_, no_norm = op(*(_no_rows(t, 0) for t in front), *sample, **options)
     if not front[0].shape[-1]:
-        return op(*front, *sample, eps, **kinds, **options)
+        return op(*front, *sample, **options)
     if len(front) == 1:
-        (norm, _), _ = _rms_norm_forward(
-            info, (0, None, weight_dim), *front, front[0].shape[-1:], weight, eps, **options
-        )
-        total = []
+        rule, dims, front = _rms_norm_forward, (0, None), (*front, front[0].shape[-1:])
     else:
-        (norm, *total, _), _ = _fused_add_rms_norm_forward(
-            info, (0, 0, weight_dim), *front, weight, eps, **options
-        )
-    if scale is not None:  # one number for each sample, or for all
-        scale = (scale if scale_dim is None else scale.movedim(scale_dim, 0)).reshape(
-            -1, *(1,) * (norm.dim() - 1)
-        )
-    output, found = quantize_reference(norm, dtype, scale, block, scale_ub)
-    if column_major:
-        found = found.movedim(-1, 0).contiguous().movedim(0, -1)
-    return output, no_scale if scale is not None else found, *total, norm if keep_norm else no_norm
+        rule, dims = _fused_add_rms_norm_forward, (0, 0)
+    norms = {key: options[key] for key in ("weight_offset", "cast_before_weight") if key in options}
+    (norm, *total, _), _ = rule(info, (*dims, weight_dim), *front, weight, eps, **norms)
+    static = scale is not None
+    if static:  # one number for each sample, or for all
+        scale = scale if scale_dim is None else scale.movedim(scale_dim, 0)
+        scale = scale.reshape(-1, *(1,) * (norm.dim() - 1))
+    kind = options["dtype"], scale, options.get("block"), options.get("scale_ub")
+    output, scale = quantize_reference(norm, *kind)
+    if options.get("column_major"):
+        scale = scale.movedim(-1, 0).contiguous().movedim(0, -1)
+    norm = norm if options.get("keep_norm") else no_norm
+    return output, no_scale if static else scale, *total, norm
 
 
 RULES = {

@@ -784,7 +784,7 @@ def test_weight_that_is_computed_when_it_is_restored(cls, how):
         def forward(self, w):
             return 2 * w
 
-    model, x = nn.Sequential(cls(16, eps=1e-6)), torch.randn(3, 16)
+    model, x = nn.Sequential(*[cls(16, eps=1e-6)] * 2), torch.randn(3, 16)  # in two places
     swap = replace_rms_norm(model)
     if how == "parametrized":
         parametrize.register_parametrization(model[0], "weight", Doubled())

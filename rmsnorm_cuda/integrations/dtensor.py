@@ -27,38 +27,32 @@ def register() -> None:
 
         def sharding(*args, **kwargs):
             """[(placements of the results, of the arguments)] on one dimension of the mesh."""
-            given = (
-                {a.name: a.default_value for a in arguments}
-                | dict(zip([a.name for a in arguments], args))
-                | kwargs
-            )
+            given = {a.name: a.default_value for a in arguments}
+            given |= dict(zip(given, args)) | kwargs
             input, residual = given["input"], given.get("residual")
-            if (
-                op._schema.is_mutable and residual.placements != input.placements
-            ):  # a copy of it would be written to
+            # Else a copy of residual would be written to.
+            if op._schema.is_mutable and residual.placements != input.placements:
                 raise ValueError(
                     f"{op}: expected residual to be placed as input is, {input.placements}, but it "
                     f"is {residual.placements}"
                 )
-            # What was not asked for: a tensor without elements, of a backward None.
-            unasked = dict.fromkeys(
-                ["norm"] * (not given.get("keep_norm"))
-                + ["scale"] * (given.get("scale") is not None),
-                Replicate(),
-            )
+            whole = Replicate()
             dx, dweight = given.get("output_mask", (True, True))
-            unasked |= dict.fromkeys(
-                ["grad_input"] * (not dx)
-                + ["grad_weight"] * (not dweight or given["weight"] is None)
-            )
-            of_tensor = {"weight": Replicate(), "scale": Replicate()}
             lead = input.ndim - len(given.get("normalized_shape", "1"))
             choices = []
-            for rows in (Replicate(), *map(Shard, range(lead))):
-                of_result = {"grad_weight": rows if rows.is_replicate() else Partial()} | unasked
+            for rows in (whole, *map(Shard, range(lead))):
+                # What was not asked for: a tensor without elements, of a backward None.
+                total = whole if rows == whole else Partial()
+                of_result = {
+                    "norm": rows if given.get("keep_norm") else whole,
+                    "scale": rows if given.get("scale") is None else whole,
+                    "grad_input": rows if dx else None,
+                    "grad_weight": total if dweight and given["weight"] is not None else None,
+                }
+                of_tensor = {"weight": whole, "scale": whole}
                 placed = [
-                    of_tensor.get(n, rows) if hasattr(v, "placements") else None
-                    for n, v in given.items()
+                    of_tensor.get(name, rows) if hasattr(value, "placements") else None
+                    for name, value in given.items()
                 ]
                 choices.append(([of_result.get(r.name, rows) for r in results], placed))
             return choices

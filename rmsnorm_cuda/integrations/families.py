@@ -17,43 +17,19 @@ from ..modules import RMSNorm, plain_eps
 class Family(NamedTuple):
     name: str
     weight_offset: float  # added to the weight
-    cast_before_weight: (
-        bool  # is the normalized value rounded before it is multiplied by the weight?
-    )
+    cast_before_weight: bool  # is the normalized value rounded before the weight is multiplied in?
     result: str  # the result's dtype: the input's, the weight's, or the promotion of both
-    eps: tuple[
-        str, ...
-    ]  # what the attribute is called that holds eps; a module's other numbers are tried after these
-    used_by: str
+    # What the attribute is called that holds eps; a module's other numbers are tried after these.
+    eps: tuple[str, ...]
 
 
-# tests/test_families.py compares every row with classes of transformers.
+# tests/test_families.py compares every row with classes of transformers; README.md lists who uses
+# which.
 FAMILIES = (
-    Family(
-        "torch",
-        0.0,
-        False,
-        "input",
-        ("eps", "variance_epsilon"),
-        "torch.nn.RMSNorm, Olmo 2/3, GPT-OSS, DeepSeek V4, Gemma 3n/4, Moshi",
-    ),
-    Family(
-        "llama",
-        0.0,
-        True,
-        "promoted",
-        ("variance_epsilon", "eps"),
-        "Llama, Mistral, Qwen 2/3, Phi-3, GLM, DeepSeek V2/V3, Granite",
-    ),
-    Family("gemma", 1.0, False, "input", ("eps",), "Gemma 1/2/3, T5Gemma, Qwen3-Next, Qwen 3.5"),
-    Family(
-        "t5",
-        0.0,
-        True,
-        "weight",
-        ("variance_epsilon",),
-        "T5, MT5, UMT5, LongT5, Switch Transformers, Idefics",
-    ),
+    Family("torch", 0.0, False, "input", ("eps", "variance_epsilon")),
+    Family("llama", 0.0, True, "promoted", ("variance_epsilon", "eps")),
+    Family("gemma", 1.0, False, "input", ("eps",)),
+    Family("t5", 0.0, True, "weight", ("variance_epsilon",)),
 )
 
 
@@ -92,14 +68,8 @@ def normalize(
     """What the family's twin() computes, as a function."""
     if family.result == "weight":
         return _in_weight_dtype(x, shape, weight, eps)
-    return rms_norm(
-        x,
-        shape,
-        weight,
-        eps,
-        weight_offset=family.weight_offset,
-        cast_before_weight=family.cast_before_weight,
-    )
+    offset, cast = family.weight_offset, family.cast_before_weight
+    return rms_norm(x, shape, weight, eps, weight_offset=offset, cast_before_weight=cast)
 
 
 def twin(
@@ -120,39 +90,23 @@ def twin(
     """
     new = object.__new__(type(old))
     vars(new).update(vars(old))
-    become_twin(new, family, eps, eps_name, also_read)
+    _become_twin(new, family, eps, eps_name, also_read)
     return new
 
 
-def become_twin(
-    module: nn.Module,
-    family: Family,
-    eps: float | None,
-    eps_name: str | None = None,
-    also_read: tuple[str, ...] = (),
-) -> None:
+def _become_twin(module, family, eps, eps_name, also_read) -> None:
     """twin(), made of the module itself."""
-    state = vars(module)
-    weight = getattr(module, "weight", None)
-    shape = getattr(module, "normalized_shape", None) or (
-        None if weight is None else tuple(weight.shape)
-    )
-    base = (
-        RMSNormOfAnyWidth
-        if shape is None
-        else RMSNormInWeightDtype
-        if family.result == "weight"
-        else RMSNorm
-    )
+    state, weight = vars(module), getattr(module, "weight", None)
+    shape = getattr(module, "normalized_shape", None) or None
+    of_its_weight = "normalized_shape" not in state and weight is not None
+    base = RMSNormInWeightDtype if family.result == "weight" else RMSNorm
+    if shape is None and weight is None:
+        base = RMSNormOfAnyWidth
+    elif shape is None:
+        shape = tuple(weight.shape)
     if eps_name is not None and eps_name != "eps":
         state.pop(eps_name)  # the class has it
-    module.__class__ = twin_class(
-        type(module),
-        base,
-        eps_name,
-        "normalized_shape" not in state and weight is not None,
-        also_read,
-    )
+    module.__class__ = twin_class(type(module), base, eps_name, of_its_weight, also_read)
     module._parameters.setdefault("weight", None)
     state.update(
         normalized_shape=(shape,) if isinstance(shape, int) else shape,
@@ -176,17 +130,17 @@ def give_back(old: nn.Module, new: RMSNorm) -> None:
     state = vars(old)
     made = next(cls for cls in type(new).__mro__ if "_twin_of" in vars(cls) or same(cls, RMSNorm))
     eps_name = getattr(made, "_eps_name", None) or "eps"
-    kept = {key: state[key] for key in (*_SETTINGS, eps_name) if key in state}
+    kept = {key: state[key] for key in (*SETTINGS, eps_name) if key in state}
     before = kept.get(eps_name)
     if eps_name in kept and (None if before is None else float(before)) != new.eps:
         kept[eps_name] = new.eps
     state.clear()
-    state.update({key: value for key, value in vars(new).items() if key not in _SETTINGS} | kept)
+    state.update({key: value for key, value in vars(new).items() if key not in SETTINGS} | kept)
     if type(new) is not made:  # somebody derived a class from it
         old.__class__ = rebased(type(new), made, type(old))
 
 
-_SETTINGS = ("normalized_shape", "eps", "elementwise_affine", "weight_offset", "cast_before_weight")
+SETTINGS = ("normalized_shape", "eps", "elementwise_affine", "weight_offset", "cast_before_weight")
 
 
 def rebased(cls: type, made: type, original: type) -> type:
@@ -195,14 +149,9 @@ def rebased(cls: type, made: type, original: type) -> type:
     """
     if cls is made:
         return original
-    bases = tuple(
-        rebased(base, made, original) if issubclass(base, made) else base for base in cls.__bases__
-    )
-    return type(cls)(
-        cls.__name__,
-        bases,
-        {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")},
-    )
+    bases = (rebased(b, made, original) if issubclass(b, made) else b for b in cls.__bases__)
+    body = {k: value for k, value in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(bases), body)
 
 
 @functools.cache
@@ -219,83 +168,65 @@ def twin_class(
     if original is nn.RMSNorm:
         return base
 
-    def __init__(self, *args, **kwargs):
-        """What type(norm)(...) calls: builds an `original`, and makes a twin of it if it is one."""
-        from .recognize import recognize
+    class Twin(base, original):
+        __doc__, __module__, __qualname__ = original.__doc__, base.__module__, base.__qualname__
+        _twin_of, _computes, _eps_name = original, base, eps_name
+        forward = called_with(base.forward, original.forward)
+        vars().update({name: _fixed(name) for name in also_read if name not in SETTINGS})
+        if eps_name is not None and eps_name != "eps":
+            vars()[eps_name] = property(
+                lambda self: self.eps,
+                lambda self, eps: setattr(self, "eps", plain_eps(eps)),
+                doc="Another name of eps.",
+            )
+        if hasattr(original, "reset_parameters"):
+            reset_parameters = original.reset_parameters
+        if hasattr(original, "kernel_layer_name"):
+            # A mark of the `kernels` library, which would put another kernel there.
+            kernel_layer_name = _Absent()
 
-        self.__class__ = original
-        self.__init__(*args, **kwargs)
-        found = recognize(self)
-        if not isinstance(found, str):
-            become_twin(self, *found)
+        def __init__(self, *args, **kwargs):
+            """What type(norm)(...) calls: builds an `original`, and makes a twin of it if it is
+            one."""
+            from .recognize import recognize
 
-    def __reduce_ex__(self, protocol):
-        _, _, *rest = super(made, self).__reduce_ex__(max(protocol, 2))
-        return _new, (original, base, eps_name, of_its_weight, also_read), *rest
+            self.__class__ = original
+            self.__init__(*args, **kwargs)
+            found = recognize(self)
+            if not isinstance(found, str):
+                _become_twin(self, *found)
 
-    def __setattr__(self, name, value):
-        super(made, self).__setattr__(name, value)
-        if name == "weight" and isinstance(
-            value, Tensor
-        ):  # the original is as wide as its weight, whichever it is given
-            self.normalized_shape = tuple(value.shape)
+        def __reduce_ex__(self, protocol):
+            _, _, *rest = super().__reduce_ex__(max(protocol, 2))
+            return _new, (original, base, eps_name, of_its_weight, also_read), *rest
 
-    body = {
-        "__doc__": original.__doc__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__init__": __init__,
-        "__reduce_ex__": __reduce_ex__,
-        "_twin_of": original,
-        "_computes": base,
-        "_eps_name": eps_name,
-        "forward": called_with(base.forward, original.forward),
-    }
-    body |= {name: _Fixed(name) for name in also_read if name not in _SETTINGS}
-    if eps_name is not None and eps_name != "eps":
-        body[eps_name] = property(
-            lambda self: self.eps,
-            lambda self, eps: setattr(self, "eps", plain_eps(eps)),
-            doc="Another name of eps.",
-        )
-    if of_its_weight:
-        body["__setattr__"] = __setattr__
-    if hasattr(original, "reset_parameters"):
-        body["reset_parameters"] = original.reset_parameters
-    if hasattr(
-        original, "kernel_layer_name"
-    ):  # a mark of the `kernels` library, which would put another kernel there
-        body["kernel_layer_name"] = _Absent()
-    made = types.new_class(
-        base.__name__, (base, original), exec_body=lambda namespace: namespace.update(body)
-    )
-    return made
+        if of_its_weight:
+
+            def __setattr__(self, name, value):
+                super().__setattr__(name, value)
+                if name == "weight" and isinstance(value, Tensor):
+                    # The original is as wide as its weight, whichever it is given.
+                    self.normalized_shape = tuple(value.shape)
+
+    Twin.__name__ = base.__name__
+    return Twin
 
 
 def _new(*args) -> RMSNorm:
     return object.__new__(twin_class(*args))
 
 
-class _Fixed:
+def _fixed(name: str) -> property:
     """A number of the instance that may be read only."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance, owner):
-        if instance is None:
-            return self
-        try:
-            return vars(instance)[self.name]
-        except KeyError:
-            raise AttributeError(self.name) from None
-
-    def __set__(self, instance, value):
+    def refuse(self, value):
         raise AttributeError(
-            f"{type(instance).__name__}.{self.name} decided what the original computes, and is not "
-            "read here: setting it would "
-            "change nothing; set it before replace_rms_norm(), or restore() first"
+            f"{type(self).__name__}.{name} decided what the original computes, and is not read "
+            "here: setting it would change nothing; set it before replace_rms_norm(), or "
+            "restore() first"
         )
+
+    return property(lambda self: vars(self)[name], refuse)
 
 
 class _Absent:

@@ -1,12 +1,14 @@
 """Lets the norms of a model's layers add the residual: the layer's forward, as its source reads,
 with three lines made one.
 
-    hidden_states = residual + hidden_states residual = hidden_states                        ->
-    hidden_states, residual = self._add_norm(self.norm, hidden_states, residual) hidden_states =
-    self.norm(hidden_states)
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = self.norm(hidden_states)
+becomes
+    hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
 
-Names are what they are, and anything may be added to the residual. Any other form is left alone,
-and so is a forward whose source is not what runs: compiled as it stands, it has to give the very
+The variables may have any names, and anything may be added to the residual. Another form is left
+alone. So is a forward whose source is not what runs: compiled as it stands, it has to give the very
 bytecode. All else is the original's: globals, defaults, what it closes over, decorators.
 """
 
@@ -16,14 +18,17 @@ import __future__
 import ast
 import functools
 import inspect
+import operator
 import types
 
 from torch import Tensor, nn
-from torch.nn.modules import module as _hooks_of_all
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..again import is_a, same
 from ..modules import RMSNorm
 from .families import rebased
+
+_CONSEQUENCE = ", and its norms do not add the residual"
 
 
 def fuse(layer: nn.Module) -> tuple[str, ...] | str:
@@ -34,15 +39,15 @@ def fuse(layer: nn.Module) -> tuple[str, ...] | str:
     if len(ours) < 2 or is_a(layer, _AddsInNorms):
         return ()
     if "forward" in vars(layer):
-        return "its forward was replaced on this instance, and its norms do not add the residual"
-    hooked = {name for name in ours if _hooks(layer._modules[name])}
+        return f"its forward was replaced on this instance{_CONSEQUENCE}"
+    hooked = {name for name in ours if _has_hooks(layer._modules[name])}
     fused = _fused_class(type(layer), type(layer).forward, frozenset(ours - hooked))
-    if not isinstance(fused, type):
-        return fused and fused + (
-            f" that has no hooks ({', '.join(sorted(hooked))} has)" if hooked else ""
-        )
-    layer.__class__ = fused
-    return fused._fused
+    if isinstance(fused, type):
+        layer.__class__ = fused
+        return fused._fused
+    if fused and hooked:
+        fused += f" that has no hooks ({', '.join(sorted(hooked))} has)"
+    return fused and fused + _CONSEQUENCE
 
 
 def unfuse(layer: nn.Module) -> None:
@@ -51,7 +56,7 @@ def unfuse(layer: nn.Module) -> None:
         layer.__class__ = rebased(type(layer), made, made._original)
 
 
-def _hooks(norm: nn.Module) -> bool:
+def _has_hooks(norm: nn.Module) -> bool:
     """Whether there is a hook, of this norm or of every module: it expects the sum, and one
     result.
     """
@@ -60,10 +65,7 @@ def _hooks(norm: nn.Module) -> bool:
         or norm._forward_pre_hooks
         or norm._backward_hooks
         or norm._backward_pre_hooks
-        or _hooks_of_all._global_forward_hooks
-        or _hooks_of_all._global_forward_pre_hooks
-        or _hooks_of_all._global_backward_hooks
-        or _hooks_of_all._global_backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 
@@ -83,21 +85,17 @@ class _AddsInNorms:
     @staticmethod
     def _add_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         cls = getattr(norm, "_original", type(norm))  # before a monitor gave it another
-        plain = (
+        if (
             (cls is RMSNorm or same(cls, RMSNorm))
             and isinstance(hidden, Tensor)
             and isinstance(residual, Tensor)
-        )
-        if (
-            plain
-            and not _hooks(norm)
+            and not _has_hooks(norm)
             and hidden.dtype == residual.dtype
             and hidden.shape == residual.shape
         ):
             return norm(hidden, residual)
-        total = (
-            residual + hidden
-        )  # promoted or broadcast as torch does it; or another norm has been put there
+        # Promoted or broadcast as torch does it; or another norm has been put there.
+        total = residual + hidden
         return norm(total), total
 
 
@@ -116,51 +114,42 @@ def _fused_class(
         decorators.append(forward)
         forward = forward.__wrapped__
     if not isinstance(forward, types.FunctionType):
-        return "its forward is no function of Python, and its norms do not add the residual"
+        return "its forward is no function of Python"
     try:
         source = _Source(forward)
     except (OSError, TypeError, SyntaxError):
-        return "the source of its forward is not there, and its norms do not add the residual"
-    rewriter = _Rewriter(norms)
+        return "the source of its forward is not there"
+    rewriter, code = _Rewriter(norms), forward.__code__
     rewritten = rewriter.visit(source.tree())
     if not rewriter.fused:
-        if "__class__" in forward.__code__.co_freevars:
-            return "its forward calls super(), and its norms do not add the residual"
-        named = any("residual" in name for name in forward.__code__.co_varnames)
+        if "__class__" in code.co_freevars:
+            return "its forward calls super()"
+        named = any("residual" in name for name in code.co_varnames)
         if named or _norms_a_sum(source.tree(), norms):
             pattern = "`h = residual + h; residual = h; h = self.norm(h)`"
             return f"its forward does not read {pattern} anywhere"
         return ()
     try:
-        if not _same_code(source.compiled(source.tree()), forward.__code__):
+        if not _same_code(source.compiled(source.tree()), code):
             return (
                 "its forward is not what its source says "
                 "(the file has changed, or somebody has rewritten it)"
             )
-        code = source.compiled(rewritten)
-        new = _with(
-            forward,
-            code,
-            dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)),
-        )
+        cells = dict(zip(code.co_freevars, forward.__closure__ or ()))
+        new = _with_code(forward, source.compiled(rewritten), cells)
         new = _decorated(decorators, forward, new)
-    except _Unknown as error:
+    except _LeftAlone as error:
         return str(error)
-    body = {
-        "_original": cls,
-        "_norms": norms,
-        "_fused": tuple(rewriter.fused),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-    }
+    body = {"_original": cls, "_norms": norms, "_fused": tuple(rewriter.fused)}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     fused = type(cls)(cls.__name__, (_AddsInNorms, cls), body)
-    # now: a base class may put decorators around the forward of a new subclass, and they are there
-    # already
+    # Now: a base class may put decorators around the forward of a new subclass, and they are there
+    # already.
     fused.forward = new
     return fused
 
 
-class _Unknown(Exception):
+class _LeftAlone(Exception):
     """Why a forward is left alone."""
 
 
@@ -172,61 +161,37 @@ class _Source:
     def __init__(self, function: types.FunctionType) -> None:
         self.code = function.__code__
         lines, _ = inspect.getsourcelines(function)
-        qualname = function.__qualname__.split(".")
+        owner = f".{function.__qualname__}".split(".")[-2]
         around = []
         if free := [name for name in self.code.co_freevars if name != "__class__"]:
-            around += ["def around():", " " + " = ".join(free) + " = None"]
-        if (
-            len(qualname) > 1 and qualname[-2] != "<locals>"
-        ):  # private names have the class's in them
-            around.append(f"{' ' * bool(around)}class {qualname[-2]}:")
+            around += ["def around():\n", f" {' = '.join(free)} = None\n"]
+        indent = " " * bool(around)
+        if owner not in ("", "<locals>"):  # private names have the class's in them
+            around.append(f"{indent}class {owner}:\n")
         elif lines[0][:1].isspace():
-            around.append(f"{' ' * bool(around)}if True:")
-        self.text, self.above = (
-            "\n".join(around) + "\n" * bool(around) + "".join(lines),
-            len(around),
-        )
+            around.append(f"{indent}if True:\n")
+        self.text, self.above = "".join(around + lines), len(around)
         self.tree()
 
     def tree(self) -> ast.Module:
         tree = ast.parse(self.text)
-        function = self._function(tree)
-        if function is None:
-            raise SyntaxError
-        function.decorator_list = []
-        return ast.increment_lineno(
-            tree, self.code.co_firstlineno - 1 - self.above
-        )  # tracebacks show the original's lines
-
-    def _function(self, tree: ast.Module) -> ast.FunctionDef | None:
-        named = (
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef) and node.name == self.code.co_name
-        )
-        return next(named, None)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == self.code.co_name:
+                node.decorator_list = []
+                # Tracebacks show the original's lines.
+                return ast.increment_lineno(tree, self.code.co_firstlineno - 1 - self.above)
+        raise SyntaxError
 
     def compiled(self, tree: ast.Module) -> types.CodeType:
-        futures = functools.reduce(
-            lambda flags, name: flags | getattr(__future__, name).compiler_flag,
-            __future__.all_feature_names,
-            0,
+        futures = [getattr(__future__, name) for name in __future__.all_feature_names]
+        flags = self.code.co_flags & functools.reduce(
+            operator.or_, (future.compiler_flag for future in futures)
         )
-        module = compile(
-            tree,
-            self.code.co_filename,
-            "exec",
-            flags=self.code.co_flags & futures,
-            dont_inherit=True,
-        )
-        found = next(
-            (code for code in _all_codes(module) if code.co_name == self.code.co_name), None
-        )
-        if found is None:
-            raise _Unknown(
-                "the source of its forward is not there, and its norms do not add the residual"
-            )
-        return found
+        module = compile(tree, self.code.co_filename, "exec", flags, dont_inherit=True)
+        for code in _all_codes(module):
+            if code.co_name == self.code.co_name:
+                return code
+        raise _LeftAlone("the source of its forward is not there")
 
 
 def _all_codes(code: types.CodeType):
@@ -236,45 +201,33 @@ def _all_codes(code: types.CodeType):
             yield from _all_codes(constant)
 
 
+# "co_exceptiontable" from Python 3.11 on.
 _FIELDS = (
-    "co_name",
-    "co_code",
-    "co_names",
-    "co_varnames",
-    "co_freevars",
-    "co_cellvars",
-    "co_argcount",
-    "co_posonlyargcount",
-    "co_kwonlyargcount",
-    "co_exceptiontable",
-)
+    "co_name co_code co_names co_varnames co_freevars co_cellvars co_argcount co_posonlyargcount "
+    "co_kwonlyargcount co_exceptiontable"
+).split()
 
 
 def _same_code(one: types.CodeType, other: types.CodeType) -> bool:
     """But for where it stands."""
-    if any(getattr(one, field, None) != getattr(other, field, None) for field in _FIELDS) or len(
-        one.co_consts
-    ) != len(other.co_consts):
+    if any(getattr(one, field, None) != getattr(other, field, None) for field in _FIELDS):
         return False
     if (one.co_flags ^ other.co_flags) & ~inspect.CO_NESTED:
         return False
-    return all(
+    return len(one.co_consts) == len(other.co_consts) and all(
         _same_code(a, b)
         if isinstance(a, types.CodeType) and isinstance(b, types.CodeType)
         else type(a) is type(b) and repr(a) == repr(b)
-        for a, b in zip(one.co_consts, other.co_consts, strict=True)
+        for a, b in zip(one.co_consts, other.co_consts)
     )
 
 
-def _with(
+def _with_code(
     function: types.FunctionType, code: types.CodeType, cells: dict[str, types.CellType]
 ) -> types.FunctionType:
     """The function with another code; all else is its own."""
     if not cells.keys() >= {*code.co_freevars}:
-        raise _Unknown(
-            "its forward closes over names that are not there, and its norms do not add the "
-            "residual"
-        )
+        raise _LeftAlone("its forward closes over names that are not there")
     if hasattr(code, "co_qualname"):
         code = code.replace(co_qualname=function.__code__.co_qualname)
     closure = tuple(cells[name] for name in code.co_freevars) or None
@@ -296,25 +249,23 @@ def _decorated(
     instead, filled = {forward: new}, []
     for decorator in reversed(decorators):
         if not isinstance(decorator, types.FunctionType):
-            raise _Unknown(
-                "its forward is decorated by an object, and its norms do not add the residual"
-            )
+            raise _LeftAlone("its forward is decorated by an object")
         code, cells = decorator.__code__, {}
-        for name, cell in zip(code.co_freevars, decorator.__closure__ or (), strict=True):
-            held = _contents(cell)
-            cells[name] = types.CellType() if held in (*decorators, forward) else cell
-            if cells[name] is not cell:
+        for name, cell in zip(code.co_freevars, decorator.__closure__ or ()):
+            cells[name], held = cell, _function_in(cell)
+            if held in (*decorators, forward):
+                cells[name] = types.CellType()
                 filled.append((cells[name], held))
         if decorator.__wrapped__ not in (held for _, held in filled):
-            raise _Unknown("its forward is decorated, and its norms do not add the residual")
-        outer = _with(decorator, code, cells)
+            raise _LeftAlone("its forward is decorated")
+        outer = _with_code(decorator, code, cells)
         outer.__wrapped__, instead[decorator], new = new, outer, outer
     for cell, held in filled:
         cell.cell_contents = instead[held]
     return new
 
 
-def _contents(cell: types.CellType) -> types.FunctionType | None:
+def _function_in(cell: types.CellType) -> types.FunctionType | None:
     try:
         held = cell.cell_contents
     except ValueError:  # empty
@@ -331,14 +282,12 @@ def _norms_a_sum(tree: ast.Module, norms: frozenset[str]) -> bool:
                 sums.add(name)
     for node in ast.walk(tree):
         match node:
-            case ast.Call(ast.Attribute(_, attribute), [ast.Name(name)]) if (
-                attribute in norms and name in sums
-            ):
-                return True
-            case ast.Call(ast.Attribute(_, attribute), [ast.BinOp(_, ast.Add(), _)]) if (
-                attribute in norms
-            ):
-                return True
+            case ast.Call(ast.Attribute(_, attribute), [argument]) if attribute in norms:
+                match argument:
+                    case ast.BinOp(_, ast.Add(), _):
+                        return True
+                    case ast.Name(name) if name in sums:
+                        return True
     return False
 
 
@@ -369,16 +318,13 @@ class _Rewriter(ast.NodeTransformer):
                     [ast.Name(output)],
                     ast.Call(ast.Attribute(ast.Name("self"), attribute), [ast.Name(argument)], []),
                 ),
-            ) if (
-                kept == argument == total == output != residual and attribute in self.norms
-            ):  # else the sum may be read later
+            ) if kept == argument == total == output != residual and attribute in self.norms:
+                # Else the sum may be read later.
                 for one, other in ((left, right), (right, left)):
                     if isinstance(one, ast.Name) and one.id == residual:
                         self.fused.append(attribute)
-                        new = ast.parse(
-                            f"{output}, {residual} = self._add_norm(self.{attribute}, other, "
-                            f"{residual})"
-                        ).body[0]
+                        call = f"self._add_norm(self.{attribute}, other, {residual})"
+                        new = ast.parse(f"{output}, {residual} = {call}").body[0]
                         for node in ast.walk(new):
                             ast.copy_location(node, add)
                         new.value.args[1] = other

@@ -12,6 +12,8 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 from ..again import op_names
 
+_OF_ROWS = {"grad_output", "input", "residual", "grad_residual", "rstd", "out", "residual_out"}
+
 
 def _on_values(cls, func, types, args, kwargs):
     from torch.nested._internal.ops import extract_kwargs
@@ -26,16 +28,7 @@ def _on_values(cls, func, types, args, kwargs):
                 f"{other._size} and {name} {first._size}"
             )
     normalized = len(given.get("normalized_shape", "1"))
-    rows_alike = {
-        "grad_output",
-        "input",
-        "residual",
-        "grad_residual",
-        "rstd",
-        "out",
-        "residual_out",
-    }
-    for missing in rows_alike - jagged.keys():
+    for missing in _OF_ROWS - jagged.keys():
         if given.get(missing) is not None:
             raise RuntimeError(
                 f"{func}: expected {missing} to be a nested tensor as {name} is, but got "
@@ -46,24 +39,18 @@ def _on_values(cls, func, types, args, kwargs):
             f"{func}: the normalized dimensions of a nested tensor may not be ragged, but it has "
             f"the sizes {first._size}"
         )
-    results = func(
-        *(_values(a) for a in args), **{key: _values(value) for key, value in kwargs.items()}
-    )
+    results = func(*map(_values, args), **{key: _values(value) for key, value in kwargs.items()})
     layout = extract_kwargs(first)
 
     def wrapped(result, what):
-        rows = (
-            isinstance(result, Tensor)
-            and what != "grad_weight"
-            and (result.numel() or not first._values.numel())
-        )
-        return NestedTensor(result, **layout) if rows else result
+        # What was not asked for is None, or has no elements.
+        if not isinstance(result, Tensor) or what == "grad_weight":
+            return result
+        has_rows = result.numel() or not first._values.numel()
+        return NestedTensor(result, **layout) if has_rows else result
 
     if isinstance(results, tuple):
-        return tuple(
-            wrapped(result, returned.name)
-            for result, returned in zip(results, func._schema.returns)
-        )
+        return tuple(map(wrapped, results, [returned.name for returned in func._schema.returns]))
     return wrapped(results, "")
 
 

@@ -68,14 +68,12 @@ def kernelize(
     import kernels
 
     names = set(layer_names)
-    if not any(
-        getattr(type(module), "kernel_layer_name", None) in names for module in model.modules()
-    ):
+    marks = {getattr(type(module), "kernel_layer_name", None) for module in model.modules()}
+    if not marks & names:
         warnings.warn(
             f"rmsnorm_cuda: no module of this {type(model).__name__} is marked as one of "
-            f"{', '.join(sorted(names))}, so that kernelize() "
-            "changes none: does this transformers accept this version of `kernels`? "
-            "replace_rms_norm(model) does not need the marks",
+            f"{', '.join(sorted(names))}, so that kernelize() changes none: does this transformers "
+            "accept this version of `kernels`? replace_rms_norm(model) does not need the marks",
             stacklevel=2,
         )
     with kernels.use_kernel_mapping(mapping(names)):
@@ -87,8 +85,7 @@ class RMSNorm(nn.Module):
     and no other members.
     """
 
-    # Dynamo reads a module's __dict__ from 2.12 on: that tells whose forward this takes the place
-    # of.
+    # From 2.12 on Dynamo reads a module's __dict__, which tells whose forward this stands for.
     can_torch_compile = torch.__version__ >= "2.12.dev0"
     has_backward = True
 
@@ -99,9 +96,8 @@ class RMSNorm(nn.Module):
         if torch.compiler.is_compiling():
             found = _recognize(type(self), *_settings(self))
         else:
-            numbers = [
-                value for value in self.__dict__.values() if type(value) is float
-            ]  # eps may be set again
+            # eps may be set again.
+            numbers = [value for value in self.__dict__.values() if type(value) is float]
             before, found = self.__dict__.get("_rmsnorm_cuda_family", (None, None))
             if before != numbers:
                 found = _recognize(type(self), *_settings(self))
@@ -120,14 +116,13 @@ def _settings(module):
     module beside its class.
     """
     simple = (int, float, str, tuple, torch.dtype, type(None))
+    # Of a float that differs between calls Dynamo makes a variable; guard_scalar() makes it a
+    # constant again, with a guard.
     attributes = [
-        (k, v)
+        (k, guard_scalar(v) if isinstance(v, float) else v)
         for k, v in module.__dict__.items()
         if k[0] != "_" and k != "training" and isinstance(v, simple)
     ]
-    # Of a float that differs between calls Dynamo makes a variable; this makes it a constant again,
-    # with a guard.
-    attributes = [(k, guard_scalar(v) if isinstance(v, float) else v) for k, v in attributes]
     held = [*module._parameters.items(), *module._buffers.items(), *module._modules.items()]
     weight = getattr(module, "weight", None)
     shape = None if weight is None else tuple([*weight.shape])
@@ -147,25 +142,21 @@ def _recognize(cls, attributes, shape, others) -> Recognized | str:
     """
     key = cls, attributes, shape, others
     if key not in _known:
-        # In a thread of its own, where no mode of torch is on: neither fake tensors nor a
-        # transform, autocast or another device.
+        # In a thread of its own, where no mode of torch is on: torch.export would record what is
+        # made there.
         with ThreadPoolExecutor(1) as thread:
-            _known[key] = thread.submit(_try, *key).result()
-        if isinstance(_known[key], str):
-            warnings.warn(
-                f"rmsnorm_cuda: {cls.__name__} keeps its own forward: {_known[key]}", stacklevel=3
-            )
+            _known[key] = found = thread.submit(_try, *key).result()
+        if isinstance(found, str):
+            message = f"rmsnorm_cuda: {cls.__name__} keeps its own forward: {found}"
+            warnings.warn(message, stacklevel=3)
     return _known[key]
 
 
-def _try(cls, attributes, shape, others):
-    if others:
-        held = ", ".join(others)
-        return f"{cls.__name__} has {held}, where one parameter is expected, called weight"
+def _try(cls, attributes, shape, others) -> Recognized | str:
     module = object.__new__(cls)  # without the constructor, whose arguments nobody knows
     nn.Module.__init__(module)
     vars(module).update(attributes)
-    module.register_parameter(
-        "weight", None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
-    )
+    weight = None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
+    module.register_parameter("weight", weight)
+    module._buffers.update((name, torch.empty(0)) for name in others)
     return recognize(module)

@@ -17,8 +17,8 @@ _FLOAT, _DOUBLE = 1, 11  # of ONNX's TensorProto.DataType
 class _Ops:
     """ONNX's ops in the current exporter, which traces functions over onnxscript's."""
 
-    def __init__(self, opset: Any) -> None:
-        self.opset = opset
+    def __init__(self, opset: Any, has_norm: bool) -> None:
+        self.opset, self.has_norm = opset, has_norm
 
     def __call__(self, name: str, *inputs: Any, **attributes: Any) -> Any:
         return getattr(self.opset, name)(*inputs, **attributes)
@@ -37,19 +37,16 @@ class _Graph(_Ops):
     """The same in the older exporter, which adds nodes to TorchScript's graph."""
 
     def __init__(self, graph: Any, opset_version: int) -> None:
-        super().__init__(graph)
+        super().__init__(graph, has_norm=False)
         self.opset_version = opset_version
 
     def __call__(self, name: str, *inputs: Any, **attributes: Any) -> Any:
         suffix = {int: "_i", float: "_f"}
-        return self.opset.op(
-            name, *inputs, **{key + suffix[type(value)]: value for key, value in attributes.items()}
-        )
+        typed = {key + suffix[type(value)]: value for key, value in attributes.items()}
+        return self.opset.op(name, *inputs, **typed)
 
     def dtype(self, x: Any) -> int:
-        from torch.onnx import JitScalarType
-
-        return int(JitScalarType.from_value(x).onnx_type())
+        return int(torch.onnx.JitScalarType.from_value(x).onnx_type())
 
     def number(self, value: float) -> Any:
         return self.opset.op("Constant", value_t=torch.tensor(float(value), dtype=torch.float32))
@@ -57,25 +54,13 @@ class _Graph(_Ops):
     def mean(self, x: Any, axes: list[int]) -> Any:
         if self.opset_version < 18:
             return self.opset.op("ReduceMean", x, axes_i=axes, keepdims_i=1)
-        return self.opset.op(
-            "ReduceMean", x, self.opset.op("Constant", value_t=torch.tensor(axes)), keepdims_i=1
-        )
+        constant = self.opset.op("Constant", value_t=torch.tensor(axes))
+        return self.opset.op("ReduceMean", x, constant, keepdims_i=1)
 
 
-def _formula(
-    op: _Ops,
-    x,
-    x_dtype: int,
-    axes: list[int],
-    weight,
-    eps: float | None,
-    weight_offset: float,
-    cast_before_weight: bool,
-):
+def _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight):
     dtypes = {x_dtype} if weight is None else {x_dtype, op.dtype(weight)}
     compute, result = _DOUBLE if _DOUBLE in dtypes else _FLOAT, x_dtype
-    if eps is None:
-        eps = torch.finfo(torch.float64 if x_dtype == _DOUBLE else torch.float32).eps
 
     def constant(value):
         return op("Cast", op.number(value), to=compute)
@@ -91,57 +76,33 @@ def _formula(
     return op("Cast", y, to=result)
 
 
-def _norm(
-    op: _Ops,
-    has_op: bool,
-    x,
-    x_dtype: int,
-    axes: list[int],
-    weight,
-    eps: float | None,
-    weight_offset: float,
-    cast_before_weight: bool,
-):
+def _norm(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight):
+    if eps is None:
+        eps = torch.finfo(torch.float64 if x_dtype == _DOUBLE else torch.float32).eps
     # RMSNormalization rounds once, in the weight's dtype, and computes in fp32.
-    once = (
-        weight_offset == 0 and (not cast_before_weight or x_dtype == _FLOAT) and x_dtype != _DOUBLE
-    )
-    if has_op and once and weight is not None and op.dtype(weight) == x_dtype:
-        eps = torch.finfo(torch.float32).eps if eps is None else eps
+    rounds_once = not cast_before_weight or x_dtype == _FLOAT
+    has_op = op.has_norm and weight_offset == 0 and rounds_once and x_dtype != _DOUBLE
+    if has_op and weight is not None and op.dtype(weight) == x_dtype:
         return op("RMSNormalization", x, weight, axis=axes[0], epsilon=eps, stash_type=_FLOAT)
     return _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight)
 
 
-def _fused_add(
-    op: _Ops,
-    has_op: bool,
-    input,
-    residual,
-    weight,
-    eps: float | None,
-    weight_offset: float,
-    cast_before_weight: bool,
-):
-    compute = _DOUBLE if op.dtype(input) == _DOUBLE else _FLOAT
-    total = op(
-        "Cast",
-        op("Add", op("Cast", input, to=compute), op("Cast", residual, to=compute)),
-        to=op.dtype(residual),
-    )
-    y = _norm(
-        op, has_op, total, op.dtype(residual), [-1], weight, eps, weight_offset, cast_before_weight
-    )
-    promoted = cast_before_weight and weight is not None and op.dtype(weight) != op.dtype(input)
-    return op("Cast", y, to=compute if promoted else op.dtype(input)), total
+def _fused_add(op, input, residual, weight, eps, weight_offset, cast_before_weight):
+    dtype, total_dtype = op.dtype(input), op.dtype(residual)
+    compute = _DOUBLE if dtype == _DOUBLE else _FLOAT
+    total = op("Add", op("Cast", input, to=compute), op("Cast", residual, to=compute))
+    total = op("Cast", total, to=total_dtype)
+    y = _norm(op, total, total_dtype, [-1], weight, eps, weight_offset, cast_before_weight)
+    promoted = cast_before_weight and weight is not None and op.dtype(weight) != dtype
+    return op("Cast", y, to=compute if promoted else dtype), total
 
 
 def _register() -> None:
     from onnxscript.onnx_opset import opset18, opset23
     from torch.onnx._internal.exporter._torchlib._torchlib_registry import onnx_impl
 
-    def implement(opset, introduced):
-        op, has_op = _Ops(opset), introduced >= 23
-
+    # The exporter reads names, types and defaults off the functions.
+    def implement(op, introduced):
         def rms_norm(
             input,
             normalized_shape: Sequence[int],
@@ -150,17 +111,8 @@ def _register() -> None:
             weight_offset: float = 0.0,
             cast_before_weight: bool = False,
         ):
-            return _norm(
-                op,
-                has_op,
-                input,
-                op.dtype(input),
-                [*range(-len(normalized_shape), 0)],
-                weight,
-                eps,
-                weight_offset,
-                cast_before_weight,
-            )
+            axes, options = [*range(-len(normalized_shape), 0)], (weight_offset, cast_before_weight)
+            return _norm(op, input, op.dtype(input), axes, weight, eps, *options)
 
         def fused_add_rms_norm(
             input,
@@ -170,81 +122,46 @@ def _register() -> None:
             weight_offset: float = 0.0,
             cast_before_weight: bool = False,
         ):
-            return _fused_add(
-                op, has_op, input, residual, weight, eps, weight_offset, cast_before_weight
-            )
+            return _fused_add(op, input, residual, weight, eps, weight_offset, cast_before_weight)
 
         for function in (rms_norm, fused_add_rms_norm):
             overload = getattr(torch.ops.rmsnorm_cuda, function.__name__).default
             onnx_impl(overload, trace_only=True, opset_introduced=introduced)(function)
 
-    implement(opset18, 18)
-    implement(opset23, 23)
+    implement(_Ops(opset18, has_norm=False), 18)
+    implement(_Ops(opset23, has_norm=True), 23)
 
 
 def _register_symbolic() -> None:
     from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
-    def options(eps, weight_offset, cast_before_weight):
-        return [
-            symbolic_helper._maybe_get_const(value, kind)
-            for value, kind in ((eps, "f"), (weight_offset, "f"), (cast_before_weight, "b"))
-        ]
+    constant = symbolic_helper._maybe_get_const
 
-    def given(value):
-        return None if value is None or symbolic_helper._is_none(value) else value
+    def given(weight, eps, weight_offset, cast_before_weight):
+        """As Python has them, without nodes of the graph that stand for None."""
+        if weight is not None and symbolic_helper._is_none(weight):
+            weight = None
+        eps = constant(eps, "f")
+        eps = eps if isinstance(eps, float) else None
+        return weight, eps, constant(weight_offset, "f"), constant(cast_before_weight, "b")
 
     def implement(opset_version):
-        def rms_norm(g, input, normalized_shape, weight, eps, weight_offset, cast_before_weight):
-            op, axes = (
-                _Graph(g, opset_version),
-                [
-                    *range(
-                        -len(
-                            symbolic_helper._get_const(normalized_shape, "is", "normalized_shape")
-                        ),
-                        0,
-                    )
-                ],
-            )
-            eps, *rest = options(eps, weight_offset, cast_before_weight)
-            return _norm(
-                op,
-                False,
-                input,
-                op.dtype(input),
-                axes,
-                given(weight),
-                eps if isinstance(eps, float) else None,
-                *rest,
-            )
-
-        def fused_add_rms_norm(g, input, residual, weight, eps, weight_offset, cast_before_weight):
-            eps, *rest = options(eps, weight_offset, cast_before_weight)
+        def rms_norm(g, input, normalized_shape, *options):
             op = _Graph(g, opset_version)
-            return _fused_add(
-                op,
-                False,
-                input,
-                residual,
-                given(weight),
-                eps if isinstance(eps, float) else None,
-                *rest,
-            )
+            shape = symbolic_helper._get_const(normalized_shape, "is", "normalized_shape")
+            return _norm(op, input, op.dtype(input), [*range(-len(shape), 0)], *given(*options))
 
-        for function in (rms_norm, fused_add_rms_norm):
-            register_custom_op_symbolic(
-                f"rmsnorm_cuda::{function.__name__}", function, opset_version
-            )
+        def fused_add_rms_norm(g, input, residual, *options):
+            return _fused_add(_Graph(g, opset_version), input, residual, *given(*options))
+
+        for name, function in ("rms_norm", rms_norm), ("fused_add_rms_norm", fused_add_rms_norm):
+            register_custom_op_symbolic(f"rmsnorm_cuda::{name}", function, opset_version)
 
     implement(9)
     implement(18)  # where the axes of ReduceMean have become an input
 
 
 def register_when_imported() -> None:
-    when_imported(
-        ("torch.onnx._internal.exporter._registration",),
-        _register,
-        "translation of its ops into ONNX",
-    )
+    registry = "torch.onnx._internal.exporter._registration"
+    when_imported((registry,), _register, "translation of its ops into ONNX")
     when_imported(("torch.onnx",), _register_symbolic, "symbolics of its ops")

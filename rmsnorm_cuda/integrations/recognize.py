@@ -8,31 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import math
 import numbers
+import operator
 import random
+import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, product
+from pickle import dumps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .families import _SETTINGS, FAMILIES, Family, normalize
+from .families import FAMILIES, SETTINGS, Family, normalize
 
-_OF_NO_WEIGHT = FAMILIES[:1]  # without a weight there is one rounding, whatever the family
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
-_TORCHS_FORWARD = nn.RMSNorm.forward
+MODULE_ATTRIBUTES = vars(nn.Module()).keys()
+_TORCH_FORWARD = nn.RMSNorm.forward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PAIRS = tuple(product(_DTYPES, _DTYPES))  # input and weight
-_TELLING = _PAIRS[0], _PAIRS[4], _PAIRS[1], _PAIRS[3]  # fp32 and bf16: the families differ in them
-
+_DTYPE_PAIRS = tuple(product(_DTYPES, _DTYPES))  # input and weight
+# fp32, bf16 and their mixtures: the families differ in them.
+_DECISIVE_PAIRS = tuple(_DTYPE_PAIRS[i] for i in (0, 4, 1, 3))
 
 # For special rows, whose gradients are not compared: among such weights the others' would be lost.
 _EXTREME_WEIGHTS = (1.0, -1.0, 0.0, 3000.0, -3000.0)
@@ -42,9 +44,8 @@ class Recognized(NamedTuple):
     family: Family
     eps: float | None
     eps_name: str | None = None  # the attribute that holds it, if one does
-    also_read: tuple[
-        str, ...
-    ] = ()  # attributes whose numbers decide the result too, and are as they are
+    # Attributes whose numbers decide the result too, and are as they are.
+    also_read: tuple[str, ...] = ()
 
 
 def recognize(module: nn.Module) -> Recognized | str:
@@ -54,27 +55,21 @@ def recognize(module: nn.Module) -> Recognized | str:
     It is the same function if results and gradients are, in training and in evaluation, in fp32,
     bf16, fp16 and their mixtures, for rows of all sizes, of zeros, with NaN and with Inf.
     """
-    if type(module) is nn.RMSNorm and nn.RMSNorm.forward is _TORCHS_FORWARD and _as_built(module):
+    if type(module) is nn.RMSNorm and nn.RMSNorm.forward is _TORCH_FORWARD and _as_built(module):
         return Recognized(FAMILIES[0], number(module.eps), "eps")
-    reason = _another_structure(module)
-    if reason:
+    if reason := _structural_reason(module):
         return reason
     # In a thread of its own no mode of torch is on: neither fake tensors nor a transform, autocast
     # or another device.
-    with ThreadPoolExecutor(1) as thread, _without_warning:
+    with ThreadPoolExecutor(1) as thread, _without_warning():
         return thread.submit(_try, module).result()
 
 
 def number(value: object) -> float | None:
     """A Python number of what may stand for eps: a number of Python, numpy or torch, or None."""
     if isinstance(value, Tensor):
-        return (
-            value.item()
-            if value.numel() == 1
-            and value.device.type == "cpu"
-            and type(value) in (Tensor, nn.Parameter)
-            else None
-        )
+        is_plain = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu"
+        return value.item() if is_plain and value.numel() == 1 else None
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
 
 
@@ -87,18 +82,15 @@ def _as_built(module: nn.RMSNorm) -> bool:
     return weight is None or weight.shape == module.normalized_shape
 
 
-def _another_structure(module: nn.Module) -> str:
-    cls, name = type(module), type(module).__name__
-    if any(True for _ in module.children()):
+def _structural_reason(module: nn.Module) -> str:
+    """Why it cannot be a norm with one weight and one input; empty if it may be."""
+    cls, name, weight = type(module), type(module).__name__, module._parameters.get("weight")
+    if list(module.children()):
         return f"{name} has submodules"
-    others = [
-        key
-        for key, value in (*module._parameters.items(), *module._buffers.items())
-        if value is not None and key != "weight"
-    ]
+    held = (*module._parameters.items(), *module._buffers.items())
+    others = [key for key, value in held if value is not None and key != "weight"]
     if others:
         return f"{name} has {', '.join(others)}, where one parameter is expected, called weight"
-    weight = module._parameters.get("weight")
     if getattr(module, "weight", None) is not weight:
         return (
             f"the weight of {name} is not a parameter; "
@@ -106,19 +98,16 @@ def _another_structure(module: nn.Module) -> str:
         )
     if hasattr(weight, "ds_shape"):
         return "its weight is partitioned by DeepSpeed ZeRO-3; swap before deepspeed.initialize()"
-    shape = _shape(module)
-    if weight is not None and (weight.shape != shape or weight.numel() < 2):
+    if weight is not None and (weight.shape != _shape(module) or weight.numel() < 2):
         return (
             f"its weight has the shape {list(weight.shape)}, and one number for each column is "
-            "expected; "
-            "where it was sharded, swap before that"
+            "expected; where it was sharded, swap before that"
         )
-    if properties := [
-        key for key in _SETTINGS if inspect.isdatadescriptor(getattr(cls, key, None))
-    ]:
+    properties = [key for key in SETTINGS if inspect.isdatadescriptor(getattr(cls, key, None))]
+    if properties:
         return f"{name} has a property {', '.join(properties)}"
     try:
-        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+        _, *parameters = inspect.signature(cls.forward).parameters.values()
     except (TypeError, ValueError):
         return f"the signature of {name}.forward cannot be read"
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
@@ -128,40 +117,29 @@ def _another_structure(module: nn.Module) -> str:
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
     weight = module._parameters.get("weight")
-    shape = getattr(module, "normalized_shape", None) or (
-        (256,) if weight is None else weight.shape
-    )
+    built = getattr(module, "normalized_shape", None)
+    shape = built or ((256,) if weight is None else weight.shape)
     return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
-class _Filter:
-    """One warning is ignored while trials run, in any number of threads: the first one puts the
-    filter there, the last one takes it away. catch_warnings() would take every filter of the
-    process along, and is not for threads."""
-
-    def __init__(self) -> None:
-        self.lock, self.depth = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.depth += 1
-            if self.depth == 1:
-                self.filters = warnings.filters
-                warnings.filterwarnings(
-                    "ignore", message="Mismatch dtype between input and weight"
-                )  # of F.rms_norm
-                self.filter = warnings.filters[0]
-
-    def __exit__(self, *_) -> None:
-        with self.lock:
-            self.depth -= 1
-            if self.depth == 0:
-                for filters in (self.filters, warnings.filters):
-                    with contextlib.suppress(ValueError):
-                        filters.remove(self.filter)
+# A warning of F.rms_norm, as warnings.filterwarnings() would have it.
+_MISMATCH = "ignore", re.compile("Mismatch dtype between input and weight"), Warning, None, 0
 
 
-_without_warning = _Filter()
+@contextlib.contextmanager
+def _without_warning() -> Iterator[None]:
+    """Ignores one warning while a trial runs. catch_warnings() would take every filter of the
+    process along, and is not for threads.
+    """
+    filters = warnings.filters
+    filters.insert(0, _MISMATCH)  # each trial its own: of several threads one leaves first
+    try:
+        yield
+    finally:
+        # Somebody's catch_warnings() may have put a copy of the list there meanwhile.
+        for each in {id(held): held for held in (filters, warnings.filters)}.values():
+            with contextlib.suppress(ValueError):
+                each.remove(_MISMATCH)
 
 
 @contextlib.contextmanager
@@ -169,23 +147,21 @@ def _random_state_kept() -> Iterator[None]:
     """Puts the process's generators back if somebody has drawn from them. Held for one call only:
     others draw meanwhile, too.
     """
-    of_numpy = getattr(sys.modules.get("numpy"), "random", None)
-    if hasattr(of_numpy, "get_bit_generator") and not isinstance(
-        of_numpy.get_bit_generator(), of_numpy.MT19937
-    ):
-        of_numpy = None  # of another kind that somebody has put there, whose state is no tuple
-    before = torch.get_rng_state(), random.getstate(), of_numpy and of_numpy.get_state()
+    generators: list[tuple[Callable, Callable, Callable]] = [
+        (torch.get_rng_state, torch.set_rng_state, torch.equal),
+        (random.getstate, random.setstate, operator.eq),
+    ]
+    of_numpy = sys.modules.get("numpy.random")
+    if hasattr(of_numpy, "set_state"):
+        get_state = functools.partial(of_numpy.get_state, legacy=False)
+        generators.append((get_state, of_numpy.set_state, lambda a, b: dumps(a) == dumps(b)))
+    before = [get() for get, _, _ in generators]
     try:
         yield
     finally:
-        if not torch.equal(torch.get_rng_state(), before[0]):
-            torch.set_rng_state(before[0])
-        if random.getstate() != before[1]:
-            random.setstate(before[1])
-        if of_numpy is not None:
-            after = of_numpy.get_state()
-            if after[2:] != before[2][2:] or (after[1] != before[2][1]).any():
-                of_numpy.set_state(before[2])
+        for (get, put, equal), state in zip(generators, before):
+            if not equal(get(), state):
+                put(state)
 
 
 class _Trial(NamedTuple):
@@ -195,25 +171,22 @@ class _Trial(NamedTuple):
     grad: bool
 
     def __str__(self) -> str:
-        dtypes = " and ".join(
-            dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.pair)
-        )
+        dtypes = " and ".join(dict.fromkeys(map(_name, self.pair)))
         mode = " while it trains" if self.training else ""
         return f"in {dtypes}{mode}{'' if self.grad else ' without gradients'}"
 
 
 class _Outcome(NamedTuple):
     result: Tensor
-    gradients: tuple[Tensor | None, Tensor | None]  # of input and weight
-    wrote: bool  # to its input
+    gradients: tuple[Tensor | None, Tensor | None] = (None, None)  # of input and weight
+    wrote: bool = False  # to its input
 
 
-_Function = Callable[
-    [Tensor, "Tensor | None", bool], Tensor
-]  # of input, weight and whether it trains
+# Of input, weight and whether it trains.
+_Function = Callable[[Tensor, "Tensor | None", bool], Tensor]
 
 
-def _their(copied: nn.Module) -> _Function:
+def _function_of(copied: nn.Module) -> _Function:
     def call(x, weight, training):
         copied.training = training
         if weight is not None:
@@ -224,7 +197,7 @@ def _their(copied: nn.Module) -> _Function:
     return call
 
 
-def _our(shape: tuple[int, ...] | None, family: Family, eps: float | None) -> _Function:
+def _formula(shape: tuple[int, ...] | None, family: Family, eps: float | None) -> _Function:
     return lambda x, weight, training: normalize(x, shape or x.shape[-1:], weight, eps, family)
 
 
@@ -232,87 +205,69 @@ class _Laboratory:
     """Rows and a weight to try norms of one shape on."""
 
     def __init__(self, shape: tuple[int, ...], has_weight: bool, values: Iterable[float]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        width = torch.Size(shape).numel()
-        count = max(
-            2, -(-2048 // max(1, width))
-        )  # so many that a near-tie or two is no per cent of the values
+        width, generator = torch.Size(shape).numel(), torch.Generator().manual_seed(0)
+        normal = functools.partial(torch.randn, generator=generator)
+        # So many that a near-tie or two is no per cent of the values.
+        count = max(2, -(-2048 // max(1, width)))
         # An eps shows in rows whose mean of squares is about as large; a tiny one is left to rows
         # that it does not reach.
-        sizes = [
-            1.0,
-            2e-4,
-            *(value**0.5 for value in values if 1e-20 < value < 1),
-            1e-6,
-            1e-2,
-            1e2,
-            1e4,
-        ]
-        usual = {
-            f"rows of size {size:.2g}": torch.randn(count, *shape, generator=generator) * size
-            for size in sizes
-        }
+        roots = (value**0.5 for value in values if 1e-20 < value < 1)
+        sizes = (1.0, 2e-4, *roots, 1e-6, 1e-2, 1e2, 1e4)
+        usual = {f"rows of size {size:.2g}": normal(count, *shape) * size for size in sizes}
         usual["rows of zeros"] = torch.zeros(2, *shape)
-        special = {
-            "rows near the largest number of fp16": torch.rand(count, *shape, generator=generator)
-            * 2e4
-            + 4e4
-        }
+        large = torch.rand(count, *shape, generator=generator) * 2e4 + 4e4
+        special = {"rows near the largest number of fp16": large}
         for what in ("NaN", "Inf", "-Inf"):
-            special[f"rows with {what}"] = torch.randn(2, *shape, generator=generator)
-            special[f"rows with {what}"].view(2, -1)[:, width // 2] = float(what)
+            special[f"rows with {what}"] = rows = normal(2, *shape)
+            rows.view(2, -1)[:, width // 2] = float(what)
         # Their result reaches the square root of the width, and with the weight beyond what anybody
         # would clamp it to.
-        dominated = torch.randn(2 * len(_EXTREME_WEIGHTS), *shape, generator=generator)
-        for row, sign, column in zip(
-            dominated.flatten(1), cycle((1e4, -1e4)), cycle(range(len(_EXTREME_WEIGHTS)))
-        ):
-            row[column % width] = sign
-        special["rows that one element dominates"] = dominated
-        self.usual, self.special, self.special_names = (
-            _batches(usual),
-            _batches(special),
-            special.keys(),
-        )
-        self.gain = 1 + torch.randn(shape, generator=generator) / 4 if has_weight else None
-        self.extreme_gain = None
+        extremes = len(_EXTREME_WEIGHTS)
+        special["rows that one element dominates"] = rows = normal(2 * extremes, *shape)
+        for row, value, column in zip(rows.flatten(1), cycle((1e4, -1e4)), cycle(range(extremes))):
+            row[column % width] = value
+        self.usual, self.special, self.special_names = *map(_batches, (usual, special)), {*special}
+        self.plain = _Trial(self.usual[0], _DTYPE_PAIRS[0], False, False)
+        self.weight = self.extreme_weight = None
         if has_weight:
-            self.extreme_gain = self.gain.clone()
-            self.extreme_gain.view(-1)[: len(_EXTREME_WEIGHTS)] = torch.tensor(
-                _EXTREME_WEIGHTS[:width]
-            )
+            self.weight = 1 + normal(shape) / 4
+            self.extreme_weight = self.weight.clone()
+            self.extreme_weight.view(-1)[:extremes] = torch.tensor(_EXTREME_WEIGHTS[:width])
         # In part along the row: what goes through the root is not lost among what does not.
-        self.direction = torch.randn(shape, generator=generator) + 1
-        self.pairs = _PAIRS if has_weight else tuple((dtype, dtype) for dtype in _DTYPES)
+        self.direction = normal(shape) + 1
+        self.pairs = _DTYPE_PAIRS if has_weight else tuple((dtype, dtype) for dtype in _DTYPES)
 
     def observe(self, function: _Function, trial: _Trial) -> _Outcome:
         x = torch.cat([*trial.batch.values()]).to(trial.pair[0])
-        gain = self.extreme_gain if trial.batch.keys() <= self.special_names else self.gain
-        weight = None if gain is None else nn.Parameter(gain.to(trial.pair[1]))
+        is_special = trial.batch.keys() <= self.special_names
+        values = self.extreme_weight if is_special else self.weight
+        weight = None if values is None else nn.Parameter(values.to(trial.pair[1]))
         if not trial.grad:
+            before = x.clone()
             with torch.no_grad():
-                before = x.clone()
-                return _Outcome(
-                    function(x, weight, trial.training), (None, None), not _same(before, x)
-                )
+                result = function(x, weight, trial.training)
+            return _Outcome(result, wrote=not _same(before, x))
         result = function(x.requires_grad_(), weight, trial.training)
-        gradients: tuple[Tensor | None, ...] = (None, None)
-        if isinstance(result, Tensor) and result.requires_grad and result.shape == x.shape:
-            loss = (result.float() * self.direction * x.detach().float().sign()).sum()
-            gradients = torch.autograd.grad(
-                loss, [x, weight][: 1 + (weight is not None)], allow_unused=True
-            )
-        return _Outcome(result, (*gradients, None)[:2], False)
+        if not (isinstance(result, Tensor) and result.requires_grad and result.shape == x.shape):
+            return _Outcome(result)
+        loss = (result.float() * self.direction * x.detach().float().sign()).sum()
+        of = [x] if weight is None else [x, weight]
+        dx, *dweight = torch.autograd.grad(loss, of, allow_unused=True)
+        return _Outcome(result, (dx, *dweight) if dweight else (dx, None))
 
     def difference(self, ours: _Outcome, theirs: _Outcome, trial: _Trial) -> str:
         """In words; empty if there is none."""
+
+        def by_rows(one: Tensor, other: Tensor):
+            counts = [len(rows) for rows in trial.batch.values()]
+            return zip(trial.batch, one.split(counts), other.split(counts))
+
         got, want = ours.result, theirs.result
         if not isinstance(want, Tensor) or want.dtype != got.dtype or want.shape != got.shape:
             return f"its result is {_kind(want)}, not {_kind(got)}"
         if theirs.wrote:
             return "it writes to its input"
-        counts = [len(rows) for rows in trial.batch.values()]
-        for name, a, b in zip(trial.batch, got.split(counts), want.split(counts), strict=True):
+        for name, a, b in by_rows(got, want):
             share, far = values_off(a, b, trial.pair)
             if share >= 0.01 or far:
                 how_many = f"{share:.0%} of the" if share >= 0.01 else "single"
@@ -321,29 +276,19 @@ class _Laboratory:
             return ""
         if got.requires_grad != want.requires_grad:
             return "its result requires no gradient"
-        for what, mine, other in zip(
-            ("input", "weight"), ours.gradients, theirs.gradients, strict=True
-        ):
+        for what, mine, other in zip(("input", "weight"), ours.gradients, theirs.gradients):
             if (mine is None) != (other is None):
                 return f"its {what} gets no gradient"
             if mine is None or other is None:
                 continue
-            parts = [("", mine, other)]
-            if what == "input":
-                parts = [
-                    (f" for {name}", a, b)
-                    for name, a, b in zip(
-                        trial.batch, mine.split(counts), other.split(counts), strict=True
-                    )
-                ]
-            for where, a, b in parts:
+            for name, a, b in by_rows(mine, other) if what == "input" else [("", mine, other)]:
                 if gradients_differ(a, b, trial.pair):
-                    return f"the gradient of its {what} differs{where}"
+                    return f"the gradient of its {what} differs{name and f' for {name}'}"
         return ""
 
 
 def _batches(rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """So small that no operation wakes a pool of threads."""
+    """The rows in batches so small that no operation wakes a pool of threads."""
     batches: list[dict[str, Tensor]] = [{}]
     for name, part in rows.items():
         if batches[-1] and part.numel() + sum(t.numel() for t in batches[-1].values()) >= 32768:
@@ -352,18 +297,18 @@ def _batches(rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return batches
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
-        one.nan_to_num(), other.nan_to_num()
-    )
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kind(result: object) -> str:
-    return (
-        f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}"
-        if isinstance(result, Tensor)
-        else f"a {type(result).__name__}"
-    )
+    if isinstance(result, Tensor):
+        return f"{_name(result.dtype)} {list(result.shape)}"
+    return f"a {type(result).__name__}"
 
 
 def values_off(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]) -> tuple[float, bool]:
@@ -390,9 +335,8 @@ def gradients_differ(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]
     """
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return True
-    finite = (
-        ours.isfinite() & theirs.isfinite()
-    )  # fp16 has no number for some gradients of small rows
+    # fp16 has no number for some gradients of small rows.
+    finite = ours.isfinite() & theirs.isfinite()
     ours, theirs = ours[finite].double(), theirs[finite].double()
     share = 1e-4 if {*pair} == {torch.float32} else 0.05
     return bool((ours - theirs).norm() > share * theirs.norm())
@@ -400,95 +344,75 @@ def gradients_differ(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]
 
 def _try(module: nn.Module) -> Recognized | str:
     copied, has_weight = _copy(module), module._parameters.get("weight") is not None
-    named = {
-        key: value
-        for key, of in vars(copied).items()
-        if key not in _OF_EVERY_MODULE and (value := number(of)) is not None
-    }
+    own = {key: value for key, value in vars(copied).items() if key not in MODULE_ATTRIBUTES}
+    named = {key: n for key, value in own.items() if (n := number(value)) is not None}
     shape = _shape(module)
-    laboratory, their = _Laboratory(shape, has_weight, named.values()), _their(copied)
+    laboratory, their = _Laboratory(shape, has_weight, named.values()), _function_of(copied)
     known_shape = shape if has_weight or getattr(module, "normalized_shape", None) else None
     wants, errors = [], []
-    for pair, batch in product(
-        [pair for pair in _TELLING if pair in laboratory.pairs], laboratory.usual
-    ):
-        trial = _Trial(batch, pair, False, True)
-        try:
-            wants.append((trial, laboratory.observe(their, trial).result))
-        except Exception as error:
-            errors.append(error)
-    if not {(dtype, dtype) for dtype in (torch.float32, torch.bfloat16)} <= {
-        trial.pair for trial, _ in wants
-    }:
+    for pair, batch in product(_DECISIVE_PAIRS, laboratory.usual):
+        if pair in laboratory.pairs:
+            trial = _Trial(batch, pair, False, True)
+            try:
+                wants.append((trial, laboratory.observe(their, trial).result))
+            except Exception as error:
+                errors.append(error)
+    if not {*_DECISIVE_PAIRS[:2]} <= {trial.pair for trial, _ in wants}:
         return f"it could not be tried on the CPU: {_in_a_line(errors[0])}"
     if not isinstance(wants[0][1], Tensor):
         return f"its result is {_kind(wants[0][1])}, not a tensor"
-    # Of the families and numbers the one that comes nearest.
-    nearest = 2.0, ""
-    for family in FAMILIES if has_weight else _OF_NO_WEIGHT:
+    # Of the families and numbers the one that comes nearest. Without a weight there is one
+    # rounding, whatever the family.
+    least, nearest = 2.0, ""
+    for family in FAMILIES if has_weight else FAMILIES[:1]:
         for eps, names in _candidates(copied, family, named).items():
-            our = _our(known_shape, family, eps)
-            offs = [
-                (values_off(laboratory.observe(our, trial).result, want, trial.pair)[0], trial)
-                for trial, want in wants
-            ]
-            off, where = max(offs, key=lambda pair: pair[0])
-            if off < nearest[0]:
-                nearest = (
-                    off,
-                    f"{family.name!r} with eps={eps}: {off:.0%} of its values differ {where}",
-                )
+            our, says = _formula(known_shape, family, eps), f"{family.name!r} with eps={eps}"
+            results = [laboratory.observe(our, trial).result for trial, _ in wants]
+            shares = [values_off(y, want, t.pair)[0] for y, (t, want) in zip(results, wants)]
+            off, (where, _) = max(zip(shares, wants), key=operator.itemgetter(0))
             if off < 0.01:
-                reason = _difference(laboratory, our, their)
-                if reason:
-                    return f"it is like {family.name!r} with eps={eps}, but {reason}"
-                eps_name = _heeded(laboratory, copied, known_shape, family, eps, names)
-                return Recognized(
-                    family, eps, eps_name, _also_read(laboratory, copied, named.keys() - {eps_name})
-                )
-    if not nearest[1]:
+                if reason := _difference(laboratory, our, their):
+                    return f"it is like {says}, but {reason}"
+                eps_name = _eps_attribute(laboratory, copied, known_shape, family, eps, names)
+                others = _other_numbers(laboratory, copied, named.keys() - {eps_name})
+                return Recognized(family, eps, eps_name, others)
+            if off < least:
+                least, nearest = off, f"{says}: {off:.0%} of its values differ {where}"
+    if not nearest:
         return "it has no attribute that could be its eps"
-    return f"it computes what no known family computes; the nearest is {nearest[1]}"
+    return f"it computes what no known family computes; the nearest is {nearest}"
 
 
 def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> str:
     """Between the two functions, in words; empty if there is none."""
-    batches = (
-        *((batch, True) for batch in laboratory.usual),
-        *((batch, False) for batch in laboratory.special),
-    )
+    # Of NaN there is no gradient.
+    batches = [(batch, grad) for batch in laboratory.usual for grad in (True, False)]
+    batches += [(batch, False) for batch in laboratory.special]
     for pair in laboratory.pairs:
-        for training, (batch, usual), grad in product((False, True), batches, (True, False)):
-            if grad and not usual:
-                continue  # of NaN there is no gradient
+        for training, (batch, grad) in product((False, True), batches):
             trial = _Trial(batch, pair, training, grad)
             try:
                 want = laboratory.observe(their, trial)
             except Exception as error:
-                if trial[2:] == (False, True) and pair not in _TELLING[:2]:
+                if grad and not training and pair not in _DECISIVE_PAIRS[:2]:
                     break  # it does not take these dtypes
                 return f"{trial} it raises {_in_a_line(error)}"
             reason = laboratory.difference(laboratory.observe(our, trial), want, trial)
             if reason:
                 return f"{reason} {trial}"
-    x, weight = torch.cat([*laboratory.usual[0].values()]), laboratory.gain
+    x, weight = torch.cat([*laboratory.usual[0].values()]), laboratory.weight
     x = x[: len(x) // 2 * 2]
     with torch.no_grad():
         once = their(x, weight, False)
         if not _same(their(x, weight, False), once):
             return "its result is another at each call"
-        for t, want in (
-            (x[None], once[None]),
-            (x.reshape(2, -1, *x.shape[1:]), None),
-            (x[0], once[0]),
-            (x[:0], once[:0]),
-        ):
+        views = [(t[None], t.reshape(2, -1, *t.shape[1:]), t[0], t[:0]) for t in (x, once)]
+        for t, want in zip(*views):
             try:
                 got = their(t, weight, False)
             except Exception as error:
                 return f"of input of the shape {list(t.shape)} it raises {_in_a_line(error)}"
-            want = once.reshape(t.shape) if want is None else want
-            if got.shape != t.shape or values_off(got, want, _PAIRS[0])[1]:
+            if values_off(want, got, _DTYPE_PAIRS[0])[1]:
                 return (
                     "its result depends on how many dimensions there are before the normalized ones"
                 )
@@ -501,50 +425,49 @@ def _candidates(
     """What may be eps, and the attributes that hold it. None is for torch.nn.RMSNorm's eps=None,
     that of the type computed in.
     """
+    own = vars(module)
     names = [name for name in family.eps if name in named or getattr(module, name, "") is None]
-    names += [
-        name
-        for name, value in named.items()
-        if 0 <= value < 1 and not isinstance(vars(module)[name], int)
-    ]
+    names += [name for name, n in named.items() if n < 1 and not isinstance(own[name], int)]
     candidates: dict[float | None, list[str]] = {}
     for name in dict.fromkeys(names):
-        if named.get(name) is None or 0 <= named[name] < math.inf:
-            candidates.setdefault(named.get(name), []).append(name)
+        eps = named.get(name)
+        if eps is None or 0 <= eps < math.inf:
+            candidates.setdefault(eps, []).append(name)
     return candidates
 
 
-def _heeded(laboratory, copied, shape, family, eps, names) -> str | None:
-    """The one of these attributes that the module reads its eps from."""
-    other, trial = 2e-3 + 2 * (eps or 0), _Trial(laboratory.usual[0], _PAIRS[0], False, False)
-    want = laboratory.observe(_our(shape, family, other), trial).result
-    for name in names:
-        before = vars(copied).get(name)
-        vars(copied)[name] = other
-        with contextlib.suppress(Exception):
-            if not values_off(laboratory.observe(_their(copied), trial).result, want, trial.pair)[
-                1
-            ]:
-                return name
+def _result_with(laboratory, copied: nn.Module, name: str, value: object) -> Tensor | None:
+    """The result of the copy with another value of an attribute; None where it raises."""
+    before = vars(copied).get(name)
+    vars(copied)[name] = value
+    try:
+        return laboratory.observe(_function_of(copied), laboratory.plain).result
+    except Exception:
+        return None
+    finally:
         vars(copied)[name] = before
+
+
+def _eps_attribute(laboratory, copied, shape, family, eps, names) -> str | None:
+    """The one of these attributes that the module reads its eps from."""
+    other = 2e-3 + 2 * (eps or 0)
+    want = laboratory.observe(_formula(shape, family, other), laboratory.plain).result
+    for name in names:
+        got = _result_with(laboratory, copied, name, other)
+        if not values_off(want, got, laboratory.plain.pair)[1]:
+            return name
     return None
 
 
-def _also_read(laboratory: _Laboratory, copied: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+def _other_numbers(laboratory, copied: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """Those of these attributes on whose numbers the result depends."""
-    trial, their = _Trial(laboratory.usual[0], _PAIRS[0], False, False), _their(copied)
-    want, read = laboratory.observe(their, trial).result, []
-    for name in sorted(names):
-        before = vars(copied)[name]
-        try:
-            vars(copied)[name] = 2 * before + 1
-            same = _same(laboratory.observe(their, trial).result, want)
-        except Exception:
-            same = False
-        if not same:
-            read.append(name)
-        vars(copied)[name] = before
-    return tuple(read)
+    want = laboratory.observe(_function_of(copied), laboratory.plain).result
+
+    def is_read(name: str) -> bool:
+        got = _result_with(laboratory, copied, name, 2 * vars(copied)[name] + 1)
+        return getattr(got, "dtype", None) != want.dtype or not _same(got, want)
+
+    return tuple(filter(is_read, sorted(names)))
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -553,17 +476,15 @@ def _copy(module: nn.Module) -> nn.Module:
     nn.Module.__init__(new)
     memo = {id(module): new}
     for key, value in vars(module).items():
-        if key not in _OF_EVERY_MODULE:
+        if key not in MODULE_ATTRIBUTES:
             try:
                 vars(new)[key] = copy.deepcopy(value, memo)
             except Exception:  # a lock, a generator
                 vars(new)[key] = value
-    for name in module._parameters:
-        new.register_parameter(name, None)
-    for name in module._buffers:
-        new.register_buffer(name, None)
+    new._parameters.update(dict.fromkeys(module._parameters))
+    new._buffers.update(dict.fromkeys(module._buffers))
     return new
 
 
 def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

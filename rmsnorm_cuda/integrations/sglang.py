@@ -31,11 +31,10 @@ def register() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    layers = "sglang.srt.layers.layernorm"
     for cls, hook in (("RMSNorm", _around_rms_norm), ("GemmaRMSNorm", _around_gemma_rms_norm)):
         for method in ("forward_cuda", "forward_cpu"):
-            HookRegistry.register(
-                f"sglang.srt.layers.layernorm.{cls}.{method}", hook, HookType.AROUND
-            )
+            HookRegistry.register(f"{layers}.{cls}.{method}", hook, HookType.AROUND)
 
 
 def _around_rms_norm(
@@ -62,11 +61,10 @@ def _around_gemma_rms_norm(original, self, x, residual=None, post_residual_addit
 def _is_ours(x, residual, post_residual_addition, weight, cast):
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 
+    added = [t for t in (residual, post_residual_addition) if t is not None]
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and all(
-            other is None or other.dtype == x.dtype for other in (residual, post_residual_addition)
-        )
+        and all(t.dtype == x.dtype for t in added)
         and (residual is None or x.stride(-1) == residual.stride(-1) == 1)
         and (not cast or weight.dtype == x.dtype)
         and not is_batch_invariant_mode_enabled()

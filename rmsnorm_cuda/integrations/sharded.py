@@ -27,7 +27,7 @@ def rms_norm_sharded(
     cast_before_weight: bool = False,
 ) -> Tensor:
     """:func:`rms_norm` over a last dimension that is sharded: what a norm of q or k over all heads
-    needs behind a column- parallel projection (Olmo 2, MiniMax), instead of gathering its input.
+    needs behind a column-parallel projection (Olmo 2, MiniMax), instead of gathering its input.
 
     Each rank has some columns of the same rows, not necessarily equally many. The rows' sums of
     squares are added up over the group, and in the backward their products with the gradient: one
@@ -89,9 +89,8 @@ class _Sharded(torch.autograd.Function):
             return xhat.to(input.dtype)
         if cast_before_weight:
             xhat = xhat.to(input.dtype).to(compute)
-        return (xhat * (weight.to(compute) + weight_offset)).to(
-            output_dtype(input, weight, cast_before_weight)
-        )
+        output = xhat * (weight.to(compute) + weight_offset)
+        return output.to(output_dtype(input, weight, cast_before_weight))
 
     @staticmethod
     @once_differentiable
@@ -106,7 +105,7 @@ class _Sharded(torch.autograd.Function):
             if cast_before_weight:
                 xhat = xhat.to(input.dtype).to(rstd.dtype)
             dweight = (dy * xhat).reshape(-1, dy.shape[-1]).sum(0).to(weight.dtype)
-        return dx, dweight, None, None, None, None, None
+        return dx, dweight, *(None,) * 5
 
 
 # The Dynamo of 2.11 makes zeros of the gradients of an autograd.Function over a collective: the

@@ -2,9 +2,9 @@
 
     from rmsnorm_cuda.integrations.torchtitan import RMSNorm, RMSNormConverter
 
-    norm = RMSNorm.Config(normalized_shape=dim, eps=1e-5).build()       # in a config of one's own
-    model_config = RMSNormConverter(RMSNormConverter.Config()).convert(model_config)   # or
-    `converters=[RMSNormConverter.Config()]`
+    norm = RMSNorm.Config(normalized_shape=dim, eps=1e-5).build()  # in a config of one's own
+    # Or converters=[RMSNormConverter.Config()].
+    model_config = RMSNormConverter(RMSNormConverter.Config()).convert(model_config)
 
 The parameters and checkpoints are those of torchtitan's, as are init and sharding, which stand in
 the config. Importing this module imports torchtitan.
@@ -63,13 +63,8 @@ class RMSNormConverter(ModelConfigConverter):
         for _, config, parent, name in list(model_config.traverse(TorchtitanRMSNorm.Config)):
             if type(config) is not TorchtitanRMSNorm.Config:
                 continue
-            ours = RMSNorm.Config(
-                **{
-                    field.name: getattr(config, field.name)
-                    for field in fields(config)
-                    if field.init
-                }
-            )
+            names = [field.name for field in fields(config) if field.init]
+            ours = RMSNorm.Config(**{name: getattr(config, name) for name in names})
             if parent is None:
                 return ours
             if isinstance(parent, list):

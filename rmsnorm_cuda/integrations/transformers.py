@@ -22,12 +22,11 @@ from ..again import is_a
 from ..modules import RMSNorm
 from .families import Family, give_back, twin
 from .fuse_residual import fuse, unfuse
-from .recognize import _OF_EVERY_MODULE, Recognized, recognize
+from .recognize import MODULE_ATTRIBUTES, Recognized, recognize
 
 
 class Replaced(NamedTuple):
-    # as in model.named_modules(); a module that sits in two places is listed twice, with one `new`
-    name: str
+    name: str  # as in named_modules(); a module in two places is listed twice, with one `new`
     old: nn.Module
     new: RMSNorm
     family: Family
@@ -61,7 +60,6 @@ class Replacement(list):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.skipped: list[Skipped] = []
         self.fused: list[Fused] = []
         self._model = model
@@ -72,11 +70,14 @@ class Replacement(list):
         """
         for _, layer, _ in self.fused:
             unfuse(layer)
-        for name, old, new, _ in self:
-            parent, child = _slot(self._model, name)
-            if parent is not None and parent._modules.get(child) is new:
-                give_back(old, new)
-                setattr(parent, child, old)
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        swaps = [(name, old, new) for name, old, new, _ in self if modules.get(name) is new]
+        old_of = {new: old for _, old, new in swaps}  # once, also where a module is in two places
+        for new, old in old_of.items():
+            give_back(old, new)
+        for name, old, _ in swaps:
+            path, _, child = name.rpartition(".")
+            setattr(modules[path], child, old)
 
     def __enter__(self) -> Replacement:
         return self
@@ -139,38 +140,31 @@ def replace_rms_norm(
     return result
 
 
-def _swap(
-    model: nn.Module,
-    match: Callable[[str, nn.Module], bool] | None,
-    fuse_residual: bool,
-    result: Replacement,
-) -> None:
+def _swap(model, match, fuse_residual: bool, result: Replacement) -> None:
     new_of: dict[nn.Module, RMSNorm] = {}
     known: dict[tuple, Recognized | str] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if is_a(module, RMSNorm) or not (
-            match(name, module) if match else _may_be_rms_norm(module)
-        ):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if is_a(module, RMSNorm) or not (match or _may_be_rms_norm)(name, module):
             continue
-        parent, child = _slot(model, name)
+        path, _, child = name.rpartition(".")
+        parent = modules[path] if name else None
         found = _reason_to_skip(module, parent) or _recognize_once(module, known)
-        if not isinstance(found, str) and parent is not None and module not in new_of:
+        if not isinstance(found, str) and parent is None:
+            raise ValueError(
+                f"replace_rms_norm: the model is itself a {type(module).__name__}, and a module "
+                "can only be replaced inside a parent; construct rmsnorm_cuda.RMSNorm instead"
+            )
+        if not isinstance(found, str) and module not in new_of:
             try:
                 new_of[module] = twin(module, *found)
             except TypeError as error:  # a class that does not let others be derived from it
                 found = f"no class can be derived from {type(module).__name__}: {error}"
-        if isinstance(found, str):
-            if match or _named_rms_norm(module):
-                result.skipped.append(Skipped(name, module, found))
-        elif parent is None:
-            raise ValueError(
-                f"replace_rms_norm: the model is itself a {type(module).__name__}, and a module "
-                "can only be replaced "
-                "inside a parent; construct rmsnorm_cuda.RMSNorm instead"
-            )
-        else:
+        if not isinstance(found, str):
             setattr(parent, child, new_of[module])
             result.append(Replaced(name, module, new_of[module], found.family))
+        elif match or _named_rms_norm(module):
+            result.skipped.append(Skipped(name, module, found))
     if fuse_residual:
         for name, layer in model.named_modules():
             fused = fuse(layer)
@@ -198,14 +192,11 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
     mapping: dict[str, type] = {}
     known: dict[tuple, Recognized | str] = {}
     for model_type in model_types:
+        name = f"transformers.models.{model_type}.modeling_{model_type}"
         try:
-            module = importlib.import_module(
-                f"transformers.models.{model_type}.modeling_{model_type}"
-            )
+            module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if not f"transformers.models.{model_type}.modeling_{model_type}".startswith(
-                str(error.name)
-            ):
+            if not name.startswith(str(error.name)):
                 raise
             raise ValueError(
                 "patch_transformers: expected names such as config.model_type has them, got "
@@ -221,15 +212,11 @@ def patch_transformers(*model_types: str) -> Iterator[dict[str, type]]:
 
 def norm_classes(module: types.ModuleType) -> dict[str, type]:
     """The classes that a modeling module defines and calls a norm."""
-    classes = {
-        name: cls
-        for name, cls in vars(module).items()
-        if isinstance(cls, type) and issubclass(cls, nn.Module)
-    }
     return {
         name: cls
-        for name, cls in classes.items()
-        if cls.__module__ == module.__name__ and "Norm" in name
+        for name, cls in vars(module).items()
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and "Norm" in name
+        if cls.__module__ == module.__name__
     }
 
 
@@ -248,24 +235,11 @@ def _building_twins(original: type, known: dict[tuple, Recognized | str]) -> typ
     return Builder
 
 
-def _slot(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The module that holds the submodule called `name`, and the name it has there; no parent for
-    the root.
-    """
-    if not name:
-        return None, ""
-    path, _, child = name.rpartition(".")
-    parent: nn.Module | None = model
-    for part in path.split(".") if path else ():
-        parent = parent._modules.get(part) if parent is not None else None
-    return parent, child
-
-
 def _named_rms_norm(module: nn.Module) -> bool:
     return any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)
 
 
-def _may_be_rms_norm(module: nn.Module) -> bool:
+def _may_be_rms_norm(name: str, module: nn.Module) -> bool:
     """Named so, or a norm with no bias that torch does not bring: T5 calls its RMSNorm a
     LayerNorm.
     """
@@ -281,10 +255,8 @@ def _reason_to_skip(module: nn.Module, parent: nn.Module | None) -> str:
             "its forward was replaced on this instance (accelerate hooks, kernels, Liger, ...); "
             "swap before that"
         )
-    if (
-        getattr(module, "_compiled_call_impl", None) is not None
-        or type(parent).__name__ == "OptimizedModule"
-    ):
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    if compiled or type(parent).__name__ == "OptimizedModule":
         return "it was compiled by itself; swap first, then compile"
     return ""
 
@@ -293,20 +265,14 @@ def _recognize_once(module: nn.Module, known: dict[tuple, Recognized | str]) -> 
     """recognize(), once for all modules of a class that have the same settings and shape, if these
     are all that they have.
     """
-    attributes = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    attributes = {key: value for key, value in vars(module).items() if key not in MODULE_ATTRIBUTES}
     plain = (numbers.Number, str, torch.dtype, type(None))
-    if not all(
-        isinstance(part, plain)
-        for value in attributes.values()
-        for part in (value if isinstance(value, tuple) else [value])
-    ):
+    values = (value if isinstance(value, tuple) else [value] for value in attributes.values())
+    if not all(isinstance(part, plain) for value in values for part in value):
         return recognize(module)
-    held = [*module._parameters.items(), *module._buffers.items()]
-    key = (
-        type(module),
-        *attributes.items(),
-        *((name, None if t is None else t.shape) for name, t in held),
-    )
+    held = (*module._parameters.items(), *module._buffers.items())
+    shapes = ((name, None if t is None else t.shape) for name, t in held)
+    key = type(module), *attributes.items(), *shapes
     if key not in known:
         known[key] = recognize(module)
     return known[key]

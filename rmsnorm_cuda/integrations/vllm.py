@@ -4,8 +4,8 @@ name "rmsnorm_cuda".
 Installed, it is found by vLLM through the entry point `vllm.general_plugins`, and does nothing
 until it is asked for:
 
-    vllm serve MODEL --ir-op-priority.rms_norm=rmsnorm_cuda
-    --ir-op-priority.fused_add_rms_norm=rmsnorm_cuda
+    vllm serve MODEL --ir-op-priority.rms_norm=rmsnorm_cuda \
+        --ir-op-priority.fused_add_rms_norm=rmsnorm_cuda
 
 vLLM puts its platform's own implementations behind that, for arguments that ours declines.
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from ..functional import fused_add_rms_norm, rms_norm
 
 PROVIDER = "rmsnorm_cuda"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def register() -> None:
@@ -39,19 +40,17 @@ def register() -> None:
     try:
         from vllm.ir import ops
 
-        found = [
-            (ops.rms_norm, _rms_norm, _supports),
-            (ops.fused_add_rms_norm, _fused_add_rms_norm, _supports_fused),
-        ]
+        norm, fused = ops.rms_norm, ops.fused_add_rms_norm
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"rmsnorm_cuda: this vLLM has no IR ops for norms, and keeps its own: {error}",
             stacklevel=2,
         )
         return
-    for op, implementation, supports in found:
-        if PROVIDER not in op.impls:
-            op.register_impl(PROVIDER, supports_args=supports)(implementation)
+    if PROVIDER not in norm.impls:
+        norm.register_impl(PROVIDER, supports_args=_supports)(_rms_norm)
+    if PROVIDER not in fused.impls:
+        fused.register_impl(PROVIDER, supports_args=_supports_fused)(_fused_add_rms_norm)
 
 
 # vLLM demands the names, types and defaults of its own. Not in place: of an op that works in place
@@ -71,9 +70,8 @@ def _fused_add_rms_norm(
     epsilon: float,
     variance_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return fused_add_rms_norm(
-        x, x_residual, weight, epsilon, cast_before_weight=_rounds_first(x, weight)
-    )
+    cast = _rounds_first(x, weight)
+    return fused_add_rms_norm(x, x_residual, weight, epsilon, cast_before_weight=cast)
 
 
 def _rounds_first(x, weight):
@@ -81,20 +79,13 @@ def _rounds_first(x, weight):
 
 
 def _supports(x, weight, epsilon, variance_size=None):
-    return (
-        variance_size is None
-        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and x.dim() > 0
-        and (
-            weight is None
-            or (weight.dtype in (x.dtype, torch.float32) and weight.shape == x.shape[-1:])
-        )
-    )
+    if variance_size is not None or x.dtype not in _DTYPES or not x.dim():
+        return False
+    if weight is None:
+        return True
+    return weight.dtype in (x.dtype, torch.float32) and weight.shape == x.shape[-1:]
 
 
 def _supports_fused(x, x_residual, weight, epsilon, variance_size=None):
-    return (
-        _supports(x, weight, epsilon, variance_size)
-        and x_residual.dtype == x.dtype
-        and x_residual.shape == x.shape
-    )
+    is_like_x = x_residual.dtype == x.dtype and x_residual.shape == x.shape
+    return is_like_x and _supports(x, weight, epsilon, variance_size)

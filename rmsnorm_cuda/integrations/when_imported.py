@@ -19,14 +19,8 @@ def when_imported(names: tuple[str, ...], function: Callable[[], None], what: st
     failed then; `what` is missing until it succeeds."""
     hook = _Hook(names, function, what)
     # Instead of one that an earlier import of this package left.
-    sys.meta_path[:] = [
-        hook,
-        *(
-            finder
-            for finder in sys.meta_path
-            if not (is_a(finder, _Hook) and finder.names == names)
-        ),
-    ]
+    others = [f for f in sys.meta_path if not (is_a(f, _Hook) and f.names == names)]
+    sys.meta_path[:] = [hook, *others]
     if names[0] in sys.modules:
         importlib.import_module(names[0])  # waits for a thread that is importing it
         hook.call()
@@ -78,10 +72,7 @@ class _Hook(threading.local):
                 self.call()
             except Exception as error:  # that is no reason for the module not to be imported
                 until = f" until {self.names[1]} is imported" if len(self.names) > 1 else ""
-                warnings.warn(
-                    f"rmsnorm_cuda: no {self.what}{until}, which failed: {type(error).__name__}: "
-                    f"{error}",
-                    stacklevel=2,
-                )
+                why = f"which failed: {type(error).__name__}: {error}"
+                warnings.warn(f"rmsnorm_cuda: no {self.what}{until}, {why}", stacklevel=2)
 
         loader.exec_module = exec_module
