@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 _NUMBERS = (Tensor, torch.SymFloat, torch.SymInt)  # which torch takes for numbers itself
@@ -54,41 +55,38 @@ def _shape(value):
     return NotImplemented if NotImplemented in sizes else sizes
 
 
-# By name: what is expected, whether it may be None, and the value as torch.ops takes it.
-_KINDS: dict[str, tuple[str, bool, Callable]] = {
-    "input": ("a Tensor", False, _tensor),
-    "residual": ("a Tensor", False, _tensor),
-    "weight": ("a Tensor", True, _tensor),
-    "scale": ("a Tensor", True, _tensor),
-    "out": ("a Tensor", True, _tensor),
-    "normalized_shape": ("an int or a tuple of ints", False, _shape),
-    "eps": ("a number", True, _number),
-    "scale_ub": ("a number", True, _number),
-    "weight_offset": ("a number", False, _number),
-    "block": ("an int", True, _integer),
-    "cast_before_weight": ("a bool", False, _flag),
-    "column_major": ("a bool", False, _flag),
-    "return_norm": ("a bool", False, _flag),
-    "dtype": ("a torch.dtype", False, _dtype),
+# What is expected and the value as torch.ops takes it, by name.
+_KINDS: dict[str, tuple[str, Callable]] = {
+    **dict.fromkeys(("input", "residual", "weight", "scale", "out"), ("a Tensor", _tensor)),
+    "normalized_shape": ("an int or a tuple of ints", _shape),
+    **dict.fromkeys(("eps", "scale_ub", "weight_offset"), ("a number", _number)),
+    "block": ("an int", _integer),
+    **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm"), ("a bool", _flag)),
+    "dtype": ("a torch.dtype", _dtype),
 }
+_OPTIONAL = "weight", "scale", "out", "eps", "scale_ub", "block"
 
 
-def checked(op: str, **arguments) -> tuple:
-    """The arguments, which have the names of `op`'s, as torch.ops takes them.
+def checked(op: str, *groups: dict) -> tuple[dict, ...]:
+    """Arguments by the names of `op`'s schema, as torch.ops takes them; as they are in a compiler.
 
     Raises:
         TypeError: one is of the wrong kind.
     """
-    values = []
-    for name, given in arguments.items():
-        expected, optional, convert = _KINDS[name]
-        value = given if given is None and optional else convert(given)
-        if value is NotImplemented:
-            expected += " or None" if optional else ""
-            got = type(given).__name__
-            raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")
-        values.append(value)
-    return tuple(values)
+    if is_dynamo_compiling():
+        return groups
+    return tuple({name: _checked(op, name, group[name]) for name in group} for group in groups)
+
+
+def _checked(op, name, given):
+    expected, convert = _KINDS[name]
+    value = given if given is None and name in _OPTIONAL else convert(given)
+    if value is NotImplemented:
+        expected += " or None" if name in _OPTIONAL else ""
+        name = "return_norm" if name == "keep_norm" else name  # as the function calls it
+        got = type(given).__name__
+        raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")
+    return value
 
 
 def check_out(op: str, out: object, count: int) -> None:
@@ -114,12 +112,10 @@ def is_overridden(input: object, *others: object) -> bool:
 def override(function: Callable, input, normalized_shape, weight, eps, **options):
     """Hands the call to the __torch_function__ as F.rms_norm would: with the options, which are
     ours alone, only where they are not at their defaults."""
-    given = {
-        name: value
-        for name, value in options.items()
-        if not (value is None or (isinstance(value, bool | int | float) and value == 0))
-    }
-    tensors = input, weight, options["out"]
-    return handle_torch_function(
-        function, tensors, input, normalized_shape, weight=weight, eps=eps, **given
-    )
+
+    def is_default(value):
+        return value is None or (isinstance(value, bool | int | float) and value == 0)
+
+    tensors, more = (input, weight, options["out"]), {"weight": weight, "eps": eps}
+    more |= {name: value for name, value in options.items() if not is_default(value)}
+    return handle_torch_function(function, tensors, input, normalized_shape, **more)
