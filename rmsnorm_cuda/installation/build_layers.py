@@ -88,10 +88,8 @@ def is_too_old(version, requirement):
 
 def check_version(torch, requirement):
     if is_too_old(torch.version, requirement):
-        fail(
-            f"torch {torch.version} was found, and {requirement} is needed; "
-            f"`pip install '{requirement}'`."
-        )
+        needed = f"{requirement} is needed; `pip install '{requirement}'`."
+        fail(f"torch {torch.version} was found, and {needed}")
 
 
 def find_torch(where=None):
@@ -104,10 +102,8 @@ def find_torch(where=None):
     try:
         version = runpy.run_path(str(folder / "version.py"))
     except OSError:
-        fail(
-            f"torch in {folder} is not complete: it has no version.py; "
-            "`pip install --force-reinstall torch`."
-        )
+        reinstall = "`pip install --force-reinstall torch`"
+        fail(f"torch in {folder} is not complete: it has no version.py; {reinstall}.")
     return Torch(folder, version["__version__"], version.get("cuda"), version.get("hip"))
 
 
@@ -122,21 +118,17 @@ def words_of(variable, default=""):
 
 def find_compiler():
     """The words of the command, without ccache: setup.py puts that before every compiler."""
-    words = words_of("CXX", "g++")
-    cxx = os.environ.get("CXX") or "g++"
+    words, cxx = words_of("CXX", "g++"), os.environ.get("CXX") or "g++"
     if words and Path(words[0]).name == "ccache":
         words = words[1:]
     if not words or not shutil.which(words[0]):
-        fail(
-            f"the C++ compiler {cxx!r} was not found; install g++ 11 or newer, or name one in CXX."
-        )
+        fix = "install g++ 11 or newer, or name one in CXX"
+        fail(f"the C++ compiler {cxx!r} was not found; {fix}.")
     version = output(*words, "-dumpversion").strip()
     major = re.match(r"\d+", version)
     if major and int(major[0]) < 11:
-        fail(
-            f"{cxx} is of version {version}, and g++ or clang++ 11 or newer is needed; "
-            "name another in CXX."
-        )
+        needed = "g++ or clang++ 11 or newer is needed; name another in CXX"
+        fail(f"{cxx} is of version {version}, and {needed}.")
     return words
 
 
@@ -208,12 +200,9 @@ def built_name(version):
     older package left is not taken."""
     csrc = sources()
     key = hashlib.sha256(f"{PACKAGE} {binding_name()}".encode())
-    for path in (
-        csrc / "rmsnorm.h",
-        *sorted(csrc.glob("python/*.*")),
-        *sorted(csrc.glob("torch/*.*")),
-    ):
-        key.update(path.read_bytes())
+    for pattern in ("rmsnorm.h", "python/*.*", "torch/*.*"):
+        for path in sorted(csrc.glob(pattern)):
+            key.update(path.read_bytes())
     return f"torch{version}-{key.hexdigest()[:16]}"
 
 
@@ -294,10 +283,8 @@ def make_destination(name):
         except OSError as error:
             reason = f"{parent} cannot be written ({error.strerror})"
         refused.append(reason)
-    fail(
-        f"there is no place for what is built: {'; '.join(refused)}. "
-        "RMSNORM_CUDA_CACHE names another folder."
-    )
+    why = "; ".join(refused)
+    fail(f"there is no place for what is built: {why}. RMSNORM_CUDA_CACHE names another folder.")
 
 
 def put_in_place(made, folder):
@@ -318,7 +305,7 @@ def loads(code):
     return run.returncode == 0, run.stderr
 
 
-def compile_all(commands):
+def run_all(commands):
     """Runs them, MAX_JOBS at once, and returns whether all succeeded."""
     limit = int(jobs() or os.cpu_count() or 1)
     waiting, running, succeeded = commands[::-1], [], True
@@ -335,30 +322,21 @@ def build(torch, cxx):
     made, folder = make_destination(built_name(torch.version))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was made is removed then, too
     try:
-        csrc, lib, version = sources(), PACKAGE / "lib", torch.version
+        csrc, lib, layers = sources(), PACKAGE / "lib", f"the layers for torch {torch.version}"
+        ops, binding = made / OPS, made / binding_name()
         files = [(path, ops_flags(torch)) for path in sorted((csrc / "torch").glob("*.cpp"))]
         files.append((csrc / "python" / "bindings.cpp", binding_flags(torch)))
         objects = [str(made / f"{path.stem}.o") for path, _ in files]
-        ops, binding = made / OPS, made / binding_name()
+        compiled = [[*flags, "-c", str(path)] for path, flags in files]
         rpaths = [] if folder.parent == lib else [f"{lib}:{torch.folder / 'lib'}"]
-        link_ops = [*objects[:-1], *ops_link(torch, lib, *rpaths)]
+        link_ops = ["-shared", *objects[:-1], *ops_link(torch, lib, *rpaths)]
         rpaths = [f"$ORIGIN:{path}" for path in rpaths]
-        link_binding = [objects[-1], *binding_link(torch, lib, ops, *rpaths)]
-        print(
-            f"rmsnorm_cuda: building the layers for torch {version}, which takes a minute of CPU "
-            "time",
-            flush=True,
-        )
-        succeeded = compile_all(
-            [[*cxx, *flags, "-c", str(path), "-o", o] for (path, flags), o in zip(files, objects)]
-        )
-        for target, words in (ops, link_ops), (binding, link_binding):
-            succeeded = succeeded and compile_all([[*cxx, "-shared", "-o", str(target), *words]])
-        if not succeeded:
-            fail(
-                f"`{shlex.join(cxx)}` does not build the layers for torch {version}; "
-                "what it said is above."
-            )
+        link_binding = ["-shared", objects[-1], *binding_link(torch, lib, ops, *rpaths)]
+        print(f"rmsnorm_cuda: building {layers}, which takes a minute of CPU time", flush=True)
+        # Each step needs all of the one before.
+        for step in (zip(objects, compiled), [(ops, link_ops)], [(binding, link_binding)]):
+            if not run_all([[*cxx, "-o", str(target), *words] for target, words in step]):
+                fail(f"`{shlex.join(cxx)}` does not build {layers}; what it said is above.")
         code = f"""if True:
             import torch, importlib.util
             spec = importlib.util.spec_from_file_location("_C", {str(binding)!r})
@@ -368,7 +346,7 @@ def build(torch, cxx):
         """
         right, said = loads(code)
         if not right:
-            fail(f"what was built does not load beside torch {version}:\n{said}")
+            fail(f"what was built does not load beside torch {torch.version}:\n{said}")
         for path in objects:
             os.unlink(path)
         put_in_place(made, folder)
@@ -394,10 +372,8 @@ def main():
         return
     cxx = find_compiler()
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        fail(
-            f"Python.h of {sys.executable} was not found; install Python's headers (python3-dev or "
-            "python3-devel)."
-        )
+        fix = "install Python's headers (python3-dev or python3-devel)"
+        fail(f"Python.h of {sys.executable} was not found; {fix}.")
     try:
         print(f"rmsnorm_cuda: built in {build(torch, cxx)}")
     except ValueError as error:
