@@ -98,23 +98,12 @@ def find_ninja():
     return shutil.which("ninja") or fail("ninja was not found; `pip install ninja`.")
 
 
-def find_nvcc():
-    """Path of nvcc, or None. It may be a wrapper script: its folder tells nothing."""
-    home = os.environ.get("CUDA_HOME")
-    named = os.environ.get("NVCC") or (home and str(Path(home) / "bin" / "nvcc"))
-    if named and not shutil.which(named):
-        variable = "NVCC" if os.environ.get("NVCC") else "CUDA_HOME"
-        fix = f"correct or unset it, or {WITHOUT_CUDA}"
-        fail(f"{named} was not found, which {variable} asks for; {fix}.")
-    return shutil.which(named or "nvcc")
-
-
 def find_torches():
     """The torches to build for. They are not imported: one for another Python will do."""
     folders, requirement = os.environ.get("RMSNORM_CUDA_TORCH"), supported.TORCH
     result = {}
     for folder in folders.split(os.pathsep) if folders else [None]:
-        torch = layers.find_torch(folder)
+        torch = layers.find_torch(requirement, folder)
         if not torch and folder:
             fix = f"`pip install --no-deps --target {folder} '{requirement}'`"
             fail(f"there is no torch in {folder}, which RMSNORM_CUDA_TORCH names; {fix}.")
@@ -124,7 +113,6 @@ def find_torches():
                 f"installed outside; `pip install '{requirement}' ninja 'setuptools>=77'` first, "
                 "then build with `pip install --no-build-isolation`."
             )
-        layers.check_version(torch, requirement)
         result[torch.layer] = torch
     return list(result.values())
 
@@ -139,7 +127,13 @@ def nvcc_or_reason(torches):
         version = torches[0].version
         why = f"it was built with torch {version}, a {kind} build; RMSNORM_CUDA_BUILD=1 overrides"
         return None, why
-    nvcc = find_nvcc()
+    home = os.environ.get("CUDA_HOME")
+    named = os.environ.get("NVCC") or (home and str(Path(home) / "bin" / "nvcc"))
+    nvcc = shutil.which(named or "nvcc")  # it may be a wrapper script: its folder tells nothing
+    if named and not nvcc:
+        variable = "NVCC" if os.environ.get("NVCC") else "CUDA_HOME"
+        fix = f"correct or unset it, or {WITHOUT_CUDA}"
+        fail(f"{named} was not found, which {variable} asks for; {fix}.")
     if asked and not nvcc:
         fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
     return nvcc, None if nvcc else "nvcc was not found when it was built"
@@ -179,7 +173,7 @@ def architectures(nvcc):
 
 def sources(pattern):
     """In the order in which the longest compilations come first: ninja begins with the first."""
-    return sorted((str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)), reverse=True)
+    return sorted(ROOT.glob(pattern), reverse=True)
 
 
 def long_description():
@@ -209,9 +203,10 @@ class NinjaFile:
         return output
 
     def compile(self, rule, sources, folder="", **variables):
-        """Objects of the sources, which are relative to ROOT, in a folder of the build's."""
+        """Objects of the sources, in a folder of the build's."""
         folder = self.build_dir / folder
-        return [self.rule(rule, folder / f"{s}.o", [ROOT / s], **variables) for s in sources]
+        objects = [folder / f"{path.relative_to(ROOT)}.o" for path in sources]
+        return [self.rule(rule, o, [path], **variables) for o, path in zip(objects, sources)]
 
 
 class Build(build):
@@ -312,7 +307,7 @@ class BuildExt(build_ext):
         if absent:
             print(f"rmsnorm_cuda: without CUDA kernels: {absent}")
             flags = [*cxx_flags, f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"']
-            objects = file.compile("cxx", ["csrc/cuda/absent.cpp"], cxx=cxx, flags=flags)
+            objects = file.compile("cxx", sources("csrc/cuda/absent.cpp"), cxx=cxx, flags=flags)
             linker = self.cxx
         else:
             chosen = architectures(nvcc)
@@ -338,22 +333,17 @@ class BuildExt(build_ext):
             # from torch's copy.
             linker = [nvcc, *host, "-cudart", cudart, "-nodlink"]
             link_flags = through_nvcc([*link_flags, "-Wl,--exclude-libs,ALL"])
-        cpu_sources = [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"]
+        cpu_sources = [*sources("csrc/cpu/*.cpp"), ROOT / "csrc/cuda/plan.cpp"]
         objects += file.compile("cxx", cpu_sources, cxx=cxx, flags=cxx_flags)
         file.rule("link", output_file, objects, linker=linker, flags=link_flags)
 
     def add_torch_layers(self, file, kernels, torch):
-        cxx, lib, files = self.launcher + self.cxx, kernels.parent, sources("csrc/torch/*.cpp")
-        ops, binding = (lib / torch.layer / name for name in (layers.OPS, layers.binding_name()))
-        flags = [*layers.ops_flags(torch), *self.debug]
-        objects = file.compile("cxx", files, torch.layer, cxx=cxx, flags=flags)
-        flags = layers.ops_link(torch, lib)
-        file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=flags)
-        folder = f"{torch.layer}/{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
-        flags = [*layers.binding_flags(torch), *self.debug]
-        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], folder, cxx=cxx, flags=flags)
-        flags = layers.binding_link(torch, lib, ops)
-        file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=flags)
+        cxx, lib, needs = self.launcher + self.cxx, kernels.parent, [kernels]
+        for layer in layers.both_layers(torch, ROOT / "csrc", lib, lib / torch.layer):
+            folder, flags = f"{torch.layer}/{layer.library.stem}", [*layer.flags, *self.debug]
+            objects = file.compile("cxx", layer.sources, folder, cxx=cxx, flags=flags)
+            options = {"implicit": [*needs], "linker": self.cxx, "flags": layer.link}
+            needs.append(file.rule("link", layer.library, objects, **options))
 
 
 setup(

@@ -29,13 +29,6 @@ def carried() -> list[str]:
     return sorted(versions - by_build_layers, key=lambda v: [int(n) for n in re.findall(r"\d+", v)])
 
 
-def layers_folder(version: str) -> tuple[Path, str | None]:
-    """The folder of the layers for that torch, which need not exist, and why a cached one was
-    refused, or None."""
-    folder, refused = layers.built_layers(version)
-    return folder or LIBRARIES / layers.layer_name(version), refused
-
-
 def load(package: str) -> None:
     """Imports torch, and then `_C` as the package's module of that name.
 
@@ -57,7 +50,7 @@ def load(package: str) -> None:
         raise ImportError(f"rmsnorm_cuda needs {TORCH}, and this is torch {version}; {fix}.")
     _check_kernels()
     try:
-        folder, refused = layers_folder(version)
+        folder, refused = layers.layers_folder(version)
     except ValueError as error:
         raise ImportError(f"rmsnorm_cuda: {error}.") from None
     _check_layers(folder, refused, version)

@@ -7,9 +7,9 @@ import functools
 import operator
 import sys
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
 from ..again import is_a
-from ..integrations.families import (
-    RMSNormInWeightDtype,
-    RMSNormOfAnyWidth,
-    called_with,
-    computing_class,
-)
+from ..integrations import families
+from ..integrations.families import RMSNormInWeightDtype, computing_class
 from ..modules import RMSNorm
 from .figures import EQUAL, MEAN, ROWS, Call, History, Meter, Step
 from .report import Alarm, AlarmLog, OnAlarm, Thresholds, find_faults, heat_map, table
@@ -32,13 +28,7 @@ _forward_op = torch.ops.rmsnorm_cuda.rms_norm_forward.default
 _fused_op = torch.ops.rmsnorm_cuda.fused_add_rms_norm_forward.default
 
 
-def monitor(
-    model: nn.Module,
-    *,
-    thresholds: Thresholds = Thresholds(),  # noqa: B008
-    on_alarm: OnAlarm = None,
-    every: int = 1,
-) -> Monitor:
+class Monitor:
     """Watches the norms of `model` (rmsnorm_cuda.RMSNorm; see replace_rms_norm) in a `with` block.
 
     Every forward of the model is a step. For each norm it keeps how long the rows are that it is
@@ -65,21 +55,20 @@ def monitor(
         m.report()
         m.plot("norms.png")
     """
-    return Monitor(model, thresholds, on_alarm, every)
-
-
-class Monitor:
-    """What was seen: `alarms`, `skipped`, `figures()`, `report()`, `plot()`. Made by monitor()."""
 
     def __init__(
-        self, model: nn.Module, thresholds: Thresholds, on_alarm: OnAlarm, every: int
+        self,
+        model: nn.Module,
+        *,
+        thresholds: Thresholds = Thresholds(),  # noqa: B008
+        on_alarm: OnAlarm = None,
+        every: int = 1,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"monitor: expected a torch.nn.Module, got {type(model).__name__}")
         if on_alarm not in (None, "raise") and not callable(on_alarm):
-            raise TypeError(
-                f"monitor: expected on_alarm to be 'raise', a function or None, got {on_alarm!r}"
-            )
+            expected = "expected on_alarm to be 'raise', a function or None"
+            raise TypeError(f"monitor: {expected}, got {on_alarm!r}")
         if every < 1:
             raise ValueError(f"monitor: expected every to be positive, but got {every}")
         self.model, self.thresholds = model, thresholds
@@ -95,7 +84,8 @@ class Monitor:
             what = "the model holds no rmsnorm_cuda.RMSNorm that can be watched"
             raise ValueError(f"monitor: {what}; {'; '.join(reasons)}")
         norms = list(self.norms.values())
-        self._watches = _Watches(norms)
+        self._thread = _Thread(64 * len(norms))  # a bound where nothing ends a step
+        self._watches = [_Watch(i, self._thread) for i in range(len(norms))]
         self._meter, self._history = Meter(norms), History(len(norms))
         self._dead_layers, self._log = _DeadLayers(len(norms)), AlarmLog(on_alarm)
         self._eps = {name: module.eps for name, module in self.norms.items()}
@@ -145,7 +135,9 @@ class Monitor:
             faults = *_faulty_eps(*args), *_faulty_rounding(*args)
             self._log.tell([Alarm(-1, name, "settings", message) for name, message in faults])
         with ExitStack() as undo:
-            undo.enter_context(self._watches.put_on())
+            for norm, watch in zip(self.norms.values(), self._watches):
+                _put_on(norm, watch)
+                undo.callback(_take_off, norm)
             for module in list(_entries(self.model, set(self.norms.values()))):
                 # Not hooks: what Ctrl-C ends calls none of them, and module.compile() would
                 # compile them with it.
@@ -166,22 +158,32 @@ class Monitor:
         Each forward of the model ends one, or of that part of it that holds all norms. So only
         what calls smaller parts needs this.
         """
-        self._watches.thread.depth = 0
+        self._thread.depth = 0
         training = torch.is_grad_enabled()
-        with torch.no_grad():
-            calls = self._watches.take_calls()
-            with self._lock:
-                number, self._step_count = self._step_count, self._step_count + 1
-                if not calls or number % self._every:
-                    return
+        with torch.no_grad(), self._lock:
+            calls = self._take_calls()
+            number, self._step_count = self._step_count, self._step_count + 1
+            if not calls or number % self._every:
+                return
+            self._finish()
+            self._pending = self._meter.measure(number, calls, training)
+            if self._pending.copied is None:
                 self._finish()
-                self._pending = self._meter.measure(number, calls, training)
-                if self._pending.copied is None:
-                    self._finish()
+
+    def _take_calls(self) -> list[Call]:
+        """The calls of this thread since they were taken last."""
+        calls = [*self._thread.calls]
+        self._thread.calls.clear()
+        for watch in self._watches:
+            if watch.rstd is not None:
+                rstd, watch.rstd = watch.rstd, None
+                rstd = rstd.to_local() if hasattr(rstd, "to_local") else rstd
+                calls.append((watch.index, rstd, watch.dtype, True))
+        return calls
 
     def _with_step(self, forward: Callable) -> Callable:
         """`forward`, whose outermost call ends a step."""
-        thread = self._watches.thread
+        thread = self._thread
 
         def call(*args, **kwargs):
             if is_dynamo_compiling():  # whoever compiles more than the model calls step()
@@ -209,6 +211,9 @@ class Monitor:
             faults = find_faults(step, self._history.first, dead, self._eps, self.thresholds)
             self._log.tell(faults, may_raise)
             self._history.thin(alarm.step for alarm in self.alarms)
+
+
+monitor = Monitor
 
 
 class _Thread(threading.local):
@@ -242,33 +247,6 @@ class _Watch:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed layer runs again, in the backward
         self.thread.calls.append((self.index, rstd, x.dtype, False))
-
-
-class _Watches:
-    """The watches of a monitor, one for each norm."""
-
-    def __init__(self, norms: list[RMSNorm]) -> None:
-        self.thread = _Thread(64 * len(norms))  # a bound where nothing ends a step
-        self._watches = {norm: _Watch(i, self.thread) for i, norm in enumerate(norms)}
-
-    @contextmanager
-    def put_on(self) -> Iterator[None]:
-        with ExitStack() as undo:
-            for norm, watch in self._watches.items():
-                _put_on(norm, watch)
-                undo.callback(_take_off, norm)
-            yield
-
-    def take_calls(self) -> list[Call]:
-        """The calls of this thread since they were taken last."""
-        calls = list(self.thread.calls)
-        self.thread.calls.clear()
-        for watch in self._watches.values():
-            if watch.rstd is not None:
-                rstd, watch.rstd = watch.rstd, None
-                rstd = rstd.to_local() if hasattr(rstd, "to_local") else rstd
-                calls.append((watch.index, rstd, watch.dtype, True))
-        return calls
 
 
 class _Trace(TorchDispatchMode):
@@ -353,12 +331,12 @@ class _DeadLayers:
         dead[unsure] = False
         return dead
 
-    def traced(self, thread: _Thread) -> AbstractContextManager:
-        """Traces a forward if a norm is asked for."""
-        return self._trace(thread) if self._asked and thread.trace is None else nullcontext()
-
     @contextmanager
-    def _trace(self, thread: _Thread) -> Iterator[None]:
+    def traced(self, thread: _Thread) -> Iterator[None]:
+        """Traces a forward if a norm is asked for."""
+        if not self._asked or thread.trace is not None:
+            yield
+            return
         thread.trace = _Trace()
         try:
             with thread.trace:
@@ -416,7 +394,7 @@ def _forward_in_weight_dtype(self, x: Tensor):
 # By code: so the classes of an earlier import of the package are known as well.
 _FORWARDS = {
     RMSNorm.forward.__code__: _forward,
-    RMSNormOfAnyWidth.forward.__code__: _forward,
+    families.RMSNormOfAnyWidth.forward.__code__: _forward,
     RMSNormInWeightDtype.forward.__code__: _forward_in_weight_dtype,
 }
 
@@ -438,7 +416,9 @@ def _reduce_ex(self, protocol):
 @functools.cache
 def _watched_class(cls: type[RMSNorm]) -> type[RMSNorm]:
     body = {
-        "forward": called_with(_FORWARDS[computing_class(cls).forward.__code__], cls.forward),
+        "forward": families.called_with(
+            _FORWARDS[computing_class(cls).forward.__code__], cls.forward
+        ),
         "_original": cls,
         "_watch": None,
         "__reduce_ex__": _reduce_ex,
@@ -481,9 +461,9 @@ def _faulty_eps(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tuple[s
     """Norms whose eps is not what the model's config says, or the other layers; and a message."""
     configs = _configs(model, norms)
     keys = {name: (id(configs[name]), name.rpartition(".")[2]) for name in norms}
-    same_name: dict[tuple, list[float | None]] = {}  # eps of the norms of that name in all layers
+    same_name = defaultdict(list)  # eps of the norms of that name in all layers
     for name, norm in norms.items():
-        same_name.setdefault(keys[name], []).append(norm.eps)
+        same_name[keys[name]].append(norm.eps)
     for name, norm in norms.items():
         config, source = configs[name], "the model's config says"
         expected = {getattr(config, key, None) for key in _NAMES_OF_EPS} - {None}
@@ -513,19 +493,16 @@ def _majority(values: list) -> set:
     return {value for value, count in Counter(values).items() if 2 * count > len(values)}
 
 
-def _configs(model: nn.Module, norms: Iterable[str]) -> dict[str, object]:
+def _configs(model: nn.Module, norms: dict[str, RMSNorm]) -> dict[str, object]:
     """For each norm the config of its part of the model: the text, the images, what is between."""
-    configs = {
-        name.removeprefix("_orig_mod."): module.config
-        for name, module in model.named_modules()
-        if getattr(module, "config", None) is not None
-    }
-    parts = {}
-    for norm in norms:
-        around = (p for p in configs if not p or norm.startswith(f"{p}."))
-        config = configs.get(max(around, key=len, default=""))
-        parts[norm] = getattr(config, "text_config", config)
-    return parts
+    configs = dict.fromkeys(norms)
+    for part, module in model.named_modules():  # what holds others comes before them
+        config = getattr(module, "config", None)
+        if config is not None:
+            prefix = f"{part.removeprefix('_orig_mod.')}." if part else ""
+            of_text = getattr(config, "text_config", config)
+            configs |= {name: of_text for name in norms if name.startswith(prefix)}
+    return configs
 
 
 def _roundings_of_the_family(model: nn.Module) -> set[tuple[float, bool]]:
