@@ -7,6 +7,7 @@ argument; torch.ops would name its schema.
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
 from collections.abc import Callable, Sequence
@@ -19,50 +20,39 @@ from torch.overrides import handle_torch_function, has_torch_function
 _NUMBERS = (Tensor, torch.SymFloat, torch.SymInt)  # which torch takes for numbers itself
 
 
-def _tensor(value):
-    return value if hasattr(value, "__torch_function__") else NotImplemented
-
-
-def _number(value):
-    if isinstance(value, _NUMBERS) or type(value) in (float, int):
-        return value
-    return float(value) if isinstance(value, numbers.Real) else NotImplemented
-
-
-def _integer(value):
-    if isinstance(value, torch.SymInt):
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        return NotImplemented
-
-
-def _flag(value):
+def _converted(value, expected):
+    """The value as torch.ops takes it; NotImplemented if it is not what is expected."""
     is_flag = isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
-    return bool(value) if is_flag else NotImplemented
+    match expected:
+        case "a Tensor" if hasattr(value, "__torch_function__"):
+            return value
+        case "a torch.dtype" if isinstance(value, torch.dtype):
+            return value
+        case "a bool" if is_flag:
+            return bool(value)
+        case "a number" if isinstance(value, _NUMBERS) or type(value) in (float, int):
+            return value
+        case "a number" if isinstance(value, numbers.Real):
+            return float(value)
+        case "an int" if isinstance(value, torch.SymInt):
+            return value
+        case "an int":
+            with contextlib.suppress(TypeError):
+                return operator.index(value)
+        case "an int or a tuple of ints" if not is_flag and not isinstance(value, str):
+            sizes = value if isinstance(value, Sequence) else (value,)
+            sizes = tuple(_converted(size, "an int") for size in sizes)
+            return NotImplemented if NotImplemented in sizes else sizes
+    return NotImplemented
 
 
-def _dtype(value):
-    return value if isinstance(value, torch.dtype) else NotImplemented
-
-
-def _shape(value):
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        sizes = tuple(map(_integer, value))
-    else:
-        sizes = (NotImplemented if _flag(value) is not NotImplemented else _integer(value),)
-    return NotImplemented if NotImplemented in sizes else sizes
-
-
-# What is expected and the value as torch.ops takes it, by name.
-_KINDS: dict[str, tuple[str, Callable]] = {
-    **dict.fromkeys(("input", "residual", "weight", "scale", "out"), ("a Tensor", _tensor)),
-    "normalized_shape": ("an int or a tuple of ints", _shape),
-    **dict.fromkeys(("eps", "scale_ub", "weight_offset"), ("a number", _number)),
-    "block": ("an int", _integer),
-    **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm"), ("a bool", _flag)),
-    "dtype": ("a torch.dtype", _dtype),
+_KINDS = {  # what each argument is expected to be
+    **dict.fromkeys(("input", "residual", "weight", "scale", "out"), "a Tensor"),
+    **dict.fromkeys(("eps", "scale_ub", "weight_offset"), "a number"),
+    **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm"), "a bool"),
+    "normalized_shape": "an int or a tuple of ints",
+    "block": "an int",
+    "dtype": "a torch.dtype",
 }
 _OPTIONAL = "weight", "scale", "out", "eps", "scale_ub", "block"
 
@@ -79,10 +69,10 @@ def checked(op: str, *groups: dict) -> tuple[dict, ...]:
 
 
 def _checked(op, name, given):
-    expected, convert = _KINDS[name]
-    value = given if given is None and name in _OPTIONAL else convert(given)
+    is_optional, expected = name in _OPTIONAL, _KINDS[name]
+    value = given if given is None and is_optional else _converted(given, expected)
     if value is NotImplemented:
-        expected += " or None" if name in _OPTIONAL else ""
+        expected += " or None" if is_optional else ""
         name = "return_norm" if name == "keep_norm" else name  # as the function calls it
         got = type(given).__name__
         raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")

@@ -22,7 +22,7 @@ from ..integrations import families
 from ..integrations.families import RMSNormInWeightDtype, computing_class
 from ..modules import RMSNorm
 from .figures import EQUAL, MEAN, ROWS, Call, History, Meter, Step
-from .report import Alarm, AlarmLog, OnAlarm, Thresholds, find_faults, heat_map, table
+from .report import Alarm, OnAlarm, RMSNormAlarm, Thresholds, find_faults, heat_map, table
 
 _forward_op = torch.ops.rmsnorm_cuda.rms_norm_forward.default
 _fused_op = torch.ops.rmsnorm_cuda.fused_add_rms_norm_forward.default
@@ -40,7 +40,7 @@ class Monitor:
     entering, its norms as ops whatever `config.decompose` says. On CUDA nothing waits; a fault is
     told a step later. Threads may call the model at once, each has steps of its own; a compiled
     model one at a time. Norms of classes with a forward of their own are in ``.skipped``. A copy of
-    the model made meanwhile is not watched.
+    the model made meanwhile is not watched. What was seen is in ``.alarms`` and `figures()`.
 
     Args:
         model: what is called. Where it is compiled, the compiled one.
@@ -48,7 +48,7 @@ class Monitor:
         on_alarm: a function to call with each :class:`Alarm`, or "raise" for
             :class:`RMSNormAlarm`; None: they are kept in ``.alarms``. Each kind is told once for
             each norm.
-        every: looks at every so-manieth step only.
+        every: 3 looks at each third step only.
 
         with rmsnorm_cuda.monitor(model) as m:
             train(model)
@@ -72,6 +72,7 @@ class Monitor:
         if every < 1:
             raise ValueError(f"monitor: expected every to be positive, but got {every}")
         self.model, self.thresholds = model, thresholds
+        self.alarms: list[Alarm] = []
         self.norms: dict[str, RMSNorm] = {}
         self.skipped: dict[str, str] = {}  # norms that are not watched, and why
         for name, module in model.named_modules():
@@ -87,16 +88,11 @@ class Monitor:
         self._thread = _Thread(64 * len(norms))  # a bound where nothing ends a step
         self._watches = [_Watch(i, self._thread) for i in range(len(norms))]
         self._meter, self._history = Meter(norms), History(len(norms))
-        self._dead_layers, self._log = _DeadLayers(len(norms)), AlarmLog(on_alarm)
-        self._eps = {name: module.eps for name, module in self.norms.items()}
-        self._every, self._step_count = every, 0
+        self._dead_layers = _DeadLayers(len(norms))
+        self._on_alarm, self._every, self._step_count = on_alarm, every, 0
         self._pending: Step | None = None  # its figures are on their way to the CPU
         self._lock = threading.RLock()  # threads serve at once; each has steps of its own
         self._undo = ExitStack()
-
-    @property
-    def alarms(self) -> list[Alarm]:
-        return self._log.alarms
 
     @property
     def steps(self) -> list[int]:
@@ -133,7 +129,7 @@ class Monitor:
         if self.thresholds.settings:
             args = self.model, self.norms
             faults = *_faulty_eps(*args), *_faulty_rounding(*args)
-            self._log.tell([Alarm(-1, name, "settings", message) for name, message in faults])
+            self._tell([Alarm(-1, name, "settings", message) for name, message in faults])
         with ExitStack() as undo:
             for norm, watch in zip(self.norms.values(), self._watches):
                 _put_on(norm, watch)
@@ -208,12 +204,24 @@ class Monitor:
             step = step.on_cpu()
             self._history.add(step)
             dead = self._dead_layers.find(step) if self.thresholds.dead else None
-            faults = find_faults(step, self._history.first, dead, self._eps, self.thresholds)
-            self._log.tell(faults, may_raise)
+            faults = find_faults(step, self._history.first, dead, self.norms, self.thresholds)
+            self._tell(faults, may_raise)
             self._history.thin(alarm.step for alarm in self.alarms)
 
+    def _tell(self, alarms: list[Alarm], may_raise: bool = True) -> None:
+        """Tells each kind of alarm once for each norm, and keeps it."""
+        told = {(alarm.norm, alarm.kind) for alarm in self.alarms}
+        new = [alarm for alarm in alarms if (alarm.norm, alarm.kind) not in told]
+        self.alarms += new
+        if callable(self._on_alarm):
+            with ExitStack() as stack:  # calls each one, also if one raises
+                for alarm in reversed(new):
+                    stack.callback(self._on_alarm, alarm)
+        elif new and self._on_alarm == "raise" and may_raise:
+            raise RMSNormAlarm(new[0])
 
-monitor = Monitor
+
+monitor = Monitor  # what a user calls
 
 
 class _Thread(threading.local):
@@ -405,20 +413,18 @@ def _new(cls: type) -> RMSNorm:
 
 def _reduce_ex(self, protocol):
     """Makes a copy an instance of the original class."""
-    original = self._original
-    function, arguments, state, *rest = original.__reduce_ex__(self, max(protocol, 2))
-    if function is copyreg.__newobj__:  # which accepts its argument's class only
-        function = _new
-    arguments = tuple(original if argument is type(self) else argument for argument in arguments)
-    return function, arguments, {k: v for k, v in state.items() if k != "_watch"}, *rest
+    plain = _new(self._original)
+    vars(plain).update((name, value) for name, value in vars(self).items() if name != "_watch")
+    function, *rest = plain.__reduce_ex__(max(protocol, 2))
+    # copyreg.__newobj__ accepts its argument's class only.
+    return _new if function is copyreg.__newobj__ else function, *rest
 
 
 @functools.cache
 def _watched_class(cls: type[RMSNorm]) -> type[RMSNorm]:
+    forward = _FORWARDS[computing_class(cls).forward.__code__]
     body = {
-        "forward": families.called_with(
-            _FORWARDS[computing_class(cls).forward.__code__], cls.forward
-        ),
+        "forward": families.called_with(forward, cls.forward),
         "_original": cls,
         "_watch": None,
         "__reduce_ex__": _reduce_ex,
@@ -459,7 +465,13 @@ _rounding = operator.attrgetter("weight_offset", "cast_before_weight")  # of a n
 
 def _faulty_eps(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tuple[str, str]]:
     """Norms whose eps is not what the model's config says, or the other layers; and a message."""
-    configs = _configs(model, norms)
+    configs = dict.fromkeys(norms)  # of their part of the model: the text, the images, ...
+    for part, module in model.named_modules():  # what holds others comes before them
+        config = getattr(module, "config", None)
+        if config is not None:
+            prefix = f"{part.removeprefix('_orig_mod.')}." if part else ""
+            of_text = getattr(config, "text_config", config)
+            configs |= {name: of_text for name in norms if name.startswith(prefix)}
     keys = {name: (id(configs[name]), name.rpartition(".")[2]) for name in norms}
     same_name = defaultdict(list)  # eps of the norms of that name in all layers
     for name, norm in norms.items():
@@ -491,18 +503,6 @@ def _faulty_rounding(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tu
 def _majority(values: list) -> set:
     """What more than half of them are; empty if nothing is."""
     return {value for value, count in Counter(values).items() if 2 * count > len(values)}
-
-
-def _configs(model: nn.Module, norms: dict[str, RMSNorm]) -> dict[str, object]:
-    """For each norm the config of its part of the model: the text, the images, what is between."""
-    configs = dict.fromkeys(norms)
-    for part, module in model.named_modules():  # what holds others comes before them
-        config = getattr(module, "config", None)
-        if config is not None:
-            prefix = f"{part.removeprefix('_orig_mod.')}." if part else ""
-            of_text = getattr(config, "text_config", config)
-            configs |= {name: of_text for name in norms if name.startswith(prefix)}
-    return configs
 
 
 def _roundings_of_the_family(model: nn.Module) -> set[tuple[float, bool]]:
