@@ -112,18 +112,18 @@ def checks(device, generator):
                 yield kind, f"rms_norm_backward {kind} {name}", ulps, 4
 
     # What is fused has the bits of the steps.
-    eights = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
-    for dtype, eight in itertools.product(DTYPES, eights):
+    quant_dtypes = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+    for dtype, quant_dtype in itertools.product(DTYPES, quant_dtypes):
         x, residual, weight = (randn(*shape, dtype=dtype) for shape in (SHAPE, SHAPE, cols))
         args = [t.to(device) for t in (x, residual, weight)]
         total = (x.float() + residual.float()).to(dtype)
         norm = rmsnorm_cuda.rms_norm(total.to(device), cols, args[2], 1e-6).cpu()
-        name = f"{str(dtype)[6:]} {str(eight)[6:]}"
+        name = f"{str(dtype)[6:]} {str(quant_dtype)[6:]}"
         for got, want in zip(rmsnorm_cuda.fused_add_rms_norm(*args, 1e-6), (norm, total)):
             ulps = ulp_distance(got.cpu(), want).max().item()
             yield "fused", f"fused_add_rms_norm {name}", ulps, 0
-        output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*args, 1e-6, dtype=eight)
-        want, want_scale = quantize_reference(norm, eight)
+        output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*args, 1e-6, dtype=quant_dtype)
+        want, want_scale = quantize_reference(norm, quant_dtype)
         differing = (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item()
         yield "8 bits", f"rms_norm_quant {name}", differing, 0
         ulps = ulp_distance(scale.cpu(), want_scale).max().item()

@@ -284,21 +284,18 @@ def make_destination(name):
 
 
 def put_in_place(made, folder):
-    """Renames it, in place of what was there. What another process puts there is as good."""
+    """Renames it, in place of what was there. What another process put there is as good."""
     options = {"prefix": ".old", "dir": folder.parent, "ignore_cleanup_errors": True}
     with tempfile.TemporaryDirectory(**options) as old:
         with contextlib.suppress(FileNotFoundError):
             folder.rename(Path(old) / folder.name)
-        try:
+        with contextlib.suppress(OSError):
             made.rename(folder)
-        except OSError:
-            shutil.rmtree(made)
 
 
-def loads(code):
-    """(whether a fresh Python runs it, what it says if not)."""
-    run = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
-    return run.returncode == 0, run.stderr
+def run_python(code):
+    """In a fresh process."""
+    return subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
 
 
 def run_all(commands):
@@ -327,7 +324,7 @@ def build(torch, cxx):
             objects = [str(made / f"{path.stem}.o") for path in files]
             compilations += [[*flags, "-c", str(p), "-o", o] for p, o in zip(files, objects)]
             links.append([["-shared", *objects, "-o", str(library), *link]])
-        for commands in (compilations, *links):  # each needs all of the one before
+        for commands in (compilations, *links):  # each step needs the one before
             if not run_all([[*cxx, *words] for words in commands]):
                 fail(f"`{shlex.join(cxx)}` does not build {layers}; what it said is above.")
         code = f"""if True:
@@ -337,9 +334,9 @@ def build(torch, cxx):
             spec.loader.exec_module(module)
             module.libraries()
         """
-        right, said = loads(code)
-        if not right:
-            fail(f"what was built does not load beside torch {torch.version}:\n{said}")
+        run = run_python(code)
+        if run.returncode:
+            fail(f"what was built does not load beside torch {torch.version}:\n{run.stderr}")
         for path in made.glob("*.o"):
             path.unlink()
         put_in_place(made, folder)
@@ -359,7 +356,8 @@ def main():
     kernels = PACKAGE / "lib" / KERNELS
     if not kernels.exists() or not is_whole(kernels):
         fail(f"{kernels} is not there, or was cut: install or build the package first.")
-    if loads(f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rmsnorm_cuda")[0]:
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rmsnorm_cuda"
+    if not run_python(code).returncode:
         print(f"rmsnorm_cuda loads beside torch {torch.version} as it is; nothing is to be built.")
         return
     cxx = find_compiler()

@@ -24,9 +24,6 @@ from ..modules import RMSNorm
 from .figures import EQUAL, MEAN, ROWS, Call, History, Meter, Step
 from .report import Alarm, OnAlarm, RMSNormAlarm, Thresholds, find_faults, heat_map, table
 
-_forward_op = torch.ops.rmsnorm_cuda.rms_norm_forward.default
-_fused_op = torch.ops.rmsnorm_cuda.fused_add_rms_norm_forward.default
-
 
 class Monitor:
     """Watches the norms of `model` (rmsnorm_cuda.RMSNorm; see replace_rms_norm) in a `with` block.
@@ -245,7 +242,7 @@ class _Watch:
     def __init__(self, index: int, thread: _Thread) -> None:
         self.index, self.thread, self.rstd, self.dtype = index, thread, None, torch.float32
 
-    def saw(self, x: Tensor, output: Tensor, rstd: Tensor) -> None:
+    def record(self, x: Tensor, output: Tensor, rstd: Tensor) -> None:
         if self.thread.trace is not None:
             self.thread.trace.normed(self.index, x, output)
         if type(rstd) is not Tensor:
@@ -374,22 +371,20 @@ def _forward(self, x: Tensor, residual: Tensor | None = None):
         return self._original.forward(self, *((x,) if residual is None else (x, residual)))
     weight = self._parameters["weight"] if "weight" in self._parameters else self.weight
     if residual is None:
-        args = x, self.normalized_shape or x.shape[-1:], weight, self.eps
-        op, entry = _forward_op, _C.rms_norm_forward
+        op, args = "rms_norm_forward", (x, self.normalized_shape or x.shape[-1:], weight, self.eps)
     else:
         self._check_residual(x, weight)
-        args = x, residual, weight, self.eps
-        op, entry = _fused_op, _C.fused_add_rms_norm_forward
-    offset, cast = self.weight_offset, self.cast_before_weight
+        op, args = "fused_add_rms_norm_forward", (x, residual, weight, self.eps)
+    options = {"weight_offset": self.weight_offset, "cast_before_weight": self.cast_before_weight}
     compiling = is_dynamo_compiling()
-    results = NotImplemented if compiling else entry(*args, offset, cast)
+    results = NotImplemented if compiling else getattr(_C, op)(*args, *options.values())
     if results is NotImplemented:
-        results = op(*args, weight_offset=offset, cast_before_weight=cast)
+        results = getattr(torch.ops.rmsnorm_cuda, op).default(*args, **options)
     normed = x if residual is None else results[1]
     if compiling:
         watch.rstd, watch.dtype = results[-1], normed.dtype
     else:
-        watch.saw(normed, results[0], results[-1])
+        watch.record(normed, results[0], results[-1])
     return results[0] if residual is None else results[:2]
 
 
