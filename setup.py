@@ -76,7 +76,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 
 def is_set(variable, default):
-    """Whether a variable of the environment is "1"."""
+    """Whether an environment variable is "1"."""
     value = os.environ.get(variable) or default
     if value not in ("0", "1"):
         fail(f"{variable}={value!r} is not understood; expected 1, 0 or unset.")
@@ -172,7 +172,7 @@ def architectures(nvcc):
 
 
 def sources(pattern):
-    """In the order in which the longest compilations come first: ninja begins with the first."""
+    """The longest compilation first, with which ninja begins."""
     return sorted(ROOT.glob(pattern), reverse=True)
 
 
@@ -271,7 +271,7 @@ class BuildExt(build_ext):
             fail(f"{reason}; copy the sources to where you may write, and build there.")
         self.cxx = layers.find_compiler()
         self.launcher = ["ccache"] if shutil.which("ccache") else []
-        # The folder of the build does not show in them.
+        # Debug symbols do not name the folder of the build.
         debug = is_set("RMSNORM_CUDA_DEBUG", "0")
         self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if debug else []
         file = NinjaFile(build_dir)

@@ -1,5 +1,4 @@
-"""Arguments of the public functions that the eager entry points leave alone: not of the plainest
-types.
+"""Checks and converts the arguments that the eager entry points in C++ do not take.
 
 Numbers of numpy stand for Python's. An object of the wrong kind is a TypeError that names the
 argument; torch.ops would name its schema.

@@ -126,7 +126,7 @@ class Monitor:
         if self.thresholds.settings:
             args = self.model, self.norms
             faults = *_faulty_eps(*args), *_faulty_rounding(*args)
-            self._tell([Alarm(-1, name, "settings", message) for name, message in faults])
+            self._add_alarms([Alarm(-1, name, "settings", message) for name, message in faults])
         with ExitStack() as undo:
             for norm, watch in zip(self.norms.values(), self._watches):
                 _put_on(norm, watch)
@@ -202,13 +202,13 @@ class Monitor:
             self._history.add(step)
             dead = self._dead_layers.find(step) if self.thresholds.dead else None
             faults = find_faults(step, self._history.first, dead, self.norms, self.thresholds)
-            self._tell(faults, may_raise)
+            self._add_alarms(faults, may_raise)
             self._history.thin(alarm.step for alarm in self.alarms)
 
-    def _tell(self, alarms: list[Alarm], may_raise: bool = True) -> None:
-        """Tells each kind of alarm once for each norm, and keeps it."""
-        told = {(alarm.norm, alarm.kind) for alarm in self.alarms}
-        new = [alarm for alarm in alarms if (alarm.norm, alarm.kind) not in told]
+    def _add_alarms(self, alarms: list[Alarm], may_raise: bool = True) -> None:
+        """Keeps those that are new, one of a kind for each norm, and does what on_alarm says."""
+        known = {(alarm.norm, alarm.kind) for alarm in self.alarms}
+        new = [alarm for alarm in alarms if (alarm.norm, alarm.kind) not in known]
         self.alarms += new
         if callable(self._on_alarm):
             with ExitStack() as stack:  # calls each one, also if one raises
@@ -222,7 +222,7 @@ monitor = Monitor  # what a user calls
 
 
 class _Thread(threading.local):
-    """What the norms of this thread told since its last step."""
+    """What the norms of this thread computed since its last step."""
 
     def __init__(self, max_calls: int) -> None:
         self.calls: deque[Call] = deque(maxlen=max_calls)
@@ -231,7 +231,7 @@ class _Thread(threading.local):
 
 
 class _Watch:
-    """What a norm tells its 1 / rms.
+    """Takes the 1 / rms of a norm's rows.
 
     In eager that goes to a list of the thread. Compiled it stays here until the step ends: a graph
     can assign, not append.
@@ -362,7 +362,7 @@ def _entries(model: nn.Module, norms: set[RMSNorm]) -> Iterator[nn.Module]:
             yield from _entries(inner[0], norms)
 
 
-# A norm that is watched has a class whose forward tells its 1 / rms.
+# A norm that is watched has a class whose forward hands over its 1 / rms.
 
 
 def _forward(self, x: Tensor, residual: Tensor | None = None):
@@ -447,7 +447,7 @@ def _reason_to_skip(norm: RMSNorm) -> str:
     if "forward" in vars(norm):
         return "its forward was replaced on this instance (accelerate hooks, kernels, ...)"
     if getattr(norm, "_watch", None) is not None:
-        return ""  # _put_on() tells that it is being watched
+        return ""  # _put_on() raises an error
     known = (*_FORWARDS, *(forward.__code__ for forward in _FORWARDS.values()))
     if getattr(computing_class(type(norm)).forward, "__code__", None) not in known:
         return f"{type(norm).__name__} has a forward of its own"
