@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 _NUMBERS = (Tensor, torch.SymFloat, torch.SymInt)  # which torch takes for numbers itself
@@ -57,13 +56,11 @@ _OPTIONAL = "weight", "scale", "out", "eps", "scale_ub", "block"
 
 
 def checked(op: str, *groups: dict) -> tuple[dict, ...]:
-    """Arguments by the names of `op`'s schema, as torch.ops takes them; as they are in a compiler.
+    """Arguments by the names of `op`'s schema, as torch.ops takes them.
 
     Raises:
         TypeError: one is of the wrong kind.
     """
-    if is_dynamo_compiling():
-        return groups
     return tuple({name: _checked(op, name, group[name]) for name in group} for group in groups)
 
 

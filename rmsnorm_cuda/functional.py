@@ -80,11 +80,12 @@ def rms_norm(
         normalized_shape = (normalized_shape,)
     args = {"input": input, "normalized_shape": normalized_shape, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-    if not is_dynamo_compiling() and is_overridden(input, weight, out):
-        return override(rms_norm, **args, **options, out=out)
-    checked("rms_norm", {"out": out})
+    if not is_dynamo_compiling():
+        if is_overridden(input, weight, out):
+            return override(rms_norm, **args, **options, out=out)
+        checked("rms_norm", {"out": out})
     if out is None:
-        return _call("rms_norm", args, options)
+        return _call("rms_norm", args, options, None)
     _call("rms_norm", args, options, {"out": out})
     return out
 
@@ -141,7 +142,7 @@ def fused_add_rms_norm(
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
-        return _call("fused_add_rms_norm", args, options)
+        return _call("fused_add_rms_norm", args, options, None)
     check_out("fused_add_rms_norm", out, 2)
     if not is_dynamo_compiling():
         done = _C.fused_add_rms_norm_out(*args.values(), *options.values(), *out)
@@ -178,14 +179,16 @@ def fused_add_rms_norm_(
             return
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-    args, options = checked("fused_add_rms_norm_", args, options)
+    if not is_dynamo_compiling():
+        args, options = checked("fused_add_rms_norm_", args, options)
     _ops.fused_add_rms_norm_(*args.values(), **options)
 
 
-def _call(op, args, options, written=None):
+def _call(op, args, options, written):
     """A differentiable op, compiled or with other than plain arguments. `written` is what it writes
     to, by the names of the schema."""
-    args, options = checked(op, args, options)
+    if not is_dynamo_compiling():
+        args, options = checked(op, args, options)
     if written:
         return getattr(_ops, op).out(*args.values(), **options, **written)
     decompose = config.decompose and is_dynamo_compiling()
@@ -320,7 +323,9 @@ def _quantized(op, args, quant, out, names_of_out):
     if done is NotImplemented:
         names = "dtype", "block", "scale_ub", "column_major", "keep_norm"
         names = *names, "weight_offset", "cast_before_weight"
-        args, options = checked(op, args, dict(zip(names, quant)))
+        options = dict(zip(names, quant))
+        if not is_dynamo_compiling():
+            args, options = checked(op, args, options)
         if out is None:
             output, dynamic, *rest = getattr(_ops, op)(*args.values(), **options)
         else:
