@@ -143,10 +143,10 @@ def architectures(nvcc):
     """[(number, name, is_ptx)] from TORCH_CUDA_ARCH_LIST, or the default ones that nvcc knows."""
     version = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
     if not version or tuple(map(int, version.groups())) < OLDEST_CUDA:
-        told = f"is of CUDA {version[1]}.{version[2]}" if version else "does not tell its version"
+        found = f"is of CUDA {version[1]}.{version[2]}" if version else "does not tell its version"
         needed = f"CUDA {'.'.join(map(str, OLDEST_CUDA))} or newer is needed"
         fix = f"name another in NVCC or CUDA_HOME, or {WITHOUT_CUDA}"
-        fail(f"{nvcc} {told}, and {needed}; {fix}.")
+        fail(f"{nvcc} {found}, and {needed}; {fix}.")
     known = set(re.findall(r"compute_(\w+)", output(nvcc, "--list-gpu-arch")))
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     result = []

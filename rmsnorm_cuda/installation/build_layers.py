@@ -264,33 +264,33 @@ def why_not_trusted(folder):
 
 def make_destination(name):
     """The folder to build in, and the one that it becomes: in lib/, or in the cache."""
-    refused = []
+    reasons = []
     for parent, mode in ((PACKAGE / "lib", 0o755), (cache_folder(), 0o700)):
         if not parent:
-            refused.append("there is no home folder")
+            reasons.append("there is no home folder")
             continue
         try:
             parent.mkdir(mode=mode, parents=True, exist_ok=True)
             reason = mode == 0o700 and why_not_trusted(parent)
             if not reason:
-                made = Path(tempfile.mkdtemp(prefix=".build", dir=parent))
-                made.chmod(mode)
-                return made, parent / name
+                scratch = Path(tempfile.mkdtemp(prefix=".build", dir=parent))
+                scratch.chmod(mode)
+                return scratch, parent / name
         except OSError as error:
             reason = f"{parent} cannot be written ({error.strerror})"
-        refused.append(reason)
-    why = "; ".join(refused)
+        reasons.append(reason)
+    why = "; ".join(reasons)
     fail(f"there is no place for what is built: {why}. RMSNORM_CUDA_CACHE names another folder.")
 
 
-def put_in_place(made, folder):
+def put_in_place(scratch, folder):
     """Renames it, in place of what was there. What another process put there is as good."""
     options = {"prefix": ".old", "dir": folder.parent, "ignore_cleanup_errors": True}
     with tempfile.TemporaryDirectory(**options) as old:
         with contextlib.suppress(FileNotFoundError):
             folder.rename(Path(old) / folder.name)
         with contextlib.suppress(OSError):
-            made.rename(folder)
+            scratch.rename(folder)
 
 
 def run_python(code):
@@ -312,16 +312,16 @@ def run_all(commands):
 
 def build(torch, cxx):
     """Builds both layers and returns their folder."""
-    made, folder = make_destination(built_name(torch.version))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was made is removed then, too
+    scratch, folder = make_destination(built_name(torch.version))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `scratch` is removed then, too
     try:
         lib, layers = PACKAGE / "lib", f"the layers for torch {torch.version}"
         rpath = [] if folder.parent == lib else [f"{lib}:{torch.folder / 'lib'}"]
-        both = both_layers(torch, sources(), lib, made, *rpath)
+        both = both_layers(torch, sources(), lib, scratch, *rpath)
         print(f"rmsnorm_cuda: building {layers}, which takes a minute of CPU time", flush=True)
         compilations, links = [], []
         for library, files, flags, link in both:
-            objects = [str(made / f"{path.stem}.o") for path in files]
+            objects = [str(scratch / f"{path.stem}.o") for path in files]
             compilations += [[*flags, "-c", str(p), "-o", o] for p, o in zip(files, objects)]
             links.append([["-shared", *objects, "-o", str(library), *link]])
         for commands in (compilations, *links):  # each step needs the one before
@@ -337,11 +337,11 @@ def build(torch, cxx):
         run = run_python(code)
         if run.returncode:
             fail(f"what was built does not load beside torch {torch.version}:\n{run.stderr}")
-        for path in made.glob("*.o"):
+        for path in scratch.glob("*.o"):
             path.unlink()
-        put_in_place(made, folder)
+        put_in_place(scratch, folder)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
