@@ -139,15 +139,18 @@ def fused_add_rms_norm(
         )
         if results is not NotImplemented:
             return results
+    if out is not None:
+        check_out("fused_add_rms_norm", out, 2)
+        if not is_dynamo_compiling():
+            done = _C.fused_add_rms_norm_out(
+                input, residual, weight, eps, weight_offset, cast_before_weight, *out
+            )
+            if done is None:
+                return tuple(out)
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
         return _call("fused_add_rms_norm", args, options, None)
-    check_out("fused_add_rms_norm", out, 2)
-    if not is_dynamo_compiling():
-        done = _C.fused_add_rms_norm_out(*args.values(), *options.values(), *out)
-        if done is None:
-            return tuple(out)
     _call("fused_add_rms_norm", args, options, dict(zip(("out", "residual_out"), out)))
     return tuple(out)
 
