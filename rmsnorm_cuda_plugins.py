@@ -32,6 +32,6 @@ def _register(server: str, module: str) -> None:
     try:
         importlib.import_module(module).register()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".splitlines()[:1])
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         logger = logging.getLogger("rmsnorm_cuda")
         logger.warning("rmsnorm_cuda: %s keeps its own norms: %s", server, reason)

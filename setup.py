@@ -39,6 +39,7 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 OLDEST_CUDA = 12, 6  # no torch that this builds for comes with an older one
+WITHOUT_CUDA = "set RMSNORM_CUDA_BUILD=0 to leave CUDA out"
 
 NINJA_RULES = """\
 rule cxx
@@ -55,11 +56,7 @@ rule nvcc
 rule link
   command = $linker -shared -o $out $in $flags
   description = LINK $out
-rule copy
-  command = cp $in $out
-  description = COPY $out
 """
-
 
 if sys.version_info < (3, 10):  # noqa: UP036  (no pip is there to refuse it)
     sys.exit(f"rmsnorm_cuda: Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
@@ -74,14 +71,12 @@ layers, supported = run_module("build_layers"), run_module("supported")
 fail, output = layers.fail, layers.output
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    fail(
-        f"setuptools {setuptools.__version__} is too old for this pyproject.toml; "
-        "`pip install 'setuptools>=77'`."
-    )
+    found = f"setuptools {setuptools.__version__} is too old for this pyproject.toml"
+    fail(f"{found}; `pip install 'setuptools>=77'`.")
 
 
 def is_set(variable, default):
-    """Whether a variable of the environment is "1"."""
+    """Whether an environment variable is "1"."""
     value = os.environ.get(variable) or default
     if value not in ("0", "1"):
         fail(f"{variable}={value!r} is not understood; expected 1, 0 or unset.")
@@ -103,37 +98,21 @@ def find_ninja():
     return shutil.which("ninja") or fail("ninja was not found; `pip install ninja`.")
 
 
-def find_nvcc():
-    """Path of nvcc, or None. It may be a wrapper script: its folder tells nothing."""
-    home = os.environ.get("CUDA_HOME")
-    named = os.environ.get("NVCC") or (home and str(Path(home) / "bin" / "nvcc"))
-    if named and not shutil.which(named):
-        variable = "NVCC" if os.environ.get("NVCC") else "CUDA_HOME"
-        fail(
-            f"{named} was not found, which {variable} asks for; correct or unset it, or set "
-            "RMSNORM_CUDA_BUILD=0 to leave CUDA out."
-        )
-    return shutil.which(named or "nvcc")
-
-
 def find_torches():
     """The torches to build for. They are not imported: one for another Python will do."""
     folders, requirement = os.environ.get("RMSNORM_CUDA_TORCH"), supported.TORCH
     result = {}
     for folder in folders.split(os.pathsep) if folders else [None]:
-        torch = layers.find_torch(folder)
+        torch = layers.find_torch(requirement, folder)
         if not torch and folder:
-            fail(
-                f"there is no torch in {folder}, which RMSNORM_CUDA_TORCH names; "
-                f"`pip install --no-deps --target {folder} '{requirement}'`."
-            )
+            fix = f"`pip install --no-deps --target {folder} '{requirement}'`"
+            fail(f"there is no torch in {folder}, which RMSNORM_CUDA_TORCH names; {fix}.")
         if not torch:
             fail(
                 "torch is not installed in this build environment, where pip does not show what is "
                 f"installed outside; `pip install '{requirement}' ninja 'setuptools>=77'` first, "
                 "then build with `pip install --no-build-isolation`."
             )
-        layers.check_version(torch, requirement)
         result[torch.layer] = torch
     return list(result.values())
 
@@ -145,9 +124,16 @@ def nvcc_or_reason(torches):
         return None, "RMSNORM_CUDA_BUILD=0 was set when it was built"
     if unset and torches and not any(torch.cuda for torch in torches):
         kind = "ROCm" if torches[0].hip else "CPU-only"
-        build = f"torch {torches[0].version}, a {kind} build"
-        return None, f"it was built with {build}; RMSNORM_CUDA_BUILD=1 overrides"
-    nvcc = find_nvcc()
+        version = torches[0].version
+        why = f"it was built with torch {version}, a {kind} build; RMSNORM_CUDA_BUILD=1 overrides"
+        return None, why
+    home = os.environ.get("CUDA_HOME")
+    named = os.environ.get("NVCC") or (home and str(Path(home) / "bin" / "nvcc"))
+    nvcc = shutil.which(named or "nvcc")  # it may be a wrapper script: its folder tells nothing
+    if named and not nvcc:
+        variable = "NVCC" if os.environ.get("NVCC") else "CUDA_HOME"
+        fix = f"correct or unset it, or {WITHOUT_CUDA}"
+        fail(f"{named} was not found, which {variable} asks for; {fix}.")
     if asked and not nvcc:
         fail("RMSNORM_CUDA_BUILD=1, but nvcc was not found on PATH, in CUDA_HOME or in NVCC.")
     return nvcc, None if nvcc else "nvcc was not found when it was built"
@@ -157,21 +143,18 @@ def architectures(nvcc):
     """[(number, name, is_ptx)] from TORCH_CUDA_ARCH_LIST, or the default ones that nvcc knows."""
     version = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
     if not version or tuple(map(int, version.groups())) < OLDEST_CUDA:
-        told = f"is of CUDA {version[1]}.{version[2]}" if version else "does not tell its version"
-        fail(
-            f"{nvcc} {told}, and CUDA {'.'.join(map(str, OLDEST_CUDA))} or newer is needed; name "
-            "another in NVCC or CUDA_HOME, or set RMSNORM_CUDA_BUILD=0 to leave CUDA out."
-        )
+        found = f"is of CUDA {version[1]}.{version[2]}" if version else "does not tell its version"
+        needed = f"CUDA {'.'.join(map(str, OLDEST_CUDA))} or newer is needed"
+        fix = f"name another in NVCC or CUDA_HOME, or {WITHOUT_CUDA}"
+        fail(f"{nvcc} {found}, and {needed}; {fix}.")
     known = set(re.findall(r"compute_(\w+)", output(nvcc, "--list-gpu-arch")))
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     result = []
     for item in re.split(r"[;,\s]+", (listed or DEFAULT_ARCHITECTURES).strip()):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
         if not match:
-            fail(
-                f"TORCH_CUDA_ARCH_LIST: {item!r} is not understood; expected items such as 9.0 or "
-                "8.6+PTX."
-            )
+            expected = "expected items such as 9.0 or 8.6+PTX"
+            fail(f"TORCH_CUDA_ARCH_LIST: {item!r} is not understood; {expected}.")
         number = match[1] + match[2]
         if number.rstrip("af") in known:
             result.append((number, item, bool(match[3])))
@@ -179,21 +162,18 @@ def architectures(nvcc):
             names = " ".join(f"{n[:-1]}.{n[-1]}" for n in sorted(known, key=int))
             fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {item}; it knows {names}.")
     if not result:
-        fail(
-            f"{nvcc} knows none of the architectures {DEFAULT_ARCHITECTURES}; "
-            "set TORCH_CUDA_ARCH_LIST."
-        )
-    if not listed and not any(
-        ptx for *_, ptx in result
-    ):  # of an older nvcc: newer devices compile from its newest
+        none = f"none of the architectures {DEFAULT_ARCHITECTURES}"
+        fail(f"{nvcc} knows {none}; set TORCH_CUDA_ARCH_LIST.")
+    # An older nvcc does not know the one with PTX: newer devices compile from its newest.
+    if not listed and not any(ptx for *_, ptx in result):
         number, item, _ = result.pop()
         result.append((number, f"{item}+PTX", True))
     return result
 
 
 def sources(pattern):
-    """In the order in which the longest compilations come first: ninja begins with the first."""
-    return sorted((str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)), reverse=True)
+    """The longest compilation first, with which ninja begins."""
+    return sorted(ROOT.glob(pattern), reverse=True)
 
 
 def long_description():
@@ -209,26 +189,24 @@ class NinjaFile:
     ninja is enough."""
 
     def __init__(self, build_dir):
-        self.build_dir = build_dir
-        self.lines = [NINJA_RULES]
-
-    @staticmethod
-    def escape(path):
-        return re.sub(r"([$ :])", r"$\1", str(path))
+        self.build_dir, self.lines = build_dir, [NINJA_RULES]
 
     def rule(self, rule, output, inputs, implicit=(), **variables):
-        text = f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}"
-        if implicit:
-            text += " | " + " ".join(map(self.escape, implicit))
+        def paths(names):
+            return " ".join(re.sub(r"([$ :])", r"$\1", str(name)) for name in names)
+
+        text = f"build {paths([output])}: {rule} {paths(inputs)}"
+        text += f" | {paths(implicit)}" if implicit else ""
         for name, words in variables.items():
             text += f"\n  {name} = {shlex.join(words).replace('$', '$$')}"
         self.lines.append(text + "\n")
         return output
 
     def compile(self, rule, sources, folder="", **variables):
-        """Objects of the sources, which are relative to ROOT, in a folder of the build's."""
+        """Objects of the sources, in a folder of the build's."""
         folder = self.build_dir / folder
-        return [self.rule(rule, folder / f"{s}.o", [ROOT / s], **variables) for s in sources]
+        objects = [folder / f"{path.relative_to(ROOT)}.o" for path in sources]
+        return [self.rule(rule, o, [path], **variables) for o, path in zip(objects, sources)]
 
 
 class Build(build):
@@ -251,11 +229,7 @@ class BuildPy(build_py):
 class BuildExt(build_ext):
     kernels_option = "kernels-only", None, "build librmsnorm.so alone; needs no torch"
     user_options = [*build_ext.user_options, kernels_option]
-    boolean_options = [*build_ext.boolean_options, "kernels-only"]
-
-    def initialize_options(self):
-        super().initialize_options()
-        self.kernels_only = False
+    kernels_only = False
 
     def finalize_options(self):
         # One build folder for all Pythons, for editable installs (whose own is thrown away) and
@@ -270,58 +244,47 @@ class BuildExt(build_ext):
     def torches(self):
         return [] if self.kernels_only else find_torches()
 
-    def run(self):
-        self.build_extensions()
-
-    def package_dir(self):
-        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "rmsnorm_cuda"
-
-    def outputs(self):
-        """The header, librmsnorm.so, and for each torch librmsnorm_torch.so and the binding."""
-        package = self.package_dir()
-        folders = [package / "lib" / torch.layer for torch in self.torches]
-        pairs = [(folder / layers.OPS, folder / layers.binding_name()) for folder in folders]
-        return package / "include" / "rmsnorm.h", package / "lib" / layers.KERNELS, pairs
-
     def get_outputs(self):
-        header, kernels, pairs = self.outputs()
-        return [str(path) for path in (header, kernels, *(path for pair in pairs for path in pair))]
+        """The header, librmsnorm.so, and for each torch librmsnorm_torch.so and the binding."""
+        package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "rmsnorm_cuda"
+        paths = [package / "include" / "rmsnorm.h", package / "lib" / layers.KERNELS]
+        for torch in self.torches:
+            folder = package / "lib" / torch.layer
+            paths += folder / layers.OPS, folder / layers.binding_name()
+        return [str(path) for path in paths]
 
     def get_output_mapping(self):
         return {}
 
-    def build_extensions(self):
-        header, kernels, pairs = self.outputs()
+    def run(self):
         build_dir = Path(self.build_temp).resolve()
-        built = {Path(path) for path in self.get_outputs()}
+        header, kernels, *built = map(Path, self.get_outputs())
         try:
-            for folder in {build_dir, *(path.parent for path in built)}:
-                folder.mkdir(parents=True, exist_ok=True)
+            for path in (build_dir / "lock", header, kernels, *built):
+                path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(build_dir / "lock", "w")
+            # Until it is closed: of two builds in one folder the second waits.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            shutil.copy2(ROOT / "csrc" / "rmsnorm.h", header)
         except OSError as error:
-            fail(
-                f"{error.filename} cannot be written ({error.strerror}); copy the sources to where "
-                "you may write, and build there."
-            )
-        # Until it is closed: of two builds in one folder the second waits.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+            reason = f"{error.filename} cannot be written ({error.strerror})"
+            fail(f"{reason}; copy the sources to where you may write, and build there.")
         self.cxx = layers.find_compiler()
         self.launcher = ["ccache"] if shutil.which("ccache") else []
-        # The folder of the build does not show in them.
+        # Debug symbols do not name the folder of the build.
         debug = is_set("RMSNORM_CUDA_DEBUG", "0")
         self.debug = ["-g1", f"-ffile-prefix-map={ROOT}=."] if debug else []
         file = NinjaFile(build_dir)
-        file.rule("copy", header, [ROOT / "csrc" / "rmsnorm.h"])
         self.add_kernels(file, kernels)
-        for torch, (ops, binding) in zip(self.torches, pairs):
-            self.add_torch_layers(file, kernels, ops, binding, torch)
+        for torch in self.torches:
+            self.add_torch_layers(file, kernels, torch)
         (build_dir / "build.ninja").write_text("\n".join(file.lines), encoding="utf-8")
         jobs = ["-j", layers.jobs()] if layers.jobs() else []
         if subprocess.run([find_ninja(), "-C", str(build_dir), *jobs]).returncode:
             fail("the build failed; the compiler's message is above.")
         # Layers of another torch or Python that are older than what they load are of other sources,
         # most likely.
-        for path in set(self.package_dir().rglob("*.so")) - built if self.torches else ():
+        for path in {*kernels.parent.rglob("*.so")} - {kernels, *built} if self.torches else ():
             loaded = [p for p in (kernels, path.with_name(layers.OPS)) if p.exists()]
             if path.stat().st_mtime < max(p.stat().st_mtime for p in loaded):
                 path.unlink()
@@ -333,20 +296,19 @@ class BuildExt(build_ext):
         cxx_flags = ["-std=c++17", *common, "-ffp-contract=off", "-fno-math-errno"]
         machine = output(*self.cxx, "-dumpmachine").strip()
         if not re.match(r"(x86_64|amd64)-.*linux(-gnu)?$", machine):
-            print(
-                f"rmsnorm_cuda: scalar kernels only: {shlex.join(self.cxx)} compiles for "
-                f"{machine}, and the others are for x86-64 Linux with glibc"
-            )
+            why = f"{shlex.join(self.cxx)} compiles for {machine}"
+            others = "the others are for x86-64 Linux with glibc"
+            print(f"rmsnorm_cuda: scalar kernels only: {why}, and {others}")
             cxx_flags.append("-DRMSNORM_X86=0")
         cxx = self.launcher + self.cxx
+        options = f"-Wl,-soname,{layers.KERNELS}", "-Wl,--no-undefined"
+        link_flags = [*layers.words_of("LDFLAGS"), *options]
         nvcc, absent = nvcc_or_reason(self.torches)
         if absent:
             print(f"rmsnorm_cuda: without CUDA kernels: {absent}")
-            define = f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"'
-            objects = file.compile(
-                "cxx", ["csrc/cuda/absent.cpp"], cxx=cxx, flags=[*cxx_flags, define]
-            )
-            linker, link_flags = self.cxx, []
+            flags = [*cxx_flags, f'-DRMSNORM_CUDA_ABSENT_REASON="{absent}"']
+            objects = file.compile("cxx", sources("csrc/cuda/absent.cpp"), cxx=cxx, flags=flags)
+            linker = self.cxx
         else:
             chosen = architectures(nvcc)
             names = " ".join(item for _, item, _ in chosen)
@@ -354,11 +316,8 @@ class BuildExt(build_ext):
             # -objtemp: intermediate files have the object's name. Elsewhere they have the process's
             # number, which ends up in the object.
             flags = ["-std=c++17", "-O3", "-objtemp", "-Xptxas", "-v", "-Xfatbin", "-compress-all"]
-            if is_set("RMSNORM_CUDA_LINEINFO", "1"):
-                flags += ["-lineinfo"]
-            host = ["-ccbin", self.cxx[0]]
-            for option in self.cxx[1:]:
-                host += ["-Xcompiler", option]
+            flags += ["-lineinfo"] if is_set("RMSNORM_CUDA_LINEINFO", "1") else []
+            host = ["-ccbin", self.cxx[0], *through_nvcc(self.cxx[1:])]
             flags += [*host, "-Xcompiler", ",".join(common[1:]), f'-DRMSNORM_CUDA_ARCHS="{names}"']
             for number, _, is_ptx in chosen:
                 flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
@@ -368,33 +327,23 @@ class BuildExt(build_ext):
             objects = file.compile("nvcc", sources("csrc/cuda/*.cu"), nvcc=command, flags=flags)
             cudart = os.environ.get("RMSNORM_CUDA_CUDART", "static")
             if cudart not in ("static", "shared"):
-                fail(
-                    f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; expected static or shared."
-                )
+                expected = "expected static or shared"
+                fail(f"RMSNORM_CUDA_CUDART={cudart!r} is not understood; {expected}.")
             # nvcc links, since only it knows where its runtime lies. A static runtime stays hidden
             # from torch's copy.
-            linker = [nvcc, *host]
-            link_flags = ["-cudart", cudart, "-nodlink", "-Xlinker", "--exclude-libs,ALL"]
-        cpu_sources = [*sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"]
+            linker = [nvcc, *host, "-cudart", cudart, "-nodlink"]
+            link_flags = through_nvcc([*link_flags, "-Wl,--exclude-libs,ALL"])
+        cpu_sources = [*sources("csrc/cpu/*.cpp"), ROOT / "csrc/cuda/plan.cpp"]
         objects += file.compile("cxx", cpu_sources, cxx=cxx, flags=cxx_flags)
-        for option in (f"-soname,{layers.KERNELS}", "--no-undefined"):
-            link_flags += [f"-Wl,{option}"] if absent else ["-Xlinker", option]
-        ldflags = layers.words_of("LDFLAGS")
-        flags = [*(ldflags if absent else through_nvcc(ldflags)), *link_flags]
-        file.rule("link", output_file, objects, linker=linker, flags=flags)
+        file.rule("link", output_file, objects, linker=linker, flags=link_flags)
 
-    def add_torch_layers(self, file, kernels, ops, binding, torch):
-        cxx, lib = self.launcher + self.cxx, kernels.parent
-        flags = [*layers.ops_flags(torch), *self.debug]
-        files = sources("csrc/torch/*.cpp")
-        objects = file.compile("cxx", files, torch.layer, cxx=cxx, flags=flags)
-        flags = layers.ops_link(torch, lib)
-        file.rule("link", ops, objects, implicit=[kernels], linker=self.cxx, flags=flags)
-        folder = f"{torch.layer}/{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
-        flags = [*layers.binding_flags(torch), *self.debug]
-        objects = file.compile("cxx", ["csrc/python/bindings.cpp"], folder, cxx=cxx, flags=flags)
-        flags = layers.binding_link(torch, lib, ops)
-        file.rule("link", binding, objects, implicit=[kernels, ops], linker=self.cxx, flags=flags)
+    def add_torch_layers(self, file, kernels, torch):
+        cxx, lib, needs = self.launcher + self.cxx, kernels.parent, [kernels]
+        for layer in layers.both_layers(torch, ROOT / "csrc", lib, lib / torch.layer):
+            folder, flags = f"{torch.layer}/{layer.library.stem}", [*layer.flags, *self.debug]
+            objects = file.compile("cxx", layer.sources, folder, cxx=cxx, flags=flags)
+            options = {"implicit": [*needs], "linker": self.cxx, "flags": layer.link}
+            needs.append(file.rule("link", layer.library, objects, **options))
 
 
 setup(

@@ -20,8 +20,8 @@ from .installation.load import load
 
 load(__name__)
 
-from . import _C, config, vmap  # noqa: E402, F401  (vmap: its batching rules are registered)
-from .functional import (  # noqa: E402
+from . import _C, config, vmap  # noqa: F401  (vmap: its batching rules are registered)
+from .functional import (
     decompositions,
     fused_add_rms_norm,
     fused_add_rms_norm_,
@@ -29,14 +29,9 @@ from .functional import (  # noqa: E402
     rms_norm,
     rms_norm_quant,
 )
-from .installation.paths import (  # noqa: E402
-    cmake_dir,
-    include_dir,
-    library_dir,
-    torch_library_dir,
-)
-from .integrations import dtensor, jagged, onnx  # noqa: E402
-from .modules import RMSNorm  # noqa: E402
+from .installation.paths import cmake_dir, include_dir, library_dir, torch_library_dir
+from .integrations import dtensor, jagged, onnx
+from .modules import RMSNorm
 
 if TYPE_CHECKING:
     from . import monitoring, ops
@@ -45,26 +40,11 @@ if TYPE_CHECKING:
     from .monitoring import monitor
 
 __version__ = "0.1.0"
-__all__ = [
-    "RMSNorm",
-    "cmake_dir",
-    "config",
-    "decompositions",
-    "fused_add_rms_norm",
-    "fused_add_rms_norm_",
-    "fused_add_rms_norm_quant",
-    "include_dir",
-    "library_dir",
-    "monitor",
-    "monitoring",
-    "ops",
-    "patch_transformers",
-    "replace_rms_norm",
-    "rms_norm",
-    "rms_norm_quant",
-    "rms_norm_sharded",
-    "torch_library_dir",
-]
+__all__ = ["RMSNorm", "rms_norm", "rms_norm_quant", "rms_norm_sharded"]
+__all__ += ["fused_add_rms_norm", "fused_add_rms_norm_", "fused_add_rms_norm_quant"]
+__all__ += ["config", "decompositions", "monitor", "monitoring", "ops"]
+__all__ += ["patch_transformers", "replace_rms_norm"]
+__all__ += ["cmake_dir", "include_dir", "library_dir", "torch_library_dir"]
 # Imported when they are first used: `import rmsnorm_cuda` stays quick.
 _LAZY = {
     "monitor": ".monitoring",

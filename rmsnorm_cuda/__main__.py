@@ -8,6 +8,7 @@ kernels would be laid out, `--cmake-dir` where CMake finds the package.
 import argparse
 import itertools
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -30,12 +31,11 @@ SHAPE = (7, 1031)  # odd: full vectors and a tail
 
 def processor():
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    name = re.search(r"^model name\s*:\s*(.+)", text, re.M)
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def describe():
@@ -47,41 +47,33 @@ def describe():
     yield "CPU", f"{processor()}, {torch.get_num_threads()} threads"
     try:
         in_use = f"{_C.isa()} in use"
-    # RMSNORM_CUDA_ISA asks for what is not there; the rest of the report is still wanted
+    # RMSNORM_CUDA_ISA asks for what is not there; the rest of the report is still wanted.
     except RuntimeError as error:
         in_use = f"ERROR: {error}"
-    yield (
-        "instruction set",
-        f"{in_use}; here: {', '.join(name for name in isas if isas[name])}; built: "
-        f"{', '.join(isas)}",
-    )
+    here = ", ".join(name for name, is_supported in isas.items() if is_supported)
+    yield "instruction set", f"{in_use}; here: {here}; built: {', '.join(isas)}"
     yield "CUDA kernels", ("" if _C.cuda_built() else "none: ") + _C.cuda_architectures()
     if _C.cuda_built():
-        runtime, driver = (
-            f"{version // 1000}.{version % 1000 // 10}" if version else "none"
-            for version in _C.cuda_versions()
-        )
-        yield "CUDA", f"runtime {runtime}, driver {driver}"
-        if driver != "none" and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
+        runtime, driver = _C.cuda_versions()  # 13000: 13.0
+        names = [f"{v // 1000}.{v % 1000 // 10}" if v else "none" for v in (runtime, driver)]
+        yield "CUDA", "runtime {}, driver {}".format(*names)
+        if driver and driver // 1000 < runtime // 1000:
             yield "CUDA driver", f"ERROR: {_C.cuda_error(INSUFFICIENT_DRIVER)}"
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            yield (
-                f"cuda:{i}",
-                f"{torch.cuda.get_device_name(i)}, compute capability "
-                f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}",
-            )
-    else:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(gpus):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
+        yield f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, compute capability {capability}"
+    if not gpus:
         yield "CUDA device", "none that torch sees"
 
 
 def checks(device, generator):
-    """Yields (what, ulps, limit) for each op, dtype pair and option."""
+    """Yields (kind, what, ulps, limit) for each op, dtype pair and option."""
 
     def randn(*shape, dtype):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    cols = SHAPE[-1:]
+    cols, ops = SHAPE[-1:], torch.ops.rmsnorm_cuda
     options = ({}, {"weight_offset": 1.0}, {"cast_before_weight": True})
     for dtype, weight_dtype, kwargs in itertools.product(DTYPES, (*DTYPES, None), options):
         x = randn(*SHAPE, dtype=dtype)
@@ -89,57 +81,53 @@ def checks(device, generator):
         if weight is None and kwargs:
             continue
         want = rms_norm_reference(x, cols, weight, 1e-6, **kwargs)
-        there = x.to(device), cols, None if weight is None else weight.to(device), 1e-6
+        args = x.to(device), cols, None if weight is None else weight.to(device), 1e-6
         # cast_before_weight rounds twice, the first time to the dtype of x: that is the ulp then,
         # of a wider result too.
-        limit = 2 if "cast_before_weight" in kwargs else 1
+        casts = "cast_before_weight" in kwargs
+        kind, limit = ("cast_before_weight", 2) if casts else ("forward", 1)
         ulp = torch.finfo(dtype).eps / torch.finfo(want.dtype).eps
         name = " ".join([str(dtype)[6:], "x", str(weight_dtype).removeprefix("torch."), *kwargs])
-        ops = torch.ops.rmsnorm_cuda
-        y, rstd = ops.rms_norm_forward(*there, **kwargs)
+        y, rstd = ops.rms_norm_forward(*args, **kwargs)
         out = torch.empty_like(want).to(device)
         for op, got in (
-            ("rms_norm", rmsnorm_cuda.rms_norm(*there, **kwargs)),
-            ("rms_norm.out", rmsnorm_cuda.rms_norm(*there, **kwargs, out=out)),
+            ("rms_norm", rmsnorm_cuda.rms_norm(*args, **kwargs)),
+            ("rms_norm.out", rmsnorm_cuda.rms_norm(*args, **kwargs, out=out)),
             ("rms_norm_forward", y),
         ):
-            yield f"{op} {name}", ulp_distance(got.cpu(), want).max().item() / ulp, limit
+            ulps = ulp_distance(got.cpu(), want).max().item() / ulp
+            yield kind, f"{op} {name}", ulps, limit
 
         # A gradient is a difference of terms; it is judged in ulps of the largest of its row or
         # column sum.
         dy = randn(*SHAPE, dtype=dtype)
         mask = [True, weight is not None]
-        grads = ops.rms_norm_backward(dy.to(device), *there[:3], rstd, 1e-6, mask, **kwargs)
+        grads = ops.rms_norm_backward(dy.to(device), *args[:3], rstd, 1e-6, mask, **kwargs)
         wants = rms_norm_backward_reference(dy, x, cols, weight, 1e-6, **kwargs)
-        for op, got, want in zip(("dx", "dweight"), grads, wants):
+        for kind, got, want in zip(("dx", "dweight"), grads, wants):
             if want is not None:
-                error = (got.cpu().double() - want).abs() - (
-                    round_once(want, got.dtype).double() - want
-                ).abs()
+                error = (got.cpu().double() - want).abs()
+                error -= (round_once(want, got.dtype).double() - want).abs()
                 ulps = (error.amax() / want.abs().amax() / torch.finfo(got.dtype).eps).item()
-                yield f"rms_norm_backward {op} {name}", ulps, 4
+                yield kind, f"rms_norm_backward {kind} {name}", ulps, 4
 
     # What is fused has the bits of the steps.
-    for dtype, eight in itertools.product(
-        DTYPES, (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-    ):
+    quant_dtypes = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+    for dtype, quant_dtype in itertools.product(DTYPES, quant_dtypes):
         x, residual, weight = (randn(*shape, dtype=dtype) for shape in (SHAPE, SHAPE, cols))
-        there = [t.to(device) for t in (x, residual, weight)]
+        args = [t.to(device) for t in (x, residual, weight)]
         total = (x.float() + residual.float()).to(dtype)
-        norm = rmsnorm_cuda.rms_norm(total.to(device), cols, there[2], 1e-6).cpu()
-        name = f"{str(dtype)[6:]} {str(eight)[6:]}"
-        for got, want in zip(
-            rmsnorm_cuda.fused_add_rms_norm(*there, 1e-6), (norm, total), strict=True
-        ):
-            yield f"fused_add_rms_norm {name}", ulp_distance(got.cpu(), want).max().item(), 0
-        output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*there, 1e-6, dtype=eight)
-        want, want_scale = quantize_reference(norm, eight)
-        yield (
-            f"rms_norm_quant {name}",
-            (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item(),
-            0,
-        )
-        yield f"rms_norm_quant scale {name}", ulp_distance(scale.cpu(), want_scale).max().item(), 0
+        norm = rmsnorm_cuda.rms_norm(total.to(device), cols, args[2], 1e-6).cpu()
+        name = f"{str(dtype)[6:]} {str(quant_dtype)[6:]}"
+        for got, want in zip(rmsnorm_cuda.fused_add_rms_norm(*args, 1e-6), (norm, total)):
+            ulps = ulp_distance(got.cpu(), want).max().item()
+            yield "fused", f"fused_add_rms_norm {name}", ulps, 0
+        output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*args, 1e-6, dtype=quant_dtype)
+        want, want_scale = quantize_reference(norm, quant_dtype)
+        differing = (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item()
+        yield "8 bits", f"rms_norm_quant {name}", differing, 0
+        ulps = ulp_distance(scale.cpu(), want_scale).max().item()
+        yield "8 bits", f"rms_norm_quant scale {name}", ulps, 0
 
 
 def self_check():
@@ -152,27 +140,15 @@ def self_check():
         if isa:
             _C.set_isa(isa)
         worst, count = {}, 0
-        for what, ulps, limit in checks(device, generator):
+        for kind, what, ulps, limit in checks(device, generator):
             count += 1
-            kind = (
-                what.split()[1]
-                if "backward" in what
-                else "cast_before_weight"
-                if "cast" in what
-                else "forward"
-            )
-            kind = "fused" if "fused" in what else "8 bits" if "quant" in what else kind
             worst[kind] = max(worst.get(kind, (0.0, limit)), (ulps, limit))
             if not ulps <= limit or (isa and _C.last_isa() != isa):
                 failures += 1
                 print(f"FAILED  {device} {isa or ''} {what}: {ulps:.3g} ulp, limit {limit}")
-        shown = ", ".join(
-            f"{kind} {ulps:.2f} (limit {limit})" for kind, (ulps, limit) in worst.items()
-        )
-        print(
-            f"self-check {device} {isa or ''}: {count} comparisons with fp64; worst in ulps: "
-            f"{shown}"
-        )
+        shown = ", ".join(f"{kind} {w:.2f} (limit {limit})" for kind, (w, limit) in worst.items())
+        print(f"self-check {device} {isa or ''}: {count} comparisons with fp64; ", end="")
+        print(f"worst in ulps: {shown}")
     _C.set_isa(None)
     return failures
 
@@ -180,34 +156,21 @@ def self_check():
 def main():
     what = "What is built and loaded, and a self-check against fp64."  # -OO leaves no docstring
     parser = argparse.ArgumentParser(prog="python -m rmsnorm_cuda", description=what)
-    parser.add_argument(
-        "--explain",
-        nargs=3,
-        metavar=("ROWS", "COLS", "DTYPE"),
-        help="how the CUDA kernels would be laid out, on several GPUs; DTYPE is fp32, fp16 or "
-        "bf16; needs no GPU",
+    layout = (
+        "how the CUDA kernels would be laid out, on several GPUs; needs no GPU; DTYPE is one of "
     )
-    parser.add_argument(
-        "--cmake-dir",
-        action="store_true",
-        help="print the rmsnorm_cuda_DIR for CMake's find_package",
-    )
+    metavar, dtypes = ("ROWS", "COLS", "DTYPE"), ", ".join(explain.DTYPES)
+    parser.add_argument("--explain", nargs=3, metavar=metavar, help=layout + dtypes)
+    cmake_dir = "print the rmsnorm_cuda_DIR for CMake's find_package"
+    parser.add_argument("--cmake-dir", action="store_true", help=cmake_dir)
     args = parser.parse_args()
     if args.cmake_dir:
         print(rmsnorm_cuda.cmake_dir())
         return 0
     if args.explain:
         rows, cols, dtype = args.explain
-        if not (
-            rows.isdigit()
-            and cols.isdigit()
-            and int(rows)
-            and int(cols)
-            and dtype in explain.DTYPES
-        ):
-            parser.error(
-                f"--explain: expected two positive integers and one of {', '.join(explain.DTYPES)}"
-            )
+        if not all(n.isdigit() and int(n) for n in (rows, cols)) or dtype not in explain.DTYPES:
+            parser.error(f"--explain: expected two positive integers and one of {dtypes}")
         print(*explain.lines(int(rows), int(cols), dtype), sep="\n")
         return 0
     lines = dict(describe())

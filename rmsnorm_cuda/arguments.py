@@ -1,5 +1,4 @@
-"""Arguments of the public functions that the eager entry points leave alone: not of the plainest
-types.
+"""Checks and converts the arguments that the eager entry points in C++ do not take.
 
 Numbers of numpy stand for Python's. An object of the wrong kind is a TypeError that names the
 argument; torch.ops would name its schema.
@@ -7,6 +6,7 @@ argument; torch.ops would name its schema.
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
 from collections.abc import Callable, Sequence
@@ -18,77 +18,61 @@ from torch.overrides import handle_torch_function, has_torch_function
 _NUMBERS = (Tensor, torch.SymFloat, torch.SymInt)  # which torch takes for numbers itself
 
 
-def _tensor(value):
-    return value if hasattr(value, "__torch_function__") else NotImplemented
-
-
-def _number(value):
-    if isinstance(value, _NUMBERS) or type(value) in (float, int):
-        return value
-    return float(value) if isinstance(value, numbers.Real) else NotImplemented
-
-
-def _integer(value):
-    if isinstance(value, torch.SymInt):
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        return NotImplemented
-
-
-def _flag(value):
+def _converted(value, expected):
+    """The value as torch.ops takes it; NotImplemented if it is not what is expected."""
     is_flag = isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
-    return bool(value) if is_flag else NotImplemented
+    match expected:
+        case "a Tensor" if hasattr(value, "__torch_function__"):
+            return value
+        case "a torch.dtype" if isinstance(value, torch.dtype):
+            return value
+        case "a bool" if is_flag:
+            return bool(value)
+        case "a number" if isinstance(value, _NUMBERS) or type(value) in (float, int):
+            return value
+        case "a number" if isinstance(value, numbers.Real):
+            return float(value)
+        case "an int" if isinstance(value, torch.SymInt):
+            return value
+        case "an int":
+            with contextlib.suppress(TypeError):
+                return operator.index(value)
+        case "an int or a tuple of ints" if not is_flag and not isinstance(value, str):
+            sizes = value if isinstance(value, Sequence) else (value,)
+            sizes = tuple(_converted(size, "an int") for size in sizes)
+            return NotImplemented if NotImplemented in sizes else sizes
+    return NotImplemented
 
 
-def _dtype(value):
-    return value if isinstance(value, torch.dtype) else NotImplemented
-
-
-def _shape(value):
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        sizes = tuple(map(_integer, value))
-    else:
-        sizes = (NotImplemented if _flag(value) is not NotImplemented else _integer(value),)
-    return NotImplemented if NotImplemented in sizes else sizes
-
-
-# By name: what is expected, whether it may be None, and the value as torch.ops takes it.
-_KINDS: dict[str, tuple[str, bool, Callable]] = {
-    "input": ("a Tensor", False, _tensor),
-    "residual": ("a Tensor", False, _tensor),
-    "weight": ("a Tensor", True, _tensor),
-    "scale": ("a Tensor", True, _tensor),
-    "out": ("a Tensor", True, _tensor),
-    "normalized_shape": ("an int or a tuple of ints", False, _shape),
-    "eps": ("a number", True, _number),
-    "scale_ub": ("a number", True, _number),
-    "weight_offset": ("a number", False, _number),
-    "block": ("an int", True, _integer),
-    "cast_before_weight": ("a bool", False, _flag),
-    "column_major": ("a bool", False, _flag),
-    "return_norm": ("a bool", False, _flag),
-    "dtype": ("a torch.dtype", False, _dtype),
+_KINDS = {  # what each argument is expected to be
+    **dict.fromkeys(("input", "residual", "weight", "scale", "out"), "a Tensor"),
+    **dict.fromkeys(("eps", "scale_ub", "weight_offset"), "a number"),
+    **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm"), "a bool"),
+    "normalized_shape": "an int or a tuple of ints",
+    "block": "an int",
+    "dtype": "a torch.dtype",
 }
+_OPTIONAL = "weight", "scale", "out", "eps", "scale_ub", "block"
 
 
-def checked(op: str, **arguments) -> tuple:
-    """The arguments, which have the names of `op`'s, as torch.ops takes them.
+def checked(op: str, *groups: dict) -> tuple[dict, ...]:
+    """Arguments by the names of `op`'s schema, as torch.ops takes them.
 
     Raises:
         TypeError: one is of the wrong kind.
     """
-    values = []
-    for name, given in arguments.items():
-        expected, optional, convert = _KINDS[name]
-        value = given if given is None and optional else convert(given)
-        if value is NotImplemented:
-            expected += " or None" if optional else ""
-            got = type(given).__name__
-            raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")
-        values.append(value)
-    return tuple(values)
+    return tuple({name: _checked(op, name, group[name]) for name in group} for group in groups)
+
+
+def _checked(op, name, given):
+    is_optional, expected = name in _OPTIONAL, _KINDS[name]
+    value = given if given is None and is_optional else _converted(given, expected)
+    if value is NotImplemented:
+        expected += " or None" if is_optional else ""
+        name = "return_norm" if name == "keep_norm" else name  # as the function calls it
+        got = type(given).__name__
+        raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")
+    return value
 
 
 def check_out(op: str, out: object, count: int) -> None:
@@ -114,12 +98,10 @@ def is_overridden(input: object, *others: object) -> bool:
 def override(function: Callable, input, normalized_shape, weight, eps, **options):
     """Hands the call to the __torch_function__ as F.rms_norm would: with the options, which are
     ours alone, only where they are not at their defaults."""
-    given = {
-        name: value
-        for name, value in options.items()
-        if not (value is None or (isinstance(value, bool | int | float) and value == 0))
-    }
-    tensors = input, weight, options["out"]
-    return handle_torch_function(
-        function, tensors, input, normalized_shape, weight=weight, eps=eps, **given
-    )
+
+    def is_default(value):
+        return value is None or (isinstance(value, bool | int | float) and value == 0)
+
+    tensors, more = (input, weight, options["out"]), {"weight": weight, "eps": eps}
+    more |= {name: value for name, value in options.items() if not is_default(value)}
+    return handle_torch_function(function, tensors, input, normalized_shape, **more)

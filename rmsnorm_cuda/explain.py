@@ -61,26 +61,14 @@ def explain(pass_, rows, cols, dtype, device):
         ValueError: rows or cols below 1, another dtype.
     """
     if rows < 1 or cols < 1:
-        raise ValueError(
-            f"explain: expected at least one row and one column, "
-            f"but got rows={rows} and cols={cols}"
-        )
+        got = f"rows={rows} and cols={cols}"
+        raise ValueError(f"explain: expected at least one row and one column, but got {got}")
     if dtype not in DTYPES.values():
-        raise ValueError(
-            f"explain: expected one of {', '.join(map(str, DTYPES.values()))}, but got {dtype}"
-        )
+        expected = ", ".join(map(str, DTYPES.values()))
+        raise ValueError(f"explain: expected one of {expected}, but got {dtype}")
     backward = pass_ == "backward"
-    plan = _C.cuda_plan(
-        backward,
-        rows,
-        cols,
-        dtype,
-        dtype,
-        dtype,
-        device.arch,
-        device.multiprocessors,
-        device.shared_kib << 10,
-    )
+    limits = device.arch, device.multiprocessors, device.shared_kib << 10
+    plan = _C.cuda_plan(backward, rows, cols, dtype, dtype, dtype, *limits)
     size = rows * cols * dtype.itemsize
     reads = (2 if backward else 1) * (2 if plan["keep"] == 2 else 1)
     dram_bytes = (reads + 1) * size + cols * dtype.itemsize
@@ -109,20 +97,18 @@ def lines(rows, cols, name):
             e = explain(pass_, rows, cols, DTYPES[name], device)
             plan = e.plan
             per_block = plan["threads"] // plan["lanes"]
-            place = (
-                f"{plan['cluster']} blocks a row"
-                if plan["cluster"] > 1
-                else f"{per_block} row{'s' * (per_block > 1)} a block"
-            )
+            place = f"{per_block} row{'s' * (per_block > 1)} a block"
+            if plan["cluster"] > 1:
+                place = f"{plan['cluster']} blocks a row"
             yield (
                 f"  {device_name:5} {plan['kernel']}: {plan['blocks']} blocks of "
-                f"{plan['threads']} threads, {place}, "
-                f"{plan['vectors']} x 16 bytes a thread; at most {plan['registers']} registers, "
-                f"{plan['shared_bytes'] / 1024:.0f} KiB shared; row kept in {KEEPS[plan['keep']]}"
+                f"{plan['threads']} threads, {place}, {plan['vectors']} x 16 bytes a thread; "
+                f"at most {plan['registers']} registers, {plan['shared_bytes'] / 1024:.0f} KiB "
+                f"shared; row kept in {KEEPS[plan['keep']]}"
             )
             yield (
-                f"        {e.dram_bytes / 1e6:.2f} MB of DRAM traffic, {e.least_us:.1f} us "
-                f"at {device.gbps:.0f} GB/s; in flight {e.in_flight / 1024:.0f} KiB a "
-                f"multiprocessor ({e.needed / 1024:.0f} needed); {e.waves:.2f} waves, "
-                f"{e.tail:.0%} of the machine idle in the last"
+                f"        {e.dram_bytes / 1e6:.2f} MB of DRAM traffic, {e.least_us:.1f} us at "
+                f"{device.gbps:.0f} GB/s; in flight {e.in_flight / 1024:.0f} KiB a multiprocessor "
+                f"({e.needed / 1024:.0f} needed); {e.waves:.2f} waves, {e.tail:.0%} of the machine "
+                "idle in the last"
             )

@@ -67,37 +67,27 @@ def rms_norm(
     if not is_dynamo_compiling():
         # No tuple of them all, which costs a tenth of a call on one row.
         if out is None:
-            result = _C.rms_norm(
-                input, normalized_shape, weight, eps, weight_offset, cast_before_weight
-            )
-            if result is not NotImplemented:
-                return result
-        elif (
-            _C.rms_norm_out(
+            y = _C.rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
+            if y is not NotImplemented:
+                return y
+        else:
+            done = _C.rms_norm_out(
                 input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out
             )
-            is None
-        ):
-            return out
-        options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-        if is_overridden(input, weight, out):
-            return override(rms_norm, input, normalized_shape, weight, eps, **options, out=out)
-        tensors = {"input": input, "normalized_shape": normalized_shape, "weight": weight}
-        _, *args = checked("rms_norm", out=out, **tensors, eps=eps, **options)
-    else:
-        if isinstance(normalized_shape, int):
-            normalized_shape = (normalized_shape,)
-        args = input, normalized_shape, weight, eps, weight_offset, cast_before_weight
-    *args, weight_offset, cast_before_weight = args
+            if done is None:
+                return out
+    elif isinstance(normalized_shape, int):
+        normalized_shape = (normalized_shape,)
+    args = {"input": input, "normalized_shape": normalized_shape, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-    if out is not None:
-        _ops.rms_norm.out(*args, **options, out=out)
-        return out
-    decompose = config.decompose and is_dynamo_compiling()
-    op = _ops.rms_norm_formula if decompose else _ops.rms_norm
-    # Of the packet's name nested tensors think that it is F.rms_norm. (The overload takes no number
-    # of torch as eps.)
-    return (op.default if input.is_nested else op)(*args, **options)
+    if not is_dynamo_compiling():
+        if is_overridden(input, weight, out):
+            return override(rms_norm, **args, **options, out=out)
+        checked("rms_norm", {"out": out})
+    if out is None:
+        return _call("rms_norm", args, options, None)
+    _call("rms_norm", args, options, {"out": out})
+    return out
 
 
 def fused_add_rms_norm(
@@ -149,22 +139,20 @@ def fused_add_rms_norm(
         )
         if results is not NotImplemented:
             return results
-    args = input, residual, weight, eps, weight_offset, cast_before_weight
     if out is not None:
         check_out("fused_add_rms_norm", out, 2)
-    if not is_dynamo_compiling():
-        if out is not None and _C.fused_add_rms_norm_out(*args, *out) is None:
-            return tuple(out)
-        args = checked("fused_add_rms_norm", **dict(zip(_FUSED_ADD, args)))
-    *args, weight_offset, cast_before_weight = args
+        if not is_dynamo_compiling():
+            done = _C.fused_add_rms_norm_out(
+                input, residual, weight, eps, weight_offset, cast_before_weight, *out
+            )
+            if done is None:
+                return tuple(out)
+    args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-    if out is not None:
-        output, total = out
-        _ops.fused_add_rms_norm.out(*args, **options, out=output, residual_out=total)
-        return output, total
-    decompose = config.decompose and is_dynamo_compiling()
-    op = _ops.fused_add_rms_norm_formula if decompose else _ops.fused_add_rms_norm
-    return op(*args, **options)
+    if out is None:
+        return _call("fused_add_rms_norm", args, options, None)
+    _call("fused_add_rms_norm", args, options, dict(zip(("out", "residual_out"), out)))
+    return tuple(out)
 
 
 def fused_add_rms_norm_(
@@ -192,15 +180,25 @@ def fused_add_rms_norm_(
         )
         if done is None:
             return
-    args = input, residual, weight, eps, weight_offset, cast_before_weight
-    if not is_dynamo_compiling():
-        args = checked("fused_add_rms_norm_", **dict(zip(_FUSED_ADD, args)))
-    *args, weight_offset, cast_before_weight = args
+    args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
-    _ops.fused_add_rms_norm_(*args, **options)
+    if not is_dynamo_compiling():
+        args, options = checked("fused_add_rms_norm_", args, options)
+    _ops.fused_add_rms_norm_(*args.values(), **options)
 
 
-_FUSED_ADD = "input", "residual", "weight", "eps", "weight_offset", "cast_before_weight"
+def _call(op, args, options, written):
+    """A differentiable op, compiled or with other than plain arguments. `written` is what it writes
+    to, by the names of the schema."""
+    if not is_dynamo_compiling():
+        args, options = checked(op, args, options)
+    if written:
+        return getattr(_ops, op).out(*args.values(), **options, **written)
+    decompose = config.decompose and is_dynamo_compiling()
+    packet = getattr(_ops, f"{op}_formula" if decompose else op)
+    # Of the packet's name nested tensors think that it is F.rms_norm. (The overload takes no number
+    # of torch as eps.)
+    return (packet.default if args["input"].is_nested else packet)(*args.values(), **options)
 
 
 def rms_norm_quant(
@@ -273,7 +271,8 @@ def rms_norm_quant(
             output, dynamic, norm = results
             scale = dynamic if scale is None else scale
             return (output, scale, norm) if return_norm else (output, scale)
-    return _quantized("rms_norm_quant", (input,), (weight, scale, eps, *quant), out)
+    args = {"input": input, "weight": weight, "scale": scale, "eps": eps}
+    return _quantized("rms_norm_quant", args, quant, out, ("out", "scale_out", "norm_out"))
 
 
 def fused_add_rms_norm_quant(
@@ -308,46 +307,36 @@ def fused_add_rms_norm_quant(
             output, dynamic, total, norm = results
             scale = dynamic if scale is None else scale
             return (output, scale, total, norm) if return_norm else (output, scale, total)
-    arguments = (weight, scale, eps, *quant)
-    return _quantized("fused_add_rms_norm_quant", (input, residual), arguments, out)
+    args = {"input": input, "residual": residual, "weight": weight, "scale": scale, "eps": eps}
+    names = "out", "scale_out", "residual_out", "norm_out"
+    return _quantized("fused_add_rms_norm_quant", args, quant, out, names)
 
 
-_QUANT = "weight", "scale", "eps", "dtype", "block", "scale_ub", "column_major", "return_norm"
-_OPTIONS = *_QUANT[3:7], "keep_norm", "weight_offset", "cast_before_weight"
-
-
-def _quantized(op, tensors, arguments, out):
-    """What both functions do with other than plain arguments: `tensors` is the input and, if one is
-    added, the residual.
-    """
-    _, scale, *_, return_norm, _, _ = arguments
-    count = len(tensors) + 1 + return_norm
-    given = ()
+def _quantized(op, args, quant, out, names_of_out):
+    """What both functions do while compiling, with `out`, or with other than plain arguments."""
+    scale, return_norm, done = args["scale"], quant[4], NotImplemented
+    count = len(names_of_out) - 1 + return_norm
     if out is not None:
         check_out(op, out, count)
-        # A result that is not asked for has no elements.
         output, dynamic, *rest = out
-        given = output, dynamic if scale is None else None, *rest, *(() if return_norm else (None,))
-    results = NotImplemented
-    if not is_dynamo_compiling():
-        if given:
-            results = getattr(_C, f"{op}_out")(*tensors, *arguments, *given)
-        if results is NotImplemented:
-            names = "input", "residual"
-            names = *names[: len(tensors)], *_QUANT, "weight_offset", "cast_before_weight"
-            tensors_and_arguments = checked(op, **dict(zip(names, (*tensors, *arguments))))
-            arguments = tensors_and_arguments[len(tensors) :]
-    if results is NotImplemented:
-        args, options = (*tensors, *arguments[:3]), dict(zip(_OPTIONS, arguments[3:]))
-        if given:
-            nothing = tensors[0].new_empty(0, dtype=torch.float32)
-            names = "out", "scale_out", "residual_out", "norm_out"
-            names = names if len(tensors) == 2 else (*names[:2], names[3])
-            written = (nothing if t is None else t for t in given)
-            getattr(_ops, op).out(*args, **options, **dict(zip(names, written)))
+        written = output, dynamic if scale is None else None, *rest
+        written = written if return_norm else (*written, None)
+        if not is_dynamo_compiling():
+            done = getattr(_C, f"{op}_out")(*args.values(), *quant, *written)
+    if done is NotImplemented:
+        names = "dtype", "block", "scale_ub", "column_major", "keep_norm"
+        names = *names, "weight_offset", "cast_before_weight"
+        options = dict(zip(names, quant))
+        if not is_dynamo_compiling():
+            args, options = checked(op, args, options)
+        if out is None:
+            output, dynamic, *rest = getattr(_ops, op)(*args.values(), **options)
         else:
-            results = getattr(_ops, op)(*args, **options)
-    output, dynamic, *rest = given or results
+            # A result that is not asked for has no elements.
+            nothing = args["input"].new_empty(0, dtype=torch.float32)
+            written = (nothing if t is None else t for t in written)
+            written = dict(zip(names_of_out, written))
+            getattr(_ops, op).out(*args.values(), **options, **written)
     return (output, dynamic if scale is None else scale, *rest)[:count]
 
 

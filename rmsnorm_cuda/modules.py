@@ -45,17 +45,13 @@ class RMSNorm(torch.nn.RMSNorm):
         weight_offset: float = 0.0,
         cast_before_weight: bool = False,
     ) -> None:
-        """Fills the weight of ``normalized_shape``, if ``elementwise_affine`` asks for one; see the
-        class.
-        """
+        """Fills the weight, if ``elementwise_affine`` asks for one; see the class."""
         super().__init__(
             normalized_shape, plain_eps(eps), elementwise_affine, device=device, dtype=dtype
         )
         self.weight_offset = weight_offset
         self.cast_before_weight = cast_before_weight
-        if (
-            weight_offset != 0.0
-        ):  # the base class filled the weight before it could know of the offset
+        if weight_offset != 0.0:  # the base class filled the weight before it knew of the offset
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,17 +79,13 @@ class RMSNorm(torch.nn.RMSNorm):
             weight = self._parameters["weight"]
         except KeyError:
             weight = self.weight
-        shape, eps, offset, cast = (
-            self.normalized_shape,
-            self.eps,
-            self.weight_offset,
-            self.cast_before_weight,
-        )
+        eps, offset, cast = self.eps, self.weight_offset, self.cast_before_weight
         if residual is not None:
             self._check_residual(x, weight)
             return fused_add_rms_norm(
                 x, residual, weight, eps, weight_offset=offset, cast_before_weight=cast
             )
+        shape = self.normalized_shape
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
             result = _C.rms_norm(x, shape, weight, eps, offset, cast)
             if result is not NotImplemented:
@@ -102,14 +94,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script() takes instead."""
-        if (
-            type(self).forward.__code__.co_code != RMSNorm.forward.__code__.co_code
-            or "weight" not in self._parameters
-        ):
+        is_ours = type(self).forward.__code__.co_code == RMSNorm.forward.__code__.co_code
+        if not is_ours or "weight" not in self._parameters:
             raise NotImplementedError(
                 f"torch.jit.script: {type(self).__name__} computes more than RMSNorm, and "
-                "TorchScript cannot compile its forward; "
-                "use torch.jit.trace or torch.export"
+                "TorchScript cannot compile its forward; use torch.jit.trace or torch.export"
             )
         return ScriptableRMSNorm(self)
 
@@ -120,19 +109,14 @@ class RMSNorm(torch.nn.RMSNorm):
                 "RMSNorm: a residual needs a normalized_shape of one dimension, but it is "
                 f"{tuple(shape)}"
             )
-        if (
-            weight is None and x.shape[-1:] != shape
-        ):  # else the weight tells, and torch.fx cannot trace a comparison
+        # Else the op compares it with the weight; torch.fx cannot trace a comparison.
+        if weight is None and x.shape[-1:] != shape:
             raise RuntimeError(
                 f"RMSNorm: given normalized_shape={list(shape)}, expected input with that shape at "
-                "the end, but got input of "
-                f"size {list(x.shape)}"
+                f"the end, but got input of size {list(x.shape)}"
             )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if self.weight_offset != 0.0:
-            text += f", weight_offset={self.weight_offset}"
-        if self.cast_before_weight:
-            text += ", cast_before_weight=True"
-        return text
+        offset = f", weight_offset={self.weight_offset}" if self.weight_offset != 0.0 else ""
+        cast = ", cast_before_weight=True" if self.cast_before_weight else ""
+        return super().extra_repr() + offset + cast

@@ -18,10 +18,5 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted(
-        {
-            s.name.partition("::")[2]
-            for s in torch._C._jit_get_all_schemas()
-            if s.name.startswith("rmsnorm_cuda::")
-        }
-    )
+    names = (schema.name.partition("::") for schema in torch._C._jit_get_all_schemas())
+    return sorted({name for namespace, _, name in names if namespace == "rmsnorm_cuda"})

@@ -86,15 +86,7 @@ def is_too_old(version, requirement):
     return bool(given) and given < oldest
 
 
-def check_version(torch, requirement):
-    if is_too_old(torch.version, requirement):
-        fail(
-            f"torch {torch.version} was found, and {requirement} is needed; "
-            f"`pip install '{requirement}'`."
-        )
-
-
-def find_torch(where=None):
+def find_torch(requirement, where=None):
     """The torch in that folder, or the one that this Python would import; nothing is imported."""
     finder = importlib.machinery.PathFinder.find_spec if where else importlib.util.find_spec
     spec = finder("torch", [where] if where else None)
@@ -102,13 +94,15 @@ def find_torch(where=None):
         return None
     folder = Path(spec.origin).parent
     try:
-        version = runpy.run_path(str(folder / "version.py"))
+        values = runpy.run_path(str(folder / "version.py"))
     except OSError:
-        fail(
-            f"torch in {folder} is not complete: it has no version.py; "
-            "`pip install --force-reinstall torch`."
-        )
-    return Torch(folder, version["__version__"], version.get("cuda"), version.get("hip"))
+        reinstall = "`pip install --force-reinstall torch`"
+        fail(f"torch in {folder} is not complete: it has no version.py; {reinstall}.")
+    version = values["__version__"]
+    if is_too_old(version, requirement):
+        install = f"`pip install '{requirement}'`"
+        fail(f"torch {version} was found, and {requirement} is needed; {install}.")
+    return Torch(folder, version, values.get("cuda"), values.get("hip"))
 
 
 def words_of(variable, default=""):
@@ -122,21 +116,17 @@ def words_of(variable, default=""):
 
 def find_compiler():
     """The words of the command, without ccache: setup.py puts that before every compiler."""
-    words = words_of("CXX", "g++")
-    cxx = os.environ.get("CXX") or "g++"
+    words, cxx = words_of("CXX", "g++"), os.environ.get("CXX") or "g++"
     if words and Path(words[0]).name == "ccache":
         words = words[1:]
     if not words or not shutil.which(words[0]):
-        fail(
-            f"the C++ compiler {cxx!r} was not found; install g++ 11 or newer, or name one in CXX."
-        )
+        fix = "install g++ 11 or newer, or name one in CXX"
+        fail(f"the C++ compiler {cxx!r} was not found; {fix}.")
     version = output(*words, "-dumpversion").strip()
     major = re.match(r"\d+", version)
     if major and int(major[0]) < 11:
-        fail(
-            f"{cxx} is of version {version}, and g++ or clang++ 11 or newer is needed; "
-            "name another in CXX."
-        )
+        needed = "g++ or clang++ 11 or newer is needed; name another in CXX"
+        fail(f"{cxx} is of version {version}, and {needed}.")
     return words
 
 
@@ -148,46 +138,43 @@ def jobs():
     return value
 
 
-# The flags of both layers
+class Layer(NamedTuple):
+    library: Path
+    sources: list[Path]  # the longest compilation first
+    flags: list[str]  # to compile them
+    link: list[str]
 
 
-def ops_flags(torch):
-    """To compile csrc/torch."""
+def both_layers(torch, csrc, lib, folder, rpath="$ORIGIN/..:$ORIGIN/../../../torch/lib"):
+    """librmsnorm_torch.so and _C, which loads it, to be built into a folder.
+
+    `lib` has librmsnorm.so. `rpath` is where that lies, and torch: the default is for a folder of
+    an installed package, beside which torch lies. (In Python that is loaded already.)
+    """
     # torch 2.11 is of C++17. Its headers call std::ostringstream::str(), which C++20 takes from
     # libstdc++ 11: too new for a wheel.
     standard = "c++17" if torch.layer == "torch2.11" else "c++20"
     # at::parallel_for is inline and serial without -fopenmp; the runtime is libgomp.so.1, torch's.
     flags = f"-std={standard} -O2 -fopenmp -fPIC -fvisibility=hidden -Wall -Wextra".split()
-    return [*flags, "-isystem", str(torch.folder / "include")]
-
-
-def binding_flags(torch):
-    """To compile csrc/python."""
+    flags += ["-isystem", str(torch.folder / "include")]
     # pybind11 is the one that torch was built with: its type casters are torch's.
     # The argument parser's header takes fmt's functions inline, as torch itself was compiled.
     python = ["-isystem", sysconfig.get_paths()["include"], "-DFMT_HEADER_ONLY=1"]
-    return [*ops_flags(torch), *python, f'-DRMSNORM_TORCH_VERSION="{torch.version}"']
-
-
-def _link_flags(torch, lib, rpath):
+    python += [f'-DRMSNORM_TORCH_VERSION="{torch.version}"']
     # --disable-new-dtags makes RPATH of -rpath. It goes before LD_LIBRARY_PATH, where a namesake
     # may lie.
-    folders = [f"-L{lib}", f"-L{torch.folder / 'lib'}"]
-    flags = ["-Wl,--no-as-needed", "-Wl,--disable-new-dtags", f"-Wl,-rpath,{rpath}"]
-    return [*words_of("LDFLAGS"), *folders, *flags]
-
-
-def ops_link(torch, lib, rpath="$ORIGIN/..:$ORIGIN/../../../torch/lib"):
-    """To link librmsnorm_torch.so. The rpath's second part is where torch lies beside an installed
-    package; in Python it is loaded already."""
-    libraries = ["-lrmsnorm", "-ltorch_cpu", "-lc10", f"-Wl,-soname,{OPS}"]
-    return [*_link_flags(torch, lib, rpath), "-Wl,--no-undefined", "-fopenmp", *libraries]
-
-
-def binding_link(torch, lib, ops, rpath="$ORIGIN:$ORIGIN/..:$ORIGIN/../../../torch/lib"):
-    """To link _C beside `ops`. Python's own symbols are left to the interpreter."""
-    libraries = ["-lrmsnorm_torch", "-lrmsnorm", "-ltorch_python", "-ltorch_cpu", "-lc10"]
-    return [*_link_flags(torch, lib, rpath), f"-L{ops.parent}", *libraries]
+    link = [*words_of("LDFLAGS"), f"-L{lib}", f"-L{folder}", f"-L{torch.folder / 'lib'}"]
+    link += ["-Wl,--no-as-needed", "-Wl,--disable-new-dtags"]
+    link_ops = [*link, f"-Wl,-rpath,{rpath}", f"-Wl,-soname,{OPS}", "-Wl,--no-undefined"]
+    link_ops += ["-fopenmp", "-lrmsnorm", "-ltorch_cpu", "-lc10"]
+    # Python's own symbols are left to the interpreter.
+    link_binding = [*link, f"-Wl,-rpath,$ORIGIN:{rpath}", "-lrmsnorm_torch", "-lrmsnorm"]
+    link_binding += ["-ltorch_python", "-ltorch_cpu", "-lc10"]
+    of_ops, of_binding = sorted(csrc.glob("torch/*.cpp"), reverse=True), csrc.glob("python/*.cpp")
+    return (
+        Layer(folder / OPS, of_ops, flags, link_ops),
+        Layer(folder / binding_name(), [*of_binding], [*flags, *python], link_binding),
+    )
 
 
 def binding_name():
@@ -208,12 +195,9 @@ def built_name(version):
     older package left is not taken."""
     csrc = sources()
     key = hashlib.sha256(f"{PACKAGE} {binding_name()}".encode())
-    for path in (
-        csrc / "rmsnorm.h",
-        *sorted(csrc.glob("python/*.*")),
-        *sorted(csrc.glob("torch/*.*")),
-    ):
-        key.update(path.read_bytes())
+    for pattern in ("rmsnorm.h", "python/*.*", "torch/*.*"):
+        for path in sorted(csrc.glob(pattern)):
+            key.update(path.read_bytes())
     return f"torch{version}-{key.hexdigest()[:16]}"
 
 
@@ -233,8 +217,9 @@ def cache_folder():
     return Path(folder) if os.path.isabs(folder) else None
 
 
-def built_layers(version):
-    """(the folder built for that torch or None, why one in the cache was refused or None)."""
+def layers_folder(version):
+    """The folder of the layers for that torch, which need not exist, and why one in the cache was
+    refused, or None."""
     cache, refused = cache_folder(), None
     for parent in (PACKAGE / "lib", cache):
         # Without a folder of that version there is nothing to hash at import.
@@ -245,7 +230,7 @@ def built_layers(version):
             refused = why_not_trusted(folder)
         if not refused and all(os.path.exists(folder / name) for name in (OPS, binding_name())):
             return folder, None
-    return None, refused
+    return PACKAGE / "lib" / layer_name(version), refused
 
 
 def is_whole(library):
@@ -279,46 +264,41 @@ def why_not_trusted(folder):
 
 def make_destination(name):
     """The folder to build in, and the one that it becomes: in lib/, or in the cache."""
-    refused = []
+    reasons = []
     for parent, mode in ((PACKAGE / "lib", 0o755), (cache_folder(), 0o700)):
         if not parent:
-            refused.append("there is no home folder")
+            reasons.append("there is no home folder")
             continue
         try:
             parent.mkdir(mode=mode, parents=True, exist_ok=True)
             reason = mode == 0o700 and why_not_trusted(parent)
             if not reason:
-                made = Path(tempfile.mkdtemp(prefix=".build", dir=parent))
-                made.chmod(mode)
-                return made, parent / name
+                scratch = Path(tempfile.mkdtemp(prefix=".build", dir=parent))
+                scratch.chmod(mode)
+                return scratch, parent / name
         except OSError as error:
             reason = f"{parent} cannot be written ({error.strerror})"
-        refused.append(reason)
-    fail(
-        f"there is no place for what is built: {'; '.join(refused)}. "
-        "RMSNORM_CUDA_CACHE names another folder."
-    )
+        reasons.append(reason)
+    why = "; ".join(reasons)
+    fail(f"there is no place for what is built: {why}. RMSNORM_CUDA_CACHE names another folder.")
 
 
-def put_in_place(made, folder):
-    """Renames it, in place of what was there. What another process puts there is as good."""
+def put_in_place(scratch, folder):
+    """Renames it, in place of what was there. What another process put there is as good."""
     options = {"prefix": ".old", "dir": folder.parent, "ignore_cleanup_errors": True}
     with tempfile.TemporaryDirectory(**options) as old:
         with contextlib.suppress(FileNotFoundError):
             folder.rename(Path(old) / folder.name)
-        try:
-            made.rename(folder)
-        except OSError:
-            shutil.rmtree(made)
+        with contextlib.suppress(OSError):
+            scratch.rename(folder)
 
 
-def loads(code):
-    """(whether a fresh Python runs it, what it says if not)."""
-    run = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
-    return run.returncode == 0, run.stderr
+def run_python(code):
+    """In a fresh process."""
+    return subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
 
 
-def compile_all(commands):
+def run_all(commands):
     """Runs them, MAX_JOBS at once, and returns whether all succeeded."""
     limit = int(jobs() or os.cpu_count() or 1)
     waiting, running, succeeded = commands[::-1], [], True
@@ -332,48 +312,36 @@ def compile_all(commands):
 
 def build(torch, cxx):
     """Builds both layers and returns their folder."""
-    made, folder = make_destination(built_name(torch.version))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was made is removed then, too
+    scratch, folder = make_destination(built_name(torch.version))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `scratch` is removed then, too
     try:
-        csrc, lib, version = sources(), PACKAGE / "lib", torch.version
-        files = [(path, ops_flags(torch)) for path in sorted((csrc / "torch").glob("*.cpp"))]
-        files.append((csrc / "python" / "bindings.cpp", binding_flags(torch)))
-        objects = [str(made / f"{path.stem}.o") for path, _ in files]
-        ops, binding = made / OPS, made / binding_name()
-        rpaths = [] if folder.parent == lib else [f"{lib}:{torch.folder / 'lib'}"]
-        link_ops = [*objects[:-1], *ops_link(torch, lib, *rpaths)]
-        rpaths = [f"$ORIGIN:{path}" for path in rpaths]
-        link_binding = [objects[-1], *binding_link(torch, lib, ops, *rpaths)]
-        print(
-            f"rmsnorm_cuda: building the layers for torch {version}, which takes a minute of CPU "
-            "time",
-            flush=True,
-        )
-        succeeded = compile_all(
-            [[*cxx, *flags, "-c", str(path), "-o", o] for (path, flags), o in zip(files, objects)]
-        )
-        for target, words in (ops, link_ops), (binding, link_binding):
-            succeeded = succeeded and compile_all([[*cxx, "-shared", "-o", str(target), *words]])
-        if not succeeded:
-            fail(
-                f"`{shlex.join(cxx)}` does not build the layers for torch {version}; "
-                "what it said is above."
-            )
+        lib, layers = PACKAGE / "lib", f"the layers for torch {torch.version}"
+        rpath = [] if folder.parent == lib else [f"{lib}:{torch.folder / 'lib'}"]
+        both = both_layers(torch, sources(), lib, scratch, *rpath)
+        print(f"rmsnorm_cuda: building {layers}, which takes a minute of CPU time", flush=True)
+        compilations, links = [], []
+        for library, files, flags, link in both:
+            objects = [str(scratch / f"{path.stem}.o") for path in files]
+            compilations += [[*flags, "-c", str(p), "-o", o] for p, o in zip(files, objects)]
+            links.append([["-shared", *objects, "-o", str(library), *link]])
+        for commands in (compilations, *links):  # each step needs the one before
+            if not run_all([[*cxx, *words] for words in commands]):
+                fail(f"`{shlex.join(cxx)}` does not build {layers}; what it said is above.")
         code = f"""if True:
             import torch, importlib.util
-            spec = importlib.util.spec_from_file_location("_C", {str(binding)!r})
+            spec = importlib.util.spec_from_file_location("_C", {str(both[1].library)!r})
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             module.libraries()
         """
-        right, said = loads(code)
-        if not right:
-            fail(f"what was built does not load beside torch {version}:\n{said}")
-        for path in objects:
-            os.unlink(path)
-        put_in_place(made, folder)
+        run = run_python(code)
+        if run.returncode:
+            fail(f"what was built does not load beside torch {torch.version}:\n{run.stderr}")
+        for path in scratch.glob("*.o"):
+            path.unlink()
+        put_in_place(scratch, folder)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -383,21 +351,19 @@ def main():
         sys.exit(sys.argv[1:] not in (["-h"], ["--help"]))
     # Python puts the folder of the script there.
     sys.path = [path for path in sys.path if os.path.abspath(path) != str(SCRIPT.parent)]
-    torch = find_torch() or fail(f"torch is not installed for {sys.executable}.")
     requirement = runpy.run_path(str(SCRIPT.with_name("supported.py")))["TORCH"]
-    check_version(torch, requirement)
+    torch = find_torch(requirement) or fail(f"torch is not installed for {sys.executable}.")
     kernels = PACKAGE / "lib" / KERNELS
     if not kernels.exists() or not is_whole(kernels):
         fail(f"{kernels} is not there, or was cut: install or build the package first.")
-    if loads(f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rmsnorm_cuda")[0]:
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rmsnorm_cuda"
+    if not run_python(code).returncode:
         print(f"rmsnorm_cuda loads beside torch {torch.version} as it is; nothing is to be built.")
         return
     cxx = find_compiler()
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        fail(
-            f"Python.h of {sys.executable} was not found; install Python's headers (python3-dev or "
-            "python3-devel)."
-        )
+        fix = "install Python's headers (python3-dev or python3-devel)"
+        fail(f"Python.h of {sys.executable} was not found; {fix}.")
     try:
         print(f"rmsnorm_cuda: built in {build(torch, cxx)}")
     except ValueError as error:

@@ -13,22 +13,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from .build_layers import (
-    KERNELS,
-    OPS,
-    PACKAGE,
-    SCRIPT,
-    binding_name,
-    built_layers,
-    is_too_old,
-    is_whole,
-    layer_name,
-)
+from . import build_layers as layers
+from .build_layers import KERNELS, OPS, PACKAGE
 from .supported import TORCH
 
 LIBRARIES = PACKAGE / "lib"
 PYTHON = shlex.quote(sys.executable)
-BUILD_LAYERS = f"`{PYTHON} {shlex.quote(str(SCRIPT))}`, which takes g++ and a minute"
+BUILD_LAYERS = f"`{PYTHON} {shlex.quote(str(layers.SCRIPT))}`, which takes g++ and a minute"
 
 
 def carried() -> list[str]:
@@ -38,40 +29,28 @@ def carried() -> list[str]:
     return sorted(versions - by_build_layers, key=lambda v: [int(n) for n in re.findall(r"\d+", v)])
 
 
-def layers_folder(version: str) -> tuple[Path, str | None]:
-    """The folder of the layers for that torch, which need not exist, and why a cached one was
-    refused, or None."""
-    folder, refused = built_layers(version)
-    return folder or LIBRARIES / layer_name(version), refused
-
-
 def load(package: str) -> None:
     """Imports torch, and then `_C` as the package's module of that name.
 
     Raises:
         ImportError: there is no torch, no build for it or this Python, or the build does not load.
     """
+    fix = f"`pip install '{TORCH}'`"
     try:
         import torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ImportError(
-            f"rmsnorm_cuda needs torch, which is not installed; `pip install '{TORCH}'`."
-        ) from None
+        raise ImportError(f"rmsnorm_cuda needs torch, which is not installed; {fix}.") from None
     if not hasattr(torch, "__version__"):
-        raise ImportError(
-            f"rmsnorm_cuda needs torch, and the folder {next(iter(torch.__path__))} is not that; "
-            f"`pip install '{TORCH}'`."
-        )
+        folder = next(iter(torch.__path__))
+        raise ImportError(f"rmsnorm_cuda needs torch, and the folder {folder} is not that; {fix}.")
     version = torch.__version__
-    if is_too_old(version, TORCH):
-        raise ImportError(
-            f"rmsnorm_cuda needs {TORCH}, and this is torch {version}; `pip install '{TORCH}'`."
-        )
+    if layers.is_too_old(version, TORCH):
+        raise ImportError(f"rmsnorm_cuda needs {TORCH}, and this is torch {version}; {fix}.")
     _check_kernels()
     try:
-        folder, refused = layers_folder(version)
+        folder, refused = layers.layers_folder(version)
     except ValueError as error:
         raise ImportError(f"rmsnorm_cuda: {error}.") from None
     _check_layers(folder, refused, version)
@@ -87,13 +66,11 @@ def load(package: str) -> None:
 
 
 def _check_kernels():
-    kernels = LIBRARIES / KERNELS
-    if kernels.exists() and is_whole(kernels):
-        return
+    kernels, problem = LIBRARIES / KERNELS, f"is not compiled in {PACKAGE}"
     if kernels.exists():
+        if layers.is_whole(kernels):
+            return
         problem = f"was cut: {kernels} ends too early"
-    else:
-        problem = f"is not compiled in {PACKAGE}"
     if (PACKAGE.parent / "setup.py").exists():
         checkout = shlex.quote(str(PACKAGE.parent))
         fix = f"build it by `cd {checkout} && {PYTHON} setup.py build_ext --inplace`"
@@ -109,14 +86,14 @@ def _check_kernels():
 def _check_layers(folder, refused, version):
     """That there are layers for this torch and this Python, whether or not they load."""
     if not (folder / OPS).exists():
+        builds = ", ".join(carried()) or "(none)"
         reason = f" What was built for it before is not loaded: {refused}." if refused else ""
         raise ImportError(
-            f"rmsnorm_cuda in {PACKAGE} carries builds for torch "
-            f"{', '.join(carried()) or '(none)'}, and this is torch {version}; build it for this "
-            f"one by {BUILD_LAYERS}.{reason}"
+            f"rmsnorm_cuda in {PACKAGE} carries builds for torch {builds}, and this is torch "
+            f"{version}; build it for this one by {BUILD_LAYERS}.{reason}"
         )
     pythons = ", ".join(sorted(file.name.split(".")[1] for file in folder.glob("_C.*.so")))
-    if pythons and not (folder / binding_name()).exists():
+    if pythons and not (folder / layers.binding_name()).exists():
         raise ImportError(
             f"rmsnorm_cuda in {PACKAGE} was built for another Python ({pythons}), and this is "
             f"{platform.python_implementation()} {platform.python_version()}; install it with this "
@@ -126,9 +103,9 @@ def _check_layers(folder, refused, version):
 
 def _load_binding(name, folder):
     """Imports `_C`, once in a process, if the libraries that it takes along are the ones meant."""
-    ops, binding = folder / OPS, folder / binding_name()
+    ops, binding = folder / OPS, folder / layers.binding_name()
     for path in (ops, binding):
-        if not path.exists() or not is_whole(path):
+        if not path.exists() or not layers.is_whole(path):
             raise ImportError(f"{path.name} is not there, or was cut")
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, binding)

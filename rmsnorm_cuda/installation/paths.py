@@ -1,7 +1,6 @@
 """Where a C++ program finds the headers and libraries; it needs no Python to run."""
 
-from .build_layers import PACKAGE
-from .load import layers_folder
+from .build_layers import PACKAGE, layers_folder
 
 
 def include_dir() -> str:

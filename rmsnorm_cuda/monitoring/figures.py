@@ -118,22 +118,17 @@ class _WeightSizes:
     """RMS of each norm's weight + offset. Computed anew only where a weight was written."""
 
     def __init__(self, norms: list[RMSNorm]) -> None:
-        self._norms, self._versions, self._step = norms, (), 0
+        self._norms, self._versions, self._step = norms, [], 0
         self._sizes: Tensor | None = None
 
     def at(self, step: int, training: bool, device: torch.device) -> Tensor:
         due = self._sizes is None or step - self._step >= WEIGHT_INTERVAL
         if due or training:
-            weights = [
-                m._parameters["weight"] if "weight" in m._parameters else m.weight
-                for m in self._norms
-            ]
-            versions = tuple(
-                None if w is None or w.is_inference() else (id(w), w._version) for w in weights
-            )
+            ws = [norm.weight for norm in self._norms]
+            versions = [None if w is None or w.is_inference() else (id(w), w._version) for w in ws]
             if due or versions != self._versions:
                 self._step, self._versions = step, versions
-                self._sizes = self._measure(weights, device)
+                self._sizes = self._measure(ws, device)
         return self._sizes
 
     def _measure(self, weights: list[Tensor | None], device: torch.device) -> Tensor:
@@ -158,12 +153,9 @@ class History:
     def __init__(self, norms: int) -> None:
         self.steps: list[tuple[int, Tensor]] = []  # number, [norms, COLUMNS] on the CPU
         self.first = torch.full((norms, COLUMNS), math.nan, dtype=torch.float32, device="cpu")
-        self._first_is_known = False
 
     def add(self, step: Step) -> None:
-        if not self._first_is_known:
-            self.first = torch.where(self.first.isnan(), step.figures, self.first)
-            self._first_is_known = not self.first[:, [MEAN, WEIGHT]].isnan().any()
+        self.first = torch.where(self.first.isnan(), step.figures, self.first)
         self.steps.append((step.number, step.figures))
 
     def thin(self, alarmed: Iterable[int]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..modules import RMSNorm
 from .figures import INF, MAX, MEAN, MIN, NAN, ROWS, SMALL, WEIGHT, Step
 
 
@@ -52,37 +52,16 @@ class RMSNormAlarm(RuntimeError):
 OnAlarm = Callable[[Alarm], None] | str | None  # a function, "raise", or nothing
 
 
-class AlarmLog:
-    """Tells each kind of alarm once for each norm, and keeps it."""
-
-    def __init__(self, on_alarm: OnAlarm) -> None:
-        self.alarms: list[Alarm] = []
-        self._on_alarm = on_alarm
-        self._told: set[tuple[str, str]] = set()
-
-    def tell(self, alarms: list[Alarm], may_raise: bool = True) -> None:
-        new = [a for a in alarms if (a.norm, a.kind) not in self._told]
-        self._told.update((a.norm, a.kind) for a in new)
-        self.alarms += new
-        if callable(self._on_alarm):
-            with ExitStack() as stack:  # calls each one, also if one raises
-                for alarm in reversed(new):
-                    stack.callback(self._on_alarm, alarm)
-        elif new and self._on_alarm == "raise" and may_raise:
-            raise RMSNormAlarm(new[0])
-
-
 def find_faults(
-    step: Step, first: Tensor, dead: Tensor | None, eps: dict[str, float | None], limits: Thresholds
+    step: Step, first: Tensor, dead: Tensor | None, norms: dict[str, RMSNorm], limits: Thresholds
 ) -> list[Alarm]:
     """The faults of a step by norm, so that where one comes first is told first.
 
     Args:
         first: the figures that each norm had first.
         dead: for each norm whether what is before it adds nothing.
-        eps: of each norm, by its name.
     """
-    names, checks = list(eps), []
+    names, checks = list(norms), []
     rows, nan, inf, small, _, mean, _, longest, _, weight = step.figures.unbind(1)
 
     def check(kind: str, is_fault: Tensor, message: str, *values: Sequence) -> None:
@@ -93,8 +72,9 @@ def find_faults(
         message = "Inf in {:.0f} of {:.0f} rows: what comes before it overflows"
         check("non_finite", inf > 0, message, inf, rows)
     if limits.small is not None:
+        eps = [norm.eps for norm in norms.values()]
         message = "the mean of squares of {:.0%} of the rows is below eps={}, which decides there"
-        check("small", small > limits.small * rows, message, small / rows, list(eps.values()))
+        check("small", small > limits.small * rows, message, small / rows, eps)
     if limits.drift is not None:
         drift = mean - first[:, MEAN]
         message = "rows are {:.3g} times as long as in the first step"

@@ -7,9 +7,9 @@ import functools
 import operator
 import sys
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
 from ..again import is_a
-from ..integrations.families import (
-    RMSNormInWeightDtype,
-    RMSNormOfAnyWidth,
-    called_with,
-    computing_class,
-)
+from ..integrations import families
+from ..integrations.families import RMSNormInWeightDtype, computing_class
 from ..modules import RMSNorm
 from .figures import EQUAL, MEAN, ROWS, Call, History, Meter, Step
-from .report import Alarm, AlarmLog, OnAlarm, Thresholds, find_faults, heat_map, table
-
-_forward_op = torch.ops.rmsnorm_cuda.rms_norm_forward.default
-_fused_op = torch.ops.rmsnorm_cuda.fused_add_rms_norm_forward.default
+from .report import Alarm, OnAlarm, RMSNormAlarm, Thresholds, find_faults, heat_map, table
 
 
-def monitor(
-    model: nn.Module,
-    *,
-    thresholds: Thresholds = Thresholds(),  # noqa: B008
-    on_alarm: OnAlarm = None,
-    every: int = 1,
-) -> Monitor:
+class Monitor:
     """Watches the norms of `model` (rmsnorm_cuda.RMSNorm; see replace_rms_norm) in a `with` block.
 
     Every forward of the model is a step. For each norm it keeps how long the rows are that it is
@@ -50,7 +37,7 @@ def monitor(
     entering, its norms as ops whatever `config.decompose` says. On CUDA nothing waits; a fault is
     told a step later. Threads may call the model at once, each has steps of its own; a compiled
     model one at a time. Norms of classes with a forward of their own are in ``.skipped``. A copy of
-    the model made meanwhile is not watched.
+    the model made meanwhile is not watched. What was seen is in ``.alarms`` and `figures()`.
 
     Args:
         model: what is called. Where it is compiled, the compiled one.
@@ -58,31 +45,31 @@ def monitor(
         on_alarm: a function to call with each :class:`Alarm`, or "raise" for
             :class:`RMSNormAlarm`; None: they are kept in ``.alarms``. Each kind is told once for
             each norm.
-        every: looks at every so-manieth step only.
+        every: 3 looks at each third step only.
 
         with rmsnorm_cuda.monitor(model) as m:
             train(model)
         m.report()
         m.plot("norms.png")
     """
-    return Monitor(model, thresholds, on_alarm, every)
-
-
-class Monitor:
-    """What was seen: `alarms`, `skipped`, `figures()`, `report()`, `plot()`. Made by monitor()."""
 
     def __init__(
-        self, model: nn.Module, thresholds: Thresholds, on_alarm: OnAlarm, every: int
+        self,
+        model: nn.Module,
+        *,
+        thresholds: Thresholds = Thresholds(),  # noqa: B008
+        on_alarm: OnAlarm = None,
+        every: int = 1,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"monitor: expected a torch.nn.Module, got {type(model).__name__}")
         if on_alarm not in (None, "raise") and not callable(on_alarm):
-            raise TypeError(
-                f"monitor: expected on_alarm to be 'raise', a function or None, got {on_alarm!r}"
-            )
+            expected = "expected on_alarm to be 'raise', a function or None"
+            raise TypeError(f"monitor: {expected}, got {on_alarm!r}")
         if every < 1:
             raise ValueError(f"monitor: expected every to be positive, but got {every}")
         self.model, self.thresholds = model, thresholds
+        self.alarms: list[Alarm] = []
         self.norms: dict[str, RMSNorm] = {}
         self.skipped: dict[str, str] = {}  # norms that are not watched, and why
         for name, module in model.named_modules():
@@ -95,18 +82,14 @@ class Monitor:
             what = "the model holds no rmsnorm_cuda.RMSNorm that can be watched"
             raise ValueError(f"monitor: {what}; {'; '.join(reasons)}")
         norms = list(self.norms.values())
-        self._watches = _Watches(norms)
+        self._thread = _Thread(64 * len(norms))  # a bound where nothing ends a step
+        self._watches = [_Watch(i, self._thread) for i in range(len(norms))]
         self._meter, self._history = Meter(norms), History(len(norms))
-        self._dead_layers, self._log = _DeadLayers(len(norms)), AlarmLog(on_alarm)
-        self._eps = {name: module.eps for name, module in self.norms.items()}
-        self._every, self._step_count = every, 0
+        self._dead_layers = _DeadLayers(len(norms))
+        self._on_alarm, self._every, self._step_count = on_alarm, every, 0
         self._pending: Step | None = None  # its figures are on their way to the CPU
         self._lock = threading.RLock()  # threads serve at once; each has steps of its own
         self._undo = ExitStack()
-
-    @property
-    def alarms(self) -> list[Alarm]:
-        return self._log.alarms
 
     @property
     def steps(self) -> list[int]:
@@ -143,9 +126,11 @@ class Monitor:
         if self.thresholds.settings:
             args = self.model, self.norms
             faults = *_faulty_eps(*args), *_faulty_rounding(*args)
-            self._log.tell([Alarm(-1, name, "settings", message) for name, message in faults])
+            self._add_alarms([Alarm(-1, name, "settings", message) for name, message in faults])
         with ExitStack() as undo:
-            undo.enter_context(self._watches.put_on())
+            for norm, watch in zip(self.norms.values(), self._watches):
+                _put_on(norm, watch)
+                undo.callback(_take_off, norm)
             for module in list(_entries(self.model, set(self.norms.values()))):
                 # Not hooks: what Ctrl-C ends calls none of them, and module.compile() would
                 # compile them with it.
@@ -166,22 +151,32 @@ class Monitor:
         Each forward of the model ends one, or of that part of it that holds all norms. So only
         what calls smaller parts needs this.
         """
-        self._watches.thread.depth = 0
+        self._thread.depth = 0
         training = torch.is_grad_enabled()
-        with torch.no_grad():
-            calls = self._watches.take_calls()
-            with self._lock:
-                number, self._step_count = self._step_count, self._step_count + 1
-                if not calls or number % self._every:
-                    return
+        with torch.no_grad(), self._lock:
+            calls = self._take_calls()
+            number, self._step_count = self._step_count, self._step_count + 1
+            if not calls or number % self._every:
+                return
+            self._finish()
+            self._pending = self._meter.measure(number, calls, training)
+            if self._pending.copied is None:
                 self._finish()
-                self._pending = self._meter.measure(number, calls, training)
-                if self._pending.copied is None:
-                    self._finish()
+
+    def _take_calls(self) -> list[Call]:
+        """The calls of this thread since they were taken last."""
+        calls = [*self._thread.calls]
+        self._thread.calls.clear()
+        for watch in self._watches:
+            if watch.rstd is not None:
+                rstd, watch.rstd = watch.rstd, None
+                rstd = rstd.to_local() if hasattr(rstd, "to_local") else rstd
+                calls.append((watch.index, rstd, watch.dtype, True))
+        return calls
 
     def _with_step(self, forward: Callable) -> Callable:
         """`forward`, whose outermost call ends a step."""
-        thread = self._watches.thread
+        thread = self._thread
 
         def call(*args, **kwargs):
             if is_dynamo_compiling():  # whoever compiles more than the model calls step()
@@ -206,13 +201,28 @@ class Monitor:
             step = step.on_cpu()
             self._history.add(step)
             dead = self._dead_layers.find(step) if self.thresholds.dead else None
-            faults = find_faults(step, self._history.first, dead, self._eps, self.thresholds)
-            self._log.tell(faults, may_raise)
+            faults = find_faults(step, self._history.first, dead, self.norms, self.thresholds)
+            self._add_alarms(faults, may_raise)
             self._history.thin(alarm.step for alarm in self.alarms)
+
+    def _add_alarms(self, alarms: list[Alarm], may_raise: bool = True) -> None:
+        """Keeps those that are new, one of a kind for each norm, and does what on_alarm says."""
+        known = {(alarm.norm, alarm.kind) for alarm in self.alarms}
+        new = [alarm for alarm in alarms if (alarm.norm, alarm.kind) not in known]
+        self.alarms += new
+        if callable(self._on_alarm):
+            with ExitStack() as stack:  # calls each one, also if one raises
+                for alarm in reversed(new):
+                    stack.callback(self._on_alarm, alarm)
+        elif new and self._on_alarm == "raise" and may_raise:
+            raise RMSNormAlarm(new[0])
+
+
+monitor = Monitor  # what a user calls
 
 
 class _Thread(threading.local):
-    """What the norms of this thread told since its last step."""
+    """What the norms of this thread computed since its last step."""
 
     def __init__(self, max_calls: int) -> None:
         self.calls: deque[Call] = deque(maxlen=max_calls)
@@ -221,7 +231,7 @@ class _Thread(threading.local):
 
 
 class _Watch:
-    """What a norm tells its 1 / rms.
+    """Takes the 1 / rms of a norm's rows.
 
     In eager that goes to a list of the thread. Compiled it stays here until the step ends: a graph
     can assign, not append.
@@ -232,7 +242,7 @@ class _Watch:
     def __init__(self, index: int, thread: _Thread) -> None:
         self.index, self.thread, self.rstd, self.dtype = index, thread, None, torch.float32
 
-    def saw(self, x: Tensor, output: Tensor, rstd: Tensor) -> None:
+    def record(self, x: Tensor, output: Tensor, rstd: Tensor) -> None:
         if self.thread.trace is not None:
             self.thread.trace.normed(self.index, x, output)
         if type(rstd) is not Tensor:
@@ -242,33 +252,6 @@ class _Watch:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed layer runs again, in the backward
         self.thread.calls.append((self.index, rstd, x.dtype, False))
-
-
-class _Watches:
-    """The watches of a monitor, one for each norm."""
-
-    def __init__(self, norms: list[RMSNorm]) -> None:
-        self.thread = _Thread(64 * len(norms))  # a bound where nothing ends a step
-        self._watches = {norm: _Watch(i, self.thread) for i, norm in enumerate(norms)}
-
-    @contextmanager
-    def put_on(self) -> Iterator[None]:
-        with ExitStack() as undo:
-            for norm, watch in self._watches.items():
-                _put_on(norm, watch)
-                undo.callback(_take_off, norm)
-            yield
-
-    def take_calls(self) -> list[Call]:
-        """The calls of this thread since they were taken last."""
-        calls = list(self.thread.calls)
-        self.thread.calls.clear()
-        for watch in self._watches.values():
-            if watch.rstd is not None:
-                rstd, watch.rstd = watch.rstd, None
-                rstd = rstd.to_local() if hasattr(rstd, "to_local") else rstd
-                calls.append((watch.index, rstd, watch.dtype, True))
-        return calls
 
 
 class _Trace(TorchDispatchMode):
@@ -353,12 +336,12 @@ class _DeadLayers:
         dead[unsure] = False
         return dead
 
-    def traced(self, thread: _Thread) -> AbstractContextManager:
-        """Traces a forward if a norm is asked for."""
-        return self._trace(thread) if self._asked and thread.trace is None else nullcontext()
-
     @contextmanager
-    def _trace(self, thread: _Thread) -> Iterator[None]:
+    def traced(self, thread: _Thread) -> Iterator[None]:
+        """Traces a forward if a norm is asked for."""
+        if not self._asked or thread.trace is not None:
+            yield
+            return
         thread.trace = _Trace()
         try:
             with thread.trace:
@@ -379,7 +362,7 @@ def _entries(model: nn.Module, norms: set[RMSNorm]) -> Iterator[nn.Module]:
             yield from _entries(inner[0], norms)
 
 
-# A norm that is watched has a class whose forward tells its 1 / rms.
+# A norm that is watched has a class whose forward hands over its 1 / rms.
 
 
 def _forward(self, x: Tensor, residual: Tensor | None = None):
@@ -388,22 +371,20 @@ def _forward(self, x: Tensor, residual: Tensor | None = None):
         return self._original.forward(self, *((x,) if residual is None else (x, residual)))
     weight = self._parameters["weight"] if "weight" in self._parameters else self.weight
     if residual is None:
-        args = x, self.normalized_shape or x.shape[-1:], weight, self.eps
-        op, entry = _forward_op, _C.rms_norm_forward
+        op, args = "rms_norm_forward", (x, self.normalized_shape or x.shape[-1:], weight, self.eps)
     else:
         self._check_residual(x, weight)
-        args = x, residual, weight, self.eps
-        op, entry = _fused_op, _C.fused_add_rms_norm_forward
-    offset, cast = self.weight_offset, self.cast_before_weight
+        op, args = "fused_add_rms_norm_forward", (x, residual, weight, self.eps)
+    options = {"weight_offset": self.weight_offset, "cast_before_weight": self.cast_before_weight}
     compiling = is_dynamo_compiling()
-    results = NotImplemented if compiling else entry(*args, offset, cast)
+    results = NotImplemented if compiling else getattr(_C, op)(*args, *options.values())
     if results is NotImplemented:
-        results = op(*args, weight_offset=offset, cast_before_weight=cast)
+        results = getattr(torch.ops.rmsnorm_cuda, op).default(*args, **options)
     normed = x if residual is None else results[1]
     if compiling:
         watch.rstd, watch.dtype = results[-1], normed.dtype
     else:
-        watch.saw(normed, results[0], results[-1])
+        watch.record(normed, results[0], results[-1])
     return results[0] if residual is None else results[:2]
 
 
@@ -416,7 +397,7 @@ def _forward_in_weight_dtype(self, x: Tensor):
 # By code: so the classes of an earlier import of the package are known as well.
 _FORWARDS = {
     RMSNorm.forward.__code__: _forward,
-    RMSNormOfAnyWidth.forward.__code__: _forward,
+    families.RMSNormOfAnyWidth.forward.__code__: _forward,
     RMSNormInWeightDtype.forward.__code__: _forward_in_weight_dtype,
 }
 
@@ -427,18 +408,18 @@ def _new(cls: type) -> RMSNorm:
 
 def _reduce_ex(self, protocol):
     """Makes a copy an instance of the original class."""
-    original = self._original
-    function, arguments, state, *rest = original.__reduce_ex__(self, max(protocol, 2))
-    if function is copyreg.__newobj__:  # which accepts its argument's class only
-        function = _new
-    arguments = tuple(original if argument is type(self) else argument for argument in arguments)
-    return function, arguments, {k: v for k, v in state.items() if k != "_watch"}, *rest
+    plain = _new(self._original)
+    vars(plain).update((name, value) for name, value in vars(self).items() if name != "_watch")
+    function, *rest = plain.__reduce_ex__(max(protocol, 2))
+    # copyreg.__newobj__ accepts its argument's class only.
+    return _new if function is copyreg.__newobj__ else function, *rest
 
 
 @functools.cache
 def _watched_class(cls: type[RMSNorm]) -> type[RMSNorm]:
+    forward = _FORWARDS[computing_class(cls).forward.__code__]
     body = {
-        "forward": called_with(_FORWARDS[computing_class(cls).forward.__code__], cls.forward),
+        "forward": families.called_with(forward, cls.forward),
         "_original": cls,
         "_watch": None,
         "__reduce_ex__": _reduce_ex,
@@ -466,7 +447,7 @@ def _reason_to_skip(norm: RMSNorm) -> str:
     if "forward" in vars(norm):
         return "its forward was replaced on this instance (accelerate hooks, kernels, ...)"
     if getattr(norm, "_watch", None) is not None:
-        return ""  # _put_on() tells that it is being watched
+        return ""  # _put_on() raises an error
     known = (*_FORWARDS, *(forward.__code__ for forward in _FORWARDS.values()))
     if getattr(computing_class(type(norm)).forward, "__code__", None) not in known:
         return f"{type(norm).__name__} has a forward of its own"
@@ -479,11 +460,17 @@ _rounding = operator.attrgetter("weight_offset", "cast_before_weight")  # of a n
 
 def _faulty_eps(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tuple[str, str]]:
     """Norms whose eps is not what the model's config says, or the other layers; and a message."""
-    configs = _configs(model, norms)
+    configs = dict.fromkeys(norms)  # of their part of the model: the text, the images, ...
+    for part, module in model.named_modules():  # what holds others comes before them
+        config = getattr(module, "config", None)
+        if config is not None:
+            prefix = f"{part.removeprefix('_orig_mod.')}." if part else ""
+            of_text = getattr(config, "text_config", config)
+            configs |= {name: of_text for name in norms if name.startswith(prefix)}
     keys = {name: (id(configs[name]), name.rpartition(".")[2]) for name in norms}
-    same_name: dict[tuple, list[float | None]] = {}  # eps of the norms of that name in all layers
+    same_name = defaultdict(list)  # eps of the norms of that name in all layers
     for name, norm in norms.items():
-        same_name.setdefault(keys[name], []).append(norm.eps)
+        same_name[keys[name]].append(norm.eps)
     for name, norm in norms.items():
         config, source = configs[name], "the model's config says"
         expected = {getattr(config, key, None) for key in _NAMES_OF_EPS} - {None}
@@ -511,21 +498,6 @@ def _faulty_rounding(model: nn.Module, norms: dict[str, RMSNorm]) -> Iterator[tu
 def _majority(values: list) -> set:
     """What more than half of them are; empty if nothing is."""
     return {value for value, count in Counter(values).items() if 2 * count > len(values)}
-
-
-def _configs(model: nn.Module, norms: Iterable[str]) -> dict[str, object]:
-    """For each norm the config of its part of the model: the text, the images, what is between."""
-    configs = {
-        name.removeprefix("_orig_mod."): module.config
-        for name, module in model.named_modules()
-        if getattr(module, "config", None) is not None
-    }
-    parts = {}
-    for norm in norms:
-        around = (p for p in configs if not p or norm.startswith(f"{p}."))
-        config = configs.get(max(around, key=len, default=""))
-        parts[norm] = getattr(config, "text_config", config)
-    return parts
 
 
 def _roundings_of_the_family(model: nn.Module) -> set[tuple[float, bool]]:
