@@ -13,8 +13,6 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
 namespace {
@@ -74,10 +72,6 @@ INLINE __m256 upper(V v) {
 INLINE void accumulate(Doubles& d, V v) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper(v));
   d.v = _mm512_add_pd(d.v, _mm512_cvtps_pd(eight));
-}
-INLINE void accumulate_squares(Doubles& d, V v) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(upper(v));
-  d.v = _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, d.v));
 }
 INLINE bool exceeds(const Doubles& d, double limit) {
   return _mm512_cmp_pd_mask(d.v, _mm512_set1_pd(limit), _CMP_GT_OQ) != 0;
