@@ -260,15 +260,14 @@ void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) 
       using Tx = decltype(x);
       const auto run = [&](auto dx, auto dweight, auto rows) {
         WeightTiles weight(p, kGradientPairs<Tdy, Tx>);
-        BackwardBlocks<Tdy, Tx, dx.value, dweight.value, rows.value>(p, weight).run(block_begin,
-                                                                                    block_end);
+        using Kernel = BackwardBlocks<Tdy, Tx, dx.value, dweight.value, rows.value>;
+        Kernel(p, weight).run(block_begin, block_end);
       };
       constexpr Constant<true> yes;
-      constexpr Constant<1> one_row;
-      if (!p.dweight) return run(yes, Constant<false>(), one_row);
-      if (!p.dx) return run(Constant<false>(), yes, one_row);
+      if (!p.dweight) return run(yes, Constant<false>(), Constant<1>());
+      if (!p.dx) return run(Constant<false>(), yes, Constant<1>());
       const int64_t bytes = p.rows * p.cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx));
-      if (p.cols <= kGradientTile || bytes >= far_bytes()) return run(yes, yes, one_row);
+      if (p.cols <= kGradientTile || bytes >= far_bytes()) return run(yes, yes, Constant<1>());
       run(yes, yes, Constant<kGradientRows>());
     });
   });

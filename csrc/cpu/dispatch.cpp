@@ -44,8 +44,7 @@ const Kernels* best() {
   static const Kernels zen4 = {
       usual->name,
       [](const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
-        const Kernels* kernels = p.x_dtype == DType::kFloat16 ? &kAvx2 : usual;
-        kernels->forward(p, row_begin, row_end, y_begin);
+        (p.x_dtype == DType::kFloat16 ? kAvx2 : *usual).forward(p, row_begin, row_end, y_begin);
       },
       usual->backward, usual->dweight, usual->quantize};
   if (count > 3 && __builtin_cpu_is("amdfam19h")) return &zen4;

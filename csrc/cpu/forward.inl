@@ -262,12 +262,12 @@ class ForwardRows {
   }
 
   INLINE void write_row(int64_t row, double rstd_of_row, bool round) {
+    const Prefetch<Tx> next = prefetch(row + schedule.prefetch_rows);
     const auto scale = [&](auto rounds) INLINE_LAMBDA {
       scale_row<kStream, rounds.value, Tx, kCast>(row_of_x(row), weight, row_of_y(row), cols(),
-                                                  rstd_of_row,
-                                                  prefetch(row + schedule.prefetch_rows));
+                                                  rstd_of_row, next);
     };
-    kRound&& round ? scale(Constant<kRound>()) : scale(Constant<false>());
+    round ? scale(Constant<kRound>()) : scale(Constant<false>());
   }
 
   INLINE void write_uncommon_row(int64_t row, double rstd_of_row) {
@@ -297,9 +297,8 @@ template <class Tx, class Ty, bool kCast, bool kRound, class W>
 void forward_rows(const RmsNormForward& p, W& weight, bool in_range, int64_t row_begin,
                   int64_t row_end, int64_t y_begin) {
   const auto run = [&](auto stream, auto cols) {
-    ForwardRows<stream.value, Tx, Ty, kCast, kRound, cols.value, W>(p, weight, in_range, row_end,
-                                                                    y_begin)
-        .run(row_begin);
+    using Kernel = ForwardRows<stream.value, Tx, Ty, kCast, kRound, cols.value, W>;
+    Kernel(p, weight, in_range, row_end, y_begin).run(row_begin);
   };
   const auto with_cols = [&](auto stream) {
     // Heads take a fifth less time without loops.

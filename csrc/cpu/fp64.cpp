@@ -10,11 +10,13 @@
 namespace rmsnorm::cpu {
 namespace {
 
+constexpr DType kDouble = DType::kFloat64;
+
 double half_to_double(uint16_t h) {
   const int exponent = h >> 10 & 31, fraction = h & 0x3ff;
-  const double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                           : exponent     ? std::ldexp(fraction | 0x400, exponent - 25)
-                                          : std::ldexp(fraction, -24);
+  const int units = exponent ? fraction | 0x400 : fraction;
+  const double magnitude =
+      exponent == 31 ? (fraction ? NAN : INFINITY) : std::ldexp(units, std::max(exponent, 1) - 25);
   return h & 0x8000 ? -magnitude : magnitude;
 }
 
@@ -158,20 +160,18 @@ void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64
 }  // namespace
 
 bool has_fp64(const RmsNormForward& p) {
-  constexpr DType kWide = DType::kFloat64;
-  return p.x_dtype == kWide || p.y_dtype == kWide || (p.weight && p.w_dtype == kWide);
+  return p.x_dtype == kDouble || p.y_dtype == kDouble || (p.weight && p.w_dtype == kDouble);
 }
 
 bool has_fp64(const RmsNormBackward& p) {
-  constexpr DType kWide = DType::kFloat64;
   const bool weighted = p.weight || p.dweight;
-  return p.x_dtype == kWide || p.dy_dtype == kWide || (weighted && p.w_dtype == kWide);
+  return p.x_dtype == kDouble || p.dy_dtype == kDouble || (weighted && p.w_dtype == kDouble);
 }
 
 void add_row_fp64(const RmsNormForward& p, int64_t row) {
   const Addends& a = p.addends;
   const int64_t input = a.input_rows.offset(row), residual = a.residual_rows.offset(row);
-  const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
+  const bool in_double = a.input_dtype == kDouble || p.x_dtype == kDouble;
   store(const_cast<void*>(p.x), p.x_dtype, p.x_rows.offset(row), p.cols, [&](int64_t i) {
     const double left = load(a.input, a.input_dtype, input + i);
     const double right = load(a.residual, p.x_dtype, residual + i);
@@ -184,7 +184,7 @@ void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
   store(p.y, p.y_dtype, p.y_rows.offset(row - y_begin), p.cols,
         [&](int64_t i) { return x.xhat(i, p.cast_before_weight) * weight_at(p, i); });
   if (!p.rstd) return;
-  const DType rstd_dtype = p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const DType rstd_dtype = p.x_dtype == kDouble ? kDouble : DType::kFloat32;
   store(p.rstd, rstd_dtype, row, 1, [&](int64_t) { return x.unit * x.scale; });
 }
 

@@ -127,15 +127,13 @@ struct Isa : OptionalVerbs {
 
   static constexpr bool kRoundsBFloat16 = true;
   static INLINE U32 round_pair(Pair v) {
-    const __m512i halves =
-        __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));  // 16 even elements, 16 odd ones
+    // 16 even elements, 16 odd ones.
+    const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));
     return U32(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
   }
   static INLINE bool any_denormal(Pair a, Pair b) {
-    constexpr int kDenormal = 0x20;
-    return (_mm512_fpclass_ps_mask(a.even, kDenormal) | _mm512_fpclass_ps_mask(a.odd, kDenormal) |
-            _mm512_fpclass_ps_mask(b.even, kDenormal) | _mm512_fpclass_ps_mask(b.odd, kDenormal)) !=
-           0;
+    const auto denormals = [](V v) INLINE_LAMBDA { return _mm512_fpclass_ps_mask(v, 0x20); };
+    return (denormals(a.even) | denormals(a.odd) | denormals(b.even) | denormals(b.odd)) != 0;
   }
   // An exponent from 96 on, less bias, is one from 128 on after 32 is added, which is seen in the
   // uppermost bit; the fast path has none from 192 on.

@@ -64,7 +64,6 @@ INLINE V widen(uint64_t bits, Half) {
 }
 
 INLINE uint64_t pack_upper(V v) { return pack(U(v) >> 16); }
-
 INLINE U narrow_normal(U rest) { return (rest + ((rest >> 13) & 1) + (0xfff - kBias)) >> 13; }
 __attribute__((noinline)) U narrow_any(U rest) {
   // 0.5 has units of 2^-24: the addition rounds.

@@ -27,7 +27,7 @@ constexpr int kMinWeightExponent = -70;
 // denormal.
 constexpr int kSmallExponent = -31;
 
-// One instruction set. Its functions take rows row_begin to row_end, blocks of rows, columns.
+// One instruction set.
 struct Kernels {
   const char* name;
   // p.y starts with row y_begin: 0, or the first one in a workspace.

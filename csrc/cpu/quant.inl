@@ -119,8 +119,7 @@ void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end, 
         scale = scale < q.least ? q.least : scale;
         q.scale[row * q.row_stride + begin / width * q.block_stride] = scale;
       }
-      const float inverse = 1.0f / scale;
-      const V s = set1(scale), over_s = set1(inverse), minus_over_s = set1(-inverse);
+      const V s = set1(scale), over_s = set1(1.0f / scale), minus_over_s = -over_s;
       const auto product = [=](V v) INLINE_LAMBDA { return v * over_s; };
       const auto quotient = [=](V v) INLINE_LAMBDA { return v / s; };
       const auto quotient_of_plain = [=](V v) INLINE_LAMBDA {

@@ -127,13 +127,11 @@ struct Prefetch {
     if (in_halves) return lines<kCount / 2, 2>(row + (kSecondPass ? (cols + i) / 2 : i / 2));
     if (kSecondPass) lines<kCount, 3>(row + i);
   }
-
- private:
   template <int kCount, int kLocality>
   static INLINE void lines(const T* p) {
+    constexpr int kPerLine = kLine / int(sizeof(T));
 #pragma GCC unroll 8
-    for (int j = 0; j < kCount; j += kLine / int(sizeof(T)))
-      __builtin_prefetch(p + j, 0, kLocality);
+    for (int j = 0; j < kCount; j += kPerLine) __builtin_prefetch(p + j, 0, kLocality);
   }
 };
 
@@ -191,7 +189,6 @@ struct Lanes {
 template <>
 struct Lanes<1> {
   V v;
-
   INLINE Lanes operator+(const Lanes& other) const { return {v + other.v}; }
   template <bool kWhole, class F>
   INLINE void add_products(int64_t i, int64_t end, F factors) {
@@ -249,18 +246,16 @@ constexpr double kDominant = 0.4;
 
 template <class Tx>
 __attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
-  typedef float Floats __attribute__((vector_size(16)));
+  typedef float Four __attribute__((vector_size(16)));
   typedef double Sums __attribute__((vector_size(32)));
-  Sums sums[2] = {};
-  const auto add = [&](int64_t i, int n) INLINE_LAMBDA {
-    Floats v = {};
-    __builtin_memcpy(&v, x + i, n * sizeof(float));
-    const Sums exact = __builtin_convertvector(v, Sums);
-    sums[i / 4 % 2] += exact * exact;
-  };
-  int64_t i = 0;
-  for (; i + 8 <= cols; i += 8) add(i, 4), add(i + 4, 4);
-  for (; i < cols; i += 4) add(i, i + 4 <= cols ? 4 : int(cols - i));
-  const Sums four = sums[0] + sums[1];
+  Sums low = {}, high = {};
+  for (int64_t i = 0; i < cols; i += 8) {
+    Four v[2] = {};
+    i + 8 <= cols ? __builtin_memcpy(v, x + i, sizeof v)
+                  : __builtin_memcpy(v, x + i, (cols - i) * sizeof(Tx));
+    const Sums a = __builtin_convertvector(v[0], Sums), b = __builtin_convertvector(v[1], Sums);
+    low += a * a, high += b * b;  // the products are exact
+  }
+  const Sums four = low + high;
   return (four[0] + four[2]) + (four[1] + four[3]);
 }

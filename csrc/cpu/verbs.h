@@ -39,7 +39,6 @@ VERB(double, total(Doubles()));       // the sum of the lanes, by halving
 struct Pair {
   V even, odd;
 };
-INLINE Pair unmix(V low, V high) { return {evens(low, high), odds(low, high)}; }
 
 // Half a unit, less one bit for an even result: the upper half is the BFloat16, what is in the
 // lower half is left over. Not for NaN.

@@ -12,7 +12,8 @@ struct Weight {
   INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
   INLINE Pair pair(int64_t i) const {
     if constexpr (kIsBFloat16<T>) return split(data + i);
-    return unmix(load(data + i, kLanes), load(data + i + kLanes, kLanes));
+    const V low = load(data + i, kLanes), high = load(data + i + kLanes, kLanes);
+    return {evens(low, high), odds(low, high)};
   }
 };
 struct NoWeight {
@@ -51,9 +52,8 @@ class WeightTiles {
         dtype_(p.w_dtype),
         offset_(p.weight ? float(p.weight_offset) : 0),
         pairs_(pairs) {
-    if (data_ && dtype_ == DType::kFloat32 && offset_ == 0 && !pairs) {
-      in_place_ = static_cast<const float*>(data_);
-    }
+    const bool is_there = data_ && dtype_ == DType::kFloat32 && offset_ == 0 && !pairs;
+    if (is_there) in_place_ = static_cast<const float*>(data_);
   }
 
   // The columns from this one on, as far as the next multiple of kTile.
@@ -106,15 +106,6 @@ class WeightTiles {
 
 // Are all weights 0, or at least 2^`exponent` and less than 2^128 times that? A quick look at all,
 // and a closer one if that found something, which may be no more than a 0.
-bool is_in_range_one_by_one(const float* w, int64_t count, int exponent) {
-  const float smallest = __builtin_ldexpf(1, exponent);
-  for (int64_t i = 0; i < count; ++i) {
-    const float magnitude = __builtin_fabsf(w[i]);
-    const bool ordinary = magnitude >= smallest && magnitude * 0x1p-64f < smallest * 0x1p64f;
-    if (magnitude != 0 && !ordinary) return false;
-  }
-  return true;
-}
 INLINE bool is_in_range(const float* w, int64_t count, int exponent) {
   // Bit 30 of the difference is set below the range and above it.
   const uint32_t smallest = uint32_t(127 + exponent) << 23;
@@ -124,7 +115,10 @@ INLINE bool is_in_range(const float* w, int64_t count, int exponent) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) seen[j] |= U32(load(w + i + j * kLanes, kLanes)) - smallest;
   }
-  const U32 outside = (seen[0] | seen[1] | seen[2] | seen[3]) & 0x40000000;
-  if (largest_lane(V(outside))) return is_in_range_one_by_one(w, count, exponent);
-  return is_in_range_one_by_one(w + i, count - i, exponent);
+  if (largest_lane(V((seen[0] | seen[1] | seen[2] | seen[3]) & 0x40000000))) i = 0;
+  for (; i < count; ++i) {
+    const uint32_t difference = __builtin_bit_cast(uint32_t, w[i]) - smallest;
+    if (w[i] != 0 && (difference & 0x40000000)) return false;
+  }
+  return true;
 }
