@@ -5,18 +5,6 @@
 template <class Tdy, class Tx>
 constexpr bool kGradientPairs = kIsBFloat16<Tdy> && kIsBFloat16<Tx>;
 
-template <class Tdy, class Tx>
-struct GradientPrefetch {
-  Prefetch<Tdy> dy;
-  Prefetch<Tx> x;
-
-  template <bool kSecondPass, int kCount>
-  INLINE void along(int64_t i) const {
-    dy.template along<kSecondPass, kCount>(i);
-    x.template along<kSecondPass, kCount>(i);
-  }
-};
-
 // Of the sum of g * x; rstd comes in at the end.
 template <class Tdy, class Tx>
 struct GradientFactors {
@@ -24,9 +12,13 @@ struct GradientFactors {
   const Tdy* dy;
   const Tx* x;
   TileWeight weight;
-  GradientPrefetch<Tdy, Tx> next;
+  Prefetch<Tdy> next_dy;
+  Prefetch<Tx> next_x;
 
-  INLINE void fetch(int64_t i) const { next.template along<false, kBlock>(i); }
+  INLINE void fetch(int64_t i) const {
+    next_dy.template along<false, kBlock>(i);
+    next_x.template along<false, kBlock>(i);
+  }
   INLINE Factors operator()(int64_t i, int n) const {
     return {load(dy + i, n) * weight(i, n), load(x + i, n)};
   }
@@ -49,8 +41,8 @@ struct GradientRow {
 // Columns begin to end of one row: dx, and its dweight added to the partial sums, whose whole
 // blocks are in the order of Pair if the loads are; the flags say what is wanted.
 template <bool kDx, bool kDweight, bool kStream, class Tdy, class Tx>
-INLINE void gradient(GradientRow<Tdy, Tx> row, GradientPrefetch<Tdy, Tx> next, TileWeight weight,
-                     float* partial, int64_t begin, int64_t end, bool cast) {
+INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<Tx> next_x,
+                     TileWeight weight, float* partial, int64_t begin, int64_t end, bool cast) {
   const V r = set1(row.rstd), c = set1(row.mean);
   const auto vector = [&](V d, V x, V w, float* sum, int n) INLINE_LAMBDA {
     const V xhat = x * r;
@@ -66,7 +58,8 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, GradientPrefetch<Tdy, Tx> next, T
     if constexpr (kDx) write<kStream && in_step.value>(row.dx + i, result, n);
   };
   const auto step = [&](int64_t i) INLINE_LAMBDA {
-    next.template along<true, kStep>(i);
+    next_dy.template along<true, kStep>(i);
+    next_x.template along<true, kStep>(i);
     if constexpr (kGradientPairs<Tdy, Tx>) {
       for_each_vector_of_step<2 * kLanes>(i, [&](int64_t j, int) INLINE_LAMBDA {
         const Pair d = split(row.dy + j), x = split(row.x + j), w = kDx ? weight.pair(j) : Pair{};
@@ -144,11 +137,6 @@ class BackwardBlocks {
             0};
   }
 
-  INLINE GradientPrefetch<Tdy, Tx> prefetch_row(int64_t row) const {
-    const Row next = prefetch && row < block_last ? row_at(row) : Row{};
-    return {{next.dy, cols, in_halves}, {next.x, cols, in_halves}};
-  }
-
   // What the rows of a block add to dweight; of a large one what up to kFoldRows rows add, and what
   // those before them did.
   INLINE void start_block(int64_t block) {
@@ -176,8 +164,11 @@ class BackwardBlocks {
       for (int64_t j = 0; j < count; ++j) {
         const Row row = rows[j];
         Doubles sum = sums[j];
-        const auto next = in_halves ? prefetch_row(first + 1) : GradientPrefetch<Tdy, Tx>{};
-        add_products(sum, begin, end, GradientFactors<Tdy, Tx>{row.dy, row.x, w, next});
+        const bool fetch = in_halves && prefetch && first + 1 < block_last;
+        const Row next = fetch ? row_at(first + 1) : Row{};
+        const GradientFactors<Tdy, Tx> factors{
+            row.dy, row.x, w, {next.dy, cols, true}, {next.x, cols, true}};
+        add_products(sum, begin, end, factors);
         sums[j] = sum;
       }
     }
@@ -205,11 +196,15 @@ class BackwardBlocks {
       for (int64_t j = 0; j < count; ++j) {
         if (verdicts[first - block_first + j] == kAllAgain) continue;
         const Row row = rows[j];
-        const auto run = [&](auto streams) INLINE_LAMBDA {
-          gradient<kDx, kDweight, streams.value>(row, prefetch_row(first + group + j), w, partial,
-                                                 begin, end, p.cast_before_weight);
+        const bool fetch = prefetch && first + group + j < block_last;
+        const Row next = fetch ? row_at(first + group + j) : Row{};
+        const Prefetch<Tdy> next_dy{next.dy, cols, in_halves};
+        const Prefetch<Tx> next_x{next.x, cols, in_halves};
+        const auto write = [&](auto streams) INLINE_LAMBDA {
+          gradient<kDx, kDweight, streams.value>(row, next_dy, next_x, w, partial, begin, end,
+                                                 p.cast_before_weight);
         };
-        kRows == 1 && stream ? run(Constant<Isa::kStreams && kDx>()) : run(Constant<false>());
+        kRows == 1 && stream ? write(Constant<Isa::kStreams && kDx>()) : write(Constant<false>());
       }
     }
   }

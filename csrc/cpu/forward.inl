@@ -296,7 +296,7 @@ class ForwardRows {
 template <class Tx, class Ty, bool kCast, bool kRound, class W>
 void forward_rows(const RmsNormForward& p, W& weight, bool in_range, int64_t row_begin,
                   int64_t row_end, int64_t y_begin) {
-  const auto run = [&](auto stream, auto cols) {
+  const auto run = [&](auto stream, auto cols) INLINE_LAMBDA {
     using Kernel = ForwardRows<stream.value, Tx, Ty, kCast, kRound, cols.value, W>;
     Kernel(p, weight, in_range, row_end, y_begin).run(row_begin);
   };
@@ -356,7 +356,7 @@ template <bool kRound>
 void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   static_assert(!kRound || Isa::kRoundsBFloat16);
   set_last_isa(Isa::kNames[kRound]);
-  const bool cast = p.cast_before_weight && p.weight;
+  const bool cast = p.cast_before_weight && p.weight;  // else there is nothing to be cast before
   with_type(p.x_dtype, [&](auto x) {
     with_type(p.y_dtype, [&](auto y) {
       using Tx = decltype(x);

@@ -37,7 +37,7 @@ uint16_t to_half(double value) {
   return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
-double load(const void* base, DType dtype, int64_t i) {
+INLINE double load(const void* base, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kFloat32:
       return static_cast<const float*>(base)[i];
@@ -117,7 +117,7 @@ Row normalize(const P& p, int64_t row) {
 
 // weight + weight_offset, as the fast path forms it: in fp32 unless a tensor is fp64.
 template <class P>
-double weight_at(const P& p, int64_t i) {
+INLINE double weight_at(const P& p, int64_t i) {
   if (!p.weight) return 1;
   const double w = load(p.weight, p.w_dtype, i);
   return has_fp64(p) ? w + p.weight_offset : float(w) + float(p.weight_offset);
@@ -194,8 +194,9 @@ void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial) {
   const int64_t dy_offset = p.dy_rows.offset(row);
   const int64_t dresidual = p.dresidual ? p.dresidual_rows.offset(row) : 0;
   const auto dy = [&](int64_t i) { return load(p.dy, p.dy_dtype, dy_offset + i); };
-  for (int64_t i = 0; partial && i < p.cols; ++i) {
-    partial[i] = T(partial[i] + dy(i) * x.xhat(i, p.cast_before_weight));
+  const bool cast = p.cast_before_weight;
+  for (int64_t i = 0; i < (partial ? p.cols : 0); ++i) {
+    partial[i] = T(partial[i] + dy(i) * x.xhat(i, cast));
   }
   if (!p.dx) return;
   double sum = 0;

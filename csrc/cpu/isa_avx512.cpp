@@ -132,7 +132,7 @@ struct Isa : OptionalVerbs {
     return U32(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
   }
   static INLINE bool any_denormal(Pair a, Pair b) {
-    const auto denormals = [](V v) INLINE_LAMBDA { return _mm512_fpclass_ps_mask(v, 0x20); };
+    const auto denormals = [&](V v) INLINE_LAMBDA { return _mm512_fpclass_ps_mask(v, 0x20); };
     return (denormals(a.even) | denormals(a.odd) | denormals(b.even) | denormals(b.odd)) != 0;
   }
   // An exponent from 96 on, less bias, is one from 128 on after 32 is added, which is seen in the

@@ -248,14 +248,18 @@ template <class Tx>
 __attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
   typedef float Four __attribute__((vector_size(16)));
   typedef double Sums __attribute__((vector_size(32)));
+  const auto add = [&](Sums& sum, const Tx* p) INLINE_LAMBDA {
+    Four v;
+    __builtin_memcpy(&v, p, sizeof v);
+    const Sums exact = __builtin_convertvector(v, Sums);
+    sum += exact * exact;
+  };
   Sums low = {}, high = {};
-  for (int64_t i = 0; i < cols; i += 8) {
-    Four v[2] = {};
-    i + 8 <= cols ? __builtin_memcpy(v, x + i, sizeof v)
-                  : __builtin_memcpy(v, x + i, (cols - i) * sizeof(Tx));
-    const Sums a = __builtin_convertvector(v[0], Sums), b = __builtin_convertvector(v[1], Sums);
-    low += a * a, high += b * b;  // the products are exact
-  }
+  int64_t i = 0;
+  for (; i + 8 <= cols; i += 8) add(low, x + i), add(high, x + i + 4);
+  Tx rest[8] = {};
+  __builtin_memcpy(rest, x + i, (cols - i) * sizeof(Tx));
+  add(low, rest), add(high, rest + 4);
   const Sums four = low + high;
   return (four[0] + four[2]) + (four[1] + four[3]);
 }

@@ -118,7 +118,7 @@ INLINE bool is_in_range(const float* w, int64_t count, int exponent) {
   if (largest_lane(V((seen[0] | seen[1] | seen[2] | seen[3]) & 0x40000000))) i = 0;
   for (; i < count; ++i) {
     const uint32_t difference = __builtin_bit_cast(uint32_t, w[i]) - smallest;
-    if (w[i] != 0 && (difference & 0x40000000)) return false;
+    if (difference & 0x40000000 && w[i] != 0) return false;
   }
   return true;
 }
