@@ -1,5 +1,4 @@
-// The contract between the kernels (librmsnorm.so) and their callers. Plain C++17: no torch, no
-// Python.
+// The contract between the kernels (librmsnorm.so) and their callers: C++17, no torch, no Python.
 //
 //   y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)        for each row of `cols` elements
 //
@@ -47,8 +46,7 @@ struct Addends {
   const void* input;     // [rows, cols], input_dtype, placed by input_rows; nullptr: x is there
   const void* residual;  // [rows, cols], x_dtype, placed by residual_rows; may be x itself
   DType input_dtype;
-  Rows input_rows;
-  Rows residual_rows;
+  Rows input_rows, residual_rows;
 };
 
 enum class QType : int32_t { kFloat8E4M3, kFloat8E5M2, kInt8 };
@@ -62,12 +60,12 @@ constexpr RMSNORM_HOST_DEVICE float max_value(QType type) {
 // it, has its own: s = max(min(largest |y|, bound) / max_value(dtype), least), and it is y / s, in
 // kInt8 y * (1 / s); all in fp32.
 struct Quant {
-  void* data;     // [rows, cols], dense; nullptr: not wanted
-  float* scale;   // static: one, which is read; else dynamic ones are written, that of (row, block)
-                  // at row * row_stride + block * block_stride
+  void* data;  // [rows, cols], dense; nullptr: not wanted
+  // Static: one, which is read; else dynamic ones are written, that of (row, block) at
+  // row * row_stride + block * block_stride.
+  float* scale;
   int64_t block;  // columns that share a dynamic scale, 64 or 128 or all; 0: the scale is static
-  int64_t row_stride;
-  int64_t block_stride;
+  int64_t row_stride, block_stride;
   float bound;  // of the largest |y| of a dynamic scale; infinite: none
   float least;  // dynamic scale
   QType dtype;
@@ -79,21 +77,16 @@ struct RmsNormForward {
   const void* x;       // [rows, cols], x_dtype, placed by x_rows; written first if it has addends
   const void* weight;  // [cols], w_dtype; nullptr: no weight (and weight_offset is not looked at)
   void* y;             // [rows, cols], y_dtype, placed by y_rows; nullptr if only quant is wanted
-  void* rstd;  // [rows], 1 / sqrt(mean(x^2) + eps): double if x_dtype is kFloat64, else float;
-               // nullptr: not wanted
-  Rows x_rows;
-  Rows y_rows;
-  int64_t rows;
-  int64_t cols;
+  void* rstd;  // [rows], 1 / sqrt(mean(x^2) + eps), fp64 if x is, else fp32; nullptr: not wanted
+  Rows x_rows, y_rows;
+  int64_t rows, cols;
   double eps;
   double weight_offset;     // added to the weight in fp32 (in fp64 if any dtype here is kFloat64)
-  bool cast_before_weight;  // round x * rstd to x_dtype, then multiply by the weight and round to
-                            // y_dtype
-  DType x_dtype;
-  DType w_dtype;
-  DType y_dtype;  // x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype;
-                  // beside fp32 x a 16-bit input_dtype
-  bool stream;    // a hint to the CPU: write y past the caches, which it would only pass through
+  bool cast_before_weight;  // round x * rstd to x_dtype, multiply by the weight, round to y_dtype
+  // y: x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype; beside fp32 x a
+  // 16-bit input_dtype.
+  DType x_dtype, w_dtype, y_dtype;
+  bool stream;  // a hint to the CPU: write y past the caches, which it would only pass through
   Addends addends;
   Quant quant;  // not with kFloat64
 };
@@ -102,27 +95,21 @@ struct RmsNormForward {
 // with xhat = x * rstd and g = dy * (weight + weight_offset).
 // With cast_before_weight the xhat of dweight is the rounded one that the forward multiplied by.
 struct RmsNormBackward {
-  const void* dy;         // [rows, cols], dy_dtype, placed by dy_rows
-  const void* x;          // [rows, cols], x_dtype, placed by x_rows
-  const void* weight;     // [cols], w_dtype; nullptr: no weight
-  const void* rstd;       // [rows], as the forward returned it
-  const void* dresidual;  // [rows, cols], x_dtype, placed by dresidual_rows: added to dx before it
-                          // is rounded; nullptr: absent
-  void* dx;               // [rows, cols], x_dtype, dense; nullptr: not wanted
-  void* dweight;          // [cols], w_dtype; nullptr: not wanted
-  void* workspace;  // as many bytes as *_backward_workspace() says, 64-byte aligned; nullptr if
-                    // that is 0
-  Rows dy_rows;
-  Rows x_rows;
-  Rows dresidual_rows;
-  int64_t rows;
-  int64_t cols;
+  const void* dy;      // [rows, cols], dy_dtype, placed by dy_rows
+  const void* x;       // [rows, cols], x_dtype, placed by x_rows
+  const void* weight;  // [cols], w_dtype; nullptr: no weight
+  const void* rstd;    // [rows], as the forward returned it
+  // [rows, cols], x_dtype, placed by dresidual_rows: added to dx before it is rounded; or nullptr.
+  const void* dresidual;
+  void* dx;         // [rows, cols], x_dtype, dense; nullptr: not wanted
+  void* dweight;    // [cols], w_dtype; nullptr: not wanted
+  void* workspace;  // *_backward_workspace() bytes, 64-byte aligned; nullptr if that is 0
+  Rows dy_rows, x_rows, dresidual_rows;
+  int64_t rows, cols;
   double eps;  // for the rows whose rstd does not fit fp32, which are done again in fp64
   double weight_offset;
   bool cast_before_weight;
-  DType dy_dtype;
-  DType x_dtype;
-  DType w_dtype;
+  DType dy_dtype, x_dtype, w_dtype;
   bool stream;  // as above, of dx
 };
 
@@ -164,10 +151,10 @@ bool writes_past_caches(int64_t bytes, bool is_new);
 int isa_count();  // how many this library was built with
 const char* isa_name(int i);
 bool isa_supported(int i);  // does this machine have it?
-const char* isa();  // the one in use; throws std::runtime_error if RMSNORM_CUDA_ISA names none that
-                    // is supported
-bool set_isa(const char* name);  // nullptr: the best again; false, and nothing changes, if not
-                                 // built or not supported
+// The one in use; throws std::runtime_error if RMSNORM_CUDA_ISA names none that is supported.
+const char* isa();
+// nullptr: the best again. False, and nothing changes, if not built or not supported.
+bool set_isa(const char* name);
 const char* last_isa();  // the one whose kernel ran last on this thread, "" before the first
 
 }  // namespace cpu
@@ -190,8 +177,7 @@ struct Plan {
   const char* kernel = "";  // its name in csrc/cuda
   Keep keep;
   int vectors;    // 16-byte vectors of a row (of a tile of it) that one thread holds at a time
-  int lanes;      // threads of a row (of a block's slice of it): a power of two up to 32, beyond a
-                  // multiple of 32
+  int lanes;      // threads of a row (of a block's slice of it): 1, 2, 4, ..., 32, 64, 96, ...
   int threads;    // of a block: lanes times the rows it works on at a time
   int registers;  // of a thread, at most
   int bytes_in_flight;   // that a thread asks for before it needs the first
@@ -207,8 +193,7 @@ Plan rms_norm_forward_plan(int64_t rows, int64_t cols, DType x, const Device& de
 Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType w,
                             const Device& device);
 
-// What an architecture's kernels may take at most, in blocks of so many threads; the last kernel is
-// nullptr.
+// What an architecture's kernels may take at most, in blocks of so many threads. nullptr ends them.
 struct KernelLimits {
   const char* kernel;
   int threads;
@@ -220,8 +205,7 @@ const KernelLimits* kernel_limits(int arch);
 bool built();                 // were the CUDA kernels compiled into this library?
 const char* architectures();  // "9.0 12.0+PTX"; if not built, the reason
 int runtime_version();        // of the CUDA runtime in this library: 12090 is 12.9; 0 if not built
-int driver_version();  // the newest CUDA that this machine's driver knows, in the same way; 0:
-                       // there is none
+int driver_version();  // the newest CUDA that this machine's driver knows, so too; 0: no driver
 const char* error_string(int error);
 int rms_norm_forward(const RmsNormForward& p, void* stream);
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p);

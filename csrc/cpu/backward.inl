@@ -47,7 +47,7 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<T
   const auto vector = [&](V d, V x, V w, float* sum, int n) INLINE_LAMBDA {
     const V xhat = x * r;
     if constexpr (kDweight) {
-      store(sum, mul_add(d, cast ? round_to<Tx>(xhat) : xhat, load(sum, n)), n);
+      store(sum, Isa::fma(d, cast ? round_to<Tx>(xhat) : xhat, load(sum, n)), n);
     }
     return kDx ? r * (d * w - xhat * c) : V{};
   };
@@ -61,7 +61,7 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<T
     next_dy.template along<true, kStep>(i);
     next_x.template along<true, kStep>(i);
     if constexpr (kGradientPairs<Tdy, Tx>) {
-      for_each_pair_of_step(i, [&](int64_t j) INLINE_LAMBDA {
+      for_each_vector_of_step<2 * kLanes>(i, [&](int64_t j, int) INLINE_LAMBDA {
         const Pair d = split(row.dy + j), x = split(row.x + j), w = kDx ? weight.pair(j) : Pair{};
         V even = vector(d.even, x.even, w.even, partial + j, kLanes);
         V odd = vector(d.odd, x.odd, w.odd, partial + j + kLanes, kLanes);
@@ -72,11 +72,12 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<T
         if constexpr (kDx) join<kStream, false>(row.dx + j, {even, odd});
       });
     } else {
-      for_each_vector_of_step(i, [&](int64_t j, int n) INLINE_LAMBDA { one(j, n, Bool<true>()); });
+      for_each_vector_of_step(i,
+                              [&](int64_t j, int n) INLINE_LAMBDA { one(j, n, Constant<true>()); });
     }
   };
   for_each_step<kGradientPairs<Tdy, Tx> ? kBlock : kStep>(
-      begin, end, step, [&](int64_t i, int n) INLINE_LAMBDA { one(i, n, Bool<false>()); });
+      begin, end, step, [&](int64_t i, int n) INLINE_LAMBDA { one(i, n, Constant<false>()); });
 }
 
 // From the order of Pair to that of memory, for whole blocks.
@@ -104,18 +105,7 @@ INLINE bool is_certain(double sum, float rstd) {
 template <class Tdy, class Tx, bool kDx, bool kDweight, int kRows>
 class BackwardBlocks {
  public:
-  INLINE BackwardBlocks(const RmsNormBackward& params, WeightTiles& w)
-      : p(params),
-        weight(w),
-        cols(params.cols),
-        block_rows(rms_norm_backward_plan(params).block_rows),
-        sums_of_block(dweight_sums(block_rows)),
-        stream(params.stream && streamable<Tx>(params.dx, Rows{1, {params.rows}, {cols}})),
-        prefetch(is_far<Tx>(params.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)))),
-        in_halves(kDx && kRows == 1 && cols * int64_t(sizeof(Tx)) >= long_row_bytes()) {
-    const int64_t fitting = gradient_bytes() / (cols * int64_t(sizeof(Tdy) + sizeof(Tx)));
-    group = fitting > kRows ? kRows : fitting > 1 ? fitting : 1;
-  }
+  INLINE BackwardBlocks(const RmsNormBackward& params, WeightTiles& w) : p(params), weight(w) {}
 
   INLINE void run(int64_t block_begin, int64_t block_end) {
     for (int64_t block = block_begin; block < block_end; ++block) {
@@ -138,13 +128,13 @@ class BackwardBlocks {
   enum Verdict : char { kFast, kDxAgain, kAllAgain };
 
   INLINE Row row_at(int64_t row) const {
-    return {
-        static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row),
-        static_cast<const Tx*>(p.x) + p.x_rows.offset(row),
-        p.dresidual ? static_cast<const Tx*>(p.dresidual) + p.dresidual_rows.offset(row) : nullptr,
-        static_cast<Tx*>(p.dx) + row * cols,
-        static_cast<const float*>(p.rstd)[row],
-        0};
+    const Tx* dresidual = static_cast<const Tx*>(p.dresidual);
+    return {static_cast<const Tdy*>(p.dy) + p.dy_rows.offset(row),
+            static_cast<const Tx*>(p.x) + p.x_rows.offset(row),
+            dresidual ? dresidual + p.dresidual_rows.offset(row) : nullptr,
+            static_cast<Tx*>(p.dx) + row * cols,
+            static_cast<const float*>(p.rstd)[row],
+            0};
   }
 
   // What the rows of a block add to dweight; of a large one what up to kFoldRows rows add, and what
@@ -189,14 +179,10 @@ class BackwardBlocks {
       const double sum = kDx ? total(sums[j]) : 0;
       const float rstd = rows[j].rstd;
       rows[j].mean = float(sum * rstd / double(cols));
-      Verdict verdict = kFast;
-      if (rstd != rstd) {
-        // A NaN comes out of every product with the row that it is in.
-      } else if (!in_fast_range(rstd)) {
-        verdict = kAllAgain;
-      } else if (kDx && !is_certain(sum, rstd)) {
-        verdict = kDxAgain;
-      }
+      // A NaN comes out of every product with the row that it is in.
+      const bool fast = rstd != rstd || in_fast_range(rstd);
+      const bool certain = rstd != rstd || !kDx || is_certain(sum, rstd);
+      const Verdict verdict = !fast ? kAllAgain : !certain ? kDxAgain : kFast;
       verdicts[first - block_first + j] = verdict;
       again |= verdict != kFast;
     }
@@ -214,13 +200,11 @@ class BackwardBlocks {
         const Row next = fetch ? row_at(first + group + j) : Row{};
         const Prefetch<Tdy> next_dy{next.dy, cols, in_halves};
         const Prefetch<Tx> next_x{next.x, cols, in_halves};
-        if (kRows == 1 && stream) {
-          gradient<kDx, kDweight, Isa::kStreams && kDx>(row, next_dy, next_x, w, partial, begin,
-                                                        end, p.cast_before_weight);
-        } else {
-          gradient<kDx, kDweight, false>(row, next_dy, next_x, w, partial, begin, end,
-                                         p.cast_before_weight);
-        }
+        const auto write = [&](auto streams) INLINE_LAMBDA {
+          gradient<kDx, kDweight, streams.value>(row, next_dy, next_x, w, partial, begin, end,
+                                                 p.cast_before_weight);
+        };
+        kRows == 1 && stream ? write(Constant<Isa::kStreams && kDx>()) : write(Constant<false>());
       }
     }
   }
@@ -246,9 +230,13 @@ class BackwardBlocks {
 
   const RmsNormBackward& p;
   WeightTiles& weight;  // not a member: its address leaves this object, which then stays in memory
-  const int64_t cols, block_rows, sums_of_block;
-  const bool stream, prefetch, in_halves;
-  int64_t group;
+  const int64_t cols = p.cols, block_rows = rms_norm_backward_plan(p).block_rows;
+  const int64_t sums_of_block = dweight_sums(block_rows);
+  const bool stream = p.stream && streamable<Tx>(p.dx, Rows{1, {p.rows}, {cols}});
+  const bool prefetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)));
+  const bool in_halves = kDx && kRows == 1 && cols * int64_t(sizeof(Tx)) >= long_row_bytes();
+  const int64_t group =
+      between(gradient_bytes() / (cols * int64_t(sizeof(Tdy) + sizeof(Tx))), 1, kRows);
   int64_t block_first, block_last, fold_at;
   float *folded = nullptr, *partial = nullptr;
   bool again;
@@ -256,12 +244,6 @@ class BackwardBlocks {
   Doubles sums[kRows];
   Verdict verdicts[kMaxBlockRows];
 };
-
-template <bool kDx, bool kDweight, int kRows, class Tdy, class Tx>
-void backward_blocks(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-  WeightTiles weight(p, kGradientPairs<Tdy, Tx>);
-  BackwardBlocks<Tdy, Tx, kDx, kDweight, kRows>(p, weight).run(block_begin, block_end);
-}
 
 // From dtypes to types. The flag only names the instruction set.
 template <bool kRound>
@@ -271,20 +253,23 @@ void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) 
     with_type(p.x_dtype, [&](auto x) {
       using Tdy = decltype(dy);
       using Tx = decltype(x);
-      if (!p.dweight) return backward_blocks<true, false, 1, Tdy, Tx>(p, block_begin, block_end);
-      if (!p.dx) return backward_blocks<false, true, 1, Tdy, Tx>(p, block_begin, block_end);
+      const auto run = [&](auto dx, auto dweight, auto rows) {
+        WeightTiles weight(p, kGradientPairs<Tdy, Tx>);
+        using Kernel = BackwardBlocks<Tdy, Tx, dx.value, dweight.value, rows.value>;
+        Kernel(p, weight).run(block_begin, block_end);
+      };
+      constexpr Constant<true> yes;
+      if (!p.dweight) return run(yes, Constant<false>(), Constant<1>());
+      if (!p.dx) return run(Constant<false>(), yes, Constant<1>());
       const int64_t bytes = p.rows * p.cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx));
-      if (p.cols <= kGradientTile || bytes >= far_bytes()) {
-        return backward_blocks<true, true, 1, Tdy, Tx>(p, block_begin, block_end);
-      }
-      backward_blocks<true, true, kGradientRows, Tdy, Tx>(p, block_begin, block_end);
+      if (p.cols <= kGradientTile || bytes >= far_bytes()) return run(yes, yes, Constant<1>());
+      run(yes, yes, Constant<kGradientRows>());
     });
   });
 }
 
 // Sums the blocks' partial sums in their order, in double.
-template <class Tw>
-void sum_partials(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
+void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
   constexpr int64_t kColumns = 256;  // 2 KB of sums, and whole cache lines of the partials
   const BackwardPlan plan = rms_norm_backward_plan(p);
   const int64_t blocks = plan.blocks, stride = dweight_sums(plan.block_rows) * p.cols;
@@ -297,12 +282,10 @@ void sum_partials(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) 
     }
     float rounded_sums[kColumns];
     for (int64_t i = 0; i < kColumns; ++i) rounded_sums[i] = float(sums[i]);
-    Tw* dweight = static_cast<Tw*>(p.dweight) + begin;
-    for_each_vector(0, count,
-                    [&](int64_t i, int n) { store(dweight + i, load(rounded_sums + i, n), n); });
+    with_type(p.w_dtype, [&](auto w) {
+      auto* to = static_cast<decltype(w)*>(p.dweight) + begin;
+      for_each_vector(0, count,
+                      [&](int64_t i, int n) { store(to + i, load(rounded_sums + i, n), n); });
+    });
   }
-}
-
-void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
-  with_type(p.w_dtype, [&](auto w) { sum_partials<decltype(w)>(p, col_begin, col_end); });
 }

@@ -25,58 +25,48 @@ constexpr int kCount = sizeof kTable / sizeof kTable[0];
 
 int supported_count() {
 #if RMSNORM_X86
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-      !__builtin_cpu_supports("f16c")) {
-    return 2;
-  }
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
-    return 3;
-  }
-  if (!__builtin_cpu_supports("avx512bf16")) return 4;
-#endif
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  return 2 + avx2 + avx512 + (avx512 && __builtin_cpu_supports("avx512bf16"));
+#else
   return kCount;
+#endif
 }
 
-// What runs, and what runs where x is Half.
-struct Choice {
-  const Kernels* kernels;
-  const Kernels* for_half;
-};
-
-const Choice* best() {
-  static const Choice choice = [] {
-    const int count = supported_count();
-    const Kernels* const kernels = kTable[count - 1];
+const Kernels* best() {
+  const int count = supported_count();
 #if RMSNORM_X86
-    // On a Zen 4 the AVX2 kernels take an eighth to a fifth less time for cached rows of Half.
-    if (count > 3 && __builtin_cpu_is("amdfam19h")) return Choice{kernels, &kAvx2};
+  // On a Zen 4 the AVX2 kernels take an eighth to a fifth less time for cached rows of Half.
+  static const Kernels* const usual = kTable[count - 1];
+  static const Kernels zen4 = {
+      usual->name,
+      [](const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+        (p.x_dtype == DType::kFloat16 ? kAvx2 : *usual).forward(p, row_begin, row_end, y_begin);
+      },
+      usual->backward, usual->dweight, usual->quantize};
+  if (count > 3 && __builtin_cpu_is("amdfam19h")) return &zen4;
 #endif
-    return Choice{kernels, kernels};
-  }();
-  return &choice;
+  return kTable[count - 1];
 }
 
 // nullptr: not built, or not supported.
-const Choice* find(const char* name) {
-  static Choice choices[kCount];
-  static const bool filled = [] {
-    for (int i = 0; i < kCount; ++i) choices[i] = {kTable[i], kTable[i]};
-    return true;
-  }();
-  for (int i = 0; filled && i < supported_count(); ++i) {
-    if (!std::strcmp(name, kTable[i]->name)) return &choices[i];
+const Kernels* find(const char* name) {
+  for (int i = 0; i < supported_count(); ++i) {
+    if (!std::strcmp(name, kTable[i]->name)) return kTable[i];
   }
   return nullptr;
 }
 
-std::atomic<const Choice*> current{nullptr};
+std::atomic<const Kernels*> current{nullptr};
 thread_local const char* last = "";
 
 // The choice at first use. Two threads that race here choose the same.
-const Choice& choose() {
+const Kernels& choose() {
   const char* name = std::getenv("RMSNORM_CUDA_ISA");
-  const Choice* chosen = name && *name ? find(name) : best();
+  const Kernels* chosen = name && *name ? find(name) : best();
   if (!chosen) {
     std::string available;
     for (int i = 0; i < supported_count(); ++i) {
@@ -85,35 +75,31 @@ const Choice& choose() {
     throw std::runtime_error("RMSNORM_CUDA_ISA is '" + std::string(name) +
                              "', but this machine and build have only: " + available);
   }
-  const Choice* none = nullptr;
+  const Kernels* none = nullptr;
   current.compare_exchange_strong(none, chosen);
   return *current.load();
 }
 
-const Choice& choice() {
-  // Acquired, for what it points to may have been written by the thread that chose it.
-  const Choice* chosen = current.load(std::memory_order_acquire);
+const Kernels& kernels() {
+  // Acquired, for the thread that chose it may have written what it points to.
+  const Kernels* chosen = current.load(std::memory_order_acquire);
   return chosen ? *chosen : choose();
 }
 
-const Kernels& kernels() { return *choice().kernels; }
-
-int64_t cache_size([[maybe_unused]] int name, int64_t otherwise) {
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-  if (const long size = sysconf(name); size > 0) return size;
+#ifndef _SC_LEVEL1_DCACHE_SIZE  // musl: the usual sizes
+enum { _SC_LEVEL1_DCACHE_SIZE = -1, _SC_LEVEL2_CACHE_SIZE = -1, _SC_LEVEL3_CACHE_SIZE = -1 };
 #endif
-  return otherwise;
+int64_t cache_size(int name, int64_t usual, int64_t low, int64_t high) {
+  const long size = sysconf(name);
+  return between(size > 0 ? size : usual, low, high);
 }
 
 }  // namespace
 
-#ifndef _SC_LEVEL1_DCACHE_SIZE  // musl: the usual sizes
-enum { _SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE };
-#endif
 const CacheSizes kCaches = {
-    between(cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10), kMinL1, 256 << 10),
-    between(cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10), 256 << 10, 4 << 20),
-    between(cache_size(_SC_LEVEL3_CACHE_SIZE, 32 << 20), 4 << 20, 32 << 20),
+    cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10, kMinL1, 256 << 10),
+    cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10, 256 << 10, 4 << 20),
+    cache_size(_SC_LEVEL3_CACHE_SIZE, 32 << 20, 4 << 20, 32 << 20),
 };
 
 bool writes_past_caches(int64_t bytes, bool is_new) {
@@ -133,18 +119,16 @@ float* weight_tile() {
 }
 
 bool set_isa(const char* name) {
-  const Choice* chosen = name ? find(name) : best();
+  const Kernels* chosen = name ? find(name) : best();
   if (chosen) current = chosen;
   return chosen != nullptr;
 }
 
 namespace {
 
-void norm_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
-  if (wide(p)) return forward_fp64(p, row_begin, row_end, y_begin);
-  const Choice& chosen = choice();
-  (p.x_dtype == DType::kFloat16 ? chosen.for_half : chosen.kernels)
-      ->forward(p, row_begin, row_end, y_begin);
+template <class P>
+const Kernels& kernels_for(const P& p) {
+  return has_fp64(p) ? kFp64 : kernels();
 }
 
 int64_t quant_row_bytes(const RmsNormForward& p) {
@@ -162,7 +146,8 @@ int64_t rms_norm_forward_workspace(const RmsNormForward& p) {
 
 void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
                       void* workspace) {
-  if (!p.quant.data) return norm_rows(p, row_begin, row_end, 0);
+  if (!p.quant.data) return kernels_for(p).forward(p, row_begin, row_end, 0);
+  const Kernels& chosen = kernels_for(p);
   RmsNormForward part = p;
   if (!p.y) {  // the workspace is some rows of it
     part.y = workspace;
@@ -172,8 +157,8 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
   const int64_t rows = quant_rows(p);
   for (int64_t row = row_begin; row < row_end; row += rows) {
     const int64_t end = std::min(row + rows, row_end), y_begin = p.y ? 0 : row;
-    norm_rows(part, row, end, y_begin);
-    kernels().quantize(part, row, end, y_begin);
+    chosen.forward(part, row, end, y_begin);
+    chosen.quantize(part, row, end, y_begin);
   }
 }
 
@@ -188,11 +173,11 @@ BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
 }
 
 void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-  (wide(p) ? backward_fp64 : kernels().backward)(p, block_begin, block_end);
+  kernels_for(p).backward(p, block_begin, block_end);
 }
 
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
-  (wide(p) ? dweight_fp64 : kernels().dweight)(p, col_begin, col_end);
+  kernels_for(p).dweight(p, col_begin, col_end);
 }
 
 }  // namespace rmsnorm::cpu

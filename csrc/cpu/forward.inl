@@ -7,7 +7,7 @@ template <class Tx, bool kLook>
 struct Squares {
   static constexpr bool kPairs = kIsBFloat16<Tx>;
   const Tx* x;
-  typename Isa::SmallElements& small;
+  Isa::SmallElements& small;
   Prefetch<Tx> next;
 
   INLINE void fetch(int64_t i) const { next.template along<false, kBlock>(i); }
@@ -28,11 +28,10 @@ struct Squares {
 template <class Tin, class Tx, bool kRound>
 INLINE void add_row(const RmsNormForward& p, int64_t row, int64_t begin, int64_t end,
                     int64_t next_row) {
-  const auto row_of_input = [&](int64_t r) {
-    return static_cast<const Tin*>(p.addends.input) + p.addends.input_rows.offset(r);
-  };
-  const Tin* input = row_of_input(row);
-  const Tin* next = next_row >= 0 ? row_of_input(next_row) : nullptr;
+  constexpr bool kPairs = kIsBFloat16<Tin> && kIsBFloat16<Tx>;
+  const Tin* inputs = static_cast<const Tin*>(p.addends.input);
+  const Tin* input = inputs + p.addends.input_rows.offset(row);
+  const Tin* next = next_row >= 0 ? inputs + p.addends.input_rows.offset(next_row) : nullptr;
   const Tx* residual =
       static_cast<const Tx*>(p.addends.residual) + p.addends.residual_rows.offset(row);
   Tx* x = static_cast<Tx*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
@@ -40,53 +39,48 @@ INLINE void add_row(const RmsNormForward& p, int64_t row, int64_t begin, int64_t
     store(x + i, load(input + i, n) + load(residual + i, n), n);
   };
   const auto step = [&](int64_t i) INLINE_LAMBDA {
-    if (next) {
-      for (int j = 0; j < kStep; j += kLine / int(sizeof(Tin))) {
-        __builtin_prefetch(next + i + j, 0, 2);
-      }
+    for (int j = 0; next && j < kStep; j += kLine / int(sizeof(Tin))) {
+      __builtin_prefetch(next + i + j, 0, 2);
     }
-    if constexpr (kIsBFloat16<Tin> && kIsBFloat16<Tx>) {
+    if constexpr (kPairs) {
       const auto sum = [&](int64_t j) INLINE_LAMBDA {
         const Pair a = split(input + j), b = split(residual + j);
         return Pair{a.even + b.even, a.odd + b.odd};
       };
       const Pair low = sum(i), high = sum(i + 2 * kLanes);
+      const auto put = [&](auto round) INLINE_LAMBDA {
+        join<false, round.value>(x + i, low);
+        join<false, round.value>(x + i + 2 * kLanes, high);
+      };
       if constexpr (kRound) {
-        if (!Isa::any_denormal(low, high)) {
-          join<false, true>(x + i, low), join<false, true>(x + i + 2 * kLanes, high);
-          return;
-        }
+        if (!Isa::any_denormal(low, high)) return put(Constant<true>());
       }
-      join<false, false>(x + i, low), join<false, false>(x + i + 2 * kLanes, high);
+      put(Constant<false>());
     } else {
       for_each_vector_of_step(i, one);
     }
   };
-  for_each_step<kIsBFloat16<Tin> && kIsBFloat16<Tx> ? kBlock : kStep>(begin, end, step, one);
+  for_each_step<kPairs ? kBlock : kStep>(begin, end, step, one);
 }
 
 // Forms a row of x, and sums its squares. A part is summed up while it is in the L1 cache. kCols:
 // as of ForwardRows; an fp32 head takes a tenth less time so.
 template <class Tin, class Tx, bool kRound, int kCols>
 Doubles add_and_sum(const RmsNormForward& p, int64_t row, int64_t next_row,
-                    typename Isa::SmallElements& small) {
+                    Isa::SmallElements& small) {
   const Tx* x = static_cast<const Tx*>(p.x) + p.x_rows.offset(row);
   const int64_t cols = kCols ? kCols : p.cols;
+  if constexpr (kIsSame<Tin, double>) add_row_fp64(p, row);
   Doubles sum = {};
   for (int64_t begin = 0; begin < cols; begin += kAddTile) {
     const int64_t end = begin + kAddTile < cols ? begin + kAddTile : cols;
-    if constexpr (kIsSame<Tin, double>) {
-      if (begin == 0) add_row_fp64(p, row);
-    } else {
-      add_row<Tin, Tx, kRound>(p, row, begin, end, next_row);
-    }
+    if constexpr (!kIsSame<Tin, double>) add_row<Tin, Tx, kRound>(p, row, begin, end, next_row);
     add_products(sum, begin, end, Squares<Tx, kRound>{x, small, {}});
   }
   return sum;
 }
 
-using AddAndSum = Doubles (*)(const RmsNormForward& p, int64_t row, int64_t next_row,
-                              Isa::SmallElements& small);
+using AddAndSum = decltype(&add_and_sum<float, float, false, 0>);
 
 // nullptr: x is no sum.
 template <class Tx, bool kRound, int kCols>
@@ -123,7 +117,7 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
     const auto step = [&](int64_t i) {
       next.template along<true, kStep>(i);
       if constexpr (kPairs) {
-        for_each_pair_of_step(i, [&](int64_t j) INLINE_LAMBDA {
+        for_each_vector_of_step<2 * kLanes>(i, [&](int64_t j, int) INLINE_LAMBDA {
           const Pair v = split(x + j), g = w.pair(j);
           join<kStream, kRound>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
         });
@@ -159,7 +153,7 @@ INLINE RowSchedule schedule_rows(const RmsNormForward& p, int64_t cols) {
   const bool far = total_bytes >= far_bytes();
   const int64_t near_bytes = kCols ? kMinGroupBytes : group_bytes();
   const int64_t fitting = (far ? kFarGroupBytes : near_bytes) / row_bytes;
-  const int64_t group = fitting > Isa::kGroupRows ? Isa::kGroupRows : fitting > 1 ? fitting : 1;
+  const int64_t group = between(fitting, 1, Isa::kGroupRows);
   const bool sums_ahead = group > 1 && !far;
   return {group, sums_ahead, is_far<Tx>(total_bytes),
           sums_ahead ? group + Isa::kGroupRows / 2 : group,
@@ -172,18 +166,10 @@ INLINE RowSchedule schedule_rows(const RmsNormForward& p, int64_t cols) {
 template <bool kStream, class Tx, class Ty, bool kCast, bool kRound, int kCols, class W>
 class ForwardRows {
  public:
-  INLINE ForwardRows(const RmsNormForward& params, W& w, int64_t end, int64_t first_row_of_y)
-      : p(params),
-        weight(w),
-        row_end(end),
-        y_begin(first_row_of_y),
-        y_address(reinterpret_cast<uintptr_t>(params.y) -
-                  first_row_of_y * params.y_rows.stride[0] * sizeof(Ty)),
-        any_cols(params.cols),
-        per_col(1.0 / double(cols())),
-        schedule(schedule_rows<Tx, Ty, kCols>(params, cols())),
-        fetch_end(schedule.prefetch ? row_end : 0),
-        add_and_sum(add_and_sum_of<Tx, kRound, kCols>(params)) {}
+  // weight_is_in_range: else every product might leave the fast path's range.
+  INLINE ForwardRows(const RmsNormForward& params, W& w, bool weight_is_in_range, int64_t end,
+                     int64_t first_row_of_y)
+      : p(params), weight(w), in_range(weight_is_in_range), row_end(end), y_begin(first_row_of_y) {}
 
   INLINE void run(int64_t row_begin) {
     const int64_t group = schedule.group;
@@ -193,18 +179,18 @@ class ForwardRows {
         for (int64_t j = 0; j < count; ++j) sum_row(first + j, j);
       }
       const bool fast = find_rstd(first, count);
-      if (p.rstd) {
-        for (int64_t j = 0; j < count; ++j) static_cast<float*>(p.rstd)[first + j] = float(rstd[j]);
+      for (int64_t j = 0; p.rstd && j < count; ++j) {
+        static_cast<float*>(p.rstd)[first + j] = float(rstd[j]);
       }
       const bool round = kRound && !small.any();
       small = {};
       for (int64_t j = 0; j < count; ++j) {
         const int64_t row = first + j;
         if (schedule.sums_ahead && row + group < row_end) sum_row(row + group, j);
-        if (!fast && !in_fast_range(rstd[j])) {
-          write_uncommon_row(row, rstd[j]);
-        } else {
+        if (fast || (in_range && in_fast_range(rstd[j]))) {
           write_row(row, rstd[j], round);
+        } else {
+          write_uncommon_row(row, rstd[j]);
         }
       }
     }
@@ -217,8 +203,7 @@ class ForwardRows {
     return static_cast<const Tx*>(p.x) + p.x_rows.offset(row);
   }
   INLINE Prefetch<Tx> prefetch(int64_t row) const {
-    if (row >= fetch_end) return {};
-    return {row_of_x(row), cols(), schedule.in_halves};
+    return {row < fetch_end ? row_of_x(row) : nullptr, cols(), schedule.in_halves};
   }
 
   // sums[j]: of the row's squares, in double.
@@ -230,7 +215,7 @@ class ForwardRows {
       sums[j] = sum;
     } else {
       const bool next = schedule.in_halves && row + 1 < fetch_end;
-      typename Isa::SmallElements seen = small;  // a copy, or this object would stay in memory
+      Isa::SmallElements seen = small;  // a copy, or this object would stay in memory
       sums[j] = add_and_sum(p, row, next ? row + 1 : -1, seen);
       small = seen;
     }
@@ -245,10 +230,10 @@ class ForwardRows {
     }
   }
 
-  // From sums to rstd; true if all are in the fast path's range.
+  // From sums to rstd; true if all and the weight are in the fast path's range.
   INLINE bool find_rstd(int64_t first, int64_t count) {
     const double eps = p.eps;
-    bool fast = true;
+    bool fast = in_range;
     if (count == Isa::kGroupRows) {  // side by side
       for (int j = 0; j < Isa::kGroupRows; j += Isa::kTotals) Isa::totals(sums + j, rstd + j);
       for (int j = 0; j < Isa::kGroupRows; ++j) look_for_dominant(first + j, j);
@@ -277,14 +262,12 @@ class ForwardRows {
   }
 
   INLINE void write_row(int64_t row, double rstd_of_row, bool round) {
-    const Tx* x = row_of_x(row);
-    Ty* y = row_of_y(row);
     const Prefetch<Tx> next = prefetch(row + schedule.prefetch_rows);
-    if (kRound && round) {
-      scale_row<kStream, kRound, Tx, kCast>(x, weight, y, cols(), rstd_of_row, next);
-    } else {
-      scale_row<kStream, false, Tx, kCast>(x, weight, y, cols(), rstd_of_row, next);
-    }
+    const auto scale = [&](auto rounds) INLINE_LAMBDA {
+      scale_row<kStream, rounds.value, Tx, kCast>(row_of_x(row), weight, row_of_y(row), cols(),
+                                                  rstd_of_row, next);
+    };
+    round ? scale(Constant<kRound>()) : scale(Constant<false>());
   }
 
   INLINE void write_uncommon_row(int64_t row, double rstd_of_row) {
@@ -296,62 +279,49 @@ class ForwardRows {
 
   const RmsNormForward& p;
   W& weight;
+  const bool in_range;
   const int64_t row_end, y_begin;
-  const uintptr_t y_address;  // where row 0 would be
-  const int64_t any_cols;
-  const double per_col;
-  const RowSchedule schedule;
-  const int64_t fetch_end;      // rows before it are fetched ahead
-  const AddAndSum add_and_sum;  // nullptr: x is there
+  const uintptr_t y_address =  // where row 0 would be
+      reinterpret_cast<uintptr_t>(p.y) - y_begin * p.y_rows.stride[0] * sizeof(Ty);
+  const int64_t any_cols = p.cols;
+  const double per_col = 1.0 / double(cols());
+  const RowSchedule schedule = schedule_rows<Tx, Ty, kCols>(p, cols());
+  const int64_t fetch_end = schedule.prefetch ? row_end : 0;  // rows before it are fetched ahead
+  const AddAndSum add_and_sum = add_and_sum_of<Tx, kRound, kCols>(p);  // nullptr: x is there
   Doubles sums[Isa::kGroupRows];
   double rstd[Isa::kGroupRows];
-  typename Isa::SmallElements small;
+  Isa::SmallElements small;
 };
 
 template <class Tx, class Ty, bool kCast, bool kRound, class W>
-void forward_rows(const RmsNormForward& p, W& weight, int64_t row_begin, int64_t row_end,
-                  int64_t y_begin) {
-  const auto run = [&](auto stream) {
-    constexpr bool kStream = stream.value;
+void forward_rows(const RmsNormForward& p, W& weight, bool in_range, int64_t row_begin,
+                  int64_t row_end, int64_t y_begin) {
+  const auto run = [&](auto stream, auto cols) INLINE_LAMBDA {
+    using Kernel = ForwardRows<stream.value, Tx, Ty, kCast, kRound, cols.value, W>;
+    Kernel(p, weight, in_range, row_end, y_begin).run(row_begin);
+  };
+  const auto with_cols = [&](auto stream) {
     // Heads take a fifth less time without loops.
     if constexpr (Isa::kUnrollsHeads && kIsSame<Tx, Ty>) {
-      if (p.cols == 64) {
-        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 64, W>(p, weight, row_end, y_begin)
-            .run(row_begin);
-      }
-      if (p.cols == 128) {
-        return ForwardRows<kStream, Tx, Ty, kCast, kRound, 128, W>(p, weight, row_end, y_begin)
-            .run(row_begin);
-      }
+      if (p.cols == 64) return run(stream, Constant<64>());
+      if (p.cols == 128) return run(stream, Constant<128>());
     }
-    ForwardRows<kStream, Tx, Ty, kCast, kRound, 0, W>(p, weight, row_end, y_begin).run(row_begin);
+    run(stream, Constant<0>());
   };
-  if (p.stream && streamable<Ty>(p.y, p.y_rows)) return run(Bool<Isa::kStreams>());
-  run(Bool<false>());
-}
-
-// Every product of a row would leave the fast path's range, or might.
-template <class Tx>
-void forward_rows_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
-                       int64_t y_begin) {
-  const AddAndSum add_and_sum = add_and_sum_of<Tx, false, 0>(p);
-  typename Isa::SmallElements small;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    if (add_and_sum) add_and_sum(p, row, -1, small);
-    forward_row_fp64(p, row, y_begin);
-  }
+  const bool streams = p.stream && streamable<Ty>(p.y, p.y_rows);
+  streams ? with_cols(Constant<Isa::kStreams>()) : with_cols(Constant<false>());
 }
 
 // Chooses how the weight is read.
 template <class Tx, class Ty, bool kCast, bool kRound>
 void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
-  const auto with = [&](auto round, auto& weight) {
-    forward_rows<Tx, Ty, kCast, round.value>(p, weight, row_begin, row_end, y_begin);
+  const auto with = [&](auto round, auto& weight, bool in_range) {
+    forward_rows<Tx, Ty, kCast, round.value>(p, weight, in_range, row_begin, row_end, y_begin);
   };
   if (!p.weight) {
     if constexpr (kCast) return;  // forward() does not ask for it
     NoWeight one{set1(1.0f)};
-    return with(Bool<kRound>(), one);
+    return with(Constant<kRound>(), one, true);
   }
   // A tile does not pay for one row. In long rows it takes the place of x or y in the L1 cache.
   if constexpr (!kIsFloat<Tx> && kIsSame<Tx, Ty>) {
@@ -359,29 +329,26 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end, 
     if (p.w_dtype == p.x_dtype && p.weight_offset == 0 && (row_end - row_begin == 1 || long_rows)) {
       Weight<Tx> weight{static_cast<const Tx*>(p.weight)};
       if constexpr (kRound) {
-        typename Isa::SmallElements small;
+        Isa::SmallElements small;
         for (int64_t i = 0; i < p.cols / kBlock * kBlock; i += 2 * kLanes) {
           small.look(load_pairs(weight.data + i));
         }
-        if (small.any()) return with(Bool<false>(), weight);
+        if (small.any()) return with(Constant<false>(), weight, true);
       }
-      return with(Bool<kRound>(), weight);
+      return with(Constant<kRound>(), weight, true);
     }
   }
   WeightTiles weight(p, kIsBFloat16<Tx> && kIsBFloat16<Ty>);
+  bool in_range = true;
   if constexpr (kRound || (kIsFloat<Tx> && !kCast)) {
     constexpr int kExponent = kRound ? kSmallExponent : kMinWeightExponent;
-    bool ordinary = true;
-    for (int64_t begin = 0; begin < p.cols && ordinary; begin += WeightTiles::kTile) {
+    for (int64_t begin = 0; begin < p.cols && in_range; begin += WeightTiles::kTile) {
       const int64_t count = WeightTiles::tile_end(begin, p.cols) - begin;
-      ordinary = in_range(weight.part(begin).data + begin, count, kExponent);
-    }
-    if (!ordinary) {
-      if constexpr (kRound) return with(Bool<false>(), weight);
-      return forward_rows_fp64<Tx>(p, row_begin, row_end, y_begin);
+      in_range = is_in_range(weight.part(begin).data + begin, count, kExponent);
     }
   }
-  with(Bool<kRound>(), weight);
+  if (kRound && !in_range) return with(Constant<false>(), weight, true);
+  with(Constant<kRound>(), weight, in_range);
 }
 
 // From dtypes to types. kRound: with Isa::round_pair.
@@ -389,25 +356,19 @@ template <bool kRound>
 void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   static_assert(!kRound || Isa::kRoundsBFloat16);
   set_last_isa(Isa::kNames[kRound]);
+  const bool cast = p.cast_before_weight && p.weight;  // else there is nothing to be cast before
   with_type(p.x_dtype, [&](auto x) {
-    using Tx = decltype(x);
-    constexpr bool kRoundTx = kRound && kIsBFloat16<Tx>;
-    // Without a weight there is nothing to be cast before.
-    const bool cast = p.cast_before_weight && p.weight;
-    if constexpr (kIsFloat<Tx>) {  // a residual in fp32 beside 16-bit activations
-      if (p.y_dtype != p.x_dtype) {
-        return with_type(p.y_dtype, [&](auto y) {
-          using Ty = decltype(y);
-          if (cast) return forward_typed<Tx, Ty, true, false>(p, row_begin, row_end, y_begin);
-          forward_typed<Tx, Ty, false, false>(p, row_begin, row_end, y_begin);
-        });
+    with_type(p.y_dtype, [&](auto y) {
+      using Tx = decltype(x);
+      using Ty = decltype(y);
+      // A residual in fp32 beside 16-bit activations, or a weight in fp32 beside them.
+      constexpr bool kSame = kIsSame<Tx, Ty>, kRoundTx = kRound && kSame && kIsBFloat16<Tx>;
+      if constexpr (kSame || kIsFloat<Tx>) {
+        if (!cast) return forward_typed<Tx, Ty, false, kRoundTx>(p, row_begin, row_end, y_begin);
       }
-    }
-    if (!cast) return forward_typed<Tx, Tx, false, kRoundTx>(p, row_begin, row_end, y_begin);
-    if (p.y_dtype == p.x_dtype) {
-      return forward_typed<Tx, Tx, true, kRoundTx>(p, row_begin, row_end, y_begin);
-    }
-    if constexpr (!kIsFloat<Tx>)
-      forward_typed<Tx, float, true, false>(p, row_begin, row_end, y_begin);
+      if constexpr (kSame || kIsFloat<Tx> || kIsFloat<Ty>) {
+        forward_typed<Tx, Ty, true, kRoundTx>(p, row_begin, row_end, y_begin);
+      }
+    });
   });
 }

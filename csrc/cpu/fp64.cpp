@@ -3,7 +3,6 @@
 // row: what the fast paths are held against. Exactness counts here, speed does not.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "../round_to_odd.h"
 #include "kernels.h"
@@ -11,36 +10,26 @@
 namespace rmsnorm::cpu {
 namespace {
 
-float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+constexpr DType kDouble = DType::kFloat64;
 
 double half_to_double(uint16_t h) {
   const int exponent = h >> 10 & 31, fraction = h & 0x3ff;
-  const double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                           : exponent     ? std::ldexp(fraction | 0x400, exponent - 25)
-                                          : std::ldexp(fraction, -24);
+  const int units = exponent ? fraction | 0x400 : fraction;
+  const double magnitude =
+      exponent == 31 ? (fraction ? NAN : INFINITY) : std::ldexp(units, std::max(exponent, 1) - 25);
   return h & 0x8000 ? -magnitude : magnitude;
 }
 
 // Every NaN is the same one, whichever the row held first.
 uint16_t to_bfloat16(double value) {
   if (value != value) return 0x7fc0;
-  const uint32_t bits = float_to_bits(round_to_odd(value));
+  const uint32_t bits = __builtin_bit_cast(uint32_t, round_to_odd(value));
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 uint16_t to_half(double value) {
   if (value != value) return 0x7e00;
-  const uint32_t bits = float_to_bits(round_to_odd(value));
+  const uint32_t bits = __builtin_bit_cast(uint32_t, round_to_odd(value));
   const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 and above
   if (rest < 0x38800000)
@@ -48,25 +37,25 @@ uint16_t to_half(double value) {
   return uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
-double load(const void* base, DType dtype, int64_t i) {
+INLINE double load(const void* base, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kFloat32:
       return static_cast<const float*>(base)[i];
     case DType::kFloat16:
       return half_to_double(static_cast<const uint16_t*>(base)[i]);
     case DType::kBFloat16:
-      return bits_to_float(uint32_t(static_cast<const uint16_t*>(base)[i]) << 16);
+      return __builtin_bit_cast(float, uint32_t(static_cast<const uint16_t*>(base)[i]) << 16);
     case DType::kFloat64:
       return static_cast<const double*>(base)[i];
   }
   return 0;
 }
 
-// base[i] = value(i) for begin <= i < end, rounded once.
+// base[begin + i] = value(i) for 0 <= i < count, rounded once.
 template <class F>
-void store(void* base, DType dtype, int64_t begin, int64_t end, F value) {
+void store(void* base, DType dtype, int64_t begin, int64_t count, F value) {
   const auto each = [&](auto* out, auto round) {
-    for (int64_t i = begin; i < end; ++i) out[i] = round(value(i));
+    for (int64_t i = 0; i < count; ++i) out[begin + i] = round(value(i));
   };
   switch (dtype) {
     case DType::kFloat32:
@@ -96,6 +85,7 @@ struct Row {
 
   double operator[](int64_t i) const { return load(x, dtype, offset + i) * scale; }
   double xhat(int64_t i) const { return (*this)[i] * unit; }
+  double xhat(int64_t i, bool cast) const { return cast ? round_to(dtype, xhat(i)) : xhat(i); }
 };
 
 // The scale does not follow x below sqrt(eps), which is what bounds rstd there: eps * scale^2 stays
@@ -113,8 +103,8 @@ Row normalize(const P& p, int64_t row) {
   // thousands of ulps in a long row.
   double lanes[8] = {}, lost[8] = {};
   for (int64_t i = 0; i < p.cols; ++i) {
-    const double square = x[i] * x[i], before = lanes[i % 8], sum = before + square,
-                 added = sum - before;
+    const double square = x[i] * x[i], before = lanes[i % 8], sum = before + square;
+    const double added = sum - before;
     lanes[i % 8] = sum;
     lost[i % 8] += (before - (sum - added)) + (square - added);
   }
@@ -127,156 +117,98 @@ Row normalize(const P& p, int64_t row) {
 
 // weight + weight_offset, as the fast path forms it: in fp32 unless a tensor is fp64.
 template <class P>
-double weight_at(const P& p, int64_t i) {
+INLINE double weight_at(const P& p, int64_t i) {
   if (!p.weight) return 1;
   const double w = load(p.weight, p.w_dtype, i);
-  return wide(p) ? w + p.weight_offset : float(w) + float(p.weight_offset);
+  return has_fp64(p) ? w + p.weight_offset : float(w) + float(p.weight_offset);
 }
 
-template <class T>
-void backward_row(const RmsNormBackward& p, int64_t row, T* partial) {
-  const Row x = normalize(p, row);
-  const int64_t dy_offset = p.dy_rows.offset(row);
-  const auto dy = [&](int64_t i) { return load(p.dy, p.dy_dtype, dy_offset + i); };
-  if (partial) {
-    for (int64_t i = 0; i < p.cols; ++i) {
-      const double xhat = p.cast_before_weight ? round_to(p.x_dtype, x.xhat(i)) : x.xhat(i);
-      partial[i] = T(partial[i] + dy(i) * xhat);
-    }
-  }
-  if (!p.dx) return;
-  double sum = 0;
-  for (int64_t i = 0; i < p.cols; ++i) sum += weight_at(p, i) * dy(i) * x.xhat(i);
-  const double c = sum / double(p.cols);
-  store(p.dx, p.x_dtype, row * p.cols, (row + 1) * p.cols, [&](int64_t at) {
-    const int64_t i = at - row * p.cols;
-    const double dx = (weight_at(p, i) * dy(i) - x.xhat(i) * c) * x.unit * x.scale;
-    return p.dresidual ? dx + load(p.dresidual, p.x_dtype, p.dresidual_rows.offset(row) + i) : dx;
-  });
-}
-
-// The code of v by the definition of its format.
-uint8_t code_of(QType type, float v) {
-  const float limit = max_value(type);
-  if (type == QType::kInt8) {
-    return v != v ? 0 : uint8_t(int(std::nearbyint(std::clamp(v, -limit - 1, limit))));
-  }
-  const int fraction = type == QType::kFloat8E4M3 ? 3 : 2,
-            bias = type == QType::kFloat8E4M3 ? 7 : 15;
-  const int sign = std::signbit(v) ? 0x80 : 0;
-  if (v != v) return uint8_t(sign | 0x7f);
-  const float magnitude = std::fmin(std::fabs(v), limit);
-  const int exponent = magnitude == 0 ? 1 - bias : std::max(std::ilogb(magnitude), 1 - bias);
-  const int units = int(std::nearbyint(std::ldexp(magnitude, fraction - exponent)));
-  return uint8_t(sign | (units + ((exponent + bias - 1) << fraction)));
-}
-
-void quantize_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
-  const Quant& q = p.quant;
-  const int64_t width = q.block ? q.block : p.cols;
-  for (int64_t at = row_begin * p.cols; at < row_end * p.cols; at += width) {
-    const int64_t row = at / p.cols, begin = at % p.cols;
-    const int64_t first = p.y_rows.offset(row - y_begin) + begin;
-    const auto y = [&](int64_t i) { return float(load(p.y, p.y_dtype, first + i)); };
-    float scale = q.block ? 0 : *q.scale;
-    if (q.block) {
-      float largest = 0;
-      for (int64_t i = 0; i < width; ++i) {
-        if (!(std::fabs(y(i)) <= largest)) largest = largest != largest ? largest : std::fabs(y(i));
-      }
-      scale = (largest > q.bound ? q.bound : largest) / max_value(q.dtype);
-      scale = scale < q.least ? q.least : scale;
-      q.scale[row * q.row_stride + begin / width * q.block_stride] = scale;
-    }
-    const bool divides = q.block && q.dtype != QType::kInt8;
-    for (int64_t i = 0; i < width; ++i) {
-      const float scaled = divides ? y(i) / scale : y(i) * (1 / scale);
-      static_cast<uint8_t*>(q.data)[at + i] = code_of(q.dtype, scaled);
-    }
-  }
-}
-
-}  // namespace
-
-bool wide(const RmsNormForward& p) {
-  return p.x_dtype == DType::kFloat64 || p.y_dtype == DType::kFloat64 ||
-         (p.weight && p.w_dtype == DType::kFloat64);
-}
-
-bool wide(const RmsNormBackward& p) {
-  const bool weighted = p.weight || p.dweight;
-  return p.x_dtype == DType::kFloat64 || p.dy_dtype == DType::kFloat64 ||
-         (weighted && p.w_dtype == DType::kFloat64);
-}
-
-void add_row_fp64(const RmsNormForward& p, int64_t row) {
-  const Addends& a = p.addends;
-  const int64_t begin = p.x_rows.offset(row), input = a.input_rows.offset(row),
-                residual = a.residual_rows.offset(row);
-  const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
-  store(const_cast<void*>(p.x), p.x_dtype, begin, begin + p.cols, [&](int64_t at) {
-    const double left = load(a.input, a.input_dtype, input + at - begin),
-                 right = load(a.residual, p.x_dtype, residual + at - begin);
-    return in_double ? left + right : float(left) + float(right);
-  });
-}
-
-void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
-  const Row x = normalize(p, row);
-  const int64_t begin = p.y_rows.offset(row - y_begin);
-  store(p.y, p.y_dtype, begin, begin + p.cols, [&](int64_t at) {
-    const double xhat = x.xhat(at - begin);
-    return (p.cast_before_weight ? round_to(p.x_dtype, xhat) : xhat) * weight_at(p, at - begin);
-  });
-  if (!p.rstd) return;
-  const DType rstd_dtype = p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  store(p.rstd, rstd_dtype, row, row + 1, [&](int64_t) { return x.unit * x.scale; });
-}
-
-void forward_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  set_last_isa("fp64");
   for (int64_t row = row_begin; row < row_end; ++row) {
     if (p.addends.input) add_row_fp64(p, row);
     forward_row_fp64(p, row, y_begin);
   }
 }
 
-void backward_row_fp64(const RmsNormBackward& p, int64_t row, float* partial) {
-  backward_row(p, row, partial);
-}
-
-void backward_fp64(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
+void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
+  set_last_isa("fp64");
   const int64_t block_rows = rms_norm_backward_plan(p).block_rows;
   for (int64_t block = block_begin; block < block_end; ++block) {
     double* partial = p.dweight ? static_cast<double*>(p.workspace) + block * p.cols : nullptr;
     if (partial) std::fill_n(partial, p.cols, 0.0);
     const int64_t end = std::min((block + 1) * block_rows, p.rows);
-    for (int64_t row = block * block_rows; row < end; ++row) backward_row(p, row, partial);
+    for (int64_t row = block * block_rows; row < end; ++row) backward_row_fp64(p, row, partial);
   }
 }
 
-void dweight_fp64(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
+void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
   const int64_t blocks = rms_norm_backward_plan(p).blocks;
-  const double* partials = static_cast<const double*>(p.workspace);
-  store(p.dweight, p.w_dtype, col_begin, col_end, [&](int64_t i) {
+  const double* partials = static_cast<const double*>(p.workspace) + col_begin;
+  store(p.dweight, p.w_dtype, col_begin, col_end - col_begin, [&](int64_t i) {
     double sum = 0;
     for (int64_t block = 0; block < blocks; ++block) sum += partials[block * p.cols + i];
     return sum;
   });
 }
 
-// fp64 tensors take these functions under every instruction set; only here they give their name.
-const Kernels kFp64 = {
-    "fp64",
-    [](const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
-      set_last_isa("fp64");
-      forward_fp64(p, row_begin, row_end, y_begin);
-    },
-    [](const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-      set_last_isa("fp64");
-      backward_fp64(p, block_begin, block_end);
-    },
-    dweight_fp64,
-    quantize_fp64,
-};
+// Its arithmetic is fp32 by definition.
+void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
+  kScalar.quantize(p, row_begin, row_end, y_begin);
+}
+
+}  // namespace
+
+bool has_fp64(const RmsNormForward& p) {
+  return p.x_dtype == kDouble || p.y_dtype == kDouble || (p.weight && p.w_dtype == kDouble);
+}
+
+bool has_fp64(const RmsNormBackward& p) {
+  const bool weighted = p.weight || p.dweight;
+  return p.x_dtype == kDouble || p.dy_dtype == kDouble || (weighted && p.w_dtype == kDouble);
+}
+
+void add_row_fp64(const RmsNormForward& p, int64_t row) {
+  const Addends& a = p.addends;
+  const int64_t input = a.input_rows.offset(row), residual = a.residual_rows.offset(row);
+  const bool in_double = a.input_dtype == kDouble || p.x_dtype == kDouble;
+  store(const_cast<void*>(p.x), p.x_dtype, p.x_rows.offset(row), p.cols, [&](int64_t i) {
+    const double left = load(a.input, a.input_dtype, input + i);
+    const double right = load(a.residual, p.x_dtype, residual + i);
+    return in_double ? left + right : float(left) + float(right);
+  });
+}
+
+void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
+  const Row x = normalize(p, row);
+  store(p.y, p.y_dtype, p.y_rows.offset(row - y_begin), p.cols,
+        [&](int64_t i) { return x.xhat(i, p.cast_before_weight) * weight_at(p, i); });
+  if (!p.rstd) return;
+  const DType rstd_dtype = p.x_dtype == kDouble ? kDouble : DType::kFloat32;
+  store(p.rstd, rstd_dtype, row, 1, [&](int64_t) { return x.unit * x.scale; });
+}
+
+template <class T>
+void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial) {
+  const Row x = normalize(p, row);
+  const int64_t dy_offset = p.dy_rows.offset(row);
+  const int64_t dresidual = p.dresidual ? p.dresidual_rows.offset(row) : 0;
+  const auto dy = [&](int64_t i) { return load(p.dy, p.dy_dtype, dy_offset + i); };
+  const bool cast = p.cast_before_weight;
+  for (int64_t i = 0; i < (partial ? p.cols : 0); ++i) {
+    partial[i] = T(partial[i] + dy(i) * x.xhat(i, cast));
+  }
+  if (!p.dx) return;
+  double sum = 0;
+  for (int64_t i = 0; i < p.cols; ++i) sum += weight_at(p, i) * dy(i) * x.xhat(i);
+  const double mean = sum / double(p.cols);
+  store(p.dx, p.x_dtype, row * p.cols, p.cols, [&](int64_t i) {
+    const double dx = (weight_at(p, i) * dy(i) - x.xhat(i) * mean) * x.unit * x.scale;
+    return p.dresidual ? dx + load(p.dresidual, p.x_dtype, dresidual + i) : dx;
+  });
+}
+template void backward_row_fp64(const RmsNormBackward&, int64_t, float*);
+
+const Kernels kFp64 = {"fp64", forward, backward, dweight, quantize};
 
 }  // namespace rmsnorm::cpu

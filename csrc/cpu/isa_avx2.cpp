@@ -10,8 +10,6 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
 namespace {
@@ -31,22 +29,10 @@ INLINE void store(float* p, V v, int n) {
   _mm256_maskstore_ps(p, first(n), v);
 }
 
-// 8 values of 16 bits; AVX2 has no masked access to them. Out of line, since the remainder of a row
-// has many of these.
-__attribute__((noinline)) __m128i load_part(const void* p, int n) {
-  __m128i bits = _mm_setzero_si128();
-  __builtin_memcpy(&bits, p, 2 * n);
-  return bits;
-}
-__attribute__((noinline)) void store_part(void* p, __m128i bits, int n) {
-  __builtin_memcpy(p, &bits, 2 * n);
-}
-INLINE __m128i load_bits(const void* p, int n) {
-  return n == kLanes ? _mm_loadu_si128(static_cast<const __m128i*>(p)) : load_part(p, n);
-}
-INLINE void store_bits(void* p, __m128i bits, int n) {
-  n == kLanes ? _mm_storeu_si128(static_cast<__m128i*>(p), bits) : store_part(p, bits, n);
-}
+// AVX2 has no masked access to 16 bits.
+#include "bytes.inl"
+INLINE __m128i load_bits(const void* p, int n) { return load_bytes<__m128i>(p, n); }
+INLINE void store_bits(void* p, __m128i bits, int n) { store_bytes(p, bits, n); }
 
 INLINE V widen(__m128i bits, Half) { return _mm256_cvtph_ps(bits); }
 INLINE V widen(__m128i bits, BFloat16) {
@@ -82,15 +68,9 @@ INLINE void accumulate(Doubles& d, V v) {
   d.low = _mm256_add_pd(d.low, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
   d.high = _mm256_add_pd(d.high, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
 }
-INLINE void accumulate_squares(Doubles& d, V v) {
-  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)),
-                high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
-  d.low = _mm256_fmadd_pd(low, low, d.low);
-  d.high = _mm256_fmadd_pd(high, high, d.high);
-}
 INLINE bool exceeds(const Doubles& d, double limit) {
-  return _mm256_movemask_pd(
-             _mm256_cmp_pd(_mm256_max_pd(d.low, d.high), _mm256_set1_pd(limit), _CMP_GT_OQ)) != 0;
+  const __m256d larger = _mm256_max_pd(d.low, d.high);
+  return _mm256_movemask_pd(_mm256_cmp_pd(larger, _mm256_set1_pd(limit), _CMP_GT_OQ)) != 0;
 }
 INLINE double total(const Doubles& d) {
   const __m256d four = _mm256_add_pd(d.low, d.high);

@@ -13,8 +13,6 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
 namespace {
@@ -75,10 +73,6 @@ INLINE void accumulate(Doubles& d, V v) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper(v));
   d.v = _mm512_add_pd(d.v, _mm512_cvtps_pd(eight));
 }
-INLINE void accumulate_squares(Doubles& d, V v) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(upper(v));
-  d.v = _mm512_fmadd_pd(high, high, _mm512_fmadd_pd(low, low, d.v));
-}
 INLINE bool exceeds(const Doubles& d, double limit) {
   return _mm512_cmp_pd_mask(d.v, _mm512_set1_pd(limit), _CMP_GT_OQ) != 0;
 }
@@ -133,15 +127,13 @@ struct Isa : OptionalVerbs {
 
   static constexpr bool kRoundsBFloat16 = true;
   static INLINE U32 round_pair(Pair v) {
-    const __m512i halves =
-        __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));  // 16 even elements, 16 odd ones
+    // 16 even elements, 16 odd ones.
+    const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));
     return U32(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
   }
   static INLINE bool any_denormal(Pair a, Pair b) {
-    constexpr int kDenormal = 0x20;
-    return (_mm512_fpclass_ps_mask(a.even, kDenormal) | _mm512_fpclass_ps_mask(a.odd, kDenormal) |
-            _mm512_fpclass_ps_mask(b.even, kDenormal) | _mm512_fpclass_ps_mask(b.odd, kDenormal)) !=
-           0;
+    const auto denormals = [&](V v) INLINE_LAMBDA { return _mm512_fpclass_ps_mask(v, 0x20); };
+    return (denormals(a.even) | denormals(a.odd) | denormals(b.even) | denormals(b.odd)) != 0;
   }
   // An exponent from 96 on, less bias, is one from 128 on after 32 is added, which is seen in the
   // uppermost bit; the fast path has none from 192 on.

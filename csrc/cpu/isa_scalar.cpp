@@ -3,8 +3,6 @@
 #include "kernels.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
 #ifdef __clang__
 #define SHUFFLE __builtin_shufflevector
 #else  // GCC has that too, from 12 on
@@ -23,65 +21,40 @@ typedef double D __attribute__((vector_size(32)));
 constexpr int kLanes = 4;
 
 INLINE V set1(float a) { return V{a, a, a, a}; }
-INLINE V as_float(U a) { return reinterpret_cast<V>(a); }
-INLINE U as_bits(V a) { return reinterpret_cast<U>(a); }
 INLINE U select(U mask, U a, U b) { return (mask & a) | (~mask & b); }
-INLINE bool all(U mask) {
-  const U64 two = reinterpret_cast<U64>(mask);
-  return (two[0] & two[1]) == ~uint64_t(0);
-}
+INLINE bool all(U mask) { return (U64(mask)[0] & U64(mask)[1]) == ~uint64_t(0); }
 INLINE bool likely(bool condition) { return __builtin_expect(condition, true); }
 
-// n of the 4 elements from p on, as bytes: no alignment and no aliasing rule to keep. The remainder
-// of a row has many of the incomplete ones, which are out of line for that.
-template <class Vec, class T>
-__attribute__((noinline)) Vec load_part(const T* p, int n) {
-  Vec v = {};
-  __builtin_memcpy(&v, p, n * sizeof(T));
-  return v;
-}
-template <class Vec, class T>
-__attribute__((noinline)) void store_part(T* p, Vec v, int n) {
-  __builtin_memcpy(p, &v, n * sizeof(T));
-}
-template <class Vec, class T>
-INLINE Vec load_bytes(const T* p, int n) {
-  if (n != kLanes) return load_part<Vec>(p, n);
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class Vec, class T>
-INLINE void store_bytes(T* p, Vec v, int n) {
-  if (n != kLanes) return store_part(p, v, n);
-  __builtin_memcpy(p, &v, sizeof v);
-}
+#include "bytes.inl"
+
+INLINE V load(const float* p, int n) { return load_bytes<V>(p, n); }
+INLINE void store(float* p, V v, int n) { store_bytes(p, v, n); }
+INLINE uint64_t load_bits(const void* p, int n) { return load_bytes<uint64_t>(p, n); }
+INLINE void store_bits(void* p, uint64_t bits, int n) { store_bytes(p, bits, n); }
 
 // Four 16-bit elements are a word.
 INLINE U spread(uint64_t four) {  // to the upper halves
-  return reinterpret_cast<U>(
-      SHUFFLE(U16{}, reinterpret_cast<U16>(U64{four, 0}), 0, 8, 1, 9, 2, 10, 3, 11));
+  return U(SHUFFLE(U16{}, U16(U64{four, 0}), 0, 8, 1, 9, 2, 10, 3, 11));
 }
 INLINE uint64_t pack(U lower) {  // the lower halves, which have 0 above
-  const U64 pairs = reinterpret_cast<U64>(lower);
-  const U joined = reinterpret_cast<U>(pairs | pairs >> 16);
-  return reinterpret_cast<U64>(SHUFFLE(joined, joined, 0, 2, 4, 6))[0];
+  const U64 pairs = U64(lower);
+  const U joined = U(pairs | pairs >> 16);
+  return U64(SHUFFLE(joined, joined, 0, 2, 4, 6))[0];
 }
 constexpr uint64_t four(uint64_t element) { return element * 0x0001000100010001; }
 
-INLINE V widen(uint64_t bits, BFloat16) { return as_float(spread(bits)); }
+INLINE V widen(uint64_t bits, BFloat16) { return V(spread(bits)); }
 
 // Nearly all Halfs are normal numbers, which need another exponent bias and no more. The others are
 // out of line.
 constexpr uint32_t kBias = 112 << 23;
-INLINE V widen_normal(U upper) { return as_float((U(I(upper) >> 3) & 0x8fffffff) + kBias); }
+INLINE V widen_normal(U upper) { return V((U(I(upper) >> 3) & 0x8fffffff) + kBias); }
 __attribute__((noinline)) V widen_any(U upper) {
   const U sign = upper & 0x80000000, rest = (upper ^ sign) >> 3;
-  const U tiny = as_bits(as_float(rest | 0x38800000) -
-                         set1(0x1p-14f));  // no exponent: rest units of 2^-24, exact
-  const U special = rest | 0x7f800000;     // Inf and NaN
-  return as_float(sign | select(U(rest < (1 << 23)), tiny,
-                                select(U(rest >= (31 << 23)), special, rest + kBias)));
+  // Without an exponent, rest is units of 2^-24, and the difference exact. Inf and NaN are special.
+  const U tiny = U(V(rest | 0x38800000) - set1(0x1p-14f));
+  const U other = select(U(rest >= (31 << 23)), rest | 0x7f800000, rest + kBias);
+  return V(sign | select(U(rest < (1 << 23)), tiny, other));
 }
 INLINE V widen(uint64_t bits, Half) {
   // An exponent of 1 to 30, and no other, has one of its upper four bits set when 1 is added.
@@ -90,33 +63,21 @@ INLINE V widen(uint64_t bits, Half) {
   return likely(normal) ? widen_normal(spread(bits)) : widen_any(spread(bits));
 }
 
-INLINE uint64_t pack_upper(V v) { return pack(as_bits(v) >> 16); }
-
+INLINE uint64_t pack_upper(V v) { return pack(U(v) >> 16); }
 INLINE U narrow_normal(U rest) { return (rest + ((rest >> 13) & 1) + (0xfff - kBias)) >> 13; }
 __attribute__((noinline)) U narrow_any(U rest) {
-  const U tiny = as_bits(as_float(rest) + set1(0.5f)) -
-                 0x3f000000;  // 0.5 has units of 2^-24: the addition rounds
+  // 0.5 has units of 2^-24: the addition rounds.
+  const U tiny = U(V(rest) + set1(0.5f)) - 0x3f000000;
   const U finite = select(U(rest < 0x38800000), tiny, narrow_normal(rest));
   const U special = select(U(rest > 0x7f800000), 0x7e00 | (rest >> 13 & 0x3ff), U{} + 0x7c00);
   return select(U(rest >= 0x47800000), special, finite);  // 2^16 and above, Inf, NaN
 }
 INLINE uint64_t narrow(V v, Half) {
-  const U rest = as_bits(v) & 0x7fffffff, sign = as_bits(v) ^ rest;
-  const I from_least =
-      I(rest + (0x80000000 - 0x38800000));  // the least int: 2^-14, the least normal Half
+  const U rest = U(v) & 0x7fffffff, sign = U(v) ^ rest;
+  // The least int is 2^-14, the least normal Half.
+  const I from_least = I(rest + (0x80000000 - 0x38800000));
   const bool normal = all(U(from_least < INT32_MIN + (0x47800000 - 0x38800000)));
   return pack((sign >> 16) | (likely(normal) ? narrow_normal(rest) : narrow_any(rest)));
-}
-
-INLINE V load(const float* p, int n) { return load_bytes<V>(p, n); }
-INLINE void store(float* p, V v, int n) { store_bytes(p, v, n); }
-template <class T>
-INLINE uint64_t load_bits(const T* p, int n) {
-  return load_bytes<uint64_t>(p, n);
-}
-template <class T>
-INLINE void store_bits(T* p, uint64_t bits, int n) {
-  store_bytes(p, bits, n);
 }
 
 INLINE V evens(V low, V high) { return SHUFFLE(low, high, 0, 2, 4, 6); }
@@ -124,8 +85,8 @@ INLINE V odds(V low, V high) { return SHUFFLE(low, high, 1, 3, 5, 7); }
 
 INLINE int32_t largest_lane(V v) {
   const I bits = I(v);
-  const int32_t a = bits[0] > bits[1] ? bits[0] : bits[1],
-                b = bits[2] > bits[3] ? bits[2] : bits[3];
+  const int32_t a = bits[0] > bits[1] ? bits[0] : bits[1];
+  const int32_t b = bits[2] > bits[3] ? bits[2] : bits[3];
   return a > b ? a : b;
 }
 
@@ -136,10 +97,6 @@ struct Doubles {
 INLINE void accumulate(Doubles& d, V low, V high) {
   d.low += to_double(low);
   d.high += to_double(high);
-}
-INLINE void accumulate_squares(Doubles& d, V low, V high) {
-  d.low += to_double(low) * to_double(low);  // exact: rounded once with or without an fma
-  d.high += to_double(high) * to_double(high);
 }
 INLINE bool exceeds(const Doubles& d, double limit) {
   bool any = false;

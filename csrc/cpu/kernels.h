@@ -8,21 +8,16 @@
 // The x86 instruction sets are opened by GCC's target pragma, which clang does not have: there and
 // on every other machine the scalar kernels are the only ones.
 #ifndef RMSNORM_X86
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RMSNORM_X86 1
-#else
-#define RMSNORM_X86 0
+#define RMSNORM_X86 (__x86_64__ && __GNUC__ && !__clang__)
 #endif
-#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace rmsnorm::cpu {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+enum class Half : uint16_t {};
+enum class BFloat16 : uint16_t {};
 
 // The weights that the fast path for fp32 takes, besides 0: at least 2 to this, and less than 2^128
 // times that. Their product with an rstd stays normal.
@@ -32,20 +27,17 @@ constexpr int kMinWeightExponent = -70;
 // denormal.
 constexpr int kSmallExponent = -31;
 
-// One instruction set: everything but fp64 tensors, which have only fp64.cpp.
+// One instruction set.
 struct Kernels {
   const char* name;
-  // Rows row_begin to row_end. p.y starts with row y_begin: 0, or the first one in a workspace.
+  // p.y starts with row y_begin: 0, or the first one in a workspace.
   void (*forward)(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
   void (*backward)(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
   void (*dweight)(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
   void (*quantize)(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
 };
-extern const Kernels kFp64;  // every row in double: what the instruction sets are held against
-extern const Kernels kScalar;
-extern const Kernels kAvx2;
-extern const Kernels kAvx512;
-extern const Kernels kAvx512Bf16;
+// The first: every row in double, of fp64 tensors too, which the others do not take.
+extern const Kernels kFp64, kScalar, kAvx2, kAvx512, kAvx512Bf16;
 
 // Memory of the thread for a tile of weights: on the stack it would be too much for threads with
 // small ones.
@@ -66,16 +58,13 @@ constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kFoldRows = 32;
 inline int64_t dweight_sums(int64_t block_rows) { return block_rows > kFoldRows ? 2 : 1; }
 
-// fp64.cpp: rows in double with dtypes read at run time, for fp64 tensors, for the rows out of the
-// fast path's range, and for kFp64.
-bool wide(const RmsNormForward& p);  // is one of the tensors fp64?
-bool wide(const RmsNormBackward& p);
+// fp64.cpp: a row in double with dtypes read at run time, for those out of the fast path's range.
+bool has_fp64(const RmsNormForward& p);  // is one of the tensors fp64?
+bool has_fp64(const RmsNormBackward& p);
 void add_row_fp64(const RmsNormForward& p, int64_t row);
 void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin);
-void forward_fp64(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
 // partial: [cols], to which dy * xhat is added; nullptr: dx alone.
-void backward_row_fp64(const RmsNormBackward& p, int64_t row, float* partial);
-void backward_fp64(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
-void dweight_fp64(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
+template <class T>
+void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial);
 
 }  // namespace rmsnorm::cpu

@@ -79,10 +79,7 @@ INLINE float largest_magnitude(const T* p, int64_t n) {
   for (; i < n; i += kLanes) {
     largest = larger(largest, I32(magnitude(load(p + i, i + kLanes <= n ? kLanes : int(n - i)))));
   }
-  const int32_t bits = largest_lane(V(largest));
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
+  return __builtin_bit_cast(float, largest_lane(V(largest)));
 }
 
 template <class F, bool kPlain, class T, class Scaled>
@@ -122,27 +119,26 @@ void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end, 
         scale = scale < q.least ? q.least : scale;
         q.scale[row * q.row_stride + begin / width * q.block_stride] = scale;
       }
-      const float inverse = 1.0f / scale;
-      const V s = set1(scale), over_s = set1(inverse), minus_over_s = set1(-inverse);
+      const V s = set1(scale), over_s = set1(1.0f / scale), minus_over_s = -over_s;
       const auto product = [=](V v) INLINE_LAMBDA { return v * over_s; };
+      const auto quotient = [=](V v) INLINE_LAMBDA { return v / s; };
+      const auto quotient_of_plain = [=](V v) INLINE_LAMBDA {
+        if constexpr (Isa::kFma) {
+          // Rounded as a division is: over_s is 1 / s rounded once, and one step from there
+          // (Markstein 1990) is exact. In this order of signs 0 keeps its own.
+          const V near = v * over_s;
+          return Isa::fma(Isa::fmsub(near, s, v), minus_over_s, near);
+        } else {
+          return v / s;
+        }
+      };
       const auto span = [&](auto plain, auto scaled) {
         quantize_span<F, plain.value>(from + begin, to + begin, width, scaled);
       };
-      if (!q.block) {
-        span(Bool<false>(), product);
-      } else if (!F::kDivides) {
-        plain ? span(Bool<true>(), product) : span(Bool<false>(), product);
-      } else if (!plain) {
-        span(Bool<false>(), [=](V v) INLINE_LAMBDA { return v / s; });
-      } else if constexpr (Isa::kFma) {
-        // Rounded as a division is: over_s is 1 / s rounded once, and one step from there
-        // (Markstein 1990) is exact. In this order of signs 0 keeps its own.
-        span(Bool<true>(), [=](V v) INLINE_LAMBDA {
-          const V near = v * over_s;
-          return Isa::fma(Isa::fmsub(near, s, v), minus_over_s, near);
-        });
+      if (F::kDivides && q.block) {
+        plain ? span(Constant<true>(), quotient_of_plain) : span(Constant<false>(), quotient);
       } else {
-        span(Bool<true>(), [=](V v) INLINE_LAMBDA { return v / s; });
+        !F::kDivides&& plain ? span(Constant<true>(), product) : span(Constant<false>(), product);
       }
     }
   }
@@ -150,17 +146,11 @@ void quantize_rows(const RmsNormForward& p, int64_t row_begin, int64_t row_end, 
 
 // Of y, which forward() wrote.
 void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
-  const auto as = [&](auto format) {
-    with_type(p.y_dtype, [&](auto y) {
+  with_type(p.y_dtype, [&](auto y) {
+    const auto as = [&](auto format) {
       quantize_rows<decltype(format), decltype(y)>(p, row_begin, row_end, y_begin);
-    });
-  };
-  switch (p.quant.dtype) {
-    case QType::kFloat8E4M3:
-      return as(Float8<3, 7>());
-    case QType::kFloat8E5M2:
-      return as(Float8<2, 15>());
-    case QType::kInt8:
-      return as(Int8());
-  }
+    };
+    if (p.quant.dtype == QType::kInt8) return as(Int8());
+    p.quant.dtype == QType::kFloat8E4M3 ? as(Float8<3, 7>()) : as(Float8<2, 15>());
+  });
 }

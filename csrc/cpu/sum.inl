@@ -53,11 +53,8 @@ INLINE void join(BFloat16* p, Pair v) {
   } else {
     pairs = Isa::interleave(rounded(v.even), rounded(v.odd));
   }
-  if constexpr (kStream) {
-    Isa::stream(p, V(pairs));
-  } else {
-    __builtin_memcpy(p, &pairs, sizeof pairs);
-  }
+  if constexpr (kStream) return Isa::stream(p, V(pairs));
+  __builtin_memcpy(p, &pairs, sizeof pairs);
 }
 
 // May whole vectors of all rows be streamed?
@@ -67,14 +64,6 @@ INLINE bool streamable(const void* data, const Rows& rows) {
   uint64_t places = reinterpret_cast<uintptr_t>(data);
   for (int d = 0; d < rows.ndim; ++d) places |= uint64_t(rows.stride[d]) * sizeof(T);
   return Isa::kStreams && places % kAlignment == 0;
-}
-
-INLINE V mul_add(V a, V b, V c) {
-  if constexpr (Isa::kFma) {
-    return Isa::fma(a, b, c);
-  } else {
-    return a * b + c;
-  }
 }
 
 template <class F>
@@ -91,9 +80,9 @@ INLINE void with_type(DType dtype, F f) {
   }
 }
 
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
 };
 
 // ---------------------------------------------------------------- along a row
@@ -111,17 +100,11 @@ INLINE void for_each_step(int64_t begin, int64_t end, Step step, Rest rest) {
   if (i < end) rest(i, int(end - i));
 }
 
-template <class F>
+// body(i, n) for the vectors of a step; BFloat16 may be taken in pairs of them.
+template <int kCount = kLanes, class F>
 INLINE void for_each_vector_of_step(int64_t i, F body) {
 #pragma GCC unroll 4
-  for (int j = 0; j < kStep; j += kLanes) body(i + j, kLanes);
-}
-
-// The same of BFloat16, in pairs of 2 * kLanes.
-template <class F>
-INLINE void for_each_pair_of_step(int64_t i, F body) {
-#pragma GCC unroll 2
-  for (int j = 0; j < kStep; j += 2 * kLanes) body(i + j);
+  for (int j = 0; j < kStep; j += kCount) body(i + j, kCount);
 }
 
 template <class F>
@@ -141,19 +124,14 @@ struct Prefetch {
   template <bool kSecondPass, int kCount>
   INLINE void along(int64_t i) const {
     if (!row) return;
-    if (!in_halves) {
-      if (kSecondPass) lines<kCount, 3>(row + i);
-    } else {
-      lines<kCount / 2, 2>(row + (kSecondPass ? (cols + i) / 2 : i / 2));
-    }
+    if (in_halves) return lines<kCount / 2, 2>(row + (kSecondPass ? (cols + i) / 2 : i / 2));
+    if (kSecondPass) lines<kCount, 3>(row + i);
   }
-
- private:
   template <int kCount, int kLocality>
   static INLINE void lines(const T* p) {
+    constexpr int kPerLine = kLine / int(sizeof(T));
 #pragma GCC unroll 8
-    for (int j = 0; j < kCount; j += kLine / int(sizeof(T)))
-      __builtin_prefetch(p + j, 0, kLocality);
+    for (int j = 0; j < kCount; j += kPerLine) __builtin_prefetch(p + j, 0, kLocality);
   }
 };
 
@@ -190,15 +168,16 @@ struct Lanes {
   static constexpr int kHalf = kCount / 2;
   Lanes<kHalf> low, high;
 
-  static INLINE Lanes zeros() { return {Lanes<kHalf>::zeros(), Lanes<kHalf>::zeros()}; }
   INLINE Lanes operator+(const Lanes& other) const { return {low + other.low, high + other.high}; }
-  template <class F>
-  INLINE void add_products(int64_t i, F factors) {
-    if constexpr (F::kPairs && kCount * kLanes == 32) {
+  // Those of columns i to `end`; kWhole: there are enough for all lanes.
+  template <bool kWhole, class F>
+  INLINE void add_products(int64_t i, int64_t end, F factors) {
+    if constexpr (kWhole && F::kPairs && kCount * kLanes == 32) {
       Lanes<kHalf>::add_pairs(low, high, i, factors);
     } else {
-      low.add_products(i, factors);
-      high.add_products(i + kHalf * kLanes, factors);
+      const int64_t middle = i + kHalf * kLanes;
+      low.template add_products<kWhole>(i, end, factors);
+      if (kWhole || middle < end) high.template add_products<kWhole>(middle, end, factors);
     }
   }
   template <class F>
@@ -206,33 +185,21 @@ struct Lanes {
     Lanes<kHalf>::add_pairs(even.low, odd.low, i, factors);
     Lanes<kHalf>::add_pairs(even.high, odd.high, i + kCount * kLanes, factors);
   }
-  template <class F>
-  INLINE void add_products(int64_t i, int64_t end, F factors) {
-    low.add_products(i, end, factors);
-    if (i + kHalf * kLanes < end) high.add_products(i + kHalf * kLanes, end, factors);
-  }
 };
 template <>
 struct Lanes<1> {
   V v;
-
-  static INLINE Lanes zeros() { return {V{}}; }
   INLINE Lanes operator+(const Lanes& other) const { return {v + other.v}; }
-  template <class F>
-  INLINE void add_products(int64_t i, F factors) {
-    const Factors f = factors(i, kLanes);
-    v = mul_add(f.a, f.b, v);
+  template <bool kWhole, class F>
+  INLINE void add_products(int64_t i, int64_t end, F factors) {
+    const Factors f = factors(i, kWhole || i + kLanes <= end ? kLanes : int(end - i));
+    v = Isa::fma(f.a, f.b, v);
   }
   template <class F>
   static INLINE void add_pairs(Lanes& even, Lanes& odd, int64_t i, F factors) {
     const PairFactors f = factors.pair(i);
-    even.v = mul_add(f.even.a, f.even.b, even.v);
-    odd.v = mul_add(f.odd.a, f.odd.b, odd.v);
-  }
-  template <class F>
-  INLINE void add_products(int64_t i, int64_t end, F factors) {
-    const Factors f = factors(i, i + kLanes <= end ? kLanes : int(end - i));
-    v = mul_add(f.a, f.b, v);
+    even.v = Isa::fma(f.even.a, f.even.b, even.v);
+    odd.v = Isa::fma(f.odd.a, f.odd.b, odd.v);
   }
 };
 
@@ -255,16 +222,16 @@ INLINE void add_products(Doubles& sum, int64_t begin, int64_t end, F factors) {
   int64_t i = begin;
   while (i + kBlock <= end) {
     const int64_t stop = i + kFold <= end ? i + kFold : end;
-    auto lanes = Lanes<kVectors>::zeros();
+    Lanes<kVectors> lanes = {};
     for (; i + kBlock <= stop; i += kBlock) {
       factors.fetch(i);
-      lanes.add_products(i, factors);
+      lanes.template add_products<true>(i, end, factors);
     }
     fold(lanes, sum);
   }
   if (i < end) {
-    auto lanes = Lanes<kVectors>::zeros();
-    lanes.add_products(i, end, factors);
+    Lanes<kVectors> lanes = {};
+    lanes.template add_products<false>(i, end, factors);
     fold(lanes, sum);
   }
 }
@@ -279,16 +246,20 @@ constexpr double kDominant = 0.4;
 
 template <class Tx>
 __attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
-  constexpr int kEight = kLanes > 8 ? kLanes : 8;
-  Doubles sum = {};
-  for (int64_t i = 0; i < cols; i += kEight) {
-    const int n = i + kEight <= cols ? kEight : int(cols - i);
-    if constexpr (kLanes == kEight) {
-      accumulate_squares(sum, load(x + i, n));
-    } else {
-      accumulate_squares(sum, load(x + i, n < kLanes ? n : kLanes),
-                         n > kLanes ? load(x + i + kLanes, n - kLanes) : V{});
-    }
-  }
-  return total(sum);
+  typedef float Four __attribute__((vector_size(16)));
+  typedef double Sums __attribute__((vector_size(32)));
+  const auto add = [&](Sums& sum, const Tx* p) INLINE_LAMBDA {
+    Four v;
+    __builtin_memcpy(&v, p, sizeof v);
+    const Sums exact = __builtin_convertvector(v, Sums);
+    sum += exact * exact;
+  };
+  Sums low = {}, high = {};
+  int64_t i = 0;
+  for (; i + 8 <= cols; i += 8) add(low, x + i), add(high, x + i + 4);
+  Tx rest[8] = {};
+  __builtin_memcpy(rest, x + i, (cols - i) * sizeof(Tx));
+  add(low, rest), add(high, rest + 4);
+  const Sums four = low + high;
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }

@@ -12,7 +12,8 @@ struct Weight {
   INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
   INLINE Pair pair(int64_t i) const {
     if constexpr (kIsBFloat16<T>) return split(data + i);
-    return unmix(load(data + i, kLanes), load(data + i + kLanes, kLanes));
+    const V low = load(data + i, kLanes), high = load(data + i + kLanes, kLanes);
+    return {evens(low, high), odds(low, high)};
   }
 };
 struct NoWeight {
@@ -51,9 +52,8 @@ class WeightTiles {
         dtype_(p.w_dtype),
         offset_(p.weight ? float(p.weight_offset) : 0),
         pairs_(pairs) {
-    if (data_ && dtype_ == DType::kFloat32 && offset_ == 0 && !pairs) {
-      in_place_ = static_cast<const float*>(data_);
-    }
+    const bool is_there = data_ && dtype_ == DType::kFloat32 && offset_ == 0 && !pairs;
+    if (is_there) in_place_ = static_cast<const float*>(data_);
   }
 
   // The columns from this one on, as far as the next multiple of kTile.
@@ -79,19 +79,18 @@ class WeightTiles {
 
   template <class W>
   void fill_from(W weight, int64_t begin) {
-    const int64_t end = tile_end(begin, cols_);
     const V offset = set1(offset_ == 0 ? -0.0f : offset_);  // adding -0 changes no bit
-    const auto one = [&](int64_t i, int n) {
-      store(tile_ + (i - begin), weight(i, n) + offset, n);
-    };
+    float* const tile = tile_ - begin;
+    const auto one = [&](int64_t i, int n) { store(tile + i, weight(i, n) + offset, n); };
     const auto step = [&](int64_t i) {
       if (!pairs_) return for_each_vector_of_step(i, one);
-      for_each_pair_of_step(i, [&](int64_t j) {
+      for_each_vector_of_step<2 * kLanes>(i, [&](int64_t j, int) {
         const Pair w = weight.pair(j);
-        store(tile_ + (j - begin), w.even + offset, kLanes);
-        store(tile_ + (j - begin) + kLanes, w.odd + offset, kLanes);
+        store(tile + j, w.even + offset, kLanes);
+        store(tile + j + kLanes, w.odd + offset, kLanes);
       });
     };
+    const int64_t end = tile_end(begin, cols_);
     pairs_ ? for_each_step<kBlock>(begin, end, step, one) : for_each_step(begin, end, step, one);
   }
 
@@ -107,16 +106,7 @@ class WeightTiles {
 
 // Are all weights 0, or at least 2^`exponent` and less than 2^128 times that? A quick look at all,
 // and a closer one if that found something, which may be no more than a 0.
-bool in_range_one_by_one(const float* w, int64_t count, int exponent) {
-  const float smallest = __builtin_ldexpf(1, exponent);
-  for (int64_t i = 0; i < count; ++i) {
-    const float magnitude = __builtin_fabsf(w[i]);
-    if (magnitude == 0) continue;
-    if (!(magnitude >= smallest && magnitude * 0x1p-64f < smallest * 0x1p64f)) return false;
-  }
-  return true;
-}
-INLINE bool in_range(const float* w, int64_t count, int exponent) {
+INLINE bool is_in_range(const float* w, int64_t count, int exponent) {
   // Bit 30 of the difference is set below the range and above it.
   const uint32_t smallest = uint32_t(127 + exponent) << 23;
   U32 seen[4] = {};
@@ -125,7 +115,10 @@ INLINE bool in_range(const float* w, int64_t count, int exponent) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) seen[j] |= U32(load(w + i + j * kLanes, kLanes)) - smallest;
   }
-  const U32 outside = (seen[0] | seen[1] | seen[2] | seen[3]) & 0x40000000;
-  if (largest_lane(V(outside))) return in_range_one_by_one(w, count, exponent);
-  return in_range_one_by_one(w + i, count - i, exponent);
+  if (largest_lane(V((seen[0] | seen[1] | seen[2] | seen[3]) & 0x40000000))) i = 0;
+  for (; i < count; ++i) {
+    const uint32_t difference = __builtin_bit_cast(uint32_t, w[i]) - smallest;
+    if (difference & 0x40000000 && w[i] != 0) return false;
+  }
+  return true;
 }

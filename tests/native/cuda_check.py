@@ -121,12 +121,13 @@ def structs(header):
     types |= {"float": ctypes.c_float, "double": ctypes.c_double}
     types |= dict.fromkeys(re.findall(r"enum class (\w+) : int", header), ctypes.c_int32)
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", header))
-    member = r"^  (?:const )?(\w+)(\*?) (\w+)(?:\[(\w+)\])?(?: = [^;(]+)?;"
+    member = r"^  (?:const )?(\w+)(\*?) (\w+(?:, \w+)*)(?:\[(\w+)\])?(?: = [^;(]+)?;"
     for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header, re.M | re.S):
         fields = []
-        for kind, pointer, field, count in re.findall(member, body, re.M):
+        for kind, pointer, names, count in re.findall(member, body, re.M):
             kind = (ctypes.c_char_p if kind == "char" else P) if pointer else types[kind]
-            fields.append((field, kind * int(constants[count]) if count else kind))
+            kind = kind * int(constants[count]) if count else kind
+            fields += [(name, kind) for name in names.split(", ")]
         types[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return types
 
