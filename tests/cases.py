@@ -70,6 +70,8 @@ def name(value):
         return str(value).removeprefix("torch.")
     if isinstance(value, dict):
         return "-".join(value) or "default"
+    if isinstance(value, tuple) and all(isinstance(v, torch.dtype) for v in value):
+        return "+".join(map(name, value))
     return None
 
 

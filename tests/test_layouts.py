@@ -75,9 +75,9 @@ def needs_copy(device):
 
 
 @pytest.mark.usefixtures("painted")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
-def test_forward(device, layout, dtype):
+def test_forward(device, layout):
     shape, view, normalized, copied = layout
+    dtype = (torch.float32, torch.bfloat16, torch.float64)[len(shape) % 3]
     if copied:
         needs_copy(device)
     base = random(*shape, dtype=dtype)
@@ -91,8 +91,7 @@ def test_forward(device, layout, dtype):
 
 
 @pytest.mark.usefixtures("painted")
-@pytest.mark.parametrize("strided", ["input", "gradient", "both"])
-def test_backward(device, layout, strided):
+def test_backward(device, layout):
     shape, view, normalized, copied = layout
     if copied:
         needs_copy(device)
@@ -105,9 +104,9 @@ def test_backward(device, layout, strided):
     def gradients(dy, x):
         return ops.rms_norm_backward(dy, x, normalized_shape, weight, rstd, None, (True, True))
 
-    x = dense_x if strided == "gradient" else view(x.to(device))
-    dy = dense_dy if strided == "input" else view(dy.to(device))
-    assert all(map(same_bits, gradients(dy, x), gradients(dense_dy, dense_x)))
+    x, dy, want = view(x.to(device)), view(dy.to(device)), gradients(dense_dy, dense_x)
+    for strided in ((dense_dy, x), (dy, dense_x), (dy, x)):
+        assert all(map(same_bits, gradients(*strided), want))
 
 
 def test_copies(layout):
