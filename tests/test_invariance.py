@@ -3,11 +3,9 @@ threads.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import programs
 import pytest
 import torch
 from cases import DTYPES, OPTIONS, ROWS, name, ops, random, random_weight, same_bits
@@ -62,7 +60,7 @@ def test_large_tensors_are_split_and_small_ones_are_not():
         rmsnorm_cuda.rms_norm(x, 4096)
         print(small - before, threads() - before)
     """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = programs.run(code)
     assert run.stdout.split() == ["0", "3"], run.stdout + run.stderr
 
 
@@ -201,8 +199,7 @@ def test_isa_from_the_environment(isa):
         "import torch, rmsnorm_cuda; rmsnorm_cuda.rms_norm(torch.ones(2, 8), 8); "
         "print(rmsnorm_cuda._C.last_isa())"
     )
-    env = os.environ | {"RMSNORM_CUDA_ISA": isa}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    run = programs.run(code, RMSNORM_CUDA_ISA=isa)
     supported = [isa for isa, has in _C.isas().items() if has]
     if isa in supported or isa == "":
         assert run.stdout.split() == [isa or supported[-1]], run.stderr

@@ -4,9 +4,8 @@ torch.compile.
 
 import itertools
 import math
-import subprocess
-import sys
 
+import programs
 import pytest
 import torch
 from cases import (
@@ -523,5 +522,5 @@ def test_no_memory_left():
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         assert torch.equal(residual, before) and not codes.any() and not scale.any()
     """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = programs.run(code)
     assert run.returncode == 0, run.stderr
