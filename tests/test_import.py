@@ -26,13 +26,13 @@ def run(tmp_path, *parts, options=None):
 
 
 def test_import_is_quick_and_lazy(tmp_path):
-    """Less than 100 ms on top of `import torch` (quickest of five). Nothing heavy or seldom used
+    """Less than 100 ms of a core on top of `import torch` (quickest of five). Nothing heavy or seldom used
     is imported, and even a plug-in does not import the library that it is for."""
     code = """
         import sys, time, torch
-        before, start = set(sys.modules), time.perf_counter()
+        before, start = set(sys.modules), time.process_time()
         import rmsnorm_cuda
-        print(time.perf_counter() - start, *(set(sys.modules) - before))
+        print(time.process_time() - start, *(set(sys.modules) - before))
         from rmsnorm_cuda.integrations import kernels, megatron, sglang, vllm
         print(*sys.modules)
     """
@@ -162,7 +162,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+FEW = ("all forgotten", "DTensor, then forgotten")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way in FEW else pytest.mark.slow) for way in WAYS]
+)
 def test_imported_again(way, tmp_path):
     """Twice: what piles up shows. Nothing is registered over what is there: torch would warn."""
     done = run(tmp_path, FIRST, LAYER, MADE, (WAYS[way] + "import rmsnorm_cuda\n") * 2, CHECKS)
