@@ -748,7 +748,12 @@ def hidden_sharded(rank, world, folder):
 
 
 @pytest.mark.parametrize(
-    "world, name", [(world, check.__name__) for world, checks in CHECKS.items() for check in checks]
+    "world, name",
+    [
+        pytest.param(world, check.__name__, marks=pytest.mark.slow if world == 4 else [])
+        for world, checks in CHECKS.items()
+        for check in checks
+    ],
 )
 def test_processes(world, name, processes):
     folder, error = processes(world)

@@ -26,8 +26,8 @@ def run(tmp_path, *parts, options=None):
 
 
 def test_import_is_quick_and_lazy(tmp_path):
-    """Less than 100 ms of a core on top of `import torch` (quickest of five). Nothing heavy or seldom used
-    is imported, and even a plug-in does not import the library that it is for."""
+    """Less than 100 ms of a core on top of `import torch` (quickest of five). Nothing heavy or
+    seldom used is imported, and even a plug-in does not import the library that it is for."""
     code = """
         import sys, time, torch
         before, start = set(sys.modules), time.process_time()

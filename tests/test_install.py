@@ -1014,6 +1014,7 @@ def wheels(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_wheel_holds_what_it_needs_and_no_more(wheels):
     for wheel in wheels:
         python, abi, platform = wheel.stem.split("-")[2:]
@@ -1060,6 +1061,7 @@ def test_wheel_holds_what_it_needs_and_no_more(wheels):
         )
 
 
+@pytest.mark.slow
 def test_libraries_of_the_wheel(wheels, tmp_path):
     """What they need is there or is torch's; nothing newer than the tag says; no debug symbols in a
     finished one."""
@@ -1118,6 +1120,7 @@ def images(library):
             at += header + size
 
 
+@pytest.mark.slow
 def test_cuda_code_of_the_wheel_is_for_drivers_of_cuda_12(wheels, tmp_path):
     """What a driver of CUDA 13 alone can read would be an error at the first launch elsewhere; no
     test sees it here."""
@@ -1140,6 +1143,7 @@ def test_cuda_code_of_the_wheel_is_for_drivers_of_cuda_12(wheels, tmp_path):
         pytest.skip("there is no finished wheel with CUDA kernels in dist/")
 
 
+@pytest.mark.slow
 def test_wheel_runs_away_from_the_sources(wheels, tmp_path):
     """Each wheel that is for this Python: installed elsewhere, away from the source tree."""
     tag = f"-cp{sys.version_info[0]}{sys.version_info[1]}-"
@@ -1153,6 +1157,7 @@ def test_wheel_runs_away_from_the_sources(wheels, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "version", ["2.13.0+cpu", "2.15.0", "2.17.0", "2.16.0.dev20261120", "2.11.0a0+vendor"]
 )
@@ -1187,6 +1192,7 @@ def test_pip_keeps_the_torch_that_is_there(version, wheels, tmp_path):
     assert metadata.exists() and (site / "rmsnorm_cuda" / "lib" / build_layers.KERNELS).exists()
 
 
+@pytest.mark.slow
 @needs_sources
 def test_pip_keeps_the_torch_that_is_there_when_it_builds():
     command = [
