@@ -159,7 +159,7 @@ SAMPLES = [
     *(
         (getattr(ops, f"{op}_formula").default, sample)
         for op, samples in DIFFERENTIABLE.items()
-        for sample in samples()
+        for sample in list(samples())[1::3]
     ),
     *((ops.rms_norm.out, sample) for sample in out_samples()),
     *((ops.fused_add_rms_norm_.default, sample) for sample in in_place_samples()),
