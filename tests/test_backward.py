@@ -64,9 +64,8 @@ def test_dtypes(device, dtype, options):
 
 
 @pytest.mark.parametrize("shape", [(1000, 64), (3, 20000), (2000, 7)])
-def test_larger(device, shape):
-    if device == "cuda":
-        pytest.skip("slow under a simulator")
+def test_larger(device, shape, torch_kernels):
+    torch_kernels(device)  # a simulator takes minutes
     dy, x, weight = random(*shape), random(*shape), random_weight(shape[1], torch.float32)
     assert_backward(
         *raw_backward(dy, x, shape[1], weight, 1e-6, {}), dy, x, shape[1:], weight, 1e-6, {}
@@ -74,10 +73,9 @@ def test_larger(device, shape):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("shape", CUDA_SHAPES)
 def test_cuda_shapes(shape, device):
-    if device != "cuda":
-        pytest.skip("test_dtypes has more on the CPU")
     dy, x, weight = random(*shape), random(*shape), random_weight(shape[1], torch.float32)
     dx, dweight = raw_backward(*to(device, dy, x), shape[1], weight.to(device), 1e-6, {})
     assert_backward(dx, dweight, dy, x, shape[1:], weight, 1e-6, {})

@@ -106,10 +106,10 @@ def test_products_at_the_end_of_the_range(device, dtype):
         for at in range(0, cols, 1 if device == "cpu" else 22):
             weights.append(torch.zeros(cols, dtype=dtype))
             weights[-1][at] = odd
-    for weight in weights:
-        for options in OPTIONS:
-            y = rms_norm(x.to(device), cols, weight.to(device), 0.0, **options)
-            assert_forward(y, x, (cols,), weight, 0.0, options)
+    # 67 places and 3 options: each place of one odd weight has another than of the next
+    for weight, options in zip(weights, itertools.cycle(OPTIONS)):
+        y = rms_norm(x.to(device), cols, weight.to(device), 0.0, **options)
+        assert_forward(y, x, (cols,), weight, 0.0, options)
 
 
 @pytest.mark.parametrize("cols", [64, 4096, 770_000])
@@ -152,8 +152,8 @@ def test_worst_rows_of_fp32(cols):
     makes the same 7 roundings. Of the sum 7 * 2^-24, half of that of 1 / rms, and the last
     rounding: 4 ulp at most. (3 were found.)"""
     generator = torch.Generator().manual_seed(0)
-    lane = torch.rand(20_000, cols // 8, generator=generator) / 20
-    lane[:, 0] = 1 + torch.rand(20_000, generator=generator)
+    lane = torch.rand(5_000, cols // 8, generator=generator) / 20
+    lane[:, 0] = 1 + torch.rand(5_000, generator=generator)
     x = lane.repeat_interleave(8, 1)
     assert (
         ulp_distance(rms_norm(x, cols, None, 0.0), rms_norm_reference(x, (cols,), None, 0.0)).max()
@@ -201,7 +201,7 @@ def test_rms_norm_forward_and_out(device, dtype, weight_dtype, options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_out_writes_its_elements_and_no_others(device, dtype):
-    for cols in (1, 7, 33, 128, 300):
+    for cols in (*range(1, 18), 33, 128, 300):  # every rest of a vector of 8 or 16
         x = random(5, cols, dtype=dtype)
         buffer = torch.full((5 + 2, cols + 3), math.nan, dtype=dtype).to(device)
         rms_norm(x.to(device), cols, out=buffer[1:-1, 1 : cols + 1])
