@@ -141,7 +141,10 @@ def assert_forward(y, x, normalized_shape, weight, eps, options):
     want = rms_norm_reference(x, normalized_shape, weight, eps, **options)
     y = y.cpu()
     assert y.dtype == result_dtype(x, weight, options) and y.shape == x.shape
-    good = ulp_distance(y, want) <= (8 if y.dtype == torch.float64 else 1)
+    distance = ulp_distance(y, want)
+    good = distance <= (8 if y.dtype == torch.float64 else 1)
+    if y.element_size() == 2 and y.numel() >= 1000:  # 1 in 1000 is a near-tie, in fp16
+        assert (distance > 0).float().mean() < 0.01, "it is not rounded to the nearest"
     if options.get("cast_before_weight"):
         xhat = rms_norm_reference(
             x.double(), normalized_shape, None, default_eps(x) if eps is None else eps
