@@ -1,5 +1,5 @@
 # make demo   a real Llama-architecture model generates text with torch's norms and with ours
-# make test   the test suite
+# make test   the test suite, without the slow tests: .ci/run runs those too
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
 # make wheel     a wheel of PYTHON for every supported torch, in dist/
 # make wheelhouse   the same for every supported Python that is there
@@ -21,7 +21,7 @@ demo: $(VENV)/demo-ready build
 
 test: $(VENV)/demo-ready build
 	$(BIN)/python -m rmsnorm_cuda
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
 
 # What is stale is rebuilt; ninja knows.
 build: $(VENV)/ready

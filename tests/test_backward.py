@@ -14,6 +14,7 @@ from cases import (
     hard_rows,
     name,
     ops,
+    pairs,
     random,
     random_weight,
     same_bits,
@@ -24,9 +25,12 @@ from rmsnorm_cuda.reference import rms_norm_backward_reference
 
 pytestmark = pytest.mark.usefixtures("painted")
 
-# rows, cols: below a vector; ragged; head-like; two blocks of rows of dweight; around a tile of the
-# weight
-SHAPES = [(5, 1), (3, 7), (9, 64), (33, 129), (300, 65), (9, 4097)]
+# One row; a vector; around a group of 16 rows, which are of more than 1024 columns; two blocks of
+# 256 rows of dweight; long rows, of more than a tile of weights (8192) too.
+SHAPES = [
+    *((1, 1), (5, 7), (9, 64), (8, 640), (33, 129), (300, 65)),
+    *((15, 1031), (16, 1030), (17, 1025), (9, 4097), (3, 8259)),
+]
 CUDA_SHAPES = [(5, 1), (3, 33), (70, 64), (2, 4097)]
 
 
@@ -46,19 +50,22 @@ def test_dtypes(device, dtype, options):
     rotation, to be quick.
     """
     shapes = itertools.cycle(CUDA_SHAPES[1:3] if device == "cuda" else SHAPES)
-    for grad_dtype, weight_dtype in itertools.product(DTYPES, WEIGHT_DTYPES):
-        for rows, cols in itertools.islice(shapes, 1 if device == "cuda" else 2):
-            dy, x = random(rows, cols, dtype=grad_dtype), random(rows, cols, dtype=dtype)
-            weight = random_weight(cols, weight_dtype)
-            dx, dweight = raw_backward(*to(device, dy, x), cols, *to(device, weight), 1e-6, options)
-            assert (dweight is None) == (weight is None)
-            assert_backward(dx, dweight, dy, x, (cols,), weight, 1e-6, options)
+    first = 3 * DTYPES.index(dtype) + OPTIONS.index(options)
+    combinations = itertools.product(DTYPES, WEIGHT_DTYPES)
+    for shape, (grad_dtype, weight_dtype) in zip(
+        itertools.islice(shapes, first, None), combinations
+    ):
+        rows, cols = shape
+        dy, x = random(rows, cols, dtype=grad_dtype), random(rows, cols, dtype=dtype)
+        weight = random_weight(cols, weight_dtype)
+        dx, dweight = raw_backward(*to(device, dy, x), cols, *to(device, weight), 1e-6, options)
+        assert (dweight is None) == (weight is None)
+        assert_backward(dx, dweight, dy, x, (cols,), weight, 1e-6, options)
 
 
 @pytest.mark.parametrize("shape", [(1000, 64), (3, 20000), (2000, 7)])
-def test_larger(device, shape):
-    if device == "cuda":
-        pytest.skip("slow under a simulator")
+def test_larger(device, shape, torch_kernels):
+    torch_kernels(device)  # a simulator takes minutes
     dy, x, weight = random(*shape), random(*shape), random_weight(shape[1], torch.float32)
     assert_backward(
         *raw_backward(dy, x, shape[1], weight, 1e-6, {}), dy, x, shape[1:], weight, 1e-6, {}
@@ -66,20 +73,19 @@ def test_larger(device, shape):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("shape", CUDA_SHAPES)
 def test_cuda_shapes(shape, device):
-    if device != "cuda":
-        pytest.skip("test_dtypes has more on the CPU")
     dy, x, weight = random(*shape), random(*shape), random_weight(shape[1], torch.float32)
     dx, dweight = raw_backward(*to(device, dy, x), shape[1], weight.to(device), 1e-6, {})
     assert_backward(dx, dweight, dy, x, shape[1:], weight, 1e-6, {})
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize(
-    "weight_dtype", [torch.float32, torch.bfloat16, torch.float64, None], ids=name
+    "dtype, weight_dtype, options",
+    pairs(DTYPES, [torch.float32, torch.bfloat16, torch.float64, None], OPTIONS),
+    ids=name,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_autograd_is_the_raw_op(device, dtype, weight_dtype, options):
     """What autograd calls, it calls with the right arguments; multi-dimensional normalized_shape
     and eps too.

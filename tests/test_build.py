@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -90,13 +91,11 @@ def test_header_is_the_contract():
     header = Path(rmsnorm_cuda.include_dir(), "rmsnorm.h").read_text()
     assert header == (Path(__file__).parent.parent / "csrc" / "rmsnorm.h").read_text()
     assert Path(rmsnorm_cuda.library_dir()) == LIBRARIES.resolve()
-    printed = output(sys.executable, "-m", "rmsnorm_cuda", "--cmake-dir")
+    printed = programs.run(module="rmsnorm_cuda", arguments=["--cmake-dir"]).stdout
     assert Path(printed.strip(), "rmsnorm_cuda-config.cmake").exists()
 
 
 def test_versions():
-    import torch
-
     minor = torch.__version__.split(".")[:2]
     assert _C.torch_version.split(".")[:2] == minor and re.fullmatch(
         rf"torch{'.'.join(minor)}(\.\d+.*-[0-9a-f]{{16}})?", BINDING.parent.name
@@ -119,18 +118,13 @@ def test_unbuilt_sources_say_so(tmp_path):
     shutil.copytree(
         package, tmp_path / "rmsnorm_cuda", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
-    run = subprocess.run(
-        [sys.executable, "-c", "import rmsnorm_cuda"], cwd=tmp_path, capture_output=True, text=True
-    )
+    run = programs.run("import rmsnorm_cuda", cwd=tmp_path)
     assert run.returncode == 1 and "rmsnorm_cuda is not compiled in" in run.stderr.splitlines()[-1]
 
 
 def test_self_check_reports_a_wrong_isa():
     """The report is printed all the same, and the status says that something is wrong."""
-    environment = os.environ | {"RMSNORM_CUDA_ISA": "nonsense"}
-    run = subprocess.run(
-        [sys.executable, "-m", "rmsnorm_cuda"], env=environment, capture_output=True, text=True
-    )
+    run = programs.run(module="rmsnorm_cuda", RMSNORM_CUDA_ISA="nonsense")
     assert run.returncode == 1 and run.stdout.startswith("rmsnorm_cuda ")
     assert (
         "RMSNORM_CUDA_ISA is 'nonsense'" in run.stdout and run.stdout.splitlines()[-1] == "FAILED"
@@ -148,6 +142,7 @@ def test_stubs_of_the_ops():
     assert rmsnorm_cuda.ops.rms_norm is torch.ops.rmsnorm_cuda.rms_norm
 
 
+@pytest.mark.slow
 def test_public_api_is_typed(tmp_path):
     """mypy --strict accepts a program that uses all of it, and knows the types of the results."""
     pytest.importorskip("mypy")

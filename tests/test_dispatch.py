@@ -1,8 +1,6 @@
 """The op in torch's machinery: opcheck, fakes, meta, overrides, autocast, profiler, fork."""
 
-import subprocess
-import sys
-
+import programs
 import pytest
 import torch
 from cases import GEMMA, LLAMA, Calls, ops, random, random_weight, same_bits
@@ -161,7 +159,7 @@ SAMPLES = [
     *(
         (getattr(ops, f"{op}_formula").default, sample)
         for op, samples in DIFFERENTIABLE.items()
-        for sample in samples()
+        for sample in list(samples())[1::3]
     ),
     *((ops.rms_norm.out, sample) for sample in out_samples()),
     *((ops.fused_add_rms_norm_.default, sample) for sample in in_place_samples()),
@@ -408,4 +406,4 @@ def test_fork_after_import():
             os._exit(0 if torch.equal(rmsnorm_cuda.rms_norm(torch.ones(4, 8), 8), want) else 1)
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert programs.run(code, timeout=60).returncode == 0

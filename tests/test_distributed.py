@@ -7,11 +7,9 @@ test of its own.
 
 import datetime
 import itertools
-import pathlib
-import subprocess
-import sys
 import textwrap
 
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -750,7 +748,12 @@ def hidden_sharded(rank, world, folder):
 
 
 @pytest.mark.parametrize(
-    "world, name", [(world, check.__name__) for world, checks in CHECKS.items() for check in checks]
+    "world, name",
+    [
+        pytest.param(world, check.__name__, marks=pytest.mark.slow if world == 4 else [])
+        for world, checks in CHECKS.items()
+        for check in checks
+    ],
 )
 def test_processes(world, name, processes):
     folder, error = processes(world)
@@ -801,19 +804,11 @@ def test_import(order):
     """The rules are there whatever is imported first, and nobody who does not use DTensor waits for
     it.
     """
-    code = (
-        "import importlib.util, sys, torch\n"
-        + textwrap.dedent(ORDERS[order])
-        + textwrap.dedent(RUN)
-    )
-    root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:rmsnorm_cuda", "-c", code],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    strict = """
+        import importlib.util, sys, torch, warnings
+        warnings.filterwarnings("error", category=UserWarning, module="rmsnorm_cuda")
+    """
+    done = programs.run("".join(map(textwrap.dedent, (strict, ORDERS[order], RUN))), timeout=60)
     assert done.returncode == 0, done.stderr
 
 
@@ -836,7 +831,7 @@ def test_import_in_threads():
         op = torch.ops.rmsnorm_cuda.rms_norm.default
         assert op in DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ran = programs.run(code, timeout=60)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -846,11 +841,12 @@ def test_fsdp1_of_a_swapped_model(use_orig_params, tmp_path):
     reason says to swap before.
     """
     program = f"""if True:
-        import copy, torch, torch.distributed as dist
+        import copy, torch, torch.distributed as dist, warnings
         from torch import nn
         from torch.distributed.fsdp import FullyShardedDataParallel
         from rmsnorm_cuda import replace_rms_norm
 
+        warnings.simplefilter("ignore")
         dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
         wrap = lambda model: FullyShardedDataParallel(
             model, use_orig_params={use_orig_params}, device_id=torch.device("cpu")
@@ -866,7 +862,5 @@ def test_fsdp1_of_a_swapped_model(use_orig_params, tmp_path):
         torch.testing.assert_close(late(x).detach(), want)
         dist.destroy_process_group()
     """
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
-    )
+    run = programs.run(program)
     assert run.returncode == 0, run.stderr

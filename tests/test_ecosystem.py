@@ -232,6 +232,9 @@ def test_parametrized_weights():
     )
     model(x).sum().backward()
     assert model.parametrizations.weight.original.grad is not None
+    want = model(x).detach()
+    parametrize.remove_parametrizations(model, "weight")
+    assert same_bits(model(x).detach(), want)
     linear = parametrizations.weight_norm(torch.nn.Linear(16, 16))
     assert torch.nn.Sequential(linear, RMSNorm(16))(x).shape == x.shape
 

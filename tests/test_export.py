@@ -200,6 +200,7 @@ def servers(cmake):
     return cmake(SERVERS)
 
 
+@pytest.mark.slow
 def test_aot_inductor(exported):
     folder, model = exported
     compiled = torch._inductor.aoti_load_package(str(folder / "model.pt2"))
@@ -208,6 +209,7 @@ def test_aot_inductor(exported):
         assert all_same_bits(results(compiled, x), results(model, x))
 
 
+@pytest.mark.slow
 def test_torch_server(exported, servers):
     folder, _ = exported
     arguments = servers / "torch_server", folder / "model.pt2", folder / "requests.pt", 3, 20
@@ -219,6 +221,7 @@ def test_torch_server(exported, servers):
     run(*arguments[:2], folder / "wrong.pt", status=1)
 
 
+@pytest.mark.slow
 def test_torch_server_says_what_is_wrong(exported, servers):
     folder, _ = exported
     arguments = servers / "torch_server", folder / "model.pt2", folder / "requests.pt"
@@ -231,6 +234,7 @@ def test_torch_server_says_what_is_wrong(exported, servers):
     assert "usage: torch_server" in run(arguments[0], status=1)
 
 
+@pytest.mark.slow
 def test_torch_server_survives_a_bad_request(exported, servers, tmp_path):
     """What its threads throw is reported."""
     folder, _ = exported
@@ -241,6 +245,7 @@ def test_torch_server_survives_a_bad_request(exported, servers, tmp_path):
     assert "\ntorch_server: " in message and "terminate" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, name", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")], ids=["fp32", "bf16"]
 )
@@ -277,6 +282,7 @@ BAD_KERNEL_ARGUMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", BAD_KERNEL_ARGUMENTS)
 def test_kernel_server_says_what_is_wrong(message, servers, tmp_path):
     (tmp_path / "x").write_bytes(bytes(320))
@@ -286,6 +292,7 @@ def test_kernel_server_says_what_is_wrong(message, servers, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_servers_have_no_python(exported, servers):
     """Nor do the ops and the model that one of them loads as it runs: the dynamic linker tells of
     every file.
@@ -325,6 +332,7 @@ endif()
 """
 
 
+@pytest.mark.slow
 def test_linked_ops(cmake, tmp_path):
     """A program that links the ops needs no dlopen: they are loaded with it, though it asks for
     none of their symbols.

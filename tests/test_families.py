@@ -4,6 +4,7 @@ and what is refused.
 
 import importlib
 import random
+import re
 import threading
 import time
 import warnings
@@ -58,7 +59,7 @@ REFUSED = {
     "expected, called weight",
     "torch.nn.modules.linear.Linear": "it computes what no known family|has bias",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def load(path):
@@ -74,39 +75,52 @@ def load(path):
         pytest.skip(f"this transformers has no {name}")
 
 
-@pytest.mark.parametrize(
-    "dtypes",
-    ["fp32 fp32", "bf16 bf16", "fp16 fp16", "bf16 fp32", "fp16 fp32", "fp32 bf16", "fp32 fp16"],
+# The same code as another class's, in transformers.
+COPIES = (
+    *("Olmo3", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Phi3", "Glm"),
+    *("DeepseekV3", "Gemma2", "UMT5"),
 )
+
+
 @pytest.mark.parametrize(
     "family, path, options",
-    CLASSES,
+    [
+        pytest.param(
+            *case,
+            marks=pytest.mark.slow if re.search(rf"\.({'|'.join(COPIES)})\w*$", case[1]) else [],
+        )
+        for case in CLASSES
+    ],
     ids=[f"{path.split('.')[-1]}-{len(options)}" for _, path, options in CLASSES],
 )
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of torch.nn.RMSNorm
-def test_class(family, path, options, dtypes):
+def test_class(family, path, options):
     """The twin computes what the class computes, to the last bit but for near-ties of its
     roundings.
     """
-    x_dtype, w_dtype = (DTYPES[name] for name in dtypes.split())
-    old = load(path)(96, **options).to(w_dtype)
-    if getattr(old, "weight", None) is not None:
-        nn.init.normal_(old.weight, mean=0.0 if family == "gemma" else 1.0, std=0.25)
-    found = recognize(old)
-    assert (found.family.name, found.eps) == (family, options.get("eps"))
-    new = twin(old, *found)
-    assert isinstance(new, rmsnorm_cuda.RMSNorm) and new.weight is getattr(old, "weight", None)
+    for w_dtype, x_dtypes in (
+        (torch.float32, DTYPES),
+        (torch.bfloat16, (torch.bfloat16, torch.float32)),
+        (torch.float16, (torch.float16, torch.float32)),
+    ):
+        old = load(path)(96, **options).to(w_dtype)
+        if getattr(old, "weight", None) is not None:
+            nn.init.normal_(old.weight, mean=0.0 if family == "gemma" else 1.0, std=0.25)
+        found = recognize(old)
+        assert (found.family.name, found.eps) == (family, options.get("eps"))
+        new = twin(old, *found)
+        assert isinstance(new, rmsnorm_cuda.RMSNorm) and new.weight is getattr(old, "weight", None)
+        for x_dtype in x_dtypes:
+            compare(old, new, x_dtype, family)
 
+
+def compare(old, new, x_dtype, family):
     x = torch.randn(512, 96).to(x_dtype)
     x[:8] *= 1e-3  # where eps is as large as the mean of squares and larger
     want, got = old(x).detach(), new(x).detach()
     assert got.dtype == want.dtype
-    if (
-        want.dtype == torch.float32
-        and x_dtype != torch.float32
-        and new.cast_before_weight
-        and family != "t5"
-    ):
+    promoted = want.dtype == torch.float32 != x_dtype
+    if promoted and new.cast_before_weight and family != "t5":
         # a near-tie of the first rounding is an ulp of the input's dtype
         torch.testing.assert_close(got, want, rtol=torch.finfo(x_dtype).eps, atol=0)
     else:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import refused_alike_while_tracing
+from cases import OPTIONS, ROWS, name, pairs, random, refused_alike_while_tracing
 
 import rmsnorm_cuda
 from rmsnorm_cuda import _C, RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, rms_norm
@@ -22,10 +22,6 @@ PAIRS = (
 )  # of input and residual
 
 
-def randn(*shape, dtype, device="cpu"):
-    return torch.randn(*shape, dtype=FP64).to(dtype).to(device)
-
-
 def add_then_norm(input, residual, weight, eps, **options):
     compute = FP64 if input.dtype == FP64 else FP32
     total = (input.cpu().to(compute) + residual.cpu().to(compute)).to(residual.dtype)
@@ -36,21 +32,15 @@ def add_then_norm(input, residual, weight, eps, **options):
     return y.to(dtype), total
 
 
-@pytest.mark.parametrize(
-    "options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_bits_of_add_then_norm(pair, options, device, painted):
     if device == "cpu" and _C.isa() == "fp64" and pair[1] == FP32 != pair[0]:
         pytest.skip("fp64 rounds the norm of a wider residual once, not by way of fp32")
-    for (rows, cols), weight_dtype in itertools.product(
-        ((1, 1), (37, 64), (21, 128), (3, 1000), (2, 9000)), (pair[0], FP32, None)
-    ):
-        input, residual = (
-            randn(rows, cols, dtype=pair[0], device=device),
-            randn(rows, cols, dtype=pair[1], device=device),
-        )
-        weight = None if weight_dtype is None else randn(cols, dtype=weight_dtype, device=device)
+    shapes = [*((rows, 64) for rows in ROWS), (1, 1), (21, 128), (9, 1025), (2, 9000)]
+    for (rows, cols), weight_dtype in zip(shapes, itertools.cycle((pair[0], FP32, None))):
+        input, residual = (random(rows, cols, dtype=dtype, device=device) for dtype in pair)
+        weight = None if weight_dtype is None else random(cols, dtype=weight_dtype, device=device)
         want = add_then_norm(input, residual, weight, 1e-6, **options)
         got = fused_add_rms_norm(input, residual, weight, 1e-6, **options)
         for a, b in zip(got, want, strict=True):
@@ -62,10 +52,10 @@ def test_bits_of_add_then_norm(pair, options, device, painted):
 
 def test_layouts(device, painted, torch_kernels):
     torch_kernels(device)  # for the way back of a strided tensor
-    whole = randn(5, 7, 3 * 64, dtype=BF16)
+    whole = random(5, 7, 3 * 64, dtype=BF16)
     heads = whole.to(device)[..., 64:128]
-    residual = randn(7, 5, 64, dtype=BF16).to(device).transpose(0, 1)
-    weight = randn(64, dtype=BF16, device=device)
+    residual = random(7, 5, 64, dtype=BF16).to(device).transpose(0, 1)
+    weight = random(64, dtype=BF16, device=device)
     want = add_then_norm(heads, residual, weight, None)
     for a, b in zip(fused_add_rms_norm(heads, residual, weight), want, strict=True):
         assert a.is_contiguous() and torch.equal(a.cpu(), b)
@@ -79,7 +69,7 @@ def test_layouts(device, painted, torch_kernels):
 def test_layouts_that_are_copied(device, torch_kernels):
     torch_kernels(device)  # for the copy
     expanded = (
-        randn(1, 64, dtype=BF16).to(device).expand(6, 64)
+        random(1, 64, dtype=BF16).to(device).expand(6, 64)
     )  # a functional input may repeat rows
     for a, b in zip(
         fused_add_rms_norm(expanded, expanded),
@@ -87,7 +77,7 @@ def test_layouts_that_are_copied(device, torch_kernels):
         strict=True,
     ):
         assert torch.equal(a.cpu(), b)
-    not_dense = randn(64, 6, dtype=FP32).to(device).t()
+    not_dense = random(64, 6, dtype=FP32).to(device).t()
     for a, b in zip(
         fused_add_rms_norm(not_dense, not_dense),
         add_then_norm(not_dense, not_dense, None, None),
@@ -105,23 +95,23 @@ def test_empty(shape, device):
 
 
 @pytest.mark.parametrize(
-    "options", ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}), ids=str
+    "pair, used, options",
+    pairs(((FP32, FP32), (BF16, BF16), (BF16, FP32)), ("both", "output", "residual_out"), OPTIONS),
+    ids=name,
 )
-@pytest.mark.parametrize("used", ("both", "output", "residual_out"))
-@pytest.mark.parametrize("pair", ((FP32, FP32), (BF16, BF16), (BF16, FP32)), ids=str)
 def test_gradients(pair, used, options, device, torch_kernels):
     """Beside the formula in fp64; the sum of both gradients is rounded once."""
     if pair[0] != pair[1]:
         torch_kernels(device)  # the gradient of input is that of residual in another dtype
     rows, cols = 9, 300
     leaves = [
-        randn(rows, cols, dtype=pair[0]),
-        randn(rows, cols, dtype=pair[1]),
-        randn(cols, dtype=FP32),
+        random(rows, cols, dtype=pair[0]),
+        random(rows, cols, dtype=pair[1]),
+        random(cols, dtype=FP32),
     ]
     dy, dsum = (
-        randn(rows, cols, dtype=FP32 if "cast_before_weight" in options else pair[0]),
-        randn(rows, cols, dtype=pair[1]),
+        random(rows, cols, dtype=FP32 if "cast_before_weight" in options else pair[0]),
+        random(rows, cols, dtype=pair[1]),
     )
     there = [t.to(device).requires_grad_() for t in leaves]
     output, total = fused_add_rms_norm(*there, 1e-6, **options)
@@ -186,9 +176,9 @@ def test_only_the_weight_requires_grad():
 
 def test_frozen_weight_and_one_gradient_only():
     input, residual, weight = (
-        randn(4, 32, dtype=FP32).requires_grad_(),
-        randn(4, 32, dtype=FP32),
-        randn(32, dtype=FP32),
+        random(4, 32, dtype=FP32).requires_grad_(),
+        random(4, 32, dtype=FP32),
+        random(32, dtype=FP32),
     )
     output, total = fused_add_rms_norm(input, residual, weight)
     (grad,) = torch.autograd.grad(output.sum() + total.sum(), input)
@@ -197,9 +187,9 @@ def test_frozen_weight_and_one_gradient_only():
 
 def test_gradcheck_and_second_derivatives():
     leaves = [
-        randn(3, 5, dtype=FP64).requires_grad_(),
-        randn(3, 5, dtype=FP64).requires_grad_(),
-        randn(5, dtype=FP64).requires_grad_(),
+        random(3, 5, dtype=FP64).requires_grad_(),
+        random(3, 5, dtype=FP64).requires_grad_(),
+        random(5, dtype=FP64).requires_grad_(),
     ]
 
     def function(input, residual, weight):
@@ -221,9 +211,9 @@ def test_compile(backend):
         return y * 2, residual
 
     leaves = [
-        randn(4, 64, dtype=FP32).requires_grad_(),
-        randn(4, 64, dtype=FP32).requires_grad_(),
-        randn(64, dtype=FP32).requires_grad_(),
+        random(4, 64, dtype=FP32).requires_grad_(),
+        random(4, 64, dtype=FP32).requires_grad_(),
+        random(64, dtype=FP32).requires_grad_(),
     ]
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for got, want in zip(compiled(*leaves), layer(*leaves), strict=True):
@@ -245,7 +235,11 @@ def test_compile_in_place():
         fused_add_rms_norm_(y, residual, weight, 1e-6)
         return y + 1
 
-    x, residual, weight = randn(4, 64, dtype=FP32), randn(4, 64, dtype=FP32), randn(64, dtype=FP32)
+    x, residual, weight = (
+        random(4, 64, dtype=FP32),
+        random(4, 64, dtype=FP32),
+        random(64, dtype=FP32),
+    )
     want_residual = residual.clone()
     want = layer(x, want_residual, weight)
     got, code = run_and_get_code(torch.compile(layer, fullgraph=True), x, residual, weight)
@@ -258,7 +252,7 @@ def test_compile_in_place():
 def test_module():
     for options in ({}, {"weight_offset": 1.0}, {"cast_before_weight": True}):
         module = RMSNorm(64, 1e-5, dtype=BF16, **options)
-        x, residual = randn(3, 64, dtype=BF16), randn(3, 64, dtype=BF16)
+        x, residual = random(3, 64, dtype=BF16), random(3, 64, dtype=BF16)
         got = module(x, residual)
         want = fused_add_rms_norm(x, residual, module.weight, 1e-5, **options)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -340,7 +334,7 @@ def test_errors_in_place():
 
 
 def test_threads_give_the_same_bits(threads):
-    input, residual = randn(600, 1000, dtype=BF16), randn(600, 1000, dtype=BF16)
+    input, residual = random(600, 1000, dtype=BF16), random(600, 1000, dtype=BF16)
     results = []
     for count in (1, 2, 3):
         threads(count)

@@ -16,6 +16,7 @@ from email.parser import Parser
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -48,13 +49,24 @@ needs_sources = pytest.mark.skipif(
 )
 
 
-def last_line(code, *path, cwd, without_site=False, **environment):
-    """What `python -c code` says last, with `path` ahead of everything; it is the only error."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
-    python = [sys.executable, *(["-S"] if without_site else [])]
-    run = subprocess.run(
-        [*python, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+def python(code, *path, cwd, start=None, **environment):
+    """`python -c code` with `path` ahead of everything. start: what Python is started with, where
+    the process is not to come with torch in it."""
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    if start is None:
+        return programs.run(code, cwd=cwd, **environment)
+    return subprocess.run(
+        [sys.executable, *start, "-c", code],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
     )
+
+
+def last_line(code, *path, **options):
+    """What it says last, which is its only error."""
+    run = python(code, *path, **options)
     assert run.returncode == 1 and len(re.findall(r"^\w*Error: ", run.stderr, re.M)) == 1, (
         run.stdout + run.stderr
     )
@@ -109,9 +121,7 @@ def test_what_is_supported_is_written_once():
 
 def test_no_torch(tmp_path, package):
     (tmp_path / "torch").mkdir()
-    said = last_line(
-        "import rmsnorm_cuda", tmp_path, package.parent, cwd=tmp_path, without_site=True
-    )
+    said = last_line("import rmsnorm_cuda", tmp_path, package.parent, cwd=tmp_path, start=["-S"])
     assert (
         said
         == f"ImportError: rmsnorm_cuda needs torch, and the folder {tmp_path / 'torch'} is not "
@@ -128,9 +138,8 @@ def test_no_torch(tmp_path, package):
 
 @pytest.mark.parametrize("version", ["2.10.1+cu128", "1.13.1", "2.9.0a0"])
 def test_torch_that_is_too_old(version, tmp_path, package):
-    said = last_line(
-        "import rmsnorm_cuda", fake_torch(tmp_path / "other", version), package.parent, cwd=tmp_path
-    )
+    other = fake_torch(tmp_path / "other", version)
+    said = last_line("import rmsnorm_cuda", other, package.parent, cwd=tmp_path, start=[])
     assert (
         said == f"ImportError: rmsnorm_cuda needs {supported.TORCH}, and this is torch {version}; "
         f"`pip install '{supported.TORCH}'`."
@@ -153,9 +162,8 @@ def test_torch_that_is_not_carried(version, tmp_path, package):
     """A newer one, and what is no release: the error names the command that builds for it."""
     (package / "lib" / "torch2.9").mkdir()
     (package / "lib" / "torch2.9" / build_layers.OPS).touch()
-    said = last_line(
-        "import rmsnorm_cuda", fake_torch(tmp_path / "other", version), package.parent, cwd=tmp_path
-    )
+    other = fake_torch(tmp_path / "other", version)
+    said = last_line("import rmsnorm_cuda", other, package.parent, cwd=tmp_path, start=[])
     carried = ", ".join(dict.fromkeys(["2.9", *load.carried(), LAYER.removeprefix("torch")]))
     assert (
         f"carries builds for torch {carried}, and this is torch {version}; build it for this one by"
@@ -227,12 +235,9 @@ RUN = (
 FILES = RUN + "print(*map(__import__('os').path.realpath, rmsnorm_cuda._C.libraries()), sep='\\n')"
 
 
-def runs(code, *path, cwd, **environment):
+def runs(code, *path, **options):
     """What it prints, in lines."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    run = python(code, *path, **options)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout.splitlines()
 
@@ -250,7 +255,7 @@ def test_ld_library_path_is_not_asked(what, tmp_path, package):
     else:
         shutil.copytree(lib, other)
     path = f"{other}:{other / LAYER}"
-    assert runs(FILES, package.parent, cwd=tmp_path, LD_LIBRARY_PATH=path) == [
+    assert runs(FILES, package.parent, cwd=tmp_path, start=[], LD_LIBRARY_PATH=path) == [
         str(lib / LAYER / build_layers.OPS),
         str(lib / build_layers.KERNELS),
     ]
@@ -357,7 +362,7 @@ def test_frozen_application(tmp_path):
 def test_folder_of_any_name(tmp_path, package):
     folder = tmp_path / "mein Ordner \u00e9 \u4e2d"
     package.parent.rename(folder)
-    runs(RUN, folder, cwd=tmp_path, LC_ALL="C")
+    runs(RUN, folder, cwd=tmp_path, start=[], LC_ALL="C")
 
 
 @pytest.mark.parametrize("what", ["cut", "nothing compiled"])
@@ -429,18 +434,8 @@ def load_plugins(code, package, *path, **environment):
         "".join(f"[{group}]\n{name} = {target}\n" for group, name, target in groups)
     )
     shutil.copy(rmsnorm_cuda_plugins.__file__, package.parent)
-    environment = (
-        os.environ
-        | {"PYTHONPATH": os.pathsep.join(map(str, [*path, package.parent]))}
-        | environment
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=package.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    start = [] if path else None
+    run = python(code, *path, package.parent, cwd=package.parent, start=start, **environment)
     assert run.returncode == 0 and "Traceback" not in run.stdout + run.stderr, (
         run.stdout + run.stderr
     )
@@ -515,13 +510,7 @@ def test_site_packages_that_cannot_be_written(tmp_path, package):
         path.chmod(
             stat.S_IREAD | (stat.S_IEXEC if path.is_dir() else 0)
         )  # the superuser may write there all the same
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(package.parent)},
-        capture_output=True,
-        text=True,
-    )
+    run = python(code, package.parent, cwd=tmp_path)
     for path in [package, *package.rglob("*")]:
         path.chmod(stat.S_IRWXU)
     assert run.returncode == 0 and run.stdout.splitlines()[-1] == "OK", run.stdout + run.stderr
@@ -722,14 +711,8 @@ def test_layers_in_the_cache(tmp_path, package):
         str(made_in(cache) / build_layers.OPS),
         str(package / "lib" / build_layers.KERNELS),
     ]
-    environment = os.environ | {"PYTHONPATH": str(package.parent), "RMSNORM_CUDA_CACHE": str(cache)}
-    checked = subprocess.run(
-        [sys.executable, "-m", "rmsnorm_cuda"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    environment = {"PYTHONPATH": str(package.parent), "RMSNORM_CUDA_CACHE": str(cache)}
+    checked = programs.run(module="rmsnorm_cuda", cwd=tmp_path, **environment)
     assert checked.returncode == 0 and str(package) in checked.stdout.splitlines()[0], (
         checked.stdout + checked.stderr
     )
@@ -1031,6 +1014,7 @@ def wheels(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_wheel_holds_what_it_needs_and_no_more(wheels):
     for wheel in wheels:
         python, abi, platform = wheel.stem.split("-")[2:]
@@ -1077,6 +1061,7 @@ def test_wheel_holds_what_it_needs_and_no_more(wheels):
         )
 
 
+@pytest.mark.slow
 def test_libraries_of_the_wheel(wheels, tmp_path):
     """What they need is there or is torch's; nothing newer than the tag says; no debug symbols in a
     finished one."""
@@ -1135,6 +1120,7 @@ def images(library):
             at += header + size
 
 
+@pytest.mark.slow
 def test_cuda_code_of_the_wheel_is_for_drivers_of_cuda_12(wheels, tmp_path):
     """What a driver of CUDA 13 alone can read would be an error at the first launch elsewhere; no
     test sees it here."""
@@ -1157,6 +1143,7 @@ def test_cuda_code_of_the_wheel_is_for_drivers_of_cuda_12(wheels, tmp_path):
         pytest.skip("there is no finished wheel with CUDA kernels in dist/")
 
 
+@pytest.mark.slow
 def test_wheel_runs_away_from_the_sources(wheels, tmp_path):
     """Each wheel that is for this Python: installed elsewhere, away from the source tree."""
     tag = f"-cp{sys.version_info[0]}{sys.version_info[1]}-"
@@ -1164,19 +1151,13 @@ def test_wheel_runs_away_from_the_sources(wheels, tmp_path):
     for i, wheel in enumerate(wheel for wheel in wheels if tag in wheel.name):
         there = tmp_path / f"site{i}"
         zipfile.ZipFile(wheel).extractall(there)
-        environment = os.environ | {"PYTHONPATH": str(there)}
-        run = subprocess.run(
-            [sys.executable, "-m", "rmsnorm_cuda"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        run = programs.run(module="rmsnorm_cuda", cwd=tmp_path, PYTHONPATH=str(there))
         assert run.returncode == 0 and str(there) in run.stdout.splitlines()[0], (
             run.stdout + run.stderr
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "version", ["2.13.0+cpu", "2.15.0", "2.17.0", "2.16.0.dev20261120", "2.11.0a0+vendor"]
 )
@@ -1211,6 +1192,7 @@ def test_pip_keeps_the_torch_that_is_there(version, wheels, tmp_path):
     assert metadata.exists() and (site / "rmsnorm_cuda" / "lib" / build_layers.KERNELS).exists()
 
 
+@pytest.mark.slow
 @needs_sources
 def test_pip_keeps_the_torch_that_is_there_when_it_builds():
     command = [

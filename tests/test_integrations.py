@@ -1,11 +1,13 @@
-"""Where other libraries plug kernels in. Each against a stand-in with the library's documented
-interface and, where it is installed, against the library: vLLM 0.33.0 (with torch 2.14.0), SGLang
-0.5.23 (torch 2.14.1), kernels 0.17.2 and 0.14.1, torchtitan 0.3.0, Megatron-Core 0.19.2 and
-0.16.1."""
+"""Where other libraries plug kernels in. `kernels` and Megatron-Core are among the tests'
+dependencies. vLLM, SGLang and torchtitan each need a torch or a GPU of their own: a stand-in with
+the documented interface shows signatures and what is declined, and the library does where it is
+installed. Tried: vLLM 0.33.0 (with torch 2.14.0), SGLang 0.5.23 (torch 2.14.1), kernels 0.17.2 and
+0.14.1, torchtitan 0.3.0, Megatron-Core 0.19.2 and 0.16.1."""
 
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 import types
 import warnings
@@ -65,6 +67,8 @@ def test_entry_points():
 class Norm(nn.Module):
     """A norm of any family, as people write it: the family is not to be seen in the class."""
 
+    kernel_layer_name = "RMSNorm"  # as transformers decorates its norms
+
     def __init__(self, width, family, eps=1e-5):
         super().__init__()
         self.weight = nn.Parameter(1 + torch.randn(width) / 4)
@@ -88,6 +92,8 @@ class Norm(nn.Module):
 
 
 class NoNorm(nn.Module):
+    kernel_layer_name = "RMSNorm"
+
     def __init__(self, width):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-5
@@ -96,15 +102,14 @@ class NoNorm(nn.Module):
         return hidden_states * self.weight * 2
 
 
-def put_in_place(model):
-    """What kernelize() does: our layer's forward, bound to each module."""
+def kernelized(model, mode="TRAINING", compiled=False, **options):
+    """By the library, which binds our layer's forward to each module."""
+    kernels = pytest.importorskip("kernels")
     from rmsnorm_cuda.integrations.kernels import mapping
 
-    layer = mapping()["RMSNorm"]["cpu"].load()
-    for module in model.modules():
-        if isinstance(module, (Norm, NoNorm)):
-            module.forward = types.MethodType(layer.forward, module)
-    return model
+    mode = kernels.Mode[mode] | (kernels.Mode.TORCH_COMPILE if compiled else kernels.Mode(0))
+    with kernels.use_kernel_mapping(mapping(), inherit_mapping=False):
+        return kernels.kernelize(model, mode=mode, use_fallback=False, **options)
 
 
 @pytest.fixture
@@ -146,39 +151,38 @@ def test_kernels_layer_rules():
     assert list(mapping(["A"], ["cpu"])) == ["A"] and list(mapping(["A"], ["cpu"])["A"]) == ["cpu"]
 
 
-@pytest.mark.parametrize(
-    "x_dtype, w_dtype", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, BF16)]
-)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_kernels_layer_is_of_the_modules_family(family, x_dtype, w_dtype, fresh):
+def test_kernels_layer_is_of_the_modules_family(family, fresh):
     """One layer name on several families: each module keeps its own rounding order, dtype, eps and
     gradients.
     """
-    theirs = Norm(40, family, eps=1e-3).to(w_dtype)
-    ours = put_in_place(Norm(40, family, eps=1e-3).to(w_dtype))
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(256, 40).to(x_dtype)
-    x[:8] *= 1e-2
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    got, want = ours(a), theirs(b)
-    if got.dtype == FP32 and x_dtype != FP32 and family.name == "llama":
+    for x_dtype, w_dtype in ((FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, BF16)):
+        theirs = Norm(40, family, eps=1e-3).to(w_dtype)
+        ours = kernelized(Norm(40, family, eps=1e-3).to(w_dtype))
+        assert ours.forward.__func__.__module__ == "rmsnorm_cuda.integrations.kernels"
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(256, 40).to(x_dtype)
+        x[:8] *= 1e-2
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        got, want = ours(a), theirs(b)
+        if got.dtype == FP32 and x_dtype != FP32 and family.name == "llama":
+            torch.testing.assert_close(
+                got, want, rtol=torch.finfo(x_dtype).eps, atol=0
+            )  # a near-tie of the first rounding
+        else:
+            close(got, want, 5 if want.dtype == FP32 else 2)
+        for y in (got, want):
+            y.float().square().sum().backward()
+        rough = 3e-2 if BF16 in (x_dtype, w_dtype) else 1e-4
+        torch.testing.assert_close(a.grad, b.grad, rtol=rough, atol=rough)
+        scale = theirs.weight.grad.abs().max()
         torch.testing.assert_close(
-            got, want, rtol=torch.finfo(x_dtype).eps, atol=0
-        )  # a near-tie of the first rounding
-    else:
-        close(got, want, 5 if want.dtype == FP32 else 2)
-    for y in (got, want):
-        y.float().square().sum().backward()
-    tolerance = (
-        {"rtol": 3e-2, "atol": 3e-2} if BF16 in (x_dtype, w_dtype) else {"rtol": 1e-4, "atol": 1e-4}
-    )
-    torch.testing.assert_close(a.grad, b.grad, **tolerance)
-    scale = theirs.weight.grad.abs().max()
-    torch.testing.assert_close(ours.weight.grad / scale, theirs.weight.grad / scale, **tolerance)
+            ours.weight.grad / scale, theirs.weight.grad / scale, rtol=rough, atol=rough
+        )
 
 
 def test_kernels_layer_of_what_is_not_a_norm(fresh):
-    ours = put_in_place(nn.Sequential(NoNorm(8), NoNorm(8)))
+    ours = kernelized(nn.Sequential(NoNorm(8), NoNorm(8)))
     x = torch.randn(3, 8)
     with pytest.warns(
         UserWarning, match="NoNorm keeps its own forward: it computes what no known family computes"
@@ -203,9 +207,8 @@ def test_kernels_layer_compiled(fresh):
     """Compiled before it was ever called, in training: no graph break; layer by layer: one graph
     for all; eps is guarded.
     """
-    model = put_in_place(
-        nn.Sequential(*(nn.Sequential(nn.Linear(40, 40), Norm(40, FAMILIES[1])) for _ in range(10)))
-    )
+    blocks = (nn.Sequential(nn.Linear(40, 40), Norm(40, FAMILIES[1])) for _ in range(3))
+    model = kernelized(nn.Sequential(*blocks), compiled=True)
     for layer in model:
         layer.compile(fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 40, requires_grad=True)
@@ -231,7 +234,7 @@ def test_kernels_layer_first_called_under_a_mode(fresh):
 
     from rmsnorm_cuda.integrations import kernels
 
-    norm, x = put_in_place(Norm(40, FAMILIES[2])), torch.randn(4, 40)
+    norm, x = kernelized(Norm(40, FAMILIES[2])), torch.randn(4, 40)
 
     def anew():
         kernels._known.clear()
@@ -253,40 +256,20 @@ def test_kernels_layer_first_called_under_a_mode(fresh):
 
 
 def test_kernels_library(fresh, monkeypatch):
-    kernels = pytest.importorskip("kernels")
-    from kernels import Mode, kernelize, use_kernel_mapping
-
+    """In every mode that `kernels` has; and for a GPU, which this machine may not have."""
+    repos = pytest.importorskip("kernels.layer.repos")
     from rmsnorm_cuda.integrations.kernels import mapping
 
-    for cls in (Norm, NoNorm):
-        monkeypatch.setattr(cls, "kernel_layer_name", "RMSNorm", raising=False)
-    x = torch.randn(7, 40)
-    norms = [Norm(40, family) for family in FAMILIES]
+    x, norms = torch.randn(7, 40), [Norm(40, family) for family in FAMILIES]
     want = [norm(x) for norm in norms]
-    for mode in (
-        Mode.INFERENCE,
-        Mode.TRAINING,
-        Mode.INFERENCE | Mode.TORCH_COMPILE,
-        Mode.TRAINING | Mode.TORCH_COMPILE,
-    ):
-        with use_kernel_mapping(mapping(), inherit_mapping=False):
-            model = kernelize(nn.ModuleList(norms), mode=mode, use_fallback=False)
+    for mode, compiled in itertools.product(("TRAINING", "INFERENCE"), (False, COMPILES_LAYERS)):
+        model = kernelized(nn.ModuleList(norms), mode, compiled)
         for norm, y in zip(model, want):
             assert norm.forward.__func__ is mapping()["RMSNorm"]["cpu"].load().forward
             close(norm(x), y, 5)
-            if Mode.TORCH_COMPILE in mode:
-                torch._dynamo.reset()
-                assert torch.equal(
-                    torch.compile(norm, fullgraph=True, backend="aot_eager")(x), norm(x)
-                )
-
-    from kernels.layer import repos
-
-    monkeypatch.setattr(repos, "_find_capability", lambda: 90)  # this machine may have no GPU
-    with use_kernel_mapping(mapping(), inherit_mapping=False):
-        kernelize(norms[0], mode=Mode.INFERENCE, device="cuda", use_fallback=False)
-    assert "rmsnorm_cuda" in norms[0].forward.__func__.__module__
-    assert kernels.__version__
+    monkeypatch.setattr(repos, "_find_capability", lambda: 90)
+    norm = kernelized(Norm(40, FAMILIES[0]), device="cuda")
+    assert "rmsnorm_cuda" in norm.forward.__func__.__module__
 
 
 def test_kernels_library_and_transformers(fresh, monkeypatch):
@@ -448,34 +431,30 @@ def vllm_ops(request, monkeypatch):
     yield ops
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (3, 8, 128), (0, 64)])
-@pytest.mark.parametrize(
-    "x_dtype, w_dtype", [(x, w) for x in (BF16, FP16, FP32) for w in dict.fromkeys((x, FP32, None))]
-)
-def test_vllm_computes_what_the_op_is_defined_as(vllm_ops, x_dtype, w_dtype, shape):
-    x, residual = torch.randn(shape).to(x_dtype), torch.randn(shape).to(x_dtype)
-    weight = None if w_dtype is None else torch.randn(shape[-1]).to(w_dtype)
-    impl = vllm_ops.rms_norm.dispatch(x, weight, 1e-5)
-    assert impl.provider == "rmsnorm_cuda"
-    native = vllm_ops.rms_norm.impls["native"].impl_fn
-    if x.numel():
-        close(impl.impl_fn(x, weight, 1e-5), native(x, weight, 1e-5), 5 if x_dtype == FP32 else 2)
-
-    impl = vllm_ops.fused_add_rms_norm.dispatch(x, residual, weight, 1e-5)
-    assert impl.provider == "rmsnorm_cuda"
-    y, total = impl.impl_fn(x, residual, weight, 1e-5)
-    want, want_total = vllm_ops.fused_add_rms_norm.impls["native"].impl_fn(
-        x, residual, weight, 1e-5
-    )
-    assert torch.equal(total, want_total)
-    if x.numel():
-        close(
-            y, native(total, weight, 1e-5), 5 if x_dtype == FP32 else 2
-        )  # of the sum as it is rounded, as vLLM's CUDA kernel
-        tolerance = {FP32: (1.3e-6, 1e-5), FP16: (2e-3, 1e-2), BF16: (1.6e-2, 1e-3)}[
-            x_dtype
-        ]  # what vLLM states for the op
-        torch.testing.assert_close(y, want, rtol=tolerance[0], atol=tolerance[1])
+def test_vllm_computes_what_the_op_is_defined_as(vllm_ops):
+    ours, fused = vllm_ops.rms_norm, vllm_ops.fused_add_rms_norm
+    native, native_fused = (op.impls["native"].impl_fn for op in (ours, fused))
+    # what vLLM states for the op
+    stated = {FP32: (1.3e-6, 1e-5), FP16: (2e-3, 1e-2), BF16: (1.6e-2, 1e-3)}
+    pairs = [(x, w) for x in (BF16, FP16, FP32) for w in dict.fromkeys((x, FP32, None))]
+    for (x_dtype, w_dtype), shape in itertools.product(pairs, [(64, 96), (3, 8, 128), (0, 64)]):
+        ulps = 5 if x_dtype == FP32 else 2
+        x, residual = torch.randn(shape).to(x_dtype), torch.randn(shape).to(x_dtype)
+        weight = None if w_dtype is None else torch.randn(shape[-1]).to(w_dtype)
+        impl = ours.dispatch(x, weight, 1e-5)
+        assert impl.provider == "rmsnorm_cuda"
+        y = impl.impl_fn(x, weight, 1e-5)
+        impl = fused.dispatch(x, residual, weight, 1e-5)
+        assert impl.provider == "rmsnorm_cuda"
+        fused_y, total = impl.impl_fn(x, residual, weight, 1e-5)
+        want, want_total = native_fused(x, residual, weight, 1e-5)
+        assert torch.equal(total, want_total)
+        if x.numel():
+            close(y, native(x, weight, 1e-5), ulps)
+            # of the sum as it is rounded, as vLLM's CUDA kernel
+            close(fused_y, native(total, weight, 1e-5), ulps)
+            rtol, atol = stated[x_dtype]
+            torch.testing.assert_close(fused_y, want, rtol=rtol, atol=atol)
 
 
 def test_vllm_declines(vllm_ops):
@@ -504,10 +483,9 @@ def test_vllm_declines(vllm_ops):
     assert fused.dispatch(x, x[:1], weight, 1e-5).provider == "native"
 
 
+@pytest.mark.parametrize("vllm_ops", ["vllm"], indirect=True)
 def test_vllm_op_runs_ours(vllm_ops):
     """Through vLLM's own torch ops, in eager and traced, as its lowering pass traces them."""
-    if not hasattr(vllm_ops.rms_norm, "torch_op"):
-        pytest.skip("the stand-in has no torch ops")
     from torch.fx.experimental.proxy_tensor import make_fx
 
     x, residual, weight = torch.randn(4, 64), torch.randn(4, 64), torch.ones(64)
@@ -531,12 +509,11 @@ def test_vllm_op_runs_ours(vllm_ops):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("vllm_ops", ["vllm"], indirect=True)
 def test_vllm_layers_and_lowering(vllm_ops):
     """vLLM's own layers on ours, chosen as --ir-op-priority chooses; and its pass over a graph of
     Inductor's.
     """
-    if not hasattr(vllm_ops.rms_norm, "torch_op"):
-        pytest.skip("the stand-in has no layers")
     layers = pytest.importorskip("vllm.model_executor.layers.layernorm", exc_type=ImportError)
     lowering = pytest.importorskip("vllm.compilation.passes.ir.lowering_pass", exc_type=ImportError)
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -692,33 +669,35 @@ def sglang(request, monkeypatch):
     yield RMSNorm, GemmaRMSNorm
 
 
-@pytest.mark.parametrize("method", ["forward_cuda", "forward_cpu"])
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("kind", ["RMSNorm", "cast_x_before_out_mul", "GemmaRMSNorm"])
 @torch.no_grad()
-def test_sglang_norms(sglang, kind, dtype, method):
-    norm = sglang[kind == "GemmaRMSNorm"](96, eps=1e-5)
-    nn.init.normal_(norm.weight)
-    norm = norm.to(dtype)
-    norm.cast_x_before_out_mul = kind == "cast_x_before_out_mul"
-    forward, ulps = getattr(norm, method), 5 if dtype == FP32 else 2
-    for shape in ((64, 96), (2, 8, 96)):
-        x, residual, post = (torch.randn(shape).to(dtype) for _ in range(3))
-        close(forward(x), norm.forward_native(x), ulps)
-
-        total = (x.float() + residual.float()).to(dtype)
-        a, b = x.clone(), residual.clone()
-        y, out = forward(a, b)
-        assert y is a and out is b and torch.equal(out, total)  # in place, as SGLang's kernel
-        close(y, norm.forward_native(total), ulps)  # the norm of the sum as it is rounded
-        want, want_total = norm.forward_native(x.clone(), residual.clone())
-        assert torch.equal(out, want_total)
-        torch.testing.assert_close(
-            y, want, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+def test_sglang_norms(sglang):
+    kinds = ("RMSNorm", "cast_x_before_out_mul", "GemmaRMSNorm")
+    methods = ("forward_cuda", "forward_cpu")
+    for kind, dtype, method in itertools.product(kinds, (BF16, FP16, FP32), methods):
+        norm = sglang[kind == "GemmaRMSNorm"](96, eps=1e-5)
+        nn.init.normal_(norm.weight)
+        norm = norm.to(dtype)
+        norm.cast_x_before_out_mul = kind == "cast_x_before_out_mul"
+        forward, ulps, eps = (
+            getattr(norm, method),
+            5 if dtype == FP32 else 2,
+            torch.finfo(dtype).eps,
         )
-        y, out = forward(x.clone(), residual.clone(), post)
-        assert torch.equal(out, (x.float() + (residual + post).float()).to(dtype))
-    assert not hasattr(norm, "went_its_own_way")
+        for shape in ((64, 96), (2, 8, 96)):
+            x, residual, post = (torch.randn(shape).to(dtype) for _ in range(3))
+            close(forward(x), norm.forward_native(x), ulps)
+
+            total = (x.float() + residual.float()).to(dtype)
+            a, b = x.clone(), residual.clone()
+            y, out = forward(a, b)
+            assert y is a and out is b and torch.equal(out, total)  # in place, as SGLang's kernel
+            close(y, norm.forward_native(total), ulps)  # the norm of the sum as it is rounded
+            want, want_total = norm.forward_native(x.clone(), residual.clone())
+            assert torch.equal(out, want_total)
+            torch.testing.assert_close(y, want, rtol=4 * eps, atol=4 * eps)
+            y, out = forward(x.clone(), residual.clone(), post)
+            assert torch.equal(out, (x.float() + (residual + post).float()).to(dtype))
+        assert not hasattr(norm, "went_its_own_way")
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ the faults that it is for.
 import copy
 import math
 import pickle
-import subprocess
 import sys
 import threading
 import types
 from collections import Counter
 
+import programs
 import pytest
 import torch
 from cases import same_bits
@@ -895,7 +895,7 @@ def test_fully_sharded_meanwhile():
         assert isinstance(model[1], FSDPModule) and m.steps == [0]
         dist.destroy_process_group()
     """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = programs.run(code)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

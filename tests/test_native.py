@@ -80,6 +80,7 @@ def build_cuda():
     return build
 
 
+@pytest.mark.slow
 def test_same_inputs_same_bytes(cuda_build, monkeypatch):
     """Neither an object nor the library tells which process made it, or when."""
     monkeypatch.setenv("CCACHE_DISABLE", "1")
@@ -125,6 +126,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("RMSNORM_CUDA_CUDART") == "shared",
     reason="a shared CUDA runtime may not be NVIDIA's",
@@ -179,6 +181,7 @@ def test_driver_that_is_too_old(cuda_build, tmp_path):
     )  # cudaErrorNoDevice: the driver is new enough
 
 
+@pytest.mark.slow
 def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
     """Their machine code has 16-byte loads and stores of global memory, and no local memory."""
     packages = [
@@ -202,6 +205,7 @@ def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
     assert count > 100
 
 
+@pytest.mark.slow
 def test_cuda_kernels_compile_without_spills(cuda_build):
     """Nor do they take more registers than the plans count on. Every kernel of the plans is
     there.

@@ -13,6 +13,7 @@ import textwrap
 from email.parser import Parser
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -272,7 +273,7 @@ def check_python(words):
         source = (ROOT / "rmsnorm_cuda" / "__main__.py").read_text()
         assert all(f'"{option}"' in source for option in options(words))
         if "--explain" in words:
-            run = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+            run = programs.run(module=words[1], arguments=words[2:])
             assert run.returncode == 0 and "H100" in run.stdout, run.stderr
     elif words[:2] == ["-m", "pytest"]:
         check_pytest(words[2:])
@@ -457,8 +458,10 @@ def test_charts_and_tables_are_made_of_the_results(command, results, tmp_path):
     words += ["--from", f"{file}.json"] if results else []
     words += ["--md", tmp_path / "table.md"] if STUDY in command else []
     script, *rest = command
-    run = [sys.executable, f"benchmarks/{script}", *rest, *words]
-    subprocess.run(run, cwd=ROOT, check=True, capture_output=True)
+    file = ROOT / "benchmarks" / script
+    file = file / "__main__.py" if file.is_dir() else file
+    run = programs.run(file=file, arguments=[*rest, *words], cwd=ROOT)
+    assert run.returncode == 0, run.stderr
     charts = list(tmp_path.glob("chart*.png"))
     assert charts and all(chart.read_bytes().startswith(b"\x89PNG") for chart in charts)
     if STUDY in command:

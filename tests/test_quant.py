@@ -4,12 +4,20 @@ torch.compile.
 
 import itertools
 import math
-import subprocess
-import sys
 
+import programs
 import pytest
 import torch
-from cases import GEMMA, LLAMA, OPTIONS, name, random, random_weight, refused_alike_while_tracing
+from cases import (
+    GEMMA,
+    LLAMA,
+    OPTIONS,
+    name,
+    pairs,
+    random,
+    random_weight,
+    refused_alike_while_tracing,
+)
 
 from rmsnorm_cuda import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from rmsnorm_cuda.reference import quantize_reference
@@ -56,20 +64,16 @@ def check(results, norm, dtype, kind):
         assert scale.reshape(rows, blocks).stride() == (1, rows) or 1 in (rows, blocks)
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=name)
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize(
-    "x_dtype, w_dtype",
-    list(itertools.product((FP32, BF16, FP16), (FP32, BF16, FP16, None))),
+    "x_dtype, w_dtype, options, dtype",
+    pairs((FP32, BF16, FP16), (FP32, BF16, FP16, None), OPTIONS, FORMATS),
     ids=name,
 )
 def test_bits_of_the_steps(x_dtype, w_dtype, options, dtype, device):
-    for rows, cols in ((5, 1), (3, 7), (37, 64), (19, 128), (3, 1000), (2, 4224), (2, 9024)):
-        x = (
-            (random(rows, cols) * torch.tensor([[3.0], [1e-4], [0.0]]).repeat(13, 1)[:rows])
-            .to(x_dtype)
-            .to(device)
-        )
+    shapes = ((5, 1), (3, 7), (37, 64), (19, 128), (4, 192), (1, 1000), (9, 1088), (2, 9024))
+    for rows, cols in shapes:
+        sizes = torch.tensor([[3.0], [1e-4], [0.0]]).repeat(13, 1)[:rows]
+        x = (random(rows, cols) * sizes).to(x_dtype).to(device)
         weight = random_weight(cols, w_dtype, device)
         for kind in kinds(cols, device):
             results = rms_norm_quant(
@@ -86,12 +90,12 @@ def test_bits_of_the_steps(x_dtype, w_dtype, options, dtype, device):
             )
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=name)
-@pytest.mark.parametrize(
-    "pair", ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32)), ids=name
-)
-def test_bits_of_add_norm_and_quantization(pair, dtype, device):
-    for (rows, cols), options in itertools.product(((37, 64), (3, 1000), (2, 9024)), OPTIONS):
+PAIRS = ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32))
+
+
+@pytest.mark.parametrize("pair, dtype, options", pairs(PAIRS, FORMATS, OPTIONS), ids=name)
+def test_bits_of_add_norm_and_quantization(pair, dtype, options, device):
+    for rows, cols in ((37, 64), (3, 1000), (2, 9024)):
         x, residual = (
             random(rows, cols, dtype=pair[0], device=device),
             random(rows, cols, dtype=pair[1], device=device),
@@ -518,5 +522,5 @@ def test_no_memory_left():
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         assert torch.equal(residual, before) and not codes.any() and not scale.any()
     """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = programs.run(code)
     assert run.returncode == 0, run.stderr

@@ -4,7 +4,7 @@ switched off.
 
 import pytest
 import torch
-from cases import GEMMA, LLAMA, Calls, name, ops, random, random_weight, same_bits
+from cases import OPTIONS, Calls, name, ops, pairs, random, random_weight, same_bits
 
 from rmsnorm_cuda import (
     fused_add_rms_norm,
@@ -70,10 +70,9 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
-@pytest.mark.parametrize("dtype, weight_dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("in_dims", IN_DIMS)
-def test_rms_norm(in_dims, dtype, weight_dtype, options):
+@pytest.mark.parametrize("in_dims, dtypes, options", pairs(IN_DIMS, DTYPES, OPTIONS), ids=name)
+def test_rms_norm(in_dims, dtypes, options):
+    dtype, weight_dtype = dtypes
     x, weight = (
         batched(SHAPE, in_dims[0], dtype),
         batched(SHAPE[-1:], in_dims[1], weight_dtype, mean=1.0),
@@ -118,14 +117,19 @@ def test_nested():
     )
 
 
-@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
-@pytest.mark.parametrize("mask", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "weight_dim, dy_dim, x_dim",
-    [(None, 0, None), (None, 1, 0), (0, 0, 0), (0, None, None), (None, None, 2)],
+    "dims, dtype, mask, options",
+    pairs(
+        # of weight, gradient and input
+        [(None, 0, None), (None, 1, 0), (0, 0, 0), (0, None, None), (None, None, 2)],
+        [torch.float32, torch.bfloat16],
+        [(True, True), (True, False), (False, True)],
+        OPTIONS,
+    ),
+    ids=name,
 )
-def test_backward(weight_dim, dy_dim, x_dim, dtype, mask, options):
+def test_backward(dims, dtype, mask, options):
+    weight_dim, dy_dim, x_dim = dims
     x, dy = batched(SHAPE, x_dim, dtype), batched(SHAPE, dy_dim, dtype)
     weight, other = (
         batched(SHAPE[-1:], weight_dim, torch.float32, mean=1.0),
@@ -160,10 +164,14 @@ def test_batched_gradients_of_autograd():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
-@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "in_dims", [(0, 0, None), (1, None, None), (None, 2, None), (0, 0, 0), (None, None, 0)]
+    "in_dims, residual_dtype, options",
+    pairs(
+        [(0, 0, None), (1, None, None), (None, 2, None), (0, 0, 0), (None, None, 0)],
+        [torch.bfloat16, torch.float32],
+        OPTIONS,
+    ),
+    ids=name,
 )
 def test_fused_add(in_dims, residual_dtype, options):
     x, residual = (
@@ -252,12 +260,20 @@ def test_quantized_with_a_scale_for_each_sample(added, dtype):
         exact(torch.vmap(function)(x, by_scale), loop(function, (0, 0), x, by_scale))
 
 
-@pytest.mark.parametrize("options", [{}, GEMMA, LLAMA], ids=name)
 @pytest.mark.parametrize(
-    "kind",
-    [{}, {"block": 64, "column_major": True}, {"scale": torch.tensor([0.05])}, {"scale_ub": 1.0}],
+    "options, kind, added",
+    pairs(
+        OPTIONS,
+        [
+            {},
+            {"block": 64, "column_major": True},
+            {"scale": torch.tensor([0.05])},
+            {"scale_ub": 1.0},
+        ],
+        [False, True],
+    ),
+    ids=name,
 )
-@pytest.mark.parametrize("added", [False, True])
 def test_quantized_with_a_weight_for_each_sample(added, kind, options):
     """Of a row whose norm has the kernel's bits, the codes and scales have them too."""
     x, residual = random(SAMPLES, 4, 128).bfloat16(), random(4, 128).bfloat16()
