@@ -163,13 +163,18 @@ backward_rows(const __grid_constant__ BackwardArgs a) {
     typename B::DYChunk dy[kRows][kVectors] = {};
     RowStats stats[kRows] = {};
     float sum[kRows] = {};
+    const int live = group.live();
     group.each_row([&](int r, int64_t row) {
       const typename B::Source source{a, row};
       source.template load<true>(each_chunk, x[r], dy[r]);
       stats[r] = B::row_scale(a, row);
     });
-    unrolled<kRows>([&](int r) { sum[r] = B::dot(a, x[r], dy[r], w, stats[r]); });
-    row_sum(sum, a.lanes, alone, turn);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= live) break;
+      sum[r] = B::dot(a, x[r], dy[r], w, stats[r]);
+    }
+    row_sum(sum, live, a.lanes, alone, turn);
     group.each_row([&](int r, int64_t row) {
       stats[r].mean = sum[r] * a.inv_cols;
       each_chunk([&](int k, int col, int count) {
@@ -215,7 +220,7 @@ backward_shared_rows(const __grid_constant__ BackwardArgs a) {
        row += gridDim.x / cluster.size, ++turn) {
     RowStats stats = B::row_scale(a, row);
     float sum[] = {B::template dot_tiles<true>(a, row, stats, slice, kept)};
-    row_sum(sum, slice.lanes, cluster, turn);
+    row_sum(sum, 1, slice.lanes, cluster, turn);
     stats.mean = sum[0] * a.inv_cols;
     slice.each_index([&](int i) {
       auto w = B::load_weight(a, slice.column(i), slice.count(i));
@@ -245,7 +250,7 @@ backward_long_stats(const __grid_constant__ BackwardArgs a) {
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
     RowStats stats = B::row_scale(a, row);
     float sum[] = {B::template dot_tiles<false>(a, row, stats, slice, nullptr)};
-    row_sum(sum, slice.lanes, alone, turn);
+    row_sum(sum, 1, slice.lanes, alone, turn);
     stats.mean = sum[0] * a.inv_cols;
     if (slice.lane == 0) a.stats[row] = stats;
   }

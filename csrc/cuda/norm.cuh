@@ -152,10 +152,15 @@ __device__ void norm_rows(const typename E::Args& a) {
   for (int turn = 0; group.any(); group.advance(), ++turn) {
     typename N::XChunk x[kRows][kVectors] = {}, input[kRows][kVectors] = {};
     Total<typename N::X> sum[kRows];
+    const int live = group.live();
     group.each_row([&](int r, int64_t row) { N::load(a, row, each_chunk, x[r], input[r]); });
     group.each_row([&](int r, int64_t row) { N::add(a, row, each_chunk, input[r], x[r]); });
-    unrolled<kRows>([&](int r) { sum[r] = N::sum_of_squares(x[r]); });
-    row_sum(sum, a.lanes, alone, turn);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= live) break;  // a short launch has few rows for a thread
+      sum[r] = N::sum_of_squares(x[r]);
+    }
+    row_sum(sum, live, a.lanes, alone, turn);
     Scale s[kRows];
     Largest largest[kRows];
     if constexpr (E::kFindsLargest) {
@@ -166,7 +171,7 @@ __device__ void norm_rows(const typename E::Args& a) {
           largest[r] = largest[r] + E::largest_of(a, x[r][k], w[k], s[r]);
         }
       });
-      if (a.per_token) row_sum(largest, a.lanes, alone, ++turn);
+      if (a.per_token) row_sum(largest, live, a.lanes, alone, ++turn);
     }
     group.each_row([&](int r, int64_t row) {
       if constexpr (!E::kFindsLargest) s[r] = N::scale(a, sum[r], row, alone, group.lane);
@@ -219,7 +224,7 @@ __device__ void norm_long_rows(const typename E::Args& a) {
     // was read last is the likeliest still to be in the cache.
     Index first = (slice.chunks - 1) / slice.tile * slice.tile;
     load_weights(first);
-    row_sum(sum, slice.lanes, cluster, turn);
+    row_sum(sum, 1, slice.lanes, cluster, turn);
     const Scale s = N::scale(a, sum[0], row, cluster, slice.lane);
     const int64_t x_offset = kShared ? 0 : a.x.offset(row);
     Largest largest[1];
@@ -230,7 +235,7 @@ __device__ void norm_long_rows(const typename E::Args& a) {
           typename N::WChunk weight = N::load_weight(a, slice.column(i), slice.count(i));
           largest[0] = largest[0] + E::largest_of(a, x, weight, s);
         });
-        row_sum(largest, slice.lanes, cluster, ++turn);
+        row_sum(largest, 1, slice.lanes, cluster, ++turn);
       }
     }
     for (; first >= 0; first -= slice.tile) {

@@ -97,14 +97,17 @@ __device__ inline float2* warp_sums(int turn) {
   return sums[turn % 2];
 }
 
-// The sums over the lanes of rows, in every one of them; all threads of the block take part. `turn`
-// counts the calls. Rows that are taken several at a time are no longer than a warp (plan.h).
+// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block
+// take part. `turn` counts the calls. Rows that are taken several at a time are no longer than a
+// warp (plan.h).
 template <typename T, int kRows>
-__device__ void row_sum(T (&v)[kRows], int lanes, const Cluster& cluster, int turn) {
+__device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& cluster, int turn) {
   if constexpr (kRows > 1) {
 #pragma unroll 1
     for (int o = lanes / 2; o > 0; o /= 2) {
-      unrolled<kRows>([&](int r) { v[r] = v[r] + of_lane(v[r], o); });
+      unrolled<kRows>([&](int r) {
+        if (r < live) v[r] = v[r] + of_lane(v[r], o);
+      });
     }
   } else {
     const auto over_warp = [&] {

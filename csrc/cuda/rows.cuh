@@ -25,6 +25,15 @@ struct RowGroup {
   __device__ bool any() const { return first < rows; }
   __device__ void advance() { first += kRows * stride(); }
 
+  // How many of the kRows rows there are in the block's first slot: the same for all of its
+  // threads.
+  __device__ int live() const {
+    int live = 0;
+    const int64_t apart = stride();
+    unrolled<kRows>([&](int r) { live += first + r * apart < rows; });
+    return live;
+  }
+
   // f(r, row) for each of the thread's rows that there are.
   template <typename F>
   __device__ void each_row(const F& f) const {
