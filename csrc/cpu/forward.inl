@@ -301,10 +301,11 @@ void forward_rows(const RmsNormForward& p, W& weight, bool in_range, int64_t row
     Kernel(p, weight, in_range, row_end, y_begin).run(row_begin);
   };
   const auto with_cols = [&](auto stream) {
-    // Heads take a fifth less time without loops.
+    // Heads take a fifth less time without loops, and 2 to 4 % less again out of line.
+    const auto head = [&](auto cols) __attribute__((noinline)) { run(stream, cols); };
     if constexpr (Isa::kUnrollsHeads && kIsSame<Tx, Ty>) {
-      if (p.cols == 64) return run(stream, Constant<64>());
-      if (p.cols == 128) return run(stream, Constant<128>());
+      if (p.cols == 64) return head(Constant<64>());
+      if (p.cols == 128) return head(Constant<128>());
     }
     run(stream, Constant<0>());
   };

@@ -28,7 +28,6 @@ INLINE void store(float* p, V v, int n) {
   if (n == kLanes) return _mm256_storeu_ps(p, v);
   _mm256_maskstore_ps(p, first(n), v);
 }
-
 // AVX2 has no masked access to 16 bits.
 #include "bytes.inl"
 INLINE __m128i load_bits(const void* p, int n) { return load_bytes<__m128i>(p, n); }
