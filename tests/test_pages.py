@@ -458,9 +458,9 @@ def test_charts_and_tables_are_made_of_the_results(command, results, tmp_path):
     words += ["--from", f"{file}.json"] if results else []
     words += ["--md", tmp_path / "table.md"] if STUDY in command else []
     script, *rest = command
-    file = ROOT / "benchmarks" / script
-    file = file / "__main__.py" if file.is_dir() else file
-    run = programs.run(file=file, arguments=[*rest, *words], cwd=ROOT)
+    program = ROOT / "benchmarks" / script
+    program = program / "__main__.py" if program.is_dir() else program
+    run = programs.run(file=program, arguments=[*rest, *words], cwd=ROOT)
     assert run.returncode == 0, run.stderr
     charts = list(tmp_path.glob("chart*.png"))
     assert charts and all(chart.read_bytes().startswith(b"\x89PNG") for chart in charts)
