@@ -65,10 +65,18 @@ def op_stub(schema):
     return stub(schema.name.partition("::")[2], parameters, result(schema))
 
 
+def schemas_of(op):
+    return torch._C._jit_get_schemas_for_operator(f"rmsnorm_cuda::{op}")
+
+
 def ops_stubs():
     yield HEADER + "from typing import overload\n\nfrom torch import Tensor, dtype\n"
     for name in ops.__dir__():
-        schemas = torch._C._jit_get_schemas_for_operator(f"rmsnorm_cuda::{name}")
+        schemas = schemas_of(name)
+        op = name.removesuffix("_formula")
+        if op != name and len(schemas_of(op)) == 1:
+            yield f"{name} = {op}"
+            continue
         for schema in schemas:
             yield ("@overload\n" if len(schemas) > 1 else "") + op_stub(schema)
 
@@ -85,9 +93,8 @@ def entry_parameter(argument):
 def entry_stub(name):
     """Of an eager entry point: the arguments of the op's schema, by position."""
     op, _, _ = name.partition("_out")
-    schemas = torch._C._jit_get_schemas_for_operator(f"rmsnorm_cuda::{op}")
     wanted = "out" if name.endswith("_out") else ""
-    schema = next(schema for schema in schemas if schema.overload_name == wanted)
+    schema = next(schema for schema in schemas_of(op) if schema.overload_name == wanted)
     parameters = [*map(entry_parameter, schema.arguments), "/"]
     return stub(name, parameters, result(schema), "  # or NotImplemented")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import _C, config  # _C also registers torch.ops.rmsnorm_cuda
+from . import _C, config, ops  # _C also registers torch.ops.rmsnorm_cuda
 from .arguments import check_out, checked, is_overridden, override
 
 _ops = torch.ops.rmsnorm_cuda
@@ -348,12 +348,12 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     arguments and those that quantize have no entry, and stay as they are. Within 1 ulp of the
     kernels where no intermediate result is out of fp32's range.
     """
-    norm, fused = "rms_norm", "fused_add_rms_norm"
-    names = norm, f"{norm}_forward", f"{norm}_backward", fused, f"{fused}_forward"
     # Past the dispatcher, where torch.export keeps composite ops whole.
     key = torch._C.DispatchKey.CompositeImplicitAutograd
-
-    def formula(name):
-        return partial(getattr(_ops, f"{name}_formula").default._op_dk, key)
-
-    return {getattr(_ops, name).default: formula(name) for name in names}
+    formulas = [name for name in dir(ops) if name.endswith("_formula")]
+    return {
+        getattr(_ops, name.removesuffix("_formula")).default: partial(
+            getattr(_ops, name).default._op_dk, key
+        )
+        for name in formulas
+    }

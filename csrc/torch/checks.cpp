@@ -37,11 +37,13 @@ void check_dtype(const char* op, const char* name, const Tensor& t) {
   refuse_dtype(op, t, c10::str("expected ", name, " to be float32, float16, bfloat16 or float64"));
 }
 
-void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const Tensor*> tensors,
-                   bool need_memory) {
-  const auto has_memory = [&](const Tensor& t) {
-    return !need_memory || t.is_meta() || !t.has_storage() ||
-           t.unsafeGetTensorImpl()->storage_initialized();
+void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const Tensor*> tensors) {
+  using Keys = c10::DispatchKeySet;
+  static constexpr Keys kTraced =
+      Keys(c10::DispatchKey::Python) | Keys(c10::DispatchKey::Functionalize);
+  const auto has_memory = [](const Tensor& t) {
+    return t.is_meta() || !t.has_storage() || t.unsafeGetTensorImpl()->storage_initialized() ||
+           t.key_set().has_any(kTraced);
   };
   const at::Device device = tensors[0]->device();
   if (std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {

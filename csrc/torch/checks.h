@@ -18,10 +18,9 @@ namespace rmsnorm {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Of every op, before its body: `tensors` are its arguments, nullptr for what is none. They are on
-// one device. A kernel needs their memory too, which FSDP and offloading free until a tensor is
-// gathered again.
-void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const at::Tensor*> tensors,
-                   bool need_memory);
+// one device and have memory, which FSDP and offloading free until a tensor is gathered again.
+// (Those of a compiler never have.)
+void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const at::Tensor*> tensors);
 
 // The arguments that all ops have.
 void check_norm(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,

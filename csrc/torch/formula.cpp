@@ -33,12 +33,6 @@ Tensor row_factor(const Tensor& x, at::IntArrayRef dims, double eps) {
   return at::where(keep, 1.0, factor).to(x.scalar_type());
 }
 
-at::ScalarType compute_type(const Tensor& input, const OptionalTensor& weight) {
-  const bool fp64 =
-      input.scalar_type() == at::kDouble || (weight && weight->scalar_type() == at::kDouble);
-  return fp64 ? at::kDouble : at::kFloat;
-}
-
 }  // namespace
 
 Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,

@@ -16,7 +16,7 @@ enum class Rescaling : bool { kPlain, kRescaled };
 
 class Formula {
  public:
-  // Checks its arguments as the op `name` does.
+  // Checks its arguments as the op `name` does. It refers to the tensors: they outlive it.
   Formula(const char* name, Rescaling rescaling, const Tensor& input,
           SymIntArrayRef normalized_shape, const OptionalTensor& weight,
           const NormOptions& options);

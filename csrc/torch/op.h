@@ -88,7 +88,7 @@ struct Op<Name, Result(Args...)> {
     const std::string formula_name = full_name() + "_formula";
     define_schema(m, formula_name, arguments, results);
     m.impl(formula_name.c_str(), torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd,
-                                                 TORCH_FN((checked<composite, false>))));
+                                                 TORCH_FN(checked<composite>)));
   }
 
   // An op for inference: refused where a gradient would be recorded. One that writes to arguments
@@ -122,7 +122,7 @@ struct Op<Name, Result(Args...)> {
   template <auto body>
   static void define_kernels(torch::Library& m) {
     for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
-      m.impl(full_name().c_str(), torch::dispatch(key, TORCH_FN((checked<body, true>))));
+      m.impl(full_name().c_str(), torch::dispatch(key, TORCH_FN(checked<body>)));
     }
   }
 
@@ -134,9 +134,9 @@ struct Op<Name, Result(Args...)> {
   static Result unpacked(Args... args) {
     return body(pack(body, std::forward<Args>(args)...));
   }
-  template <auto body, bool need_memory>
+  template <auto body>
   static Result checked(Args... args) {
-    check_tensors(handle(), {tensor_of(args)...}, need_memory);
+    check_tensors(handle(), {tensor_of(args)...});
     return unpacked<body>(std::forward<Args>(args)...);
   }
   static Result redispatch(DispatchKeySet keys, Args... args) {
@@ -150,7 +150,7 @@ struct Op<Name, Result(Args...)> {
                     : in_functorch_transform() ? Way::kFormula
                                                : Way::kRecord;
     if (way == Way::kKernel) return redispatch(keys & c10::after_autograd_keyset, args...);
-    if (way == Way::kFormula) return checked<formula, false>(args...);
+    if (way == Way::kFormula) return checked<formula>(args...);
     return unpacked<record>(args...);
   }
 

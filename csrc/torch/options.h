@@ -56,6 +56,14 @@ inline at::ScalarType output_type(const at::Tensor& input, const std::optional<a
              : input.scalar_type();
 }
 
+// What the kernels compute in.
+inline at::ScalarType compute_type(const at::Tensor& input,
+                                   const std::optional<at::Tensor>& weight) {
+  const bool fp64 =
+      input.scalar_type() == at::kDouble || (weight && weight->scalar_type() == at::kDouble);
+  return fp64 ? at::kDouble : at::kFloat;
+}
+
 inline at::ScalarType rstd_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }

@@ -1,4 +1,5 @@
-// What an autograd::Function of this package keeps of its options.
+// What an autograd::Function of this package keeps of its options. (Its tensors: those that may be
+// absent come last, since needs_input_grad() counts the ones that are there.)
 #pragma once
 #include <torch/csrc/autograd/custom_function.h>
 
