@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import _C, config, ops  # _C also registers torch.ops.rmsnorm_cuda
+from . import _C, config  # _C also registers torch.ops.rmsnorm_cuda
 from .arguments import check_out, checked, is_overridden, override
 
 _ops = torch.ops.rmsnorm_cuda
@@ -197,8 +197,9 @@ def _call(op, args, options, written):
     decompose = config.decompose and is_dynamo_compiling()
     packet = getattr(_ops, f"{op}_formula" if decompose else op)
     # Of the packet's name nested tensors think that it is F.rms_norm. (The overload takes no number
-    # of torch as eps.)
-    return (packet.default if args["input"].is_nested else packet)(*args.values(), **options)
+    # of torch as eps. A proxy of torch.fx is nested neither way.)
+    is_nested = args["input"].is_nested is True
+    return (packet.default if is_nested else packet)(*args.values(), **options)
 
 
 def rms_norm_quant(
@@ -348,6 +349,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     arguments and those that quantize have no entry, and stay as they are. Within 1 ulp of the
     kernels where no intermediate result is out of fp32's range.
     """
+    from . import ops
+
     # Past the dispatcher, where torch.export keeps composite ops whole.
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     formulas = [name for name in dir(ops) if name.endswith("_formula")]

@@ -53,15 +53,7 @@ def fused_add_rms_norm_forward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
-def fused_add_rms_norm_forward_formula(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-    *,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+fused_add_rms_norm_forward_formula = fused_add_rms_norm_forward
 @overload
 def fused_add_rms_norm_quant(
     input: Tensor,
@@ -132,19 +124,7 @@ def rms_norm_backward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
-def rms_norm_backward_formula(
-    grad_output: Tensor,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    rstd: Tensor,
-    eps: float | None,
-    output_mask: Sequence[bool],
-    grad_residual: Tensor | None = None,
-    *,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> tuple[Tensor, Tensor]: ...
+rms_norm_backward_formula = rms_norm_backward
 def rms_norm_formula(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -163,15 +143,7 @@ def rms_norm_forward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
-def rms_norm_forward_formula(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-    *,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> tuple[Tensor, Tensor]: ...
+rms_norm_forward_formula = rms_norm_forward
 @overload
 def rms_norm_quant(
     input: Tensor,
