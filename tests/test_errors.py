@@ -265,6 +265,12 @@ def test_tensor_without_memory(which):
             call(freed)
 
 
+def test_formula_of_a_tensor_without_memory():
+    """Under a transform too, where ATen's ops would read it."""
+    with pytest.raises(RuntimeError, match="rms_norm: expected weight to have memory"):
+        torch.func.jvp(lambda x: rms_norm(x, 8, freed(W)), (X,), (X,))
+
+
 @pytest.mark.parametrize("which", ["grad_output", "rstd", "grad_residual", "weight"])
 def test_one_meta_tensor_among_others(which):
     arguments = {"grad_output": X, "input": X, "weight": W, "rstd": RSTD, "grad_residual": X}

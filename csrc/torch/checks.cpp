@@ -52,14 +52,17 @@ void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const Tensor*> t
     return;
   }
   const auto& arguments = op.schema().arguments();
+  std::string name = op.schema().name();  // as the function is called
+  name.erase(0, name.find("::") + 2);
+  if (const auto end = name.rfind("_forward"); end != std::string::npos) name.erase(end);
   const Tensor& input = *tensors[*op.schema().argumentIndexWithName("input")];
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i] || !tensors[i]->defined()) continue;
     const Tensor& t = *tensors[i];
-    TORCH_CHECK(t.device() == input.device(), op.operator_name(),
+    TORCH_CHECK(t.device() == input.device(), name,
                 ": expected all tensors to be on the same device, but input is on ", input.device(),
                 " and ", arguments[i].name(), " is on ", t.device());
-    TORCH_CHECK(has_memory(t), op.operator_name(), ": expected ", arguments[i].name(),
+    TORCH_CHECK(has_memory(t), name, ": expected ", arguments[i].name(),
                 " to have memory, but its storage was freed (as FSDP and offloading do until the "
                 "tensor is gathered again)");
   }
