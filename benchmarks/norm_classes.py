@@ -194,11 +194,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.md:
         head = [
             "# Norms of other libraries, and what replace_rms_norm() makes of them\n",
-            f"`python benchmarks/norm_classes.py {' '.join(args.libraries)}`, torch "
-            f"{torch.__version__}, CPU. Each class that is swapped, named by its",
-            f"family, has been compared with what takes its place on {args.draws} random draws of "
-            "input size (1e-6 to 1e4), dtypes and mode: results",
-            f"and gradients. {wrong} differ.",
+            f"`python benchmarks/norm_classes.py {' '.join(args.libraries)}`, torch",
+            f"{torch.__version__}, CPU.",
+            "Each class that is swapped, named by its family, has been compared with what takes",
+            f"its place on {args.draws} random draws of input size (1e-6 to 1e4), dtypes and mode:",
+            f"results and gradients. {wrong} differ.",
         ]
         Path(args.md).write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
     return 1 if wrong else 0

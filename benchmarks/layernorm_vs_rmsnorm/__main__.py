@@ -13,8 +13,10 @@ results.
 
 import argparse
 import json
+import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 # Neither this folder nor benchmarks/: torch would take its cuda.py for NVIDIA's package of that
@@ -83,6 +85,22 @@ def arguments(argv):
     return parser.parse_args(argv)
 
 
+def wrapped(line):
+    """A line of Markdown in 100 columns; a row of a table stays one. A command goes on by
+    backslashes.
+    """
+    if len(line) <= 101 or line.startswith("|"):
+        return line
+    indent = re.match(r"(- | *)", line)[0]
+    is_command = indent.startswith("    ")
+    more = indent + "  " if is_command else " " * len(indent)
+    width = 98 if is_command else 100
+    parts = textwrap.wrap(
+        line, width, subsequent_indent=more, break_long_words=False, break_on_hyphens=False
+    )
+    return (" \\\n" if is_command else "\n").join(parts) + "\n"
+
+
 def main(argv=None):
     args = arguments(argv)
     ops = args.command == "ops"
@@ -97,7 +115,7 @@ def main(argv=None):
             sys.argv[1:] if argv is None else argv
         )
         report = {"command": line, "machine": machine(args.device)} | measure(args)
-    markdown = write(report)
+    markdown = "".join(map(wrapped, write(report).splitlines(keepends=True)))
     if args.json:
         write_json(args.json, report)
     if args.png:

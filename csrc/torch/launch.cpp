@@ -10,16 +10,7 @@ using at::Tensor;
 ForwardLaunch::ForwardLaunch(const char* op, const Tensor& x, int64_t lead,
                              const std::optional<Tensor>& weight, const NormOptions& options)
     : op_(op), lead_(lead), x_(place(x, lead)), weight_(weight ? weight->contiguous() : Tensor()) {
-  p_.x = x_.tensor.const_data_ptr();
-  p_.weight = weight ? weight_.const_data_ptr() : nullptr;
-  p_.x_rows = x_.rows;
-  p_.rows = c10::multiply_integers(x.sizes().slice(0, lead));
-  p_.cols = c10::multiply_integers(x.sizes().slice(lead));
-  p_.eps = eps_or_default(options.eps, x);
-  p_.weight_offset = options.weight_offset;
-  p_.cast_before_weight = options.cast_before_weight;
-  p_.x_dtype = dtype(x);
-  p_.w_dtype = weight ? dtype(weight_) : p_.x_dtype;
+  set_norm(p_, x_, lead, weight_, options);
 }
 
 void ForwardLaunch::add(const Tensor& input, const Tensor& residual) {

@@ -30,6 +30,24 @@ void run_cuda(const char* op, const at::Tensor& t, const Launch& launch) {
   TORCH_CHECK(error == 0, op, ": CUDA kernel launch failed: ", cuda::error_string(error));
 }
 
+// What a norm of x asks of a kernel in either direction, but for its results. `weight` is dense, or
+// undefined.
+template <class Params>
+void set_norm(Params& p, const Placed& x, int64_t lead, const at::Tensor& weight,
+              const NormOptions& options) {
+  const at::Tensor& t = x.tensor;
+  p.x = t.const_data_ptr();
+  p.x_rows = x.rows;
+  p.x_dtype = dtype(t);
+  p.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+  p.w_dtype = weight.defined() ? dtype(weight) : p.x_dtype;
+  p.rows = c10::multiply_integers(t.sizes().slice(0, lead));
+  p.cols = c10::multiply_integers(t.sizes().slice(lead));
+  p.eps = eps_or_default(options.eps, t);
+  p.weight_offset = options.weight_offset;
+  p.cast_before_weight = options.cast_before_weight;
+}
+
 // A forward that is put together piece by piece, and then run. It keeps its tensors alive.
 class ForwardLaunch {
  public:

@@ -109,9 +109,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
   const Placed dresidual = grad_residual ? place(*grad_residual, lead) : Placed{};
   const Tensor w = weight ? weight->contiguous() : Tensor(), dense_rstd = rstd.contiguous();
   RmsNormBackward p{};
+  set_norm(p, x, lead, w, call.options());
   p.dy = dy.tensor.const_data_ptr();
-  p.x = x.tensor.const_data_ptr();
-  p.weight = weight ? w.const_data_ptr() : nullptr;
+  p.dy_rows = dy.rows;
+  p.dy_dtype = dtype(grad_output);
   p.rstd = dense_rstd.const_data_ptr();
   if (grad_residual) {
     p.dresidual = dresidual.tensor.const_data_ptr();
@@ -119,17 +120,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
   }
   p.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   p.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
-  p.dy_rows = dy.rows;
-  p.x_rows = x.rows;
-  p.rows = c10::multiply_integers(input.sizes().slice(0, lead));
-  p.cols = c10::multiply_integers(input.sizes().slice(lead));
-  p.eps = eps_or_default(call.eps, input);
-  p.weight_offset = call.weight_offset;
-  p.cast_before_weight = call.cast_before_weight;
   p.stream = dx.defined() && cpu::writes_past_caches(dx.nbytes(), true);
-  p.dy_dtype = dtype(grad_output);
-  p.x_dtype = dtype(input);
-  p.w_dtype = weight ? dtype(w) : p.x_dtype;
   const auto allocate_workspace = [&](int64_t bytes) {
     const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
     p.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
