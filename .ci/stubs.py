@@ -75,7 +75,7 @@ def ops_stubs():
         schemas = schemas_of(name)
         op = name.removesuffix("_formula")
         if op != name and len(schemas_of(op)) == 1:
-            yield f"{name} = {op}"
+            yield f"\n{name} = {op}\n"
             continue
         for schema in schemas:
             yield ("@overload\n" if len(schemas) > 1 else "") + op_stub(schema)

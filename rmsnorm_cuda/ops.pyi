@@ -53,7 +53,9 @@ def fused_add_rms_norm_forward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+
 fused_add_rms_norm_forward_formula = fused_add_rms_norm_forward
+
 @overload
 def fused_add_rms_norm_quant(
     input: Tensor,
@@ -124,7 +126,9 @@ def rms_norm_backward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
+
 rms_norm_backward_formula = rms_norm_backward
+
 def rms_norm_formula(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -143,7 +147,9 @@ def rms_norm_forward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
+
 rms_norm_forward_formula = rms_norm_forward
+
 @overload
 def rms_norm_quant(
     input: Tensor,
