@@ -37,7 +37,8 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
   const Tuning& tuning = tuning_of(device.arch);
   const int elems = vector_elems(x);
   const int64_t n = ceil_div(cols, elems);
-  Plan plan{limits[0].kernel, Keep::kRegisters};
+  Plan plan{};
+  plan.kernel = limits[0].kernel;
   plan.bytes_in_flight = kBytesInFlight;
   plan.cluster = 1;
   plan.slice = cols;
