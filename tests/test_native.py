@@ -219,7 +219,8 @@ def test_cuda_kernels_compile_without_spills(cuda_build):
     assert names >= set(limits)
 
 
-def test_a_kernel_that_takes_too_much_is_found():
+def test_a_kernel_that_takes_too_much_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "native")
     from ptxas_check import Kernel, failures
 
     kernel = Kernel("forward_rows<float, float, true, false, 4>", "sm_90", 80, 0, 0, 0)

@@ -340,6 +340,7 @@ def check_vllm(words):
 PROGRAMS = {
     "make": check_make,
     "python": check_python,
+    ".venv/bin/python": check_python,
     "pytest": check_pytest,
     "pip": check_pip,
     "uv": lambda words: check_pip(words[1:]),
