@@ -92,7 +92,7 @@ template <Rescaling rescaling>
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward_formula(const Call& call) {
   const auto& [input, residual, weight, options] = call;
   check_residual(kName, input, residual);
-  const at::ScalarType compute = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType compute = compute_type(input, std::nullopt);
   const Tensor sum = (input.to(compute) + residual.to(compute)).to(residual.scalar_type());
   const SymIntArrayRef last = sum.sym_sizes().slice(sum.dim() - 1);
   const Formula formula(kName, rescaling, sum, last, weight, options);

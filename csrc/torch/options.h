@@ -65,7 +65,7 @@ inline at::ScalarType compute_type(const at::Tensor& input,
 }
 
 inline at::ScalarType rstd_type(const at::Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return compute_type(input, std::nullopt);
 }
 
 }  // namespace rmsnorm
