@@ -47,12 +47,12 @@ def result(schema):
     return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds)}]"
 
 
-def stub(name, parameters, returned, comment=""):
-    line = f"def {name}({', '.join(parameters)}) -> {returned}: ...{comment}"
+def stub(name, parameters, returned):
+    line = f"def {name}({', '.join(parameters)}) -> {returned}: ..."
     if len(line) <= 100:
         return line
     lines = "".join(f"    {parameter},\n" for parameter in parameters)
-    return f"def {name}(\n{lines}) -> {returned}: ...{comment}"
+    return f"def {name}(\n{lines}) -> {returned}: ..."
 
 
 def op_stub(schema):
@@ -96,7 +96,8 @@ def entry_stub(name):
     wanted = "out" if name.endswith("_out") else ""
     schema = next(schema for schema in schemas_of(op) if schema.overload_name == wanted)
     parameters = [*map(entry_parameter, schema.arguments), "/"]
-    return stub(name, parameters, result(schema), "  # or NotImplemented")
+    returned = result(schema).replace("None", "bool")  # True: what is written was written
+    return stub(name, parameters, f"{returned} | None")
 
 
 # pybind11 tells a dict or a tuple, and not of what.

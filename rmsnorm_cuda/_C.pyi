@@ -32,7 +32,7 @@ def fused_add_rms_norm(
     weight_offset: float,
     cast_before_weight: bool,
     /,
-) -> tuple[Tensor, Tensor]: ...  # or NotImplemented
+) -> tuple[Tensor, Tensor] | None: ...
 def fused_add_rms_norm_(
     input: Tensor,
     residual: Tensor,
@@ -41,7 +41,7 @@ def fused_add_rms_norm_(
     weight_offset: float,
     cast_before_weight: bool,
     /,
-) -> None: ...  # or NotImplemented
+) -> bool | None: ...
 def fused_add_rms_norm_forward(
     input: Tensor,
     residual: Tensor,
@@ -50,7 +50,7 @@ def fused_add_rms_norm_forward(
     weight_offset: float,
     cast_before_weight: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor]: ...  # or NotImplemented
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
 def fused_add_rms_norm_out(
     input: Tensor,
     residual: Tensor,
@@ -61,7 +61,7 @@ def fused_add_rms_norm_out(
     out: Tensor | None,
     residual_out: Tensor | None,
     /,
-) -> None: ...  # or NotImplemented
+) -> bool | None: ...
 def fused_add_rms_norm_quant(
     input: Tensor,
     residual: Tensor,
@@ -76,7 +76,7 @@ def fused_add_rms_norm_quant(
     weight_offset: float,
     cast_before_weight: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # or NotImplemented
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
 def fused_add_rms_norm_quant_out(
     input: Tensor,
     residual: Tensor,
@@ -95,7 +95,7 @@ def fused_add_rms_norm_quant_out(
     residual_out: Tensor | None,
     norm_out: Tensor | None,
     /,
-) -> None: ...  # or NotImplemented
+) -> bool | None: ...
 def isa() -> str: ...
 def isas() -> dict[str, bool]: ...
 def last_isa() -> str: ...
@@ -109,7 +109,7 @@ def rms_norm(
     weight_offset: float,
     cast_before_weight: bool,
     /,
-) -> Tensor: ...  # or NotImplemented
+) -> Tensor | None: ...
 def rms_norm_forward(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -118,7 +118,7 @@ def rms_norm_forward(
     weight_offset: float,
     cast_before_weight: bool,
     /,
-) -> tuple[Tensor, Tensor]: ...  # or NotImplemented
+) -> tuple[Tensor, Tensor] | None: ...
 def rms_norm_out(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -128,7 +128,7 @@ def rms_norm_out(
     cast_before_weight: bool,
     out: Tensor | None,
     /,
-) -> None: ...  # or NotImplemented
+) -> bool | None: ...
 def rms_norm_quant(
     input: Tensor,
     weight: Tensor | None,
@@ -142,7 +142,7 @@ def rms_norm_quant(
     weight_offset: float,
     cast_before_weight: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor]: ...  # or NotImplemented
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
 def rms_norm_quant_out(
     input: Tensor,
     weight: Tensor | None,
@@ -159,5 +159,5 @@ def rms_norm_quant_out(
     scale_out: Tensor | None,
     norm_out: Tensor | None,
     /,
-) -> None: ...  # or NotImplemented
+) -> bool | None: ...
 def set_isa(name: str | None) -> None: ...

@@ -68,13 +68,12 @@ def rms_norm(
         # No tuple of them all, which costs a tenth of a call on one row.
         if out is None:
             y = _C.rms_norm(input, normalized_shape, weight, eps, weight_offset, cast_before_weight)
-            if y is not NotImplemented:
+            if y is not None:
                 return y
         else:
-            done = _C.rms_norm_out(
+            if _C.rms_norm_out(
                 input, normalized_shape, weight, eps, weight_offset, cast_before_weight, out
-            )
-            if done is None:
+            ):
                 return out
     elif isinstance(normalized_shape, int):
         normalized_shape = (normalized_shape,)
@@ -137,15 +136,14 @@ def fused_add_rms_norm(
         results = _C.fused_add_rms_norm(
             input, residual, weight, eps, weight_offset, cast_before_weight
         )
-        if results is not NotImplemented:
+        if results is not None:
             return results
     if out is not None:
         check_out("fused_add_rms_norm", out, 2)
         if not is_dynamo_compiling():
-            done = _C.fused_add_rms_norm_out(
+            if _C.fused_add_rms_norm_out(
                 input, residual, weight, eps, weight_offset, cast_before_weight, *out
-            )
-            if done is None:
+            ):
                 return tuple(out)
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
@@ -175,10 +173,7 @@ def fused_add_rms_norm_(
             (``cast_before_weight`` beside a wider weight). Nothing is written then.
     """
     if not is_dynamo_compiling():
-        done = _C.fused_add_rms_norm_(
-            input, residual, weight, eps, weight_offset, cast_before_weight
-        )
-        if done is None:
+        if _C.fused_add_rms_norm_(input, residual, weight, eps, weight_offset, cast_before_weight):
             return
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
@@ -268,7 +263,7 @@ def rms_norm_quant(
     quant = dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight
     if out is None and not is_dynamo_compiling():
         results = _C.rms_norm_quant(input, weight, scale, eps, *quant)
-        if results is not NotImplemented:
+        if results is not None:
             output, dynamic, norm = results
             scale = dynamic if scale is None else scale
             return (output, scale, norm) if return_norm else (output, scale)
@@ -304,7 +299,7 @@ def fused_add_rms_norm_quant(
     quant = dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight
     if out is None and not is_dynamo_compiling():
         results = _C.fused_add_rms_norm_quant(input, residual, weight, scale, eps, *quant)
-        if results is not NotImplemented:
+        if results is not None:
             output, dynamic, total, norm = results
             scale = dynamic if scale is None else scale
             return (output, scale, total, norm) if return_norm else (output, scale, total)
@@ -315,7 +310,7 @@ def fused_add_rms_norm_quant(
 
 def _quantized(op, args, quant, out, names_of_out):
     """What both functions do while compiling, with `out`, or with other than plain arguments."""
-    scale, return_norm, done = args["scale"], quant[4], NotImplemented
+    scale, return_norm, done = args["scale"], quant[4], None
     count = len(names_of_out) - 1 + return_norm
     if out is not None:
         check_out(op, out, count)
@@ -324,7 +319,7 @@ def _quantized(op, args, quant, out, names_of_out):
         written = written if return_norm else (*written, None)
         if not is_dynamo_compiling():
             done = getattr(_C, f"{op}_out")(*args.values(), *quant, *written)
-    if done is NotImplemented:
+    if not done:
         names = "dtype", "block", "scale_ub", "column_major", "keep_norm"
         names = *names, "weight_offset", "cast_before_weight"
         options = dict(zip(names, quant))

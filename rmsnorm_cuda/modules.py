@@ -88,7 +88,7 @@ class RMSNorm(torch.nn.RMSNorm):
         shape = self.normalized_shape
         if not is_dynamo_compiling():  # what rms_norm does first: a Python call less
             result = _C.rms_norm(x, shape, weight, eps, offset, cast)
-            if result is not NotImplemented:
+            if result is not None:
                 return result
         return rms_norm(x, shape, weight, eps, weight_offset=offset, cast_before_weight=cast)
 

@@ -1,9 +1,9 @@
 // _C: the eager entry points, the instruction set in use, and what was built.
 //
 // An entry point takes arguments of the plainest types, by position, and calls the dispatcher:
-// there is no second path. For any others it returns NotImplemented, and the caller goes to
-// torch.ops. It is a plain C function in a pybind11 module: one with an at::Tensor caster costs
-// more than the rest of the call.
+// there is no second path. It returns what the op returns, or True where that is nothing; for any
+// other arguments it returns None, and the caller goes to torch.ops. It is a plain C function in a
+// pybind11 module: one with an at::Tensor caster costs more than the rest of the call.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ops/empty.h>
 #include <dlfcn.h>
@@ -26,6 +26,27 @@ using namespace rmsnorm;
 // elements.
 constexpr int64_t kBriefElements = 16 << 10;
 
+// A tensor that Python holds during the call. A copy would cost two locks of the GIL: torch counts
+// Python's object too while C++ owns its tensor.
+template <class T>  // Tensor or OptionalTensor
+class Borrowed {
+ public:
+  Borrowed() = default;
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  ~Borrowed() {
+    if (const Tensor* t = tensor_of(value_)) Traits::destroyBorrow(const_cast<Tensor&>(*t));
+  }
+  void borrow(const Tensor& t) { value_ = Traits::createBorrow(t); }
+  void own(Tensor t) { borrow(owned_ = std::move(t)); }
+  operator const T&() const { return value_; }
+
+ private:
+  using Traits = c10::MaybeOwnedTraits<Tensor>;
+  Tensor owned_;
+  T value_;
+};
+
 // A shape of one dimension, which nearly all are.
 struct Columns {
   c10::SymInt count;
@@ -33,11 +54,6 @@ struct Columns {
 };
 
 // The C++ value of an argument of exactly the type that it mostly has; false: it is of another.
-bool parse(PyObject* object, Tensor& value) {
-  if (!THPVariable_CheckExact(object)) return false;
-  value = THPVariable_Unpack(object);
-  return true;
-}
 bool parse(PyObject* object, bool& value) {
   value = object == Py_True;
   return PyBool_Check(object);
@@ -66,6 +82,13 @@ bool parse(PyObject* object, Columns& value) {
   return parsed;
 }
 template <class T>
+bool parse(PyObject* object, Borrowed<T>& value) {
+  if (std::is_same_v<T, OptionalTensor> && Py_IsNone(object)) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  value.borrow(THPVariable_Unpack(object));
+  return true;
+}
+template <class T>
 bool parse(PyObject* object, std::optional<T>& value) {
   return Py_IsNone(object) || parse(object, value.emplace());
 }
@@ -78,29 +101,44 @@ PyObject* wrap(std::tuple<Tensors...> results) {
       .ptr();
 }
 
+// What is parsed for an argument of the op.
+template <class T>
+struct Parsed {
+  using type = T;
+};
+template <>
+struct Parsed<SymIntArrayRef> {
+  using type = Columns;
+};
+template <>
+struct Parsed<Tensor> {
+  using type = Borrowed<Tensor>;
+};
+template <>
+struct Parsed<OptionalTensor> {
+  using type = Borrowed<OptionalTensor>;
+};
+
 template <class Op, size_t... i>
 PyObject* call(PyObject* const* args, std::index_sequence<i...>) {
-  using Arguments = typename Op::Arguments;
-  std::tuple<std::conditional_t<std::is_same_v<std::tuple_element_t<i, Arguments>, SymIntArrayRef>,
-                                Columns, std::tuple_element_t<i, Arguments>>...>
-      values;
+  std::tuple<typename Parsed<std::tuple_element_t<i, typename Op::Arguments>>::type...> values;
   const Tensor& input = std::get<0>(values);
   const auto parsed = [&](PyObject* object, auto& value) {
-    if constexpr (Op::kWrites && std::is_same_v<decltype(value), Tensor&>) {
+    if constexpr (Op::kWrites && std::is_same_v<decltype(value), Borrowed<Tensor>&>) {
       if (Py_IsNone(object) && input.defined()) {  // not asked for: a tensor without elements
-        value = at::empty({0}, input.options().dtype(at::kFloat));
+        value.own(at::empty({0}, input.options().dtype(at::kFloat)));
         return true;
       }
     }
     return parse(object, value);
   };
-  if (!(parsed(args[i], std::get<i>(values)) && ...)) Py_RETURN_NOTIMPLEMENTED;
+  if (!(parsed(args[i], std::get<i>(values)) && ...)) Py_RETURN_NONE;
   std::optional<py::gil_scoped_release> no_gil;
   if (input.sym_numel().maybe_as_int().value_or(kBriefElements) >= kBriefElements) no_gil.emplace();
   if constexpr (Op::kWrites) {
     Op::call(std::get<i>(values)...);
     no_gil.reset();
-    Py_RETURN_NONE;
+    Py_RETURN_TRUE;
   } else {
     auto results = Op::call(std::get<i>(values)...);
     no_gil.reset();
@@ -112,7 +150,7 @@ template <class Op>
 PyObject* entry(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr Py_ssize_t kArguments = std::tuple_size_v<typename Op::Arguments>;
-  if (count != kArguments || at::impl::torch_function_mode_enabled()) Py_RETURN_NOTIMPLEMENTED;
+  if (count != kArguments || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   return call<Op>(args, std::make_index_sequence<kArguments>());
   END_HANDLE_TH_ERRORS
 }

@@ -9,14 +9,14 @@ using at::Tensor;
 
 ForwardLaunch::ForwardLaunch(const char* op, const Tensor& x, int64_t lead,
                              const std::optional<Tensor>& weight, const NormOptions& options)
-    : op_(op), lead_(lead), x_(place(x, lead)), weight_(weight ? weight->contiguous() : Tensor()) {
-  set_norm(p_, x_, lead, weight_, options);
+    : op_(op), lead_(lead), x_(place(x, lead)), weight_(dense(weight)) {
+  set_norm(p_, x_, lead, *weight_, options);
 }
 
 void ForwardLaunch::add(const Tensor& input, const Tensor& residual) {
   input_ = place(input, lead_);
   residual_ = place(residual, lead_);
-  p_.addends = {input_.tensor.const_data_ptr(), residual_.tensor.const_data_ptr(), dtype(input),
+  p_.addends = {input_.tensor->const_data_ptr(), residual_.tensor->const_data_ptr(), dtype(input),
                 input_.rows, residual_.rows};
 }
 
@@ -36,7 +36,7 @@ void ForwardLaunch::quantize(const Quant& quant, at::ScalarType norm_type) {
 }
 
 void ForwardLaunch::run() const {
-  const Tensor& x = x_.tensor;
+  const Tensor& x = *x_.tensor;
   if (!x.is_cpu()) {
     return run_cuda(op_, x, [&](void* stream) { return cuda::rms_norm_forward(p_, stream); });
   }
@@ -69,21 +69,23 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& x, int64_t lead
                                    const std::optional<Tensor>& weight, const NormOptions& options,
                                    at::ScalarType y_type, bool want_rstd, const Tensor* input,
                                    const Tensor* residual) {
-  Tensor y = allocate(x.sym_sizes(), x, y_type), rstd;
+  std::tuple<Tensor, Tensor> results;
+  auto& [y, rstd] = results;
+  y = allocate(x.sym_sizes(), x, y_type);
   if (want_rstd) {
     rstd = allocate(x.sym_sizes().slice(0, lead), x, rstd_type(x));
   }
-  if (x.is_meta()) return {y, rstd};
+  if (x.is_meta()) return results;
   if (x.numel() == 0) {
     if (want_rstd) rstd.fill_(std::numeric_limits<double>::quiet_NaN());  // a mean over nothing
-    return {y, rstd};
+    return results;
   }
   ForwardLaunch launch(op, x, lead, weight, options);
   if (residual) launch.add(*input, *residual);
   launch.write_to(y, dense_rows(launch.cols()), cpu::writes_past_caches(y.nbytes(), true));
   if (want_rstd) launch.write_rstd(rstd);
   launch.run();
-  return {y, rstd};
+  return results;
 }
 
 }  // namespace rmsnorm

@@ -35,7 +35,7 @@ void run_cuda(const char* op, const at::Tensor& t, const Launch& launch) {
 template <class Params>
 void set_norm(Params& p, const Placed& x, int64_t lead, const at::Tensor& weight,
               const NormOptions& options) {
-  const at::Tensor& t = x.tensor;
+  const at::Tensor& t = *x.tensor;
   p.x = t.const_data_ptr();
   p.x_rows = x.rows;
   p.x_dtype = dtype(t);
@@ -48,7 +48,7 @@ void set_norm(Params& p, const Placed& x, int64_t lead, const at::Tensor& weight
   p.cast_before_weight = options.cast_before_weight;
 }
 
-// A forward that is put together piece by piece, and then run. It keeps its tensors alive.
+// A forward that is put together piece by piece, and then run. The tensors outlive it.
 class ForwardLaunch {
  public:
   // `x` is what is normalized, in all dimensions but the first `lead`.
@@ -70,7 +70,7 @@ class ForwardLaunch {
   const char* op_;
   const int64_t lead_;
   const Placed x_;
-  const at::Tensor weight_;
+  const c10::MaybeOwned<at::Tensor> weight_;
   Placed input_, residual_;
   RmsNormForward p_{};
 };

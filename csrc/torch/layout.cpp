@@ -40,9 +40,10 @@ std::optional<Rows> rows_of(const Tensor& t, int64_t lead) {
 }
 
 Placed place(const Tensor& t, int64_t lead) {
-  if (const auto rows = rows_of(t, lead)) return {t, *rows};
+  using MaybeOwned = c10::MaybeOwned<Tensor>;
+  if (const auto rows = rows_of(t, lead)) return {MaybeOwned::borrowed(t), *rows};
   const Tensor dense = t.contiguous();
-  return {dense, *rows_of(dense, lead)};
+  return {MaybeOwned::owned(std::in_place, dense), *rows_of(dense, lead)};
 }
 
 // Each dimension has to step over all that those with smaller strides span.

@@ -1,6 +1,7 @@
 // How tensors lie in memory: as rows that a kernel can walk, and beside each other.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <c10/util/MaybeOwned.h>
 
 #include <optional>
 
@@ -14,12 +15,18 @@ inline Rows dense_rows(int64_t cols) { return Rows{1, {1}, {cols}}; }
 // are not dense, or too many dimensions are left after merging; then a dense copy is needed.
 std::optional<Rows> rows_of(const at::Tensor& t, int64_t lead);
 
-// `t` itself if its rows can be walked as they lie, else a dense copy.
+// `t` itself, borrowed, if its rows can be walked as they lie, else a dense copy. (To own what only
+// Python holds costs two locks of the GIL: torch then counts Python's object too.)
 struct Placed {
-  at::Tensor tensor;
+  c10::MaybeOwned<at::Tensor> tensor{};
   Rows rows;
 };
 Placed place(const at::Tensor& t, int64_t lead);
+
+// A weight as the kernels read it; undefined if there is none.
+inline c10::MaybeOwned<at::Tensor> dense(const std::optional<at::Tensor>& weight) {
+  return weight ? weight->expect_contiguous() : c10::MaybeOwned<at::Tensor>();
+}
 
 // Might two rows share elements? Outputs may not: their rows are written at the same time.
 bool rows_overlap(const Rows& rows, int64_t cols);

@@ -96,26 +96,27 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
   if (grad_residual) {
     check_tensor(op, "grad_residual", *grad_residual, sizes, input.scalar_type());
   }
-  Tensor dx, dweight;
+  std::tuple<Tensor, Tensor> grads;
+  auto& [dx, dweight] = grads;
   if (want_dx) dx = allocate(sizes, input, input.scalar_type());
   if (want_dweight && weight) dweight = at::empty_symint(normalized_shape, weight->options());
-  if (input.is_meta() || (!dx.defined() && !dweight.defined())) return {dx, dweight};
+  if (input.is_meta() || (!dx.defined() && !dweight.defined())) return grads;
   if (input.numel() == 0) {
     if (dweight.defined()) dweight.zero_();
-    return {dx, dweight};
+    return grads;
   }
 
   const Placed dy = place(grad_output, lead), x = place(input, lead);
   const Placed dresidual = grad_residual ? place(*grad_residual, lead) : Placed{};
-  const Tensor w = weight ? weight->contiguous() : Tensor(), dense_rstd = rstd.contiguous();
+  const auto w = dense(weight), dense_rstd = rstd.expect_contiguous();
   RmsNormBackward p{};
-  set_norm(p, x, lead, w, call.options());
-  p.dy = dy.tensor.const_data_ptr();
+  set_norm(p, x, lead, *w, call.options());
+  p.dy = dy.tensor->const_data_ptr();
   p.dy_rows = dy.rows;
   p.dy_dtype = dtype(grad_output);
-  p.rstd = dense_rstd.const_data_ptr();
+  p.rstd = dense_rstd->const_data_ptr();
   if (grad_residual) {
-    p.dresidual = dresidual.tensor.const_data_ptr();
+    p.dresidual = dresidual.tensor->const_data_ptr();
     p.dresidual_rows = dresidual.rows;
   }
   p.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
@@ -131,7 +132,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
       const Tensor workspace = allocate_workspace(cuda::rms_norm_backward_workspace(p));
       return cuda::rms_norm_backward(p, stream);
     });
-    return {dx, dweight};
+    return grads;
   }
   cpu::isa();  // throws outside the parallel region if the environment asks for what is not there
   const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p);
@@ -145,7 +146,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
         0, p.cols, grain(plan.workspace_bytes / p.cols),
         [&](int64_t begin, int64_t end) { cpu::rms_norm_backward_dweight(p, begin, end); });
   }
-  return {dx, dweight};
+  return grads;
 }
 
 template <Rescaling rescaling>
@@ -195,7 +196,7 @@ struct Record : torch::autograd::Function<Record> {
 std::tuple<Tensor, Tensor> record_forward(const Call& call) {
   const auto& [input, normalized_shape, weight, options] = call;
   Tensor rstd, output = Record::apply(input, weight, normalized_shape, options, &rstd);
-  return {output, rstd};
+  return {std::move(output), std::move(rstd)};
 }
 Tensor record(const Call& call) { return std::get<0>(record_forward(call)); }
 
