@@ -84,8 +84,8 @@ def rms_norm(
             return override(rms_norm, **args, **options, out=out)
         checked("rms_norm", {"out": out})
     if out is None:
-        return _call("rms_norm", args, options, None)
-    _call("rms_norm", args, options, {"out": out})
+        return _call(_ops.rms_norm, args, options, None)
+    _call(_ops.rms_norm, args, options, {"out": out})
     return out
 
 
@@ -148,8 +148,8 @@ def fused_add_rms_norm(
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
     if out is None:
-        return _call("fused_add_rms_norm", args, options, None)
-    _call("fused_add_rms_norm", args, options, dict(zip(("out", "residual_out"), out)))
+        return _call(_ops.fused_add_rms_norm, args, options, None)
+    _call(_ops.fused_add_rms_norm, args, options, dict(zip(("out", "residual_out"), out)))
     return tuple(out)
 
 
@@ -182,15 +182,15 @@ def fused_add_rms_norm_(
     _ops.fused_add_rms_norm_(*args.values(), **options)
 
 
-def _call(op, args, options, written):
+def _call(packet, args, options, written):
     """A differentiable op, compiled or with other than plain arguments. `written` is what it writes
     to, by the names of the schema."""
     if not is_dynamo_compiling():
-        args, options = checked(op, args, options)
+        args, options = checked(packet.__name__, args, options)
     if written:
-        return getattr(_ops, op).out(*args.values(), **options, **written)
-    decompose = config.decompose and is_dynamo_compiling()
-    packet = getattr(_ops, f"{op}_formula" if decompose else op)
+        return packet.out(*args.values(), **options, **written)
+    if config.decompose and is_dynamo_compiling():
+        packet = getattr(_ops, f"{packet.__name__}_formula")
     # Of the packet's name nested tensors think that it is F.rms_norm. (The overload takes no number
     # of torch as eps. A proxy of torch.fx is nested neither way.)
     is_nested = args["input"].is_nested is True

@@ -262,7 +262,7 @@ void backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) 
       if (!p.dweight) return run(yes, Constant<false>(), Constant<1>());
       if (!p.dx) return run(Constant<false>(), yes, Constant<1>());
       const int64_t bytes = p.rows * p.cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx));
-      if (p.cols <= kGradientTile || bytes >= far_bytes()) return run(yes, yes, Constant<1>());
+      if (p.cols <= kGradientTile || bytes >= kFarBytes) return run(yes, yes, Constant<1>());
       run(yes, yes, Constant<kGradientRows>());
     });
   });

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cinttypes>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -93,13 +95,24 @@ int64_t cache_size(int name, int64_t usual, int64_t low, int64_t high) {
   const long size = sysconf(name);
   return between(size > 0 ? size : usual, low, high);
 }
+// Linux tells what a group of cores shares; glibc, on AMD's, the sum of all groups.
+int64_t last_level_size() {
+  constexpr int64_t kLeast = 4 << 20, kMost = 32 << 20;
+  int64_t kib = 0;
+  if (FILE* const file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "re")) {
+    if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+    std::fclose(file);
+  }
+  if (kib > 0) return between(kib << 10, kLeast, kMost);
+  return cache_size(_SC_LEVEL3_CACHE_SIZE, kMost, kLeast, kMost);
+}
 
 }  // namespace
 
 const CacheSizes kCaches = {
     cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10, kMinL1, 256 << 10),
     cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10, 256 << 10, 4 << 20),
-    cache_size(_SC_LEVEL3_CACHE_SIZE, 32 << 20, 4 << 20, 32 << 20),
+    last_level_size(),
 };
 
 bool writes_past_caches(int64_t bytes, bool is_new) {

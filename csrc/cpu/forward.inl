@@ -150,7 +150,7 @@ template <class Tx, class Ty, int kCols>
 INLINE RowSchedule schedule_rows(const RmsNormForward& p, int64_t cols) {
   const int64_t row_bytes = cols * int64_t(sizeof(Tx));
   const int64_t total_bytes = p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty));
-  const bool far = total_bytes >= far_bytes();
+  const bool far = total_bytes >= kFarBytes;
   const int64_t near_bytes = kCols ? kMinGroupBytes : group_bytes();
   const int64_t fitting = (far ? kFarGroupBytes : near_bytes) / row_bytes;
   const int64_t group = between(fitting, 1, Isa::kGroupRows);

@@ -138,7 +138,7 @@ struct Prefetch {
 // Does a call that reads and writes so much find its next row in memory?
 template <class Tx>
 INLINE bool is_far(int64_t bytes) {
-  return bytes >= (kIsFloat<Tx> ? far_bytes() : far_bytes_16_bit());
+  return bytes >= (kIsFloat<Tx> ? kFarBytes : far_bytes_16_bit());
 }
 
 // ---------------------------------------------------------------- sums

@@ -7,8 +7,8 @@ namespace rmsnorm::cpu {
 constexpr int kLine = 64;  // bytes in a line of the caches
 
 // What the machine says at start, or the usual where it says nothing, in bytes: the data caches of
-// a core, and the last level. A virtual machine reports all of the host's last level, some hundreds
-// of MiB, of which it has a share: no more than 32 MiB are counted on.
+// a core, and the last level that it shares with others. A virtual machine may be told of all of
+// the host's, of which it has a share: no more than 32 MiB are counted on.
 constexpr int64_t kMinL1 = 16 << 10;
 struct CacheSizes {
   int64_t l1, l2, l3;
@@ -23,7 +23,7 @@ constexpr int64_t between(int64_t value, int64_t low, int64_t high) {
 // fetches it ahead. On a Zen 3 with 32 MiB of L3 for several machines this takes 15 % off rows from
 // memory, and adds as much to fp32 rows from the L3 cache, but next to nothing to 16-bit rows,
 // which are bound by their conversion: there, whatever does not fit the L2 cache is fetched ahead.
-inline int64_t far_bytes() { return between(kCaches.l3 / 4, 8 << 20, 32 << 20); }
+constexpr int64_t kFarBytes = 8 << 20;
 inline int64_t far_bytes_16_bit() { return between(2 * kCaches.l2, 1 << 20, 4 << 20); }
 
 // A row of so many bytes is long, see Prefetch.

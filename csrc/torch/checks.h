@@ -17,10 +17,22 @@ namespace rmsnorm {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// What check_tensors() does with what is unusual.
+void refuse_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const at::Tensor*> tensors);
+
 // Of every op, before its body: `tensors` are its arguments, nullptr for what is none. They are on
 // one device and have memory, which FSDP and offloading free until a tensor is gathered again.
 // (Those of a compiler never have.)
-void check_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const at::Tensor*> tensors);
+template <class Op>
+void check_tensors(std::initializer_list<const at::Tensor*> tensors) {
+  const at::Device device = (*tensors.begin())->device();
+  for (const at::Tensor* t : tensors) {
+    const bool usual = !t || !t->defined() ||
+                       (t->device() == device && t->has_storage() &&
+                        t->unsafeGetTensorImpl()->storage_initialized());
+    if (!usual) return refuse_tensors(Op::handle(), tensors);
+  }
+}
 
 // The arguments that all ops have.
 void check_norm(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,

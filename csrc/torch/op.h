@@ -136,7 +136,7 @@ struct Op<Name, Result(Args...)> {
   }
   template <auto body>
   static Result checked(Args... args) {
-    check_tensors(handle(), {tensor_of(args)...});
+    check_tensors<Op>({tensor_of(args)...});
     return unpacked<body>(std::forward<Args>(args)...);
   }
   static Result redispatch(DispatchKeySet keys, Args... args) {
