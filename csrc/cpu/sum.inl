@@ -246,20 +246,13 @@ constexpr double kDominant = 0.4;
 
 template <class Tx>
 __attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef double Sums __attribute__((vector_size(32)));
-  const auto add = [&](Sums& sum, const Tx* p) INLINE_LAMBDA {
-    Four v;
-    __builtin_memcpy(&v, p, sizeof v);
-    const Sums exact = __builtin_convertvector(v, Sums);
-    sum += exact * exact;
-  };
-  Sums low = {}, high = {};
+  double lanes[8] = {}, four[4];
+  const auto add = [&](int lane, Tx v) INLINE_LAMBDA { lanes[lane] += double(v) * double(v); };
   int64_t i = 0;
-  for (; i + 8 <= cols; i += 8) add(low, x + i), add(high, x + i + 4);
-  Tx rest[8] = {};
-  __builtin_memcpy(rest, x + i, (cols - i) * sizeof(Tx));
-  add(low, rest), add(high, rest + 4);
-  const Sums four = low + high;
+  for (; i + 8 <= cols; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) add(lane, x[i + lane]);
+  }
+  for (int lane = 0; i + lane < cols; ++lane) add(lane, x[i + lane]);
+  for (int lane = 0; lane < 4; ++lane) four[lane] = lanes[lane] + lanes[lane + 4];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
