@@ -142,7 +142,7 @@ def main():
     )
     parser.add_argument("--modes", default=",".join(PASSES))
     parser.add_argument("--json")
-    parser.add_argument("--png", help="a bar chart; needs matplotlib")
+    parser.add_argument("--png", help="a chart; needs matplotlib")
     parser.add_argument(
         "--from", dest="source", metavar="FILE", help="a JSON to draw --png from; measures nothing"
     )

@@ -71,6 +71,8 @@ def _checked(op, name, given):
         expected += " or None" if is_optional else ""
         name = "return_norm" if name == "keep_norm" else name  # as the function calls it
         got = type(given).__name__
+        if name == "weight" and isinstance(given, int | tuple | list) and op != "rms_norm":
+            got += "; it normalizes the last dimension, and takes no normalized_shape"
         raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")
     return value
 

@@ -317,6 +317,10 @@ KINDS = {  # of the ops whose arguments torch.ops would judge
         lambda: rms_norm_quant(X, W, "a", dtype=torch.int8),
         "expected eps to be a number or None, but got str",
     ),
+    "normalized_shape for weight": (
+        lambda: rms_norm_quant(X, 8, W, dtype=torch.int8),
+        "weight to be a Tensor or None, but got int; .* takes no normalized_shape",
+    ),
     "int for dtype": (
         lambda: rms_norm_quant(X, dtype=1),
         "expected dtype to be a torch.dtype, but got int",
