@@ -204,7 +204,10 @@ class BackwardBlocks {
           gradient<kDx, kDweight, streams.value>(row, next_dy, next_x, w, partial, begin, end,
                                                  p.cast_before_weight);
         };
-        kRows == 1 && stream ? write(Constant<Isa::kStreams && kDx>()) : write(Constant<false>());
+        const bool is_nan = kDx && row.rstd != row.rstd;
+        const bool streams = kRows == 1 && stream && !is_nan;
+        streams ? write(Constant<Isa::kStreams && kDx>()) : write(Constant<false>());
+        if (is_nan) fill_with_nan(row.dx, begin, end);
       }
     }
   }
@@ -281,7 +284,9 @@ void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
       for (int64_t i = 0; i < count; ++i) sums[i] += folded[i];
     }
     float rounded_sums[kColumns];
-    for (int64_t i = 0; i < kColumns; ++i) rounded_sums[i] = float(sums[i]);
+    for (int64_t i = 0; i < kColumns; ++i) {
+      rounded_sums[i] = sums[i] == sums[i] ? float(sums[i]) : __builtin_nanf("");  // one for all
+    }
     with_type(p.w_dtype, [&](auto w) {
       auto* to = static_cast<decltype(w)*>(p.dweight) + begin;
       for_each_vector(0, count,

@@ -276,9 +276,7 @@ class ForwardRows {
 
   INLINE void write_uncommon_row(int64_t row, double rstd_of_row) {
     if (rstd_of_row == rstd_of_row) return forward_row_fp64(p, row, y_begin);
-    Ty* y = row_of_y(row);
-    for_each_vector(0, cols(),
-                    [&](int64_t i, int n) { store(y + i, set1(__builtin_nanf("")), n); });
+    fill_with_nan(row_of_y(row), 0, cols());
   }
 
   const RmsNormForward& p;

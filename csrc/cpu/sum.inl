@@ -112,6 +112,12 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F body) {
   for_each_step(begin, end, [&](int64_t i) { for_each_vector_of_step(i, body); }, body);
 }
 
+// One NaN for all instruction sets: of two, a machine takes that which the compiler put first.
+template <class T>
+INLINE void fill_with_nan(T* p, int64_t begin, int64_t end) {
+  for_each_vector(begin, end, [&](int64_t i, int n) { store(p + i, set1(__builtin_nanf("")), n); });
+}
+
 // A row that is fetched while others are worked on. A long one is fetched to the L2 cache, half of
 // it in each of the two passes over another: the memory has work all the time. A short one is
 // fetched to the L1 cache in the second pass.
