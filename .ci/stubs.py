@@ -132,7 +132,7 @@ def binding_stubs():
 def main():
     stale = []
     for name, lines in (("ops.pyi", ops_stubs()), ("_C.pyi", binding_stubs())):
-        path, text = ROOT / "rmsnorm_cuda" / name, "\n".join(lines) + "\n"
+        path, text = ROOT / "rmsnorm_cuda" / name, "\n".join(lines).rstrip("\n") + "\n"
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:

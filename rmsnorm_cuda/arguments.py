@@ -52,7 +52,6 @@ _KINDS = {  # what each argument is expected to be
     "block": "an int",
     "dtype": "a torch.dtype",
 }
-_OPTIONAL = "weight", "scale", "out", "eps", "scale_ub", "block"
 
 
 def checked(op: str, *groups: dict) -> tuple[dict, ...]:
@@ -65,16 +64,25 @@ def checked(op: str, *groups: dict) -> tuple[dict, ...]:
 
 
 def _checked(op, name, given):
-    is_optional, expected = name in _OPTIONAL, _KINDS[name]
-    value = given if given is None and is_optional else _converted(given, expected)
+    if given is None and _is_optional(op, name):
+        return None
+    expected = _KINDS[name]
+    value = _converted(given, expected)
     if value is NotImplemented:
-        expected += " or None" if is_optional else ""
+        expected += " or None" if _is_optional(op, name) else ""
         name = "return_norm" if name == "keep_norm" else name  # as the function calls it
         got = type(given).__name__
         if name == "weight" and isinstance(given, int | tuple | list) and op != "rms_norm":
             got += "; it normalizes the last dimension, and takes no normalized_shape"
         raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")
     return value
+
+
+def _is_optional(op, name):
+    """Whether None is a value of the argument: its schema says so. `out` is the function's own."""
+    schema = getattr(torch.ops.rmsnorm_cuda, op).default._schema
+    types = {argument.name: argument.type for argument in schema.arguments}
+    return name == "out" or isinstance(types[name], torch.OptionalType)
 
 
 def check_out(op: str, out: object, count: int) -> None:

@@ -4,7 +4,7 @@ them.
 The batched dimension goes to the front, where the kernels take any number of leading dimensions.
 What each sample has of its own within a row (a weight, the gradient of one) is done in ATen ops
 around the norm without a weight, in the type that the kernels compute in: as they do, it rounds
-once.
+once. A rule first calls the op on _no_rows and _one, for its checks. Results are batched in front.
 """
 
 from itertools import combinations, starmap

@@ -49,6 +49,13 @@ def kinds(m):
     return [(a.norm, a.kind) for a in m.alarms]
 
 
+def test_arguments_that_are_not_plain():
+    model, x = Model(), torch.randn(3, WIDTH)
+    with monitor(model) as m, torch.overrides.BaseTorchFunctionMode():
+        y = model(x)
+    assert same_bits(y, model(x)) and len(m.figures()) == 1 and not m.figures().isnan().any()
+
+
 def test_figures_are_those_of_the_rows():
     model, x = Model(), torch.randn(2, 50, WIDTH)
     x[0, :3] = 0

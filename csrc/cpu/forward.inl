@@ -68,9 +68,7 @@ INLINE void add_row(const RmsNormForward& p, int64_t row, int64_t begin, int64_t
 template <class Tin, class Tx, bool kRound, int kCols>
 Doubles add_and_sum(const RmsNormForward& p, int64_t row, int64_t next_row,
                     Isa::SmallElements& small) {
-  const auto row_of_x = [&](int64_t i) {
-    return static_cast<const Tx*>(p.x) + p.x_rows.offset(i);
-  };
+  const auto row_of_x = [&](int64_t i) { return static_cast<const Tx*>(p.x) + p.x_rows.offset(i); };
   const int64_t cols = kCols ? kCols : p.cols;
   const Tx* x = row_of_x(row);
   const Prefetch<Tx> next{next_row >= 0 ? row_of_x(next_row) : nullptr, cols, /*in_halves=*/true};

@@ -98,8 +98,7 @@ INLINE void quantize_span(const T* from, uint8_t* to, int64_t n, Scaled scaled) 
     const int m = i + kLanes <= n ? kLanes : int(n - i);
     const I32 code = F::template code<kPlain>(scaled(load(from + i, m))) - F::kOffset;
     // In two steps: GCC 12 would take one element by element.
-    const Bytes codes =
-        __builtin_convertvector(__builtin_convertvector(code, HalfLanes16), Bytes);
+    const Bytes codes = __builtin_convertvector(__builtin_convertvector(code, HalfLanes16), Bytes);
     m == kLanes ? __builtin_memcpy(to + i, &codes, kLanes) : __builtin_memcpy(to + i, &codes, m);
   }
 }

@@ -163,15 +163,16 @@ PyMethodDef method(const char* name) {
 PyMethodDef kEntryPoints[] = {
     method<ops::rms_norm>("rms_norm"),
     method<ops::rms_norm_out>("rms_norm_out"),
-    method<ops::rms_norm_forward>("rms_norm_forward"),
     method<ops::fused_add_rms_norm>("fused_add_rms_norm"),
     method<ops::fused_add_rms_norm_out>("fused_add_rms_norm_out"),
     method<ops::fused_add_rms_norm_>("fused_add_rms_norm_"),
-    method<ops::fused_add_rms_norm_forward>("fused_add_rms_norm_forward"),
     method<ops::rms_norm_quant>("rms_norm_quant"),
     method<ops::rms_norm_quant_out>("rms_norm_quant_out"),
     method<ops::fused_add_rms_norm_quant>("fused_add_rms_norm_quant"),
     method<ops::fused_add_rms_norm_quant_out>("fused_add_rms_norm_quant_out"),
+    // The monitor's, which looks at rstd.
+    method<ops::rms_norm_forward>("rms_norm_forward"),
+    method<ops::fused_add_rms_norm_forward>("fused_add_rms_norm_forward"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,5 +1,6 @@
 // Every op by its C++ type, which is that of its schema. rms_norm.cpp, fused_add.cpp and quant.cpp
-// define them. Whoever calls ops::rms_norm::call(...) goes through the dispatcher.
+// define them. Whoever calls ops::rms_norm::call(...) goes through the dispatcher. An alias of a
+// signature serves every op that has it.
 #pragma once
 #include "op.h"
 

@@ -377,8 +377,8 @@ def _forward(self, x: Tensor, residual: Tensor | None = None):
         op, args = "fused_add_rms_norm_forward", (x, residual, weight, self.eps)
     options = {"weight_offset": self.weight_offset, "cast_before_weight": self.cast_before_weight}
     compiling = is_dynamo_compiling()
-    results = NotImplemented if compiling else getattr(_C, op)(*args, *options.values())
-    if results is NotImplemented:
+    results = None if compiling else getattr(_C, op)(*args, *options.values())
+    if results is None:
         results = getattr(torch.ops.rmsnorm_cuda, op).default(*args, **options)
     normed = x if residual is None else results[1]
     if compiling:
