@@ -284,13 +284,13 @@ void dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
       for (int64_t i = 0; i < count; ++i) sums[i] += folded[i];
     }
     float rounded_sums[kColumns];
-    for (int64_t i = 0; i < kColumns; ++i) {
-      rounded_sums[i] = sums[i] == sums[i] ? float(sums[i]) : __builtin_nanf("");  // one for all
-    }
+    for (int64_t i = 0; i < kColumns; ++i) rounded_sums[i] = float(sums[i]);
     with_type(p.w_dtype, [&](auto w) {
       auto* to = static_cast<decltype(w)*>(p.dweight) + begin;
-      for_each_vector(0, count,
-                      [&](int64_t i, int n) { store(to + i, load(rounded_sums + i, n), n); });
+      for_each_vector(0, count, [&](int64_t i, int n) {
+        const V sum = load(rounded_sums + i, n);
+        store(to + i, sum == sum ? sum : set1(__builtin_nanf("")), n);  // one NaN: fill_with_nan()
+      });
     });
   }
 }
