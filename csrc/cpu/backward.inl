@@ -44,6 +44,10 @@ template <bool kDx, bool kDweight, bool kStream, class Tdy, class Tx>
 INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<Tx> next_x,
                      TileWeight weight, float* partial, int64_t begin, int64_t end, bool cast) {
   const V r = set1(row.rstd), c = set1(row.mean);
+  const bool from_last = kStream && waits<1>(row.dx, row.dy) + waits<1>(row.dx, row.x) +
+                                            waits<1>(row.dx, row.dresidual) +
+                                            waits<1>(row.dx, weight.data) >
+                                        0;
   const auto vector = [&](V d, V x, V w, float* sum, int n) INLINE_LAMBDA {
     const V xhat = x * r;
     if constexpr (kDweight) {
@@ -61,7 +65,7 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<T
     next_dy.template along<true, kStep>(i);
     next_x.template along<true, kStep>(i);
     if constexpr (kGradientPairs<Tdy, Tx>) {
-      for_each_vector_of_step<2 * kLanes>(i, [&](int64_t j, int) INLINE_LAMBDA {
+      const auto pair = [&](int64_t j, int) INLINE_LAMBDA {
         const Pair d = split(row.dy + j), x = split(row.x + j), w = kDx ? weight.pair(j) : Pair{};
         V even = vector(d.even, x.even, w.even, partial + j, kLanes);
         V odd = vector(d.odd, x.odd, w.odd, partial + j + kLanes, kLanes);
@@ -70,14 +74,15 @@ INLINE void gradient(GradientRow<Tdy, Tx> row, Prefetch<Tdy> next_dy, Prefetch<T
           even = even + other.even, odd = odd + other.odd;
         }
         if constexpr (kDx) join<kStream, false>(row.dx + j, {even, odd});
-      });
+      };
+      for_each_vector_of_step<2 * kLanes>(i, pair, from_last);
     } else {
-      for_each_vector_of_step(i,
-                              [&](int64_t j, int n) INLINE_LAMBDA { one(j, n, Constant<true>()); });
+      const auto vector = [&](int64_t j, int n) INLINE_LAMBDA { one(j, n, Constant<true>()); };
+      for_each_vector_of_step(i, vector, from_last);
     }
   };
-  for_each_step<kGradientPairs<Tdy, Tx> ? kBlock : kStep>(
-      begin, end, step, [&](int64_t i, int n) INLINE_LAMBDA { one(i, n, Constant<false>()); });
+  const auto rest = [&](int64_t i, int n) INLINE_LAMBDA { one(i, n, Constant<false>()); };
+  for_each_step<kGradientPairs<Tdy, Tx> ? kBlock : kStep>(begin, end, step, rest, from_last);
 }
 
 // From the order of Pair to that of memory, for whole blocks.

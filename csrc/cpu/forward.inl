@@ -116,22 +116,25 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
   for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
     const int64_t end = WeightTiles::tile_end(begin, cols);
     const auto w = weight.part(begin);
+    const bool from_last = kStream && waits<2>(y, x) + waits<2>(y, w.data) > 0;
     const auto step = [&](int64_t i) {
       next.template along<true, kStep>(i);
       if constexpr (kPairs) {
-        for_each_vector_of_step<2 * kLanes>(i, [&](int64_t j, int) INLINE_LAMBDA {
+        const auto pair = [&](int64_t j, int) INLINE_LAMBDA {
           const Pair v = split(x + j), g = w.pair(j);
           join<kStream, kRound>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
-        });
+        };
+        for_each_vector_of_step<2 * kLanes>(i, pair, from_last);
       } else {
-        for_each_vector_of_step(i, [&](int64_t j, int n) {
+        const auto vector = [&](int64_t j, int n) INLINE_LAMBDA {
           write<kStream>(y + j, scaled(load(x + j, n), w(j, n)), n);
-        });
+        };
+        for_each_vector_of_step(i, vector, from_last);
       }
     };
-    for_each_step<kPairs ? kBlock : kStep>(begin, end, step, [&](int64_t i, int n) {
-      store(y + i, scaled(load(x + i, n), w(i, n)), n);
-    });
+    const auto one = [&](int64_t i, int n)
+                         INLINE_LAMBDA { store(y + i, scaled(load(x + i, n), w(i, n)), n); };
+    for_each_step<kPairs ? kBlock : kStep>(begin, end, step, one, from_last);
   }
 }
 

@@ -18,6 +18,7 @@ struct Weight {
 };
 struct NoWeight {
   V one;
+  static constexpr const float* data = nullptr;
 
   INLINE NoWeight part(int64_t) const { return *this; }
   INLINE V operator()(int64_t, int) const { return one; }
