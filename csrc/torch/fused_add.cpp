@@ -39,9 +39,9 @@ template <bool want_rstd>
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward(const Call& call) {
   const auto& [input, residual, weight, options] = call;
   check(kName, call);
-  Tensor sum = allocate(input.sym_sizes(), input, residual.scalar_type());
-  auto [y, rstd] = forward(kName, sum, call.lead(), weight, options, call.output_type(), want_rstd,
-                           &input, &residual);
+  Tensor sum;
+  auto [y, rstd] = forward(kName, input, call.lead(), weight, options, call.output_type(),
+                           want_rstd, &residual, &sum);
   return {std::move(y), std::move(sum), std::move(rstd)};
 }
 std::tuple<Tensor, Tensor> fused_add_rms_norm(const Call& call) {

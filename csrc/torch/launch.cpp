@@ -65,13 +65,17 @@ void ForwardLaunch::run() const {
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& x, int64_t lead,
+std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, int64_t lead,
                                    const std::optional<Tensor>& weight, const NormOptions& options,
-                                   at::ScalarType y_type, bool want_rstd, const Tensor* input,
-                                   const Tensor* residual) {
+                                   at::ScalarType y_type, bool want_rstd, const Tensor* residual,
+                                   Tensor* sum) {
   std::tuple<Tensor, Tensor> results;
   auto& [y, rstd] = results;
-  y = allocate(x.sym_sizes(), x, y_type);
+  // y first: on one core of a Zen 2 an addition of 16 MiB takes 3.75 ms so, 4.75 the other way
+  // about, where malloc has a place for one of the two results and two for the other.
+  y = allocate(input.sym_sizes(), input, y_type);
+  if (residual) *sum = allocate(input.sym_sizes(), input, residual->scalar_type());
+  const Tensor& x = residual ? *sum : input;
   if (want_rstd) {
     rstd = allocate(x.sym_sizes().slice(0, lead), x, rstd_type(x));
   }
@@ -81,7 +85,7 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& x, int64_t lead
     return results;
   }
   ForwardLaunch launch(op, x, lead, weight, options);
-  if (residual) launch.add(*input, *residual);
+  if (residual) launch.add(input, *residual);
   launch.write_to(y, dense_rows(launch.cols()), cpu::writes_past_caches(y.nbytes(), true));
   if (want_rstd) launch.write_rstd(rstd);
   launch.run();

@@ -75,12 +75,12 @@ class ForwardLaunch {
   RmsNormForward p_{};
 };
 
-// (y, rstd) in new tensors, y of this dtype. With a residual, x first becomes its sum with input.
-// On the meta device, and of no elements, nothing is launched.
-std::tuple<at::Tensor, at::Tensor> forward(const char* op, const at::Tensor& x, int64_t lead,
+// (y, rstd) in new tensors, y of this dtype. With a residual it is the norm of input + residual,
+// which is left in a new `sum`. On the meta device, and of no elements, nothing is launched.
+std::tuple<at::Tensor, at::Tensor> forward(const char* op, const at::Tensor& input, int64_t lead,
                                            const std::optional<at::Tensor>& weight,
                                            const NormOptions& options, at::ScalarType y_type,
-                                           bool want_rstd, const at::Tensor* input = nullptr,
-                                           const at::Tensor* residual = nullptr);
+                                           bool want_rstd, const at::Tensor* residual = nullptr,
+                                           at::Tensor* sum = nullptr);
 
 }  // namespace rmsnorm
