@@ -107,8 +107,8 @@ def test_dx_of_a_row_alone_and_in_any_batch(device, dtype):
 )  # rows that lie on lines of the cache, and rows that do not
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
 def test_large_outputs(dtype, cols):
-    """These are written past the caches (see stream_new in ops.cpp), but for the one in place: same
-    bits, no others.
+    """These are written past the caches (see stream_bytes in tuning.h), but for the one in place:
+    same bits.
     """
     rows = (9 << 20) // (cols * dtype.itemsize)
     weight = random_weight(cols, dtype)

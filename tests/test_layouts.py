@@ -3,7 +3,9 @@ none is needed.
 """
 
 import math
+import platform
 
+import programs
 import pytest
 import torch
 from cases import assert_forward, name, ops, random, random_weight, same_bits
@@ -218,3 +220,28 @@ def test_more_than_2_to_31_elements(threads):
 def _free_memory():
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+KEPT = """
+import resource, torch
+from rmsnorm_cuda import rms_norm
+
+torch.set_num_threads(1)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+weight, worst = torch.ones(1024), 0
+for rows in (40, 100, 200, 300, 400, 700, 1000, 1500, 2000, 3000, 4500, 6000, 7000):
+    x = torch.ones(rows, 1024)  # a page each
+    for turn in range(24):
+        if turn == 12:
+            before = faults()
+        y = rms_norm(x, 1024, weight)
+    worst = max(worst, (faults() - before) / (12 * rows))
+print(worst)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is tested is glibc's malloc")
+def test_new_outputs_keep_their_pages():
+    """A call has no page faults of its own: see keep_freed_memory() in layout.cpp."""
+    done = programs.run(KEPT)
+    assert done.returncode == 0 and float(done.stdout) < 0.1, done

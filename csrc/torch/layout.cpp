@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <sys/mman.h>
 
+#include <cstdlib>
 #include <utility>
 
 namespace rmsnorm {
@@ -113,12 +114,29 @@ void advise_huge_pages(const Tensor& t) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
+// glibc maps a block afresh, or grows and trims the heap for it, until it has seen a larger one
+// freed: then the kernel clears the pages of every output. It is shown the largest that it learns
+// from (DEFAULT_MMAP_THRESHOLD_MAX), which no page is touched of. In half of all processes, as the
+// heap happens to lie, an fp32 output of 1024x768 took 850 us instead of 210, and a fused addition
+// of 256x16384 7.5 ms instead of 3.7.
+void keep_freed_memory(int64_t bytes) {
+  constexpr int64_t kLeastMapped = 128 << 10, kMostMapped = 32 << 20, kHeader = 64 << 10;
+  if (bytes < kLeastMapped) return;
+  static const bool shown = [] {
+    void* volatile block = std::malloc(kMostMapped - kHeader);
+    std::free(block);
+    return true;
+  }();
+  static_cast<void>(shown);
+}
+
 }  // namespace
 
 Tensor allocate(c10::SymIntArrayRef shape, const Tensor& like, at::ScalarType type) {
   if (!like.is_cpu()) return at::empty_symint(shape, like.options().dtype(type));
   // What at::empty comes to, without another trip through the dispatcher.
   Tensor t = at::detail::empty_cpu(C10_AS_INTARRAYREF_SLOW(shape), type);
+  keep_freed_memory(static_cast<int64_t>(t.nbytes()));
   advise_huge_pages(t);
   return t;
 }

@@ -352,14 +352,64 @@ void check_forward_invariance(const std::string& isa) {
   }
 }
 
+// ---------------------------------------------------------------- past the caches
+
+constexpr int64_t kPage = 4096;
+
+// Moves what has a guard of a page to this place in its page.
+void place_in_page(Tensor& t, uintptr_t place) {
+  t.origin = kPage;
+  t.origin -= (reinterpret_cast<uintptr_t>(t.data()) - place) % kPage;
+}
+
+// A row is streamed from its first element or from its last, as it lies beside what is read: see
+// waits(). The bits are those of an output in the caches.
+void check_forward_streams() {
+  for (const std::string& isa : instruction_sets()) {
+    use(isa);
+    for (const DType type : kFast) {
+      for (const bool weighted : {false, true}) {
+        for (const int64_t cols : {64, 160, 2112, 9248}) {
+          const Forward f = {type, type, weighted};
+          Tensor x(type, 3, cols, Layout::kDense, kPage), w(type, 1, cols, Layout::kDense, kPage);
+          Tensor want(type, 3, cols);
+          place_in_page(x, 0);
+          for (const int64_t w_place : {0, 1024}) {
+            place_in_page(w, w_place);
+            fill_normal(x);
+            fill_normal(w, 0.5, 1);
+            cpu::rms_norm_forward(params(f, x, w, want, nullptr), 0, 3);
+            for (int64_t place = -192; place <= 192; place += 32) {
+              Tensor y(type, 3, cols, Layout::kDense, kPage);
+              place_in_page(y, place);
+              RmsNormForward p = params(f, x, w, y, nullptr);
+              p.stream = true;
+              cpu::rms_norm_forward(p, 0, 3);
+              check(y.same_bits(want) && y.guards_intact(), "streamed: %s %s 3x%ld at %ld",
+                    isa.c_str(), f.name().c_str(), cols, place);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // ---------------------------------------------------------------- backward
 
-// step < 0: all blocks and columns at once; else so many of them per call, last first.
-Gradients run(Backward& b, bool want_dx, bool want_dweight, int64_t step = -1) {
+// step < 0: all blocks and columns at once; else so many of them per call, last first. place: dx is
+// streamed there in its page.
+Gradients run(Backward& b, bool want_dx, bool want_dweight, int64_t step = -1,
+              std::optional<uintptr_t> place = std::nullopt) {
   Tensor y(b.f.y_type(), b.x.rows, b.x.cols);
   cpu::rms_norm_forward(params(b.f, b.x, b.w, y, b.rstd.data()), 0, b.x.rows);
   Gradients result(b);
+  if (place) {
+    result.dx = Tensor(b.f.x_type, b.x.rows, b.x.cols, Layout::kDense, kPage);
+    place_in_page(result.dx, *place);
+  }
   RmsNormBackward p = params(b, result, want_dx, want_dweight);
+  p.stream = place.has_value();
   const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p);
   std::vector<unsigned char> space(plan.workspace_bytes + 64, 0xff);
   p.workspace = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64) % 64;
@@ -395,6 +445,27 @@ void check_backward(Backward& b, const char* what) {
     Gradients only_dx = run(b, true, false), only_dweight = run(b, false, true);
     check(only_dx.dx.same_bits(got.dx) && only_dweight.dweight.same_bits(got.dweight),
           "%s: %s %s: bits depend on what is wanted", what, isa.c_str(), b.name().c_str());
+  }
+}
+
+void check_backward_streams() {
+  for (const std::string& isa : instruction_sets()) {
+    use(isa);
+    for (const DType type : kFast) {
+      for (const int64_t cols : {64, 160, 2112, 9248}) {
+        Backward b({type, type}, type, 3, cols);
+        b.with_dresidual = cols == 160;
+        const uintptr_t beside_x = (reinterpret_cast<uintptr_t>(b.x.data()) + 63) / 64 * 64;
+        for (const bool dweight : {false, true}) {
+          Gradients want = run(b, true, dweight);
+          for (int64_t place = -128; place <= 128; place += 64) {
+            Gradients got = run(b, true, dweight, -1, beside_x + place);
+            check(got.same_bits(want) && got.guards_intact(), "streamed dx: %s %s at %ld",
+                  isa.c_str(), b.name().c_str(), place);
+          }
+        }
+      }
+    }
   }
 }
 
@@ -475,6 +546,8 @@ int main() {
   check_fused_mixes();
   check_quant();
   for (const std::string& isa : instruction_sets()) check_forward_invariance(isa);
+  check_forward_streams();
+  check_backward_streams();
   check_backward_sizes();
   check_backward_extremes();
   std::printf("%d passed, %d failed\n", passed, failed);
