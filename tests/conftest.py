@@ -1,5 +1,6 @@
 import json
 import platform
+import random
 import re
 from pathlib import Path
 
@@ -22,9 +23,16 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="put what was tested into this JSON: test_pages.py makes the table of it",
     )
+    parser.addoption("--fuzz-seconds", type=float, default=20, help="for tests/fuzz (default 20)")
+    parser.addoption(
+        "--fuzz-seed", type=int, help="of its first calls; by default another each time"
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    properties = [p for r in terminalreporter.getreports("passed") for p in r.user_properties]
+    if calls := sum(value for name, value in properties if name == "fuzz"):
+        terminalreporter.write_line(f"tests/fuzz: {calls} calls")
     file = config.getoption("--record")
     if not file:
         return
@@ -50,6 +58,17 @@ def pytest_terminal_summary(terminalreporter, config):
         key=lambda e: [[int(n) for n in re.findall(r"\d+", e[k])] for k in ("torch", "python")]
     )
     Path(file).write_text(json.dumps(entries, indent=1) + "\n")
+
+
+@pytest.fixture
+def fuzz_seconds(request):
+    return request.config.getoption("--fuzz-seconds")
+
+
+@pytest.fixture
+def fuzz_seed(request):
+    given = request.config.getoption("--fuzz-seed")
+    return random.randrange(1 << 32) if given is None else given
 
 
 @pytest.fixture(autouse=True)
