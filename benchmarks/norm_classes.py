@@ -21,6 +21,7 @@ import os
 import pkgutil
 import random
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("libraries", nargs="+")
     parser.add_argument("--draws", type=int, default=1000)
-    parser.add_argument("--md", help="also write the table here")
+    parser.add_argument("--md", help="also write the list here")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ.setdefault("TRITON_INTERPRET", "1")  # fla looks for a GPU when it is imported
@@ -184,13 +185,13 @@ def main(argv: list[str] | None = None) -> int:
         lines += [
             f"\n## {library} {version}\n",
             f"{listed} classes, {swapped} of them swapped.\n",
-            "| class | in | |",
-            "|---|---|---|",
         ]
+        start = len(lines) - 2
         for (name, verdict), modules in sorted(rows.items()):
             more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-            lines.append(f"| {name} | {modules[0].removeprefix(library + '.')}{more} | {verdict} |")
-        print("\n".join(lines[-len(rows) - 4 :]), flush=True)
+            text = f"- {name} in {modules[0].removeprefix(library + '.')}{more}: {verdict}"
+            lines += textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+        print("\n".join(lines[start:]), flush=True)
     if args.md:
         head = [
             "# Norms of other libraries, and what replace_rms_norm() makes of them\n",

@@ -120,9 +120,8 @@ def write_train(report):
         "",
     ]
     lines += [
-        "| placement | | norm | step, ms: median | minimum | LayerNorm's over it: median of rounds "
-        "| 95 % interval "
-        "| norms' share: alone | by leaving them out |",
+        "| placement | | norm | ms: median | least | LayerNorm's / it | 95 % "
+        "| share: alone | left out |",
         "|---" * 9 + "|",
     ]
     for place, kinds in report["steps"].items():
@@ -149,10 +148,10 @@ def write_train(report):
             )
     lines += [
         "",
-        f"Steps and norms alone take turns in one process, {s['rounds']} rounds in shuffled order; "
-        "the interval is that of the median of the rounds' ratios, by ranks. Share, alone: the "
-        "step's norm modules, forward and backward over activations of their own, over the step; "
-        'by leaving them out: what a step of the same model without norms ("none") takes less, '
+        f"Times are of a step. Steps and norms alone take turns in one process, {s['rounds']} "
+        "rounds in shuffled order; the interval (95 %) is that of the median of the rounds' "
+        "ratios, by ranks. Norms' share, alone: the step's norm modules, forward and backward over activations of their own, over the step; "
+        'left out: what a step of the same model without norms ("none") takes less, '
         "which differs from the former by what else the norms push out of the caches, and by "
         "noise.",
         "",
