@@ -150,7 +150,8 @@ def write_train(report):
         "",
         f"Times are of a step. Steps and norms alone take turns in one process, {s['rounds']} "
         "rounds in shuffled order; the interval (95 %) is that of the median of the rounds' "
-        "ratios, by ranks. Norms' share, alone: the step's norm modules, forward and backward over activations of their own, over the step; "
+        "ratios, by ranks. Norms' share, alone: the step's norm modules, forward and backward over "
+        "activations of their own, over the step; "
         'left out: what a step of the same model without norms ("none") takes less, '
         "which differs from the former by what else the norms push out of the caches, and by "
         "noise.",
