@@ -84,7 +84,7 @@ struct RmsNormForward {
   double weight_offset;     // added to the weight in fp32 (in fp64 if any dtype here is kFloat64)
   bool cast_before_weight;  // round x * rstd to x_dtype, multiply by the weight, round to y_dtype
   // y: x_dtype, or with cast_before_weight the promotion of x_dtype and w_dtype; beside fp32 x a
-  // 16-bit input_dtype.
+  // 16-bit input_dtype, to which y is rounded by way of fp32.
   DType x_dtype, w_dtype, y_dtype;
   bool stream;  // a hint to the CPU: write y past the caches, which it would only pass through
   Addends addends;

@@ -181,8 +181,12 @@ void add_row_fp64(const RmsNormForward& p, int64_t row) {
 
 void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
   const Row x = normalize(p, row);
-  store(p.y, p.y_dtype, p.y_rows.offset(row - y_begin), p.cols,
-        [&](int64_t i) { return x.xhat(i, p.cast_before_weight) * weight_at(p, i); });
+  // As the bits of the steps: the norm of a sum in fp32 is in fp32 before it takes input's dtype.
+  const bool narrows = p.x_dtype == DType::kFloat32 && p.y_dtype != kDouble;
+  store(p.y, p.y_dtype, p.y_rows.offset(row - y_begin), p.cols, [&](int64_t i) {
+    const double y = x.xhat(i, p.cast_before_weight) * weight_at(p, i);
+    return narrows ? float(y) : y;
+  });
   if (!p.rstd) return;
   const DType rstd_dtype = p.x_dtype == kDouble ? kDouble : DType::kFloat32;
   store(p.rstd, rstd_dtype, row, 1, [&](int64_t) { return x.unit * x.scale; });

@@ -52,7 +52,10 @@ __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
     for (int64_t col = lane; col < p.cols; col += kWarp) {
       double n = normalized(load_any(p.x, p.x_dtype, x_offset + col));
       if (p.cast_before_weight) n = round_any(p.x_dtype, n);
-      store_any(p.y, p.y_dtype, y_offset + col, n * weight_at(p, col));
+      n *= weight_at(p, col);
+      // The norm of a sum in fp32 is in fp32 before it takes input's dtype.
+      if (p.x_dtype == DType::kFloat32 && p.y_dtype != DType::kFloat64) n = static_cast<float>(n);
+      store_any(p.y, p.y_dtype, y_offset + col, n);
     }
   }
 }
