@@ -1,0 +1,229 @@
+"""RMSNorm and its gradients from the formula, in numpy's longdouble, and how far a result may be
+from that. Nothing here is the product's: a fault of rmsnorm_cuda/reference.py is found too.
+
+Derivations of the tolerances: tests/README.md.
+"""
+
+import numpy as np
+import torch
+
+LONG = np.longdouble
+# dtype: bits of the significand, exponent of the smallest normal number and of the largest.
+FORMATS = {
+    torch.float32: (24, -126, 127),
+    torch.float16: (11, -14, 15),
+    torch.bfloat16: (8, -126, 127),
+    torch.float64: (53, -1022, 1023),
+    torch.float8_e4m3fn: (4, -6, 8),
+    torch.float8_e5m2: (3, -14, 15),
+}
+# What the arithmetic before the last rounding may be off by, relatively: some roundings of fp32;
+# fp32's own products are formed to twice its precision.
+SLACK = {torch.float32: LONG(2) ** -24, torch.float64: LONG(2) ** -50}
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+SLACK_16_BIT = LONG(2) ** -21
+VIA_FP32 = LONG(2) ** -23
+UNDERFLOW = LONG(2) ** -148  # of a product in fp32
+
+
+def exact(t):
+    """The values of a tensor in longdouble."""
+    return t.detach().double().numpy().astype(LONG)
+
+
+def quantum(values, dtype):
+    """The distance of two neighbours of `dtype` where each value lies."""
+    bits, least, _ = FORMATS[dtype]
+    exponent = np.frexp(np.where(np.isfinite(values), values, 0))[1] - 1
+    exponent = np.where(values == 0, least, np.maximum(exponent, least))
+    return np.ldexp(LONG(1), exponent - (bits - 1))
+
+
+def rounded(values, dtype):
+    """Each value rounded once to `dtype`, to nearest even; what is too large becomes infinite."""
+    bits, _, most = FORMATS[dtype]
+    step = quantum(values, dtype)
+    with np.errstate(invalid="ignore"):
+        near = np.rint(values / step) * step
+    limit = np.ldexp(LONG(2) - LONG(2) ** (1 - bits), most)
+    return np.where(np.abs(near) > limit, np.copysign(LONG(np.inf), values), near)
+
+
+def is_between(got, low, high):
+    """Element by element; a NaN is between NaNs."""
+    got = exact(got)
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    with np.errstate(invalid="ignore"):
+        inside = (low <= got) & (got <= high)
+    return inside | (np.isnan(got) & np.isnan(low) & np.isnan(high))
+
+
+def widened(low, high, ulps, dtype):
+    """The interval with so many ulps of `dtype` on either side."""
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    return low - ulps * quantum(low, dtype), high + ulps * quantum(high, dtype)
+
+
+def compute_dtype(*tensors):
+    fp64 = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if fp64 else torch.float32
+
+
+class Norm:
+    """The norm of x over its last `dims` dimensions, and what a result may be."""
+
+    def __init__(self, x, dims, weight=None, eps=None, weight_offset=0.0, cast_before_weight=False):
+        self.x, self.weight, self.cast = x, weight, cast_before_weight and weight is not None
+        self.axes = tuple(range(x.dim() - dims, x.dim()))
+        self.lead = tuple(range(x.dim() - dims))
+        if eps is None:
+            eps = 2.0**-52 if x.dtype == torch.float64 else 2.0**-23
+        values = exact(x)
+        self.count = max(np.prod([x.shape[i] for i in self.axes], dtype=int), 1)
+        with np.errstate(all="ignore"):
+            mean = (values * values).sum(self.axes, keepdims=True) / self.count
+            mean = mean if x.numel() else np.full_like(mean, np.nan)  # over nothing
+            self.rstd = 1 / np.sqrt(mean + LONG(eps))
+            self.xhat = values * self.rstd
+        self.gain = None
+        if weight is not None:
+            self.gain = exact(weight) + LONG(weight_offset)
+            if compute_dtype(x, weight) == torch.float32:
+                offset = np.float32(weight_offset)
+                self.gain = (weight.float().numpy() + offset).astype(LONG)
+
+    @property
+    def dtype(self):
+        return torch.promote_types(self.x.dtype, self.weight.dtype) if self.cast else self.x.dtype
+
+    def check(self, y, dtype=None):
+        """`y` is the norm in `dtype`, its own unless another is given."""
+        dtype = dtype or self.dtype
+        assert y.dtype == dtype and y.shape == self.x.shape, (y.dtype, y.shape)
+        low, high = self._interval(dtype)
+        good = is_between(y, low, high)
+        if self.gain is not None:  # what vanishes in the dtype computed in, times infinity
+            tiny = 2.0 ** FORMATS[compute_dtype(self.x, self.weight)][1]
+            good |= np.isinf(self.gain) & (np.abs(self.xhat) < tiny) & np.isnan(exact(y))
+        assert good.all(), self._told("output", y, low, high, good)
+
+    def _interval(self, dtype):
+        first = self.x.dtype if self.cast else dtype  # that is rounded to
+        slack = SLACK.get(first, SLACK_16_BIT)
+        wide = compute_dtype(self.x, self.weight) == torch.float64
+        with np.errstate(all="ignore"):
+            bounds = [self.xhat * (1 - slack), self.xhat * (1 + slack)]
+            if self.cast:
+                bounds = [rounded(b, self.x.dtype) for b in bounds]
+                if self.x.dtype == torch.float32 or wide:
+                    bounds = widened(*bounds, 8 if wide else 1, self.x.dtype)
+                bounds = [b * self.gain for b in bounds]
+            elif self.gain is not None:
+                bounds = [b * self.gain for b in bounds]
+            if dtype != torch.float64:
+                low, high = np.minimum(*bounds), np.maximum(*bounds)
+                if dtype in SIXTEEN_BIT:  # it may be rounded to fp32 first
+                    low = low * np.where(low < 0, 1 + VIA_FP32, 1 - VIA_FP32)
+                    high = high * np.where(high < 0, 1 - VIA_FP32, 1 + VIA_FP32)
+                bounds = [low - UNDERFLOW, high + UNDERFLOW]
+            bounds = [rounded(b, dtype) for b in bounds]
+            if dtype == torch.float64:
+                bounds = widened(*bounds, 8, dtype)
+        return bounds
+
+    def check_rstd(self, rstd):
+        dtype = compute_dtype(self.x)
+        want = np.where(np.isnan(self.rstd), np.nan, self.rstd).reshape(rstd.shape)
+        assert rstd.dtype == dtype, rstd.dtype
+        once = rounded(want, dtype)
+        low, high = widened(once, once, 8 if dtype == torch.float64 else 1, dtype)
+        good = is_between(rstd, low, high) | (exact(rstd) == once)
+        assert good.all(), self._told("rstd", rstd, low, high, good)
+
+    def check_gradients(self, dx, dweight, dy, dresidual=None):
+        """None: not wanted. With u = eps / 2 of the type computed in, see assert_backward() in
+        cases.py.
+        """
+        eps = LONG(2) ** (-52 if compute_dtype(self.x, self.weight, dy) == torch.float64 else -23)
+        grad = exact(dy)
+        with np.errstate(all="ignore"):
+            g = grad if self.gain is None else grad * self.gain
+            products = g * self.xhat
+            c = products.sum(self.axes, keepdims=True) / self.count
+            if dx is not None:
+                size = np.abs(products).sum(self.axes, keepdims=True) / self.count
+                want = self.rstd * (g - self.xhat * c)
+                error = eps * self.rstd * (2 * np.abs(g) + 14 * np.abs(self.xhat) * size)
+                error += UNDERFLOW * (self.rstd * (1 + np.abs(c)) + 1)
+                if dresidual is not None:
+                    error += eps * np.abs(want)
+                    want = want + exact(dresidual)
+                self._check_near("grad_input", dx, want, error)
+            if dweight is not None:
+                seen, ties = self.xhat, LONG(0)
+                terms = np.abs(grad * self.xhat)
+                if self.cast:  # a near-tie may fall to either side
+                    seen = rounded(seen, self.x.dtype)
+                    sides = [rounded(self.xhat * (1 + s * eps), self.x.dtype) for s in (-2, 2)]
+                    ties = (np.abs(sides[1] - sides[0]) * np.abs(grad)).sum(self.lead)
+                want = (grad * seen).sum(self.lead)
+                error = 4 * eps * terms.sum(self.lead) + ties
+                error += UNDERFLOW * (1 + np.abs(grad)).sum(self.lead)
+                self._check_near("grad_weight", dweight, want, error)
+
+    def _check_near(self, what, got, want, error):
+        with np.errstate(all="ignore"):
+            once = rounded(want, got.dtype)
+            error = error + quantum(want, got.dtype)
+            good = np.abs(exact(got) - want) <= error
+            good |= (exact(got) == once) | (np.isnan(exact(got)) & np.isnan(want))
+        assert good.all(), self._told(what, got, want - error, want + error, good)
+
+    def _told(self, what, got, low, high, good):
+        at = tuple(int(i) for i in np.argwhere(~good)[0])
+        return (
+            f"{(~good).sum()} of {good.size} elements of {what} are wrong: at {at} "
+            f"{exact(got)[at]!r}, which is not in [{low[at]!r}, {high[at]!r}]"
+        )
+
+
+def check_codes(codes, scale, norm, dtype, given=None, block=None, scale_ub=None):
+    """`codes` and `scale` are the norm in 8 bits, to the bit: see Quant in csrc/rmsnorm.h."""
+    most = np.float32({torch.int8: 127, torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}[dtype])
+    y = norm.float().numpy()
+    is_int8 = dtype == torch.int8
+    with np.errstate(all="ignore"):
+        if given is None:
+            groups = y.reshape(*y.shape[:-1], -1, block or y.shape[-1])
+            largest = np.abs(groups).max(-1)
+            if scale_ub is not None:
+                bounded = np.where(largest > np.float32(scale_ub), np.float32(scale_ub), largest)
+                largest = bounded
+            least = np.float32(2.0**-23) if is_int8 else np.float32(1) / (np.float32(512) * most)
+            want = largest / most
+            want = np.where(want < least, least, want)
+            got = scale.numpy()
+            same = (got == want) | (np.isnan(got) & np.isnan(want))
+            assert same.all(), (got[~same][:3], want[~same][:3])
+            s = np.repeat(want, block or y.shape[-1], -1)
+        else:
+            s = np.float32(given.item())
+        q = y * (np.float32(1) / s) if is_int8 or given is not None else y / s
+        nan = np.isnan(q)
+        if is_int8:
+            want = np.where(nan, 0, np.rint(np.clip(q, -128, 127)))
+            same = codes.numpy() == want
+        else:
+            got = codes.float().numpy()
+            want = rounded(np.where(nan, 0, np.clip(q, -most, most)).astype(LONG), dtype)
+            same = np.where(nan, np.isnan(got), got == want)
+    assert same.all(), f"{(~same).sum()} of {same.size} codes are wrong"
+
+
+def sum_of(input, residual):
+    """The sum as a fused op keeps it: in fp32 (fp64 of fp64), then in the residual's dtype."""
+    compute = compute_dtype(input)
+    kind = np.float64 if compute == torch.float64 else np.float32
+    with np.errstate(all="ignore"):
+        total = exact(input).astype(kind) + exact(residual).astype(kind)
+    return rounded(total.astype(LONG), residual.dtype)

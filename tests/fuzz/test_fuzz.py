@@ -1,0 +1,435 @@
+"""Random calls of every op beside a reference of their own, and what must not change a bit.
+
+    pytest tests/fuzz --fuzz-seconds 300 --fuzz-seed 7
+
+A failure prints the smallest call that hypothesis finds, and the seed that leads there.
+"""
+
+import time
+
+import hypothesis
+import pytest
+import torch
+from calls import BF16, FP16, Placed, calls
+from cases import same_bits
+from hypothesis import strategies as st
+from judge import Norm, check_codes, exact, sum_of
+
+from rmsnorm_cuda import _C
+
+namespace = torch.ops.rmsnorm_cuda
+ALL = {
+    schema.name.split("::")[1]
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith("rmsnorm_cuda::") and not schema.name.endswith("_formula")
+}
+FUNCTIONAL = sorted(name for name in ALL if not name.endswith("_"))
+SHARES = len(FUNCTIONAL) + 1  # of the time: an op each, and what is refused
+VECTOR_ISAS = [n for n, there in _C.isas().items() if there and n not in ("fp64", "scalar")]
+ISAS = ["fp64", "scalar", *VECTOR_ISAS]
+
+
+class Counter:
+    calls = 0
+
+
+def until(seconds, seed, strategy, check, record):
+    """`check` on what `strategy` makes, in lots, for so long. hypothesis shrinks what fails."""
+    end, Counter.calls = time.monotonic() + seconds, 0
+    while True:
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=50,
+            deadline=None,
+            database=None,
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            report_multiple_bugs=False,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(strategy)
+        def lot(example):
+            if time.monotonic() < end:  # else the rest of the lot is skipped
+                check(example)
+
+        try:
+            lot()
+        except BaseException as error:
+            error.add_note(f"again: --fuzz-seed {seed}") if hasattr(error, "add_note") else None
+            print(f"again: --fuzz-seed {seed}")
+            raise
+        finally:
+            record("fuzz", Counter.calls)
+        if time.monotonic() > end:
+            return
+        seed += 1
+
+
+def run(op, arguments):
+    """{name: tensor} of what an op returns."""
+    Counter.calls += 1
+    results = op(**arguments)
+    returns = op._schema.returns
+    results = [results] if len(returns) == 1 else results
+    named = {r.name or "output": t for r, t in zip(returns, results, strict=True)}
+    return {name: t for name, t in named.items() if t is not None}
+
+
+def with_derived(call, arguments):
+    if "grad_output" in arguments:
+        forward = ["input", "normalized_shape", "weight", "eps", "weight_offset"]
+        _, rstd = namespace.rms_norm_forward(
+            **{name: arguments[name] for name in (*forward, "cast_before_weight")}
+        )
+        arguments = {**arguments, "rstd": rstd}
+    return arguments
+
+
+def on(isa, function, *args):
+    _C.set_isa(isa)
+    try:
+        return function(*args)
+    finally:
+        _C.set_isa(None)
+
+
+def assert_same(got, want, what, names=None):
+    for name, value in want.items():
+        if names is None or name in names:
+            assert same_bits(as_float(got[name]), as_float(value)), f"{what} changes bits of {name}"
+
+
+def as_float(t):
+    """Without the dtypes that torch.where() does not know. NaN codes keep their bits."""
+    return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+
+
+# ------------------------------------------------------------------------------------ references
+
+
+def check_results(call, arguments, results):
+    """By the names of results. One with a new meaning needs a line here."""
+    x, options = arguments["input"], {}
+    for name in ("weight", "eps", "weight_offset", "cast_before_weight"):
+        options[name] = arguments[name]
+    if "grad_output" in arguments:
+        want_dx, want_dweight = arguments["output_mask"]
+        wanted = {"grad_input"} if want_dx else set()
+        wanted |= {"grad_weight"} if want_dweight and arguments["weight"] is not None else set()
+        assert set(results) == wanted
+        return Norm(x, call.dims, **options).check_gradients(
+            results.get("grad_input"),
+            results.get("grad_weight"),
+            arguments["grad_output"],
+            arguments["grad_residual"],
+        )
+    if "residual" in arguments:
+        total = results["residual_out"]
+        want = sum_of(x, arguments["residual"])
+        assert total.dtype == arguments["residual"].dtype
+        got = exact(total)
+        assert ((got == want) | ((got != got) & (want != want))).all(), "residual_out"
+        x = total
+    norm = Norm(x, call.dims, **options)
+    dtype = arguments["input"].dtype
+    if norm.cast:
+        dtype = torch.promote_types(dtype, arguments["weight"].dtype)
+    if "rstd" in results:
+        norm.check_rstd(results["rstd"])
+    if "scale" not in results:
+        return norm.check(results["output"], dtype)
+    if arguments["keep_norm"]:
+        norm.check(results["norm"], dtype)
+        if x.numel():
+            check_codes(
+                results["output"],
+                results["scale"],
+                results["norm"],
+                arguments["dtype"],
+                arguments["scale"],
+                arguments["block"],
+                arguments["scale_ub"],
+            )
+
+
+# ------------------------------------------------------------------------------------ properties
+
+
+def check_isas(call, op, arguments, results):
+    """All are right; those with vectors agree in every bit, and plain C++ too where products of
+    16-bit values are exact.
+    """
+    x = "residual" if "residual" in arguments else "input"
+    weight = arguments["weight"]
+    narrow = all(t is None or t.dtype in (FP16, BF16) for t in (arguments[x], weight))
+    for isa in ISAS if arguments["input"].numel() < 1 << 17 else VECTOR_ISAS:
+        got = on(isa, run, op, arguments)
+        check_results(call, arguments, got)
+        if isa in VECTOR_ISAS or (isa == "scalar" and narrow and "grad_output" not in arguments):
+            assert_same(got, results, isa)
+
+
+def check_row_alone(call, op, arguments, results):
+    rows = [range(n) for n in call.lead]
+    if not all(rows):
+        return
+    at = tuple(call.seed % len(r) for r in rows)
+    alone = dict(arguments)
+    for name in ("input", "residual", "grad_output", "grad_residual", "rstd"):
+        if alone.get(name) is not None:
+            alone[name] = alone[name][at]
+    got = run(op, alone)
+    for name, value in results.items():
+        if value.shape[: len(at)] == call.lead and value.numel() and name != "grad_weight":
+            assert_same({name: got[name].reshape(value[at].shape)}, {name: value[at]}, "a batch")
+
+
+def check_dense(call, op, arguments, results):
+    dense = {
+        name: value.clone(memory_format=torch.contiguous_format)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+    assert_same(run(op, dense), results, "the layout")
+
+
+def check_steps(call, op, arguments, results):
+    """An addition and a norm in one have the bits of both, one after the other."""
+    norm = results["output"] if "scale" not in results else results.get("norm")
+    if "residual" not in arguments or norm is None or norm.shape != call.shape:
+        return
+    names = ("weight", "eps", "weight_offset", "cast_before_weight")
+    options = {name: arguments[name] for name in names}
+    for isa in (None, *ISAS):
+        got = on(isa, run, op, arguments)
+        _C.set_isa(isa)
+        alone = namespace.rms_norm(got["residual_out"], call.last, **options)
+        _C.set_isa(None)
+        name = "norm" if "scale" in results else "output"
+        assert_same(got, {name: alone.to(norm.dtype)}, f"{isa}: fusion")
+
+
+def check_threads(call, op, arguments, results):
+    if arguments["input"].nbytes < 1 << 18:
+        return
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        try:
+            assert_same(run(op, arguments), results, f"{threads} threads")
+        finally:
+            torch.set_num_threads(1)
+
+
+# What is written, and which result it holds.
+WRITTEN = {
+    "out": "output",
+    "scale_out": "scale",
+    "norm_out": "norm",
+    "residual_out": "residual_out",
+    "input": "output",
+    "residual": "residual_out",
+}
+
+
+def check_written(call, op, arguments, results):
+    """The overload `out` and the op in place, in guarded memory."""
+    name = call.op
+    targets = []
+    if "out" in getattr(namespace, name).overloads():
+        targets.append(getattr(namespace, name).out)
+    if name + "_" in ALL:
+        targets.append(getattr(namespace, name + "_").default)
+    for target in targets:
+        written = [a.name for a in target._schema.arguments if a.alias_info is not None]
+        given, places = dict(arguments), []
+        for argument in written:
+            result = results[WRITTEN[argument]]
+            if argument in arguments and arguments[argument].dtype != result.dtype:
+                break  # the result cannot take its place
+            column_major = argument == "scale_out" and arguments["column_major"]
+            shape = result.movedim(-1, 0).shape if column_major else result.shape
+            layout = "dense" if "quant" in name else ("dense", "padded")[call.seed % 2]
+            place = Placed(shape, result.dtype, layout, len(call.lead))
+            places.append((argument, place))
+            given[argument] = place.tensor.movedim(0, -1) if column_major else place.tensor
+            if argument in arguments:
+                place.tensor.copy_(arguments[argument])
+        else:
+            Counter.calls += 1
+            assert target(**given) is None
+            for argument, place in places:
+                want = {argument: results[WRITTEN[argument]]}
+                assert_same(given, want, target.name())
+                assert place.guards_are_intact(), f"{target.name()} wrote beside {argument}"
+
+
+def check_autograd(call, op, arguments, results):
+    """The gradients that torch records."""
+    if not call.op.startswith(("rms_norm", "fused_add_rms_norm")) or (
+        "quant" in call.op or "grad_output" in arguments or not arguments["input"].numel()
+    ):
+        return
+    leaves = {
+        name: arguments[name].detach().clone().requires_grad_()
+        for name in ("input", "residual", "weight")
+        if isinstance(arguments.get(name), torch.Tensor)
+    }
+    got = run(op, {**arguments, **leaves})
+    assert_same({k: v.detach() for k, v in got.items()}, results, "recording")
+    generator = torch.Generator().manual_seed(call.seed)
+    y = got["output"]
+    dy = torch.randn(y.shape, generator=generator).to(y.dtype)
+    outputs, upstream = [y], [dy]
+    if "residual_out" in got:
+        total = got["residual_out"]
+        outputs.append(total)
+        upstream.append(torch.randn(total.shape, generator=generator).to(total.dtype))
+    Counter.calls += 1
+    grads = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), upstream)))
+    x = got.get("residual_out", leaves["input"]).detach()
+    options = {n: arguments[n] for n in ("weight", "eps", "weight_offset", "cast_before_weight")}
+    Norm(x, call.dims, **options).check_gradients(
+        grads.get("residual", grads["input"]),
+        grads.get("weight"),
+        dy,
+        upstream[1] if "residual" in grads else None,
+    )
+    if "residual" in grads:
+        want = grads["residual"].to(grads["input"].dtype)
+        assert_same({"input": grads["input"]}, {"input": want}, "autograd")
+
+
+def check_compiled(call, op, arguments, results):
+    """Now and then: compiling takes as long as hundreds of calls."""
+    if call.seed % 997 != 500:  # hypothesis is fond of small numbers
+        return
+    torch._dynamo.reset()
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    got = compiled(**arguments)
+    Counter.calls += 1
+    got = [got] if isinstance(got, torch.Tensor) else [t for t in got if t is not None]
+    assert_same(dict(zip(results, got, strict=True)), results, "torch.compile")
+
+
+PROPERTIES = [
+    check_isas,
+    check_row_alone,
+    check_dense,
+    check_steps,
+    check_threads,
+    check_written,
+    check_autograd,
+    check_compiled,
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_op(name, painted, fuzz_seconds, fuzz_seed, record_property):
+    op = getattr(namespace, name).default
+
+    def check(call):
+        arguments = with_derived(call, call.arguments)
+        before = {n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+        results = run(op, arguments)
+        check_results(call, arguments, results)
+        for check in PROPERTIES:
+            check(call, op, arguments, results)
+        assert_same(arguments, before, "the op")
+
+    until(fuzz_seconds / SHARES, fuzz_seed, calls(op), check, record_property)
+
+
+# ---------------------------------------------------------------------------------- what is wrong
+
+
+def longer(t, by=1):
+    return torch.zeros((*t.shape[:-1], t.shape[-1] + by), dtype=t.dtype)
+
+
+# Each makes one argument wrong, or returns None where the call has no such argument.
+FAULTS = {
+    "a negative eps": lambda a: {"eps": -1e-6},
+    "eps that is no number": lambda a: {"eps": float("nan")},
+    "an infinite offset": lambda a: {"weight_offset": float("inf")},
+    "a weight too long": lambda a: a["weight"] is not None and {"weight": longer(a["weight"])},
+    "a weight of integers": lambda a: a["weight"] is not None and {"weight": a["weight"].int()},
+    "an input of integers": lambda a: {"input": a["input"].int()},
+    "an input too long": lambda a: {"input": longer(a["input"])},
+    "another shape": lambda a: (
+        "normalized_shape" in a and {"normalized_shape": [n + 1 for n in a["normalized_shape"]]}
+    ),
+    "no shape": lambda a: "normalized_shape" in a and {"normalized_shape": []},
+    "a residual too long": lambda a: "residual" in a and {"residual": longer(a["residual"])},
+    "a residual of integers": lambda a: "residual" in a and {"residual": a["residual"].int()},
+    "another device": lambda a: a["weight"] is not None and {"weight": a["weight"].to("meta")},
+    "a gradient too long": lambda a: (
+        "grad_output" in a and {"grad_output": longer(a["grad_output"])}
+    ),
+    "too few rstd": lambda a: "rstd" in a and {"rstd": longer(a["rstd"].reshape(-1))},
+    "no such format": lambda a: "dtype" in a and {"dtype": torch.int32},
+    "no such block": lambda a: "dtype" in a and {"block": 65, "scale": None},
+    "two scales": lambda a: "dtype" in a and {"scale": torch.ones(2), "block": None},
+    "a bound below 0": lambda a: "dtype" in a and {"scale_ub": -1.0, "scale": None},
+    "columns of no blocks": lambda a: "dtype" in a and {"block": None, "column_major": True},
+}
+# The same for what is written.
+WRITTEN_FAULTS = {
+    "too long": lambda t: longer(t),
+    "integers": lambda t: t.to(torch.int32),
+    "rows that overlap": lambda t: t.new_empty(t.shape[-1]).expand(t.shape),
+    "elements apart": lambda t: t.new_empty((*t.shape, 2))[..., 0],
+}
+
+
+@st.composite
+def faulty_calls(draw):
+    name = draw(st.sampled_from(FUNCTIONAL))
+    call = draw(calls(getattr(namespace, name).default))
+    return (
+        call,
+        draw(st.sampled_from(sorted(FAULTS))),
+        draw(st.sampled_from(sorted(WRITTEN_FAULTS))),
+    )
+
+
+def assert_refused(function, arguments, fault):
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and not t.is_meta}
+    before = {n: t.clone() for n, t in tensors.items()}
+    Counter.calls += 1
+    with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+        function(**arguments)
+        raise AssertionError(f"{fault} was taken")
+    assert_same(tensors, before, "an error")
+
+
+def test_refusals(painted, fuzz_seconds, fuzz_seed, record_property):
+    """What is wrong is told, and nothing is written."""
+
+    def check(example):
+        call, fault, written_fault = example
+        op = getattr(namespace, call.op).default
+        arguments = with_derived(call, call.arguments)
+        if not arguments["input"].dim():
+            return
+        wrong = FAULTS[fault](arguments)
+        overloads = getattr(namespace, call.op).overloads()
+        outs = {}
+        if "out" in overloads:
+            results = run(op, arguments)
+            target = getattr(namespace, call.op).out
+            names = [a.name for a in target._schema.arguments if a.alias_info is not None]
+            outs = {name: torch.full_like(results[WRITTEN[name]], 3) for name in names}
+            t = outs["out"]
+            if t.numel() and t.shape[-1] > 1 and (t.dim() > 1 and t.numel() > t.shape[-1]):
+                assert_refused(
+                    target,
+                    {**arguments, **outs, "out": WRITTEN_FAULTS[written_fault](t)},
+                    written_fault,
+                )
+        if wrong:
+            assert_refused(op, {**arguments, **wrong}, fault)
+            if outs:
+                assert_refused(target, {**arguments, **wrong, **outs}, fault)
+
+    until(fuzz_seconds / SHARES, fuzz_seed, faulty_calls(), check, record_property)
