@@ -153,7 +153,9 @@ const char* isa_name(int i);
 bool isa_supported(int i);  // does this machine have it?
 // The one in use; throws std::runtime_error if RMSNORM_CUDA_ISA names none that is supported.
 const char* isa();
-// nullptr: the best again. False, and nothing changes, if not built or not supported.
+// nullptr: the best again. False, and nothing changes, if not built or not supported. Not to "fp64"
+// or from it while a backward runs: its second stage reads sums that the first left in double
+// there.
 bool set_isa(const char* name);
 const char* last_isa();  // the one whose kernel ran last on this thread, "" before the first
 
