@@ -103,7 +103,8 @@ class Norm:
         low, high = self._interval(dtype)
         good = is_between(y, low, high)
         if self.gain is not None:  # what vanishes in the dtype computed in, times infinity
-            tiny = 2.0 ** FORMATS[compute_dtype(self.x, self.weight)][1]
+            first = self.x.dtype if self.cast else compute_dtype(self.x, self.weight)
+            tiny = 2.0 ** FORMATS[first][1]
             good |= np.isinf(self.gain) & (np.abs(self.xhat) < tiny) & np.isnan(exact(y))
         assert good.all(), self._told("output", y, low, high, good)
 

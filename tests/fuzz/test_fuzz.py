@@ -58,10 +58,8 @@ def until(seconds, seed, strategy, check, record):
             error.add_note(f"again: --fuzz-seed {seed}") if hasattr(error, "add_note") else None
             print(f"again: --fuzz-seed {seed}")
             raise
-        finally:
-            record("fuzz", Counter.calls)
         if time.monotonic() > end:
-            return
+            return record("fuzz", Counter.calls)
         seed += 1
 
 
