@@ -1,59 +1,159 @@
-"""`make sanitize`: the CPU kernels under sanitizers.
+"""`make sanitize`: kernels, op layer and binding under sanitizers.
 
-    python .ci/sanitize.py [memory] [threads]
+    python .ci/sanitize.py [kernels] [package] [threads] [cuda]
 
-- memory: cpu_check.cpp under ASan and UBSan: every kernel, guard zones, every length
+- kernels: cpu_check.cpp under ASan and UBSan: every kernel, guard zones, every length
+- package: all three libraries under ASan and UBSan, and pytest's core and the fuzzer with them
 - threads: threads_check.cpp under TSan: calls at once, while the instruction set changes
+- cuda: cuda_check.cpp under compute-sanitizer, where there are nvcc, it and a GPU
 
-Both unless one is named. The first finding ends it. Objects are kept in build/sanitize.
+All unless some are named. The first finding ends it. Objects are kept in build/sanitize.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
+layers = SimpleNamespace(
+    **runpy.run_path(str(ROOT / "rmsnorm_cuda" / "installation" / "build_layers.py"))
+)
 # Of UBSan what is cheap: pointers that are checked at each use (null, alignment, object-size) make
 # the kernels' templates compile for more than ten minutes, and ASan sees those that are wrong.
-UNDEFINED = "signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,bounds"
-FLAGS = {
-    "memory": ["-fsanitize=address", f"-fsanitize={UNDEFINED}", "-fno-sanitize-recover=all"],
-    "threads": ["-fsanitize=thread"],
-}
-PROGRAMS = {"memory": "cpu_check", "threads": "threads_check"}
+CHEAP = "signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow,bounds"
+# Its vptr asks for the type information of torch's classes, which torch hides.
+WHOLE = ["-fsanitize=undefined", "-fno-sanitize=vptr"]
+ADDRESS = ["-fsanitize=address", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+THREAD = ["-fsanitize=thread"]
+# Not -O0: without inlining, the vectors of the kernels pass through memory.
+OPTIONS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -fno-math-errno -Wno-psabi".split()
+KERNELS = [*(ROOT / "csrc" / "cpu").glob("*.cpp")]
+# What calls every op in every way. The rest asks about other things, mostly in other processes.
+CORE = "forward backward fused_add quant layouts errors autograd invariance dispatch".split()
 
 
-def run(command):
+def run(command, **kwargs):
     print("$", *command, flush=True)
-    subprocess.run(list(map(str, command)), check=True)
+    subprocess.run(list(map(str, command)), check=True, **kwargs)
 
 
-def check(name):
-    """A program of tests/native with the CPU kernels, all compiled alike, and run."""
-    folder, program = BUILD / name, PROGRAMS[name]
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not -O0: without inlining, the vectors of the kernels pass through memory.
-    options = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
-    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "native" / f"{program}.cpp"]
-    rules = ["cxx = " + " ".join([os.environ.get("CXX", "g++"), *options, *FLAGS[name]])]
-    rules += ["rule cc", "  command = $cxx -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d"]
-    rules += ["rule link", "  command = $cxx $in -o $out"]
-    rules += [f"build {source.stem}.o: cc {source}" for source in sources]
-    objects = " ".join(f"{source.stem}.o" for source in sources)
-    (folder / "build.ninja").write_text("\n".join([*rules, f"build {program}: link {objects}", ""]))
-    run([sys.executable, "-m", "ninja", "-C", folder, program])
-    run([folder / program])
+class Ninja:
+    """What is compiled and linked in a folder of BUILD."""
+
+    def __init__(self, folder, flags):
+        self.folder, self.flags = BUILD / folder, flags
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cxx = shlex.join(layers.find_compiler())
+        self.lines = ["rule cc", f"  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out"]
+        self.lines += ["  depfile = $out.d", "rule link", f"  command = {cxx} $in -o $out $flags"]
+
+    def link(self, output, sources, options=OPTIONS, link=(), after=()):
+        objects = [f"{Path(output).stem}.{source.stem}.o" for source in sources]
+        for name, source in zip(objects, sources):
+            self._build(name, "cc", [source], [*options, *self.flags])
+        self._build(output, "link", objects, [*self.flags, *link], after)
+
+    def _build(self, output, rule, inputs, flags, after=()):
+        flags = shlex.join(map(str, flags)).replace("$", "$$")
+        needs = f" | {' '.join(map(str, after))}" if after else ""
+        inputs = " ".join(map(str, inputs))
+        self.lines += [f"build {output}: {rule} {inputs}{needs}", f"  flags = {flags}"]
+
+    def run(self):
+        (self.folder / "build.ninja").write_text("\n".join([*self.lines, ""]))
+        run([sys.executable, "-m", "ninja", "-C", self.folder])
+
+
+def kernels():
+    """librmsnorm.so of the CPU's kernels, for `package` too, and cpu_check."""
+    ninja = Ninja("kernels", [*ADDRESS, f"-fsanitize={CHEAP}"])
+    plan = [ROOT / "csrc" / "cuda" / name for name in ("plan.cpp", "absent.cpp")]
+    options = [*OPTIONS, '-DRMSNORM_CUDA_ABSENT_REASON="it was built for sanitizers"']
+    library = ninja.folder / layers.KERNELS
+    ninja.link(library, [*KERNELS, *plan], options, ["-shared", f"-Wl,-soname,{layers.KERNELS}"])
+    program, check = ninja.folder / "cpu_check", ROOT / "tests" / "native" / "cpu_check.cpp"
+    link = [library, f"-Wl,-rpath,{library.parent}"]
+    ninja.link(program, [check], link=link, after=[library])
+    ninja.run()
+    return program
+
+
+def package():
+    """A copy of the package with the libraries of `kernels` and its own two."""
+    kernels()
+    torch = layers.find_torch("torch>=0")
+    copy = BUILD / "package" / "rmsnorm_cuda"
+    lib, ignored = copy / "lib", shutil.ignore_patterns("lib", "__pycache__")
+    shutil.copytree(ROOT / "rmsnorm_cuda", copy, ignore=ignored, dirs_exist_ok=True)
+    (lib / torch.layer).mkdir(parents=True, exist_ok=True)
+    shutil.copy2(BUILD / "kernels" / layers.KERNELS, lib)
+    ninja, after = Ninja("package", [*ADDRESS, *WHOLE]), [lib / layers.KERNELS]
+    for layer in layers.both_layers(torch, ROOT / "csrc", lib, lib / torch.layer):
+        options = [*layer.flags, "-O1", "-g1"]
+        ninja.link(layer.library, layer.sources, options, ["-shared", *layer.link], after)
+        after.append(layer.library)
+    ninja.run()
+    return BUILD / "package"
+
+
+def check_kernels():
+    run([kernels()])
+
+
+def check_package():
+    folder = package()
+    cxx = layers.find_compiler()
+    # The interpreter is not built for them: their runtimes come before all others, and libstdc++
+    # with them, of which they wrap what throws.
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    runtimes = [layers.output(*cxx, f"-print-file-name={name}").strip() for name in names]
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # what Python keeps until it ends
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in CORE]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow and not cuda",
+        "-c",
+        ROOT / "pyproject.toml",
+    ]
+    pytest = [sys.executable, "-m", "pytest", *options]
+    run([*pytest, *tests, ROOT / "tests" / "fuzz"], cwd=folder, env=environment)
+
+
+def check_threads():
+    ninja = Ninja("threads", THREAD)
+    program = ninja.folder / "threads_check"
+    ninja.link(program, [*KERNELS, ROOT / "tests" / "native" / "threads_check.cpp"])
+    ninja.run()
+    run([program])
+
+
+PARTS = {
+    "kernels": check_kernels,
+    "package": check_package,
+    "threads": check_threads,
+}
 
 
 def main(names):
-    if unknown := set(names) - set(PROGRAMS):
-        sys.exit(f"no such part: {', '.join(unknown)}; there are {', '.join(PROGRAMS)}")
-    for name in names or PROGRAMS:
-        check(name)
+    if unknown := set(names) - set(PARTS):
+        sys.exit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    for name in names or PARTS:
+        PARTS[name]()
 
 
 if __name__ == "__main__":

@@ -206,6 +206,15 @@ def freed(tensor):
     return tensor
 
 
+def shortened(tensor):
+    """The same with one byte too little; strided, as a view of rows may be."""
+    strided = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 8)[..., : tensor.shape[-1]]
+    tensor = strided.copy_(tensor) if tensor.dim() > 1 else tensor.clone()
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    tensor.untyped_storage().resize_((last + 1) * tensor.itemsize - 1)
+    return tensor
+
+
 Y, RSTD = ops.rms_norm_forward(X, [8], W)
 WITHOUT_MEMORY = {  # the tensor's name: what reads or writes it
     "input": [
@@ -263,6 +272,9 @@ def test_tensor_without_memory(which):
             RuntimeError, match=f"expected {which} to have memory, but its storage was freed"
         ):
             call(freed)
+        for short in (shortened, lambda t: shortened(t.flatten()).view(t.shape)):
+            with pytest.raises(RuntimeError, match=f"expected {which} of size .* in its storage"):
+                call(short)
 
 
 def test_formula_of_a_tensor_without_memory():

@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <ATen/EmptyTensor.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -37,13 +39,18 @@ void check_dtype(const char* op, const char* name, const Tensor& t) {
   refuse_dtype(op, t, c10::str("expected ", name, " to be float32, float16, bfloat16 or float64"));
 }
 
+bool fits_storage_by_strides(const Tensor& t) {
+  const size_t bytes =
+      at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset());
+  return t.numel() == 0 || bytes <= t.storage().nbytes();
+}
+
 void refuse_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const Tensor*> tensors) {
   using Keys = c10::DispatchKeySet;
   static constexpr Keys kTraced =
       Keys(c10::DispatchKey::Python) | Keys(c10::DispatchKey::Functionalize);
-  const auto has_memory = [](const Tensor& t) {
-    return t.is_meta() || !t.has_storage() || t.unsafeGetTensorImpl()->storage_initialized() ||
-           t.key_set().has_any(kTraced);
+  const auto is_traced = [](const Tensor& t) {
+    return t.is_meta() || !t.has_storage() || t.key_set().has_any(kTraced);
   };
   const auto& arguments = op.schema().arguments();
   std::string name = op.schema().name();  // as the function is called
@@ -56,9 +63,13 @@ void refuse_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const Tensor*> 
     TORCH_CHECK(t.device() == input.device(), name,
                 ": expected all tensors to be on the same device, but input is on ", input.device(),
                 " and ", arguments[i].name(), " is on ", t.device());
-    TORCH_CHECK(has_memory(t), name, ": expected ", arguments[i].name(),
+    if (is_traced(t)) continue;
+    TORCH_CHECK(t.unsafeGetTensorImpl()->storage_initialized(), name, ": expected ",
+                arguments[i].name(),
                 " to have memory, but its storage was freed (as FSDP and offloading do until the "
                 "tensor is gathered again)");
+    TORCH_CHECK(fits_storage(t), name, ": expected ", arguments[i].name(), " of size ", t.sizes(),
+                " to lie in its storage, but that has only ", t.storage().nbytes(), " bytes");
   }
 }
 

@@ -20,16 +20,24 @@ using OptionalTensor = std::optional<at::Tensor>;
 // What check_tensors() does with what is unusual.
 void refuse_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const at::Tensor*> tensors);
 
+// Does the memory hold all of t? That of a tensor which a compiler traces never does.
+bool fits_storage_by_strides(const at::Tensor& t);
+inline bool fits_storage(const at::Tensor& t) {
+  const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
+  if (!impl.storage_initialized() || impl.has_symbolic_sizes_strides()) return false;
+  if (!impl.is_contiguous()) return fits_storage_by_strides(t);
+  const int64_t bytes = (impl.storage_offset() + impl.numel()) * int64_t(impl.itemsize());
+  return impl.numel() == 0 || bytes <= int64_t(impl.unsafe_storage().nbytes());
+}
+
 // Of every op, before its body: `tensors` are its arguments, nullptr for what is none. They are on
 // one device and have memory, which FSDP and offloading free until a tensor is gathered again.
-// (Those of a compiler never have.)
 template <class Op>
 void check_tensors(std::initializer_list<const at::Tensor*> tensors) {
   const at::Device device = (*tensors.begin())->device();
   for (const at::Tensor* t : tensors) {
-    const bool usual = !t || !t->defined() ||
-                       (t->device() == device && t->has_storage() &&
-                        t->unsafeGetTensorImpl()->storage_initialized());
+    const bool usual =
+        !t || !t->defined() || (t->device() == device && t->has_storage() && fits_storage(*t));
     if (!usual) return refuse_tensors(Op::handle(), tensors);
   }
 }

@@ -1,11 +1,19 @@
 #include "launch.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <unistd.h>
 
 namespace rmsnorm {
 
 using at::Tensor;
+
+bool has_threads() {
+  static thread_local pid_t first_used_in = 0;  // each thread has a pool of its own
+  if (at::get_num_threads() == 1) return false;
+  const pid_t process = getpid();
+  if (first_used_in == 0) first_used_in = process;
+  return first_used_in == process;
+}
 
 ForwardLaunch::ForwardLaunch(const char* op, const Tensor& x, int64_t lead,
                              const std::optional<Tensor>& weight, const NormOptions& options)
@@ -14,6 +22,7 @@ ForwardLaunch::ForwardLaunch(const char* op, const Tensor& x, int64_t lead,
 }
 
 void ForwardLaunch::add(const Tensor& input, const Tensor& residual) {
+  p_.x = x_.tensor->mutable_data_ptr();  // first: a lazy clone gets memory of its own by this
   input_ = place(input, lead_);
   residual_ = place(residual, lead_);
   p_.addends = {input_.tensor->const_data_ptr(), residual_.tensor->const_data_ptr(), dtype(input),
@@ -59,8 +68,7 @@ void ForwardLaunch::run() const {
     const int64_t begin = i * p_.rows / parts, end = (i + 1) * p_.rows / parts;
     cpu::rms_norm_forward(p_, begin, end, memory ? memory + i * workspace_bytes : nullptr);
   };
-  if (parts == 1) return part(0);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) part(i);
   });
 }

@@ -1,6 +1,7 @@
 // From checked tensors to a kernel: a launch of the forward, of any family, and one on a GPU.
 #pragma once
 #include <ATen/DeviceGuard.h>
+#include <ATen/Parallel.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -16,6 +17,17 @@ namespace rmsnorm {
 constexpr int64_t kGrainBytes = 256 << 10;
 inline int64_t grain(int64_t bytes_per_item) {
   return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item));
+}
+
+// Can this thread have work done by OpenMP's? A forked child would wait for ever for those that its
+// parent had begun to use: they stay behind.
+bool has_threads();
+
+// f(begin, end) for parts of [0, count) of `grain` items or more, in several threads at once.
+template <class F>
+void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain || !has_threads()) return f(int64_t{0}, count);
+  at::parallel_for(0, count, grain, f);
 }
 
 // Runs `launch(stream)` on the device of `t`, on its current stream. c10's virtual guard instead of

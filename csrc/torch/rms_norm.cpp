@@ -139,12 +139,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
   const Tensor workspace = allocate_workspace(plan.workspace_bytes);
   const int64_t row_bytes =
       p.cols * static_cast<int64_t>(2 * input.element_size() + grad_output.element_size());
-  at::parallel_for(0, plan.blocks, grain(std::min(plan.block_rows, p.rows) * row_bytes),
-                   [&](int64_t begin, int64_t end) { cpu::rms_norm_backward(p, begin, end); });
+  parallel_for(plan.blocks, grain(std::min(plan.block_rows, p.rows) * row_bytes),
+               [&](int64_t begin, int64_t end) { cpu::rms_norm_backward(p, begin, end); });
   if (dweight.defined()) {
-    at::parallel_for(
-        0, p.cols, grain(plan.workspace_bytes / p.cols),
-        [&](int64_t begin, int64_t end) { cpu::rms_norm_backward_dweight(p, begin, end); });
+    parallel_for(p.cols, grain(plan.workspace_bytes / p.cols), [&](int64_t begin, int64_t end) {
+      cpu::rms_norm_backward_dweight(p, begin, end);
+    });
   }
   return grads;
 }

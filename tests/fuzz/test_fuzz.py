@@ -66,7 +66,10 @@ def until(seconds, seed, strategy, check, record):
 def run(op, arguments):
     """{name: tensor} of what an op returns."""
     Counter.calls += 1
-    results = op(**arguments)
+    return named(op, op(**arguments))
+
+
+def named(op, results):
     returns = op._schema.returns
     results = [results] if len(returns) == 1 else results
     named = {r.name or "output": t for r, t in zip(returns, results, strict=True)}
@@ -229,8 +232,10 @@ WRITTEN = {
 }
 
 
-def check_written(call, op, arguments, results):
-    """The overload `out` and the op in place, in guarded memory."""
+def written_calls(call, arguments, results):
+    """(op, arguments, {argument: Placed}) of the overload `out` and of the op in place, in guarded
+    memory, as far as the dtypes allow.
+    """
     name = call.op
     targets = []
     if "out" in getattr(namespace, name).overloads():
@@ -239,7 +244,7 @@ def check_written(call, op, arguments, results):
         targets.append(getattr(namespace, name + "_").default)
     for target in targets:
         written = [a.name for a in target._schema.arguments if a.alias_info is not None]
-        given, places = dict(arguments), []
+        given, places = dict(arguments), {}
         for argument in written:
             result = results[WRITTEN[argument]]
             if argument in arguments and arguments[argument].dtype != result.dtype:
@@ -247,18 +252,27 @@ def check_written(call, op, arguments, results):
             column_major = argument == "scale_out" and arguments["column_major"]
             shape = result.movedim(-1, 0).shape if column_major else result.shape
             layout = "dense" if "quant" in name else ("dense", "padded")[call.seed % 2]
-            place = Placed(shape, result.dtype, layout, len(call.lead))
-            places.append((argument, place))
+            place = places[argument] = Placed(shape, result.dtype, layout, len(call.lead))
             given[argument] = place.tensor.movedim(0, -1) if column_major else place.tensor
             if argument in arguments:
                 place.tensor.copy_(arguments[argument])
         else:
-            Counter.calls += 1
-            assert target(**given) is None
-            for argument, place in places:
-                want = {argument: results[WRITTEN[argument]]}
-                assert_same(given, want, target.name())
-                assert place.guards_are_intact(), f"{target.name()} wrote beside {argument}"
+            yield target, given, places
+
+
+def check_written(call, op, arguments, results):
+    for target, given, places in written_calls(call, arguments, results):
+        wanted = {argument: results[WRITTEN[argument]] for argument in places}
+        before = {argument: given[argument].clone() for argument in places}
+        lazy = {argument: torch._lazy_clone(given[argument]) for argument in places}
+        Counter.calls += 2
+        assert target(**{**given, **lazy}) is None
+        assert_same(lazy, wanted, f"{target.name()} of lazy clones")
+        assert_same(given, before, f"{target.name()} of lazy clones")
+        assert target(**given) is None
+        assert_same(given, wanted, target.name())
+        for argument, place in places.items():
+            assert place.guards_are_intact(), f"{target.name()} wrote beside {argument}"
 
 
 def check_autograd(call, op, arguments, results):
