@@ -69,7 +69,7 @@ def test_limit_of_memory():
         print(refused)
     """)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) >= 9
+    assert int(run.stdout) >= 4
 
 
 # torch's own kernels cannot run in two threads in a child whose parent did so; these are ours.
