@@ -49,9 +49,61 @@ def test_no_paths_of_the_build_machine(library):
         assert all(part.startswith("$ORIGIN") for part in path.split(":"))
 
 
-def test_kernels_export_the_contract_alone():
-    names = output("nm", "-DC", "--defined-only", str(KERNELS)).splitlines()
-    assert names and all(re.search(r" [TV] rmsnorm::(cpu|cuda)::", name) for name in names), names
+def test_exports_and_types_are_those_on_record(monkeypatch):
+    """Programs were compiled against the contract as native/abi.txt shows it. `python
+    tests/native/abi.py` records a change, which then is seen; a struct that grew breaks them.
+    """
+    for command in ("nm", "g++"):
+        output(command, "--version")  # or it is skipped
+    pytest.importorskip("elftools")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "native")
+    import abi
+
+    assert abi.abi()[1:] == abi.RECORD.read_text().splitlines()[1:]
+    assert abi.exports(OPS) == ["rmsnorm::registered_elsewhere()"]
+    assert abi.exports(BINDING) == ["PyInit__C"]
+
+
+def test_a_struct_that_grows_is_seen(monkeypatch, tmp_path):
+    output("g++", "--version")
+    pytest.importorskip("elftools")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "native")
+    import abi
+
+    header = Path(rmsnorm_cuda.include_dir(), "rmsnorm.h").read_text()
+    grown = tmp_path / "rmsnorm.h"
+    before = abi.types(header_at(grown, header))
+    for old, new in [
+        ("  bool stream;  //", "  bool stream, other;  //"),  # takes the place of padding
+        ("int64_t rows, cols;", "int64_t cols, rows;"),
+        ("float bound;", "double bound;"),
+        ("{ kFloat8E4M3, kFloat8E5M2,", "{ kFloat8E5M2, kFloat8E4M3,"),
+    ]:
+        assert old in header and abi.types(header_at(grown, header.replace(old, new))) != before
+
+
+def header_at(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("library", [KERNELS, OPS, BINDING], ids=["kernels", "ops", "binding"])
+def test_no_names_of_ours_are_shared(library):
+    """Of a weak symbol the loader keeps one for the process, that of another version maybe."""
+    weak = re.findall(r" [WVu] (.*)", output("nm", "-DC", "--defined-only", str(library)))
+    assert not [name for name in weak if "rmsnorm" in name]
+
+
+# A third more than they have without CUDA; CUDA's kernels have a bound of the wheel's.
+BOUNDS = {KERNELS: 5_200_000, OPS: 1_300_000, BINDING: 600_000}
+
+
+@pytest.mark.parametrize("library", BOUNDS, ids=["kernels", "ops", "binding"])
+def test_size(library):
+    if library == KERNELS and _C.cuda_built():
+        assert library.stat().st_size < 60_000_000
+    else:
+        assert library.stat().st_size < BOUNDS[library]
 
 
 VECTOR = re.compile(r"%[yz]mm|\bv[a-z0-9]+ ")
@@ -84,6 +136,29 @@ def test_vector_code_is_in_local_functions_alone():
         match = re.match(r"[0-9a-f]+ <(.*)>:", block.lstrip())
         if match and match[1] in exported:
             assert not VECTOR.search(block), match[1]
+
+
+@pytest.mark.parametrize("library", [KERNELS, OPS, BINDING], ids=["kernels", "ops", "binding"])
+def test_vector_code_is_from_two_files(library):
+    """Those whose functions are compiled for AVX; by the addresses of the local symbols after each
+    file's name. The other libraries have none.
+    """
+    file, owner = None, {}
+    for line in output("readelf", "-sW", str(library)).splitlines():
+        fields = line.split()
+        if len(fields) == 8 and fields[3] == "FILE":
+            file = fields[7]
+        elif len(fields) == 8 and fields[3] == "FUNC" and fields[4] == "LOCAL":
+            owner[int(fields[1], 16)] = file
+    if not owner and library == KERNELS:
+        pytest.skip("it is stripped")
+    found = set()
+    for block in output("objdump", "-d", "--no-show-raw-insn", str(library)).split("\n\n"):
+        match = re.match(r"([0-9a-f]+) <(.*)>:", block.lstrip())
+        if match and VECTOR.search(block):
+            found.add(owner.get(int(match[1], 16), match[2]))
+    vectors = "avx2" in _C.isas() and library == KERNELS
+    assert found == ({"isa_avx2.cpp", "isa_avx512.cpp"} if vectors else set())
 
 
 def test_header_is_the_contract():
