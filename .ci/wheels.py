@@ -17,6 +17,7 @@ the same folder, it has the same bytes.
 
 import argparse
 import ctypes
+import hashlib
 import os
 import re
 import runpy
@@ -240,6 +241,13 @@ def test(python, torch):
     )
 
 
+def write_sums(folder):
+    """SHA256SUMS of the wheels and source distributions in a folder, for `sha256sum --check`."""
+    files = sorted([*folder.glob("*.whl"), *folder.glob("*.tar.gz")])
+    sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -264,6 +272,8 @@ def main():
         else:
             for python in map(python_with_tools, args.pythons):
                 finish(build(python), ROOT / "dist", python)
+        if not args.test:
+            write_sums(ROOT / "dist")
     except FileNotFoundError as error:
         sys.exit(f"{error.filename} was not found")
     except subprocess.CalledProcessError as error:

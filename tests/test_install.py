@@ -261,6 +261,43 @@ def test_ld_library_path_is_not_asked(what, tmp_path, package):
     ]
 
 
+def test_nothing_is_loaded_from_the_working_directory(tmp_path, package):
+    """Neither libraries, where the loader's paths name it, nor modules."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in (build_layers.KERNELS, build_layers.OPS, build_layers.binding_name()):
+        (here / name).write_bytes(b"not a library")
+    modules = {path.stem for path in package.glob("*.py")} | {"numpy", "rmsnorm_cuda_plugins", "_C"}
+    for name in modules - {"__init__", "__main__"}:
+        (here / f"{name}.py").write_text("import os; os._exit(9)")
+    code = f"""if True:
+        import runpy, sys
+        sys.path.insert(0, {str(package.parent)!r})
+        try:
+            runpy.run_module("rmsnorm_cuda", run_name="__main__", alter_sys=True)
+        except SystemExit as status:
+            assert not status.code
+        with open("/proc/self/maps") as maps:
+            print([line for line in maps if {str(here)!r} in line])
+    """
+    # -I: without it Python itself looks for modules in the working directory.
+    assert runs(code, cwd=here, start=["-I"], LD_LIBRARY_PATH=":.:")[-1] == "[]"
+
+
+@needs_sources
+def test_sums_of_a_release(tmp_path):
+    """sha256sum reads them, and finds a byte that has changed."""
+    write_sums = runpy.run_path(str(ROOT / ".ci" / "wheels.py"))["write_sums"]
+    for name in ("b.whl", "a.tar.gz", "not_ours.txt"):
+        (tmp_path / name).write_text(name)
+    write_sums(tmp_path)
+    check = ["sha256sum", "--check", "SHA256SUMS"]
+    said = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["a.tar.gz:", "OK", "b.whl:", "OK"]
+    (tmp_path / "b.whl").write_text("c.whl")
+    assert subprocess.run(check, cwd=tmp_path, capture_output=True).returncode == 1
+
+
 def test_namesake_that_is_loaded_already(tmp_path, package):
     """What the loader takes in place of ours is named; nothing runs with it."""
     other = tmp_path / "other" / build_layers.KERNELS
