@@ -1,13 +1,15 @@
 """`make sanitize`: kernels, op layer and binding under sanitizers.
 
     python .ci/sanitize.py [kernels] [package] [threads] [cuda]
+    python .ci/sanitize.py layers
 
 - kernels: cpu_check.cpp under ASan and UBSan: every kernel, guard zones, every length
 - package: all three libraries under ASan and UBSan, and pytest's core and the fuzzer with them
 - threads: threads_check.cpp under TSan: calls at once, while the instruction set changes
-- cuda: cuda_check.cpp under compute-sanitizer, where there are nvcc, it and a GPU
+- cuda: cuda_check.cpp under the four tools of compute-sanitizer, where there is a GPU
+- layers: `package` with the kernels as they are, which compile for ten minutes: for .ci/run
 
-All unless some are named. The first finding ends it. Objects are kept in build/sanitize.
+The first four unless some are named. The first finding ends it. Objects are kept in build/sanitize.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ THREAD = ["-fsanitize=thread"]
 OPTIONS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -fno-math-errno -Wno-psabi".split()
 KERNELS = [*(ROOT / "csrc" / "cpu").glob("*.cpp")]
 # What calls every op in every way. The rest asks about other things, mostly in other processes.
-CORE = "forward backward fused_add quant layouts errors autograd invariance dispatch".split()
+CORE = "forward backward fused_add quant layouts errors autograd invariance dispatch faults".split()
+# About malloc, limits of memory and signals, which ASan replaces.
+NOT_UNDER_ASAN = "no_memory_left or limit_of_memory or keep_their_pages or read_only_memory"
 
 
 def run(command, **kwargs):
@@ -86,30 +90,30 @@ def kernels():
     return program
 
 
-def package():
-    """A copy of the package with the libraries of `kernels` and its own two."""
-    kernels()
+def package(folder, library):
+    """A copy of the package with that librmsnorm.so and two libraries of its own."""
     torch = layers.find_torch("torch>=0")
-    copy = BUILD / "package" / "rmsnorm_cuda"
+    copy = BUILD / folder / "rmsnorm_cuda"
     lib, ignored = copy / "lib", shutil.ignore_patterns("lib", "__pycache__")
     shutil.copytree(ROOT / "rmsnorm_cuda", copy, ignore=ignored, dirs_exist_ok=True)
     (lib / torch.layer).mkdir(parents=True, exist_ok=True)
-    shutil.copy2(BUILD / "kernels" / layers.KERNELS, lib)
-    ninja, after = Ninja("package", [*ADDRESS, *WHOLE]), [lib / layers.KERNELS]
+    shutil.copy2(library, lib)
+    ninja, after = Ninja(folder, [*ADDRESS, *WHOLE]), [lib / layers.KERNELS]
     for layer in layers.both_layers(torch, ROOT / "csrc", lib, lib / torch.layer):
         options = [*layer.flags, "-O1", "-g1"]
         ninja.link(layer.library, layer.sources, options, ["-shared", *layer.link], after)
         after.append(layer.library)
     ninja.run()
-    return BUILD / "package"
 
 
 def check_kernels():
     run([kernels()])
 
 
-def check_package():
-    folder = package()
+def check_package(folder="package", library=BUILD / "kernels" / layers.KERNELS):
+    if folder == "package":
+        kernels()
+    package(folder, library)
     cxx = layers.find_compiler()
     # The interpreter is not built for them: their runtimes come before all others, and libstdc++
     # with them, of which they wrap what throws.
@@ -121,17 +125,10 @@ def check_package():
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     tests = [ROOT / "tests" / f"test_{name}.py" for name in CORE]
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow and not cuda",
-        "-c",
-        ROOT / "pyproject.toml",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not cuda"]
+    options += ["-k", f"not ({NOT_UNDER_ASAN})", "-c", ROOT / "pyproject.toml"]
     pytest = [sys.executable, "-m", "pytest", *options]
-    run([*pytest, *tests, ROOT / "tests" / "fuzz"], cwd=folder, env=environment)
+    run([*pytest, *tests, ROOT / "tests" / "fuzz"], cwd=BUILD / folder, env=environment)
 
 
 def check_threads():
@@ -142,17 +139,36 @@ def check_threads():
     run([program])
 
 
+def check_layers():
+    check_package("layers", ROOT / "rmsnorm_cuda" / "lib" / layers.KERNELS)
+
+
+def check_cuda():
+    tool, devices = shutil.which("compute-sanitizer"), layers.output("nvidia-smi", "-L")
+    if not (tool and shutil.which("nvcc") and "GPU 0" in devices):
+        return print("cuda: left out: there is no GPU, no nvcc or no compute-sanitizer")
+    program = BUILD / "cuda_check"
+    sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "tests" / "native" / "cuda_check.cpp"]
+    options = ["-std=c++17", "-O3", "-lineinfo", "-arch=native", '-DRMSNORM_CUDA_ARCHS="native"']
+    BUILD.mkdir(parents=True, exist_ok=True)
+    run(["nvcc", *options, *sources, "-o", program])
+    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        run([tool, "--tool", name, "--error-exitcode", "1", program])
+
+
 PARTS = {
     "kernels": check_kernels,
     "package": check_package,
     "threads": check_threads,
+    "cuda": check_cuda,
+    "layers": check_layers,  # by name alone: `package` has more
 }
 
 
 def main(names):
     if unknown := set(names) - set(PARTS):
         sys.exit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    for name in names or PARTS:
+    for name in names or [*PARTS][:-1]:
         PARTS[name]()
 
 
