@@ -1,6 +1,7 @@
 # make demo   a real Llama-architecture model generates text with torch's norms and with ours
 # make test   the test suite, without the slow tests: .ci/run runs those too
-# make sanitize   the CPU kernels under ASan, UBSan and TSan
+# make sanitize   kernels, op layer and binding under ASan, UBSan and TSan; ARGS=threads for a part
+# make soak       an hour of every op from four threads at once
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
 # make wheel     a wheel of PYTHON for every supported torch, in dist/
 # make wheelhouse   the same for every supported Python that is there
@@ -34,9 +35,11 @@ check: $(VENV)/check-ready build
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 	$(BIN)/python .ci/stubs.py --check
 
-# The CPU kernels under ASan, UBSan and TSan: ARGS=threads for one of them.
-sanitize: $(VENV)/ready
+sanitize: build
 	$(BIN)/python .ci/sanitize.py $(ARGS)
+
+soak: build
+	$(BIN)/python tests/fuzz/soak.py $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
@@ -96,4 +99,4 @@ sdist:
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
-.PHONY: demo test build check sanitize bench bench-cuda figures wheel wheelhouse sdist clean
+.PHONY: demo test build check sanitize soak bench bench-cuda figures wheel wheelhouse sdist clean

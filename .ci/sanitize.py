@@ -5,7 +5,8 @@
 
 - kernels: cpu_check.cpp under ASan and UBSan: every kernel, guard zones, every length
 - package: all three libraries under ASan and UBSan, and pytest's core and the fuzzer with them
-- threads: threads_check.cpp under TSan: calls at once, while the instruction set changes
+- threads: threads_check.cpp and torch_threads_check.cpp under TSan: calls at once, while the
+  instruction set, the number of threads and the ops that are registered change
 - cuda: cuda_check.cpp under the four tools of compute-sanitizer, where there is a GPU
 - layers: `package` with the kernels as they are, which compile for ten minutes: for .ci/run
 
@@ -76,33 +77,51 @@ class Ninja:
         run([sys.executable, "-m", "ninja", "-C", self.folder])
 
 
-def kernels():
-    """librmsnorm.so of the CPU's kernels, for `package` too, and cpu_check."""
-    ninja = Ninja("kernels", [*ADDRESS, f"-fsanitize={CHEAP}"])
+def library(ninja):
+    """librmsnorm.so of the CPU's kernels."""
     plan = [ROOT / "csrc" / "cuda" / name for name in ("plan.cpp", "absent.cpp")]
     options = [*OPTIONS, '-DRMSNORM_CUDA_ABSENT_REASON="it was built for sanitizers"']
-    library = ninja.folder / layers.KERNELS
-    ninja.link(library, [*KERNELS, *plan], options, ["-shared", f"-Wl,-soname,{layers.KERNELS}"])
-    program, check = ninja.folder / "cpu_check", ROOT / "tests" / "native" / "cpu_check.cpp"
-    link = [library, f"-Wl,-rpath,{library.parent}"]
-    ninja.link(program, [check], link=link, after=[library])
+    path = ninja.folder / layers.KERNELS
+    ninja.link(path, [*KERNELS, *plan], options, ["-shared", f"-Wl,-soname,{path.name}"])
+    return path
+
+
+def program(ninja, name, libraries, options=OPTIONS, link=()):
+    """One of tests/native."""
+    link = [*libraries, *link, *(f"-Wl,-rpath,{path.parent}" for path in libraries)]
+    source = ROOT / "tests" / "native" / f"{name}.cpp"
+    ninja.link(ninja.folder / name, [source], options, link, libraries)
+    return ninja.folder / name
+
+
+def torch_layers(ninja, torch, lib, folder):
+    """librmsnorm_torch.so and the binding, in a folder."""
+    after = [lib / layers.KERNELS]
+    for layer in layers.both_layers(torch, ROOT / "csrc", lib, folder):
+        options = [*layer.flags, "-O1", "-g1"]
+        ninja.link(layer.library, layer.sources, options, ["-shared", *layer.link], after)
+        after.append(layer.library)
+    return layer
+
+
+def kernels():
+    """librmsnorm.so for `package`, and the program that checks it."""
+    ninja = Ninja("kernels", [*ADDRESS, f"-fsanitize={CHEAP}"])
+    check = program(ninja, "cpu_check", [library(ninja)])
     ninja.run()
-    return program
+    return check
 
 
-def package(folder, library):
+def package(folder, kernels):
     """A copy of the package with that librmsnorm.so and two libraries of its own."""
     torch = layers.find_torch("torch>=0")
     copy = BUILD / folder / "rmsnorm_cuda"
     lib, ignored = copy / "lib", shutil.ignore_patterns("lib", "__pycache__")
     shutil.copytree(ROOT / "rmsnorm_cuda", copy, ignore=ignored, dirs_exist_ok=True)
     (lib / torch.layer).mkdir(parents=True, exist_ok=True)
-    shutil.copy2(library, lib)
-    ninja, after = Ninja(folder, [*ADDRESS, *WHOLE]), [lib / layers.KERNELS]
-    for layer in layers.both_layers(torch, ROOT / "csrc", lib, lib / torch.layer):
-        options = [*layer.flags, "-O1", "-g1"]
-        ninja.link(layer.library, layer.sources, options, ["-shared", *layer.link], after)
-        after.append(layer.library)
+    shutil.copy2(kernels, lib)
+    ninja = Ninja(folder, [*ADDRESS, *WHOLE])
+    torch_layers(ninja, torch, lib, lib / torch.layer)
     ninja.run()
 
 
@@ -132,11 +151,18 @@ def check_package(folder="package", library=BUILD / "kernels" / layers.KERNELS):
 
 
 def check_threads():
-    ninja = Ninja("threads", THREAD)
-    program = ninja.folder / "threads_check"
-    ninja.link(program, [*KERNELS, ROOT / "tests" / "native" / "threads_check.cpp"])
+    ninja, torch = Ninja("threads", THREAD), layers.find_torch("torch>=0")
+    path = library(ninja)
+    programs = [program(ninja, "threads_check", [path])]
+    layer = torch_layers(ninja, torch, ninja.folder, ninja.folder)
+    lib = torch.folder / "lib"
+    link = [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}", "-rdynamic"]
+    options = [*layer.flags, "-O1", "-g1"]
+    libraries = [path, ninja.folder / layers.OPS]
+    programs += [program(ninja, "torch_threads_check", libraries, options, link)]
     ninja.run()
-    run([program])
+    for path in programs:
+        run([path])
 
 
 def check_layers():
