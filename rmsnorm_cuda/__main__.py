@@ -7,6 +7,7 @@ kernels would be laid out, `--cmake-dir` where CMake finds the package.
 
 import argparse
 import itertools
+import os
 import platform
 import re
 import sys
@@ -44,6 +45,8 @@ def describe():
     yield "torch", f"{torch.__version__} (built for {_C.torch_version})"
     yield "Python", f"{platform.python_version()}  {platform.platform()}"
     yield "compiler", _C.compiler
+    if variables := [f"{n}={v}" for n, v in os.environ.items() if n.startswith("RMSNORM_")]:
+        yield "environment", " ".join(sorted(variables))
     yield "CPU", f"{processor()}, {torch.get_num_threads()} threads"
     try:
         in_use = f"{_C.isa()} in use"

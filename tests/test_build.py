@@ -202,7 +202,9 @@ def test_self_check_reports_a_wrong_isa():
     run = programs.run(module="rmsnorm_cuda", RMSNORM_CUDA_ISA="nonsense")
     assert run.returncode == 1 and run.stdout.startswith("rmsnorm_cuda ")
     assert (
-        "RMSNORM_CUDA_ISA is 'nonsense'" in run.stdout and run.stdout.splitlines()[-1] == "FAILED"
+        "RMSNORM_CUDA_ISA is 'nonsense'" in run.stdout
+        and "RMSNORM_CUDA_ISA=nonsense" in run.stdout
+        and run.stdout.splitlines()[-1] == "FAILED"
     )
 
 

@@ -834,18 +834,24 @@ def test_build_without_a_compiler(tmp_path):
 
 @needs_sources
 @pytest.mark.parametrize(
-    "name",
-    ["RMSNORM_CUDA_BUILD", "RMSNORM_CUDA_DEBUG", "RMSNORM_CUDA_LINEINFO", "MAX_JOBS", "LDFLAGS"],
+    ("name", "value"),
+    [
+        *((f"RMSNORM_CUDA_{name}", "'yes") for name in ("BUILD", "DEBUG", "LINEINFO")),
+        ("LDFLAGS", "'yes"),
+        *(
+            ("MAX_JOBS", value)
+            for value in ("'yes", "0", "-1", "1.5", "\N{ARABIC-INDIC DIGIT TWO}")
+        ),
+    ],
 )
-def test_build_with_variables_that_are_not_understood(name, tmp_path):
+def test_build_with_variables_that_are_not_understood(name, value, tmp_path):
     nvcc = script(
         tmp_path / "nvcc",
         "case $1 in --version) echo release 13.0;; --list-gpu-arch) echo compute_90;; esac",
     )
-    environment = {"NVCC": nvcc, "RMSNORM_CUDA_BUILD": "1", name: "'yes"}
-    assert f'{name}="\'yes" is not understood' in setup(
-        "--kernels-only", tmp_path=tmp_path, **environment
-    )
+    environment = {"NVCC": nvcc, "RMSNORM_CUDA_BUILD": "1", name: value}
+    said = setup("--kernels-only", tmp_path=tmp_path, **environment)
+    assert f"{name}={value!r} is not understood" in said
 
 
 @needs_sources

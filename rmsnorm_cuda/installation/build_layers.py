@@ -133,7 +133,7 @@ def find_compiler():
 def jobs():
     """MAX_JOBS: how many compilers may run at once. None if it is not set."""
     value = os.environ.get("MAX_JOBS")
-    if value and not (value.isdecimal() and int(value)):
+    if value and not re.fullmatch("0*[1-9][0-9]*", value):
         fail(f"MAX_JOBS={value!r} is not understood; expected a positive number.")
     return value
 
