@@ -11,13 +11,15 @@ pip installs what this builds with under build/wheel/, and it is kept there: CUD
 unless NVCC or CUDA_HOME names one. The kernels are compiled once. The variables of setup.py hold:
 RMSNORM_CUDA_BUILD=0 leaves CUDA out; RMSNORM_CUDA_TORCH=FOLDER (what `pip install --target FOLDER
 --no-deps torch==...` fills) and TORCH_CUDA_ARCH_LIST=9.0 make the wheel of one torch and one
-architecture. The times in a wheel are the commit's, and nothing in it is of one run: built twice in
-the same folder, it has the same bytes.
+architecture. The times in an archive are the commit's, and nothing in it is of one run: built twice
+in the same folder, it has the same bytes. dist/SHA256SUMS has their hashes.
 """
 
 import argparse
 import ctypes
+import gzip
 import hashlib
+import io
 import os
 import re
 import runpy
@@ -25,6 +27,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -136,6 +139,24 @@ def build(python):
 
 def sdist(python):
     run(python, "setup.py", "-q", "sdist")
+    for path in (ROOT / "dist").glob("*.tar.gz"):
+        repack(path, int(os.environ["SOURCE_DATE_EPOCH"]))
+
+
+def repack(path, time):
+    """The same archive, without what is of one checkout: order, times, owners and rights."""
+    packed = io.BytesIO()
+    with (
+        tarfile.open(path) as old,
+        gzip.GzipFile(path.name, "wb", fileobj=packed, mtime=time) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in sorted(old, key=lambda member: member.name):
+            clean = tarfile.TarInfo(member.name)
+            clean.type, clean.size, clean.mtime = member.type, member.size, time
+            clean.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            new.addfile(clean, old.extractfile(member))
+    path.write_bytes(packed.getvalue())
 
 
 def check_symbols(library):

@@ -298,6 +298,32 @@ def test_sums_of_a_release(tmp_path):
     assert subprocess.run(check, cwd=tmp_path, capture_output=True).returncode == 1
 
 
+@needs_sources
+def test_source_archives_are_alike(tmp_path):
+    """Whenever, by whom and in which order their files were written."""
+    repack = runpy.run_path(str(ROOT / ".ci" / "wheels.py"))["repack"]
+    written = []
+    for folder, names in (("one", "ab"), ("two", "ba")):
+        files = tmp_path / folder / "package"
+        files.mkdir(parents=True)
+        archive = tmp_path / folder / "package.tar.gz"
+        with tarfile.open(archive, "w:gz") as opened:
+            for i, name in enumerate(names):
+                (files / name).write_text(name)
+                (files / name).chmod(0o755 if name == "a" else 0o600 + 0o44 * i)
+                os.utime(files / name, (i, i))
+                opened.add(files / name, f"package/{name}")
+        repack(archive, 10**9)
+        written.append(archive.read_bytes())
+    assert written[0] == written[1]
+    with tarfile.open(archive) as opened:
+        assert [(m.name, oct(m.mode), m.mtime) for m in opened] == [
+            ("package/a", "0o755", 10**9),
+            ("package/b", "0o644", 10**9),
+        ]
+        assert opened.extractfile("package/b").read() == b"b"
+
+
 def test_namesake_that_is_loaded_already(tmp_path, package):
     """What the loader takes in place of ours is named; nothing runs with it."""
     other = tmp_path / "other" / build_layers.KERNELS
