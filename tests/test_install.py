@@ -11,6 +11,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from importlib.metadata import entry_points
