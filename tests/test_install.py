@@ -672,7 +672,7 @@ def test_layers_that_cannot_be_built(tmp_path, package, stand_in):
     assert (
         not succeeds and f"what was built does not load beside torch {torch.__version__}:" in said
     )
-    code = "import sysconfig; sysconfig.get_paths = lambda: {'include': '/nowhere'}; "
+    code = "import sysconfig; sysconfig.get_paths = lambda *_: {'include': '/nowhere'}; "
     code += "import runpy; runpy.run_path(%r, run_name='__main__')"
     said, succeeds = build(package, code % str(package / SCRIPT), CXX=stand_in)
     assert not succeeds and "Python.h of " in said and "install Python's headers" in said
