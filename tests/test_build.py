@@ -1,6 +1,7 @@
 """What was built: three libraries, each ignorant of the one above; none can crash an older CPU."""
 
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 import rmsnorm_cuda
 from rmsnorm_cuda import _C
+from rmsnorm_cuda import __main__ as command
 
 BINDING = Path(_C.__file__)
 LIBRARIES = Path(rmsnorm_cuda.__file__).parent / "lib"
@@ -206,6 +208,37 @@ def test_self_check_reports_a_wrong_isa():
         and "RMSNORM_CUDA_ISA=nonsense" in run.stdout
         and run.stdout.splitlines()[-1] == "FAILED"
     )
+
+
+def test_self_check_reports_a_wrong_result(monkeypatch, capsys):
+    def checks(device, generator):
+        for ulps in (0.5, 3.0, float("nan")):
+            rmsnorm_cuda.rms_norm(torch.ones(1, 8), 8)  # it asks which instruction set ran
+            yield "forward", "rms_norm", ulps, 1
+
+    monkeypatch.setattr(command, "checks", checks)
+    monkeypatch.setattr(_C, "cuda_built", lambda: False)
+    assert command.self_check() == 2 * sum(_C.isas().values())
+    said = capsys.readouterr().out
+    assert "FAILED  cpu scalar rms_norm: 3 ulp, limit 1" in said and "3 comparisons" in said
+
+
+def test_report_of_a_driver_that_is_too_old(monkeypatch):
+    """And of a machine that does not say what its processor is."""
+    monkeypatch.setattr(_C, "cuda_built", lambda: True)
+    monkeypatch.setattr(_C, "cuda_versions", lambda: (13020, 12090))
+    monkeypatch.setattr(_C, "cuda_error", lambda code: f"error {code}")
+    monkeypatch.setattr(command, "Path", lambda *_: Path("/nowhere"))
+    report = dict(command.describe())
+    assert report["CUDA"] == "runtime 13.2, driver 12.9"
+    assert report["CUDA driver"] == "ERROR: error 35"
+    assert report["CPU"].startswith(platform.processor() or platform.machine())
+
+
+@pytest.mark.skipif(_C.cuda_built(), reason="the CUDA kernels are there")
+def test_what_is_said_without_cuda_kernels():
+    assert _C.cuda_versions() == (0, 0) and _C.last_plan()["kernel"] == ""
+    assert _C.cuda_error(1) == f"the CUDA kernels were not built: {_C.cuda_architectures()}"
 
 
 STUBS = Path(__file__).parents[1] / ".ci" / "stubs.py"

@@ -296,9 +296,11 @@ def op_nodes(graph):
 
 def test_one_node_per_norm():
     x, weight = random(3, 8), random_weight(8, torch.float32)
-    traced = make_fx(lambda x, w: rms_norm(x, 8, w), tracing_mode="symbolic")(x, weight)
-    assert op_nodes(traced.graph) == [ops.rms_norm.default]
-    assert same_bits(traced(x, weight), rms_norm(x, 8, weight))
+    for shape in (lambda x: 8, lambda x: x.shape[-1]):  # the latter is symbolic there
+        norm = lambda x, w: rms_norm(x, shape(x), w)  # noqa: E731
+        traced = make_fx(norm, tracing_mode="symbolic")(x, weight)
+        assert op_nodes(traced.graph) == [ops.rms_norm.default]
+        assert same_bits(traced(x, weight), rms_norm(x, 8, weight))
 
     def step(x, w, dy):
         y = rms_norm(x, 8, w)

@@ -357,11 +357,29 @@ def test_numbers_of_numpy():
     cast = {"cast_before_weight": numpy.True_, "weight_offset": numpy.float32(0)}
     assert torch.equal(rms_norm(X, 8, W, 1e-3, **cast), want)
     assert torch.equal(fused_add_rms_norm(X, 0 * X, W, 1e-3, **cast)[0], want)
+    out = torch.empty(3, 8), torch.empty(3, 8)
+    assert fused_add_rms_norm(X, 0 * X, W, 1e-3, out=out, **cast)[0] is out[0]
+    assert torch.equal(out[0], want)
     fused_add_rms_norm_(X.clone(), X.clone(), W, 1e-3, **cast)
     rms_norm_quant(X, W, 1e-3, dtype=torch.int8, **cast)
     for width in (numpy.float64(8), numpy.True_, "8"):
         with pytest.raises(TypeError, match="normalized_shape"):
             rms_norm(X, width)
+
+
+def test_whole_numbers():
+    want = rms_norm(X, 8, W, 1.0, weight_offset=1.0)
+    assert torch.equal(rms_norm(X, 8, W, 1, weight_offset=1), want)
+    for width in (-8, 1 << 40):
+        with pytest.raises(RuntimeError, match=rf"given normalized_shape=\[{width}\]"):
+            rms_norm(X, width)
+    with pytest.raises((RuntimeError, TypeError, OverflowError)):
+        rms_norm(X, 1 << 70)
+
+
+def test_entry_point_of_too_few_arguments():
+    """It takes none of it, and leaves the error to torch.ops."""
+    assert _C.rms_norm(X) is None
 
 
 def test_name_with_a_nul():
@@ -422,6 +440,24 @@ BAD_OUT = {
         BUFFER[:24].view(3, 8),
         BUFFER[8:32].view(3, 8),
         {},
+        "out partly overlaps input",
+    ),
+    "columns of the same row": (
+        BUFFER.as_strided((3, 8), (13, 1)),
+        BUFFER[4:].as_strided((3, 8), (13, 1)),
+        {},
+        "out partly overlaps input",
+    ),
+    "columns of the next row": (
+        BUFFER.as_strided((3, 8), (11, 1)),
+        BUFFER[9:].as_strided((3, 8), (11, 1)),
+        {},
+        "out partly overlaps input",
+    ),
+    "wider elements from the same address on": (
+        BUFFER.view(torch.float16)[:24].view(3, 8),
+        BUFFER[:24].view(3, 8),
+        LLAMA,
         "out partly overlaps input",
     ),
     "dense over strided": (

@@ -3,6 +3,7 @@ and what is refused.
 """
 
 import importlib
+import itertools
 import random
 import re
 import threading
@@ -293,7 +294,22 @@ def counted(self, x):
     return plain(self, x) * (1 + self.calls % 3)
 
 
+flips = itertools.cycle((0, 2e-7))  # within what arithmetic in fp32 is allowed
+
+
 LOOK_ALIKES = {
+    "in fp64 while it trains": (
+        lambda self, x: plain(self, x).double() if self.training else plain(self, x),
+        "its result is float64 [",
+    ),
+    "a tuple while it trains": (
+        lambda self, x: (plain(self, x),) if self.training else plain(self, x),
+        "its result is a tuple, not float32 [",
+    ),
+    "flips": (
+        lambda self, x: plain(self, x) * (1 + next(flips)),
+        "its result is another at each call",
+    ),
     "more while it trains": (
         lambda self, x: plain(self, x) + 0.1 * self.training,
         "of the values differ for rows of size 1 in float32 while it trains",
@@ -410,6 +426,49 @@ def test_what_is_the_same_in_other_ways():
         assert found == (FAMILIES[0], float(eps), "eps", ()) and type(found.eps) is float
 
 
+def test_rows_that_are_long():
+    """As many values as a batch holds: each kind of rows is tried by itself."""
+    assert recognize(Wrapped(plain, 1 << 14, eps=1e-5))[:2] == (FAMILIES[0], 1e-5)
+
+
+def test_a_number_that_must_not_change():
+    def strict(self, x):
+        assert self.version == 3
+        return plain(self, x)
+
+    assert recognize(Wrapped(strict, eps=1e-5, version=3))[:3] == (FAMILIES[0], 1e-5, "eps")
+
+
+def test_dtypes_that_are_not_taken():
+    """A norm need not train in pairs of dtypes that models do not have."""
+
+    def same_dtype(self, x):
+        assert x.dtype == self.weight.dtype or not torch.is_grad_enabled()
+        return plain(self, x)
+
+    assert recognize(Wrapped(same_dtype, eps=1e-5))[:2] == (FAMILIES[0], 1e-5)
+
+
+def test_twin_without_a_weight_or_a_mark():
+    class Marked(nn.RMSNorm):
+        kernel_layer_name = "RMSNorm"  # as the `kernels` library marks a class
+
+    class Bare(nn.Module):
+        eps = 1e-5
+
+        def __init__(self):
+            super().__init__()
+            self.eps = 1e-5
+
+        def forward(self, x):
+            return (x.float() * rms(x, self.eps)).to(x.dtype)
+
+    ours = twin(Marked(8), *recognize(Marked(8)))
+    assert isinstance(ours, Marked) and not hasattr(ours, "kernel_layer_name")
+    ours = twin(Bare(), *recognize(Bare()))
+    assert repr(ours) == "RMSNormOfAnyWidth(eps=1e-05, elementwise_affine=False)"
+
+
 def test_the_attribute_that_is_read():
     """Of two that hold the same number."""
     assert recognize(Wrapped(plain, eps=1e-5, variance_epsilon=1e-5)).eps_name == "eps"
@@ -500,6 +559,18 @@ def test_structure_that_is_not_ours():
         == "the weight of Wrapped is not a parameter; where it was sharded or parametrized, swap "
         "before that"
     )
+
+
+def test_class_that_is_not_ours():
+    class Computed(Wrapped):
+        weight_offset = property(lambda self: 0.0)
+
+    class Builtin(nn.RMSNorm):
+        forward = torch.rsqrt
+
+    assert recognize(Computed(plain, eps=1e-5)) == "Computed has a property weight_offset"
+    reason = "the signature of Builtin.forward cannot be read"
+    assert recognize(Builtin(8)) == reason
 
 
 def test_weight_that_is_not_one_for_each_column():

@@ -222,6 +222,20 @@ def test_out_may_be_the_input_or_lie_between_its_rows(device):
     assert same_bits(fused[:, 50:], want) and same_bits(fused[:, :50], x)
 
 
+def test_out_beside_the_input(device):
+    """In one memory: before it, behind it, and between rows of two dimensions."""
+    whole = random(2, 5, 24)
+    for x, out in ((0, 1), (1, 0)):
+        halves = whole.to(device).clone()
+        rms_norm(halves[x], 24, out=halves[out])
+        assert torch.equal(halves[x].cpu(), whole[x])
+        assert same_bits(halves[out], rms_norm(halves[x], 24))
+    strided = whole.to(device).clone()
+    x, out = strided[:, :2, :8], strided[:, 3:, :8]
+    rms_norm(x, 8, out=out)
+    assert torch.equal(x.cpu(), whole[:, :2, :8]) and same_bits(out, rms_norm(x, 8))
+
+
 def test_out_is_promoted_with_cast_before_weight():
     x, weight = random(3, 20, dtype=torch.bfloat16), random_weight(20, torch.float32)
     out = torch.full((3, 20), math.nan)

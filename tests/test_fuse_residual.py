@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsnorm_cuda
 from rmsnorm_cuda import replace_rms_norm
+from rmsnorm_cuda.integrations import fuse_residual
 
 
 class PreNorm(nn.Module):
@@ -138,6 +139,30 @@ class DecoratedByAList(PreNorm):
     forward = forgetful(PreNorm.forward)
 
 
+def with_an_empty_cell(function):
+    later = None
+
+    @functools.wraps(function)
+    def call(self, x):
+        return 2 * function(self, x) if self.scale else later  # noqa: F821
+
+    del later
+    return call
+
+
+class DecoratedBesideAnEmptyCell(PreNorm):
+    forward = with_an_empty_cell(PreNorm.forward)
+
+
+class NormsASum(PreNorm):
+    def forward(self, x):
+        return x + self.mlp(self.norm2(x + self.attention(x)))
+
+
+class DecoratedAroundAnObject(PreNorm):
+    forward = doubled(Times(PreNorm.forward))
+
+
 class Checkpointed(PreNorm):
     """Wraps what its subclasses define, as transformers does: only the outermost wrapper of a class
     acts.
@@ -190,8 +215,10 @@ NOT_FUSED = {
     SumIsReadLater: "does not read `h = residual + h; residual = h",
     Subtracts: "does not read `h = residual + h; residual = h",
     SumHasAnotherName: "does not read `h = residual + h; residual = h",
+    NormsASum: "does not read `h = residual + h; residual = h",
     CallsSuper: "calls super()",
     DecoratedByAnObject: "its forward is decorated by an object|its forward is no function",
+    DecoratedAroundAnObject: "its forward is decorated by an object|its forward is no function",
     DecoratedByAList: "its forward is decorated",
 }
 
@@ -221,6 +248,7 @@ FUSED = {
     PreNorm: ("norm2",),
     OtherNames: ("norm2", "norm3"),
     Decorated: ("norm2",),
+    DecoratedBesideAnEmptyCell: ("norm2",),
     DecoratedInTheSource: ("norm2",),
     DecoratedByWhatIsGone: ("norm2",),
 }
@@ -537,3 +565,8 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         replace_rms_norm(model, fuse_residual=True)
     assert [type(m) for m in model.modules()] == classes and same_bits(model(x), want)
+
+
+def test_code_that_differs_in_its_flags_alone():
+    one, other = (lambda *x: x).__code__, (lambda **x: x).__code__
+    assert fuse_residual._same_code(one, one) and not fuse_residual._same_code(one, other)

@@ -89,6 +89,7 @@ def test_empty(shape, device):
     input = torch.empty(shape).to(device)
     output, total = fused_add_rms_norm(input, input.clone())
     assert output.shape == total.shape == shape
+    assert fused_add_rms_norm(input, input.clone(), out=(output, total)) == (output, total)
     fused_add_rms_norm_(input, input.clone())
 
 
@@ -170,6 +171,17 @@ def test_only_the_weight_requires_grad():
     assert output.requires_grad and not total.requires_grad
     output.sum().backward()
     assert weight.grad is not None
+
+
+def test_only_the_residual_requires_grad():
+    input, residual, weight = random(4, 32), random(4, 32), random(32)
+    grads = []
+    for leaf in (input, residual):
+        leaf.requires_grad_()
+        output, total = fused_add_rms_norm(input, residual, weight)
+        grads += torch.autograd.grad((output * residual.detach()).sum() + total.sum(), leaf)
+        leaf.requires_grad_(False)
+    assert torch.equal(*grads)
 
 
 def test_frozen_weight_and_one_gradient_only():

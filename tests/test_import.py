@@ -257,6 +257,23 @@ def test_hooks_of_two_packages(tmp_path):
     run(tmp_path, hook, "import rmsnorm_cuda\n", insert, use)
 
 
+def test_module_that_imports_the_other(tmp_path):
+    """Of two that a hook waits for: the function runs once, after the inner one."""
+    (tmp_path / "outer.py").write_text("import inner")
+    (tmp_path / "inner.py").write_text("")
+    code = """
+        import sys
+        from rmsnorm_cuda.integrations.when_imported import when_imported
+
+        sys.path.insert(0, ".")
+        seen = []
+        when_imported(("outer", "inner"), lambda: seen.append("inner" in sys.modules), "hook")
+        import outer
+        assert seen == [True]
+    """
+    run(tmp_path, code)
+
+
 @pytest.mark.parametrize("options", ["-OO -bb -X dev", "-I"])
 def test_options_of_python(options, tmp_path):
     """Without docstrings and assertions, and with warnings of ours as errors."""

@@ -137,6 +137,21 @@ def test_no_torch(tmp_path, package):
     )
 
 
+def test_torch_that_lacks_a_module(tmp_path, package):
+    other = fake_torch(tmp_path / "other", "2.13.0")
+    (other / "torch" / "__init__.py").write_text("import nothing_there")
+    said = last_line("import rmsnorm_cuda", other, package.parent, cwd=tmp_path, start=[])
+    assert said == "ModuleNotFoundError: No module named 'nothing_there'"
+
+
+def test_binding_that_is_another_library(tmp_path):
+    for name in (build_layers.OPS, build_layers.binding_name()):
+        shutil.copy(PACKAGE / "lib" / build_layers.KERNELS, tmp_path / name)
+    with pytest.raises(ImportError, match="PyInit__C"):
+        load._load_binding("another._C", tmp_path)
+    assert "another._C" not in sys.modules
+
+
 @pytest.mark.parametrize("version", ["2.10.1+cu128", "1.13.1", "2.9.0a0"])
 def test_torch_that_is_too_old(version, tmp_path, package):
     other = fake_torch(tmp_path / "other", version)
@@ -736,7 +751,7 @@ def test_layers_that_cannot_be_built(tmp_path, package, stand_in):
     assert (
         not succeeds and f"what was built does not load beside torch {torch.__version__}:" in said
     )
-    code = "import sysconfig; sysconfig.get_paths = lambda: {'include': '/nowhere'}; "
+    code = "import sysconfig; sysconfig.get_paths = lambda *_: {'include': '/nowhere'}; "
     code += "import runpy; runpy.run_path(%r, run_name='__main__')"
     said, succeeds = build(package, code % str(package / SCRIPT), CXX=stand_in)
     assert not succeeds and "Python.h of " in said and "install Python's headers" in said
@@ -757,6 +772,42 @@ def test_layers_that_cannot_be_built(tmp_path, package, stand_in):
     assert sorted((package / "lib").iterdir()) == before
     code = f"import runpy; runpy.run_path({str(package / SCRIPT)!r}, run_name='__main__')"
     assert build(package, code, CXX="'")[0].count("\n") == 1
+
+
+def test_folder_that_others_may_write_to(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    assert build_layers.why_not_trusted(folder) is None
+    assert build_layers.why_not_trusted(folder / "gone") == f"{folder / 'gone'} cannot be read"
+    folder.chmod(0o770)
+    assert build_layers.why_not_trusted(folder) == f"{folder} may be written to by others"
+    user, status = os.geteuid(), os.stat_result
+    real = Path.stat
+
+    def of_another(path, **options):
+        values = list(real(path, **options))
+        values[stat.ST_UID] = user + 1
+        return status(values)
+
+    monkeypatch.setattr(Path, "stat", of_another)
+    assert build_layers.why_not_trusted(folder) == f"{folder} belongs to another user"
+
+
+def test_torch_that_is_not_complete(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    with pytest.raises(SystemExit, match="is not complete: it has no version.py"):
+        build_layers.find_torch(supported.TORCH, str(tmp_path))
+
+
+def test_program_that_does_not_run():
+    assert build_layers.output("/nowhere/g++", "-dumpversion") == ""
+
+
+def test_help_of_the_script():
+    run = programs.run(file=PACKAGE / SCRIPT, arguments=["--help"])
+    assert run.returncode == 0 and "CXX names another compiler" in run.stdout
+    assert programs.run(file=PACKAGE / SCRIPT, arguments=["--nothing"]).returncode == 1
 
 
 @needs_sources

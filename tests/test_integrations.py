@@ -893,6 +893,8 @@ def test_torchtitan_converter(torchtitan):
     assert isinstance(
         converter.convert(theirs.Config(normalized_shape=4)), torchtitan.RMSNorm.Config
     )
+    derived = torchtitan.RMSNorm.Config(normalized_shape=4)
+    assert converter.convert(derived) is derived
 
 
 def test_torchtitan_model():

@@ -662,7 +662,8 @@ def test_one_row_is_as_long_as_another_by_chance():
     assert found == ([("1", "dead")] if equal else [])
 
 
-def test_called_twice_and_again_in_backward():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_called_twice_and_again_in_backward(reentrant):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -670,7 +671,7 @@ def test_called_twice_and_again_in_backward():
 
         def forward(self, x, other=True):
             y = self.norm(x[:5])
-            z = torch.utils.checkpoint.checkpoint(self.norm, x[5:], use_reentrant=False)
+            z = torch.utils.checkpoint.checkpoint(self.norm, x[5:], use_reentrant=reentrant)
             return torch.cat([y, self.other(z) if other else z])
 
     model, x = Tied(), torch.randn(12, WIDTH)
@@ -712,6 +713,36 @@ def test_norms_of_several_widths(widths):
     names = list(m.norms)
     assert m.figures()[0, names.index("encoder.final_layer_norm"), 0] == 11
     assert m.figures()[0, names.index("decoder.final_layer_norm"), 0] == 5 and len(m.steps) > 2
+
+
+def test_t5_norm_of_another_dtype():
+    """Rounded between norm and weight, in two steps: it is not measured, and computes the same."""
+    transformers = pytest.importorskip("transformers")
+    norm = transformers.models.t5.modeling_t5.T5LayerNorm(WIDTH).bfloat16()
+    model, x = nn.Sequential(norm), torch.randn(3, WIDTH)
+    want = model(x)
+    with replace_rms_norm(model), monitor(model) as m:
+        assert torch.equal(model(x), want) and not m.figures()[:, 0, 0].any()
+        model(x.bfloat16())
+    assert m.figures()[-1, 0, 0] == 3
+
+
+def test_sparse_tensors():
+    """They have no storage, by which the monitor would know them."""
+
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = RMSNorm(WIDTH, 1e-6), RMSNorm(WIDTH, 1e-6)
+
+        def forward(self, x):
+            nothing = torch.zeros(len(x), len(x)).to_sparse()
+            return self.norm(x + torch.sparse.mm(nothing, self.first(x)))
+
+    model, x = Sparse(), torch.randn(5, WIDTH)
+    with monitor(model) as m:
+        [model(x) for _ in range(4)]
+    assert kinds(m) == [("norm", "dead")]  # which it traces to tell
 
 
 def test_forward_that_raises_is_a_step():

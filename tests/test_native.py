@@ -126,6 +126,29 @@ int main() {
 """
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
+@pytest.mark.skipif(_C.cuda_built(), reason="the CUDA kernels are there")
+def test_kernels_that_were_not_built(tmp_path):
+    """A launch is an error, which says why."""
+    backward = """
+        #include "rmsnorm.h"
+        int main() {
+          const rmsnorm::RmsNormBackward p{};
+          if (rmsnorm::cuda::rms_norm_backward_workspace(p) != 0) return 1;
+          return rmsnorm::cuda::rms_norm_backward(p, nullptr) == 0;
+        }
+    """
+    link = [f"-L{LIBRARY}", "-lrmsnorm", f"-Wl,-rpath,{LIBRARY}"]
+    for name, source in (("forward", LAUNCH), ("backward", backward)):
+        (tmp_path / f"{name}.cpp").write_text(source)
+        options = ["-std=c++17", f"-I{LIBRARY.parent / 'include'}", "-o", tmp_path / name]
+        run(["g++", tmp_path / f"{name}.cpp", *options, *link])
+    runtime, driver, error, sentence = run([tmp_path / "forward"]).split(" ", 3)
+    assert runtime == driver == "0" and int(error) != 0
+    assert sentence == f"the CUDA kernels were not built: {_C.cuda_architectures()}"
+    run([tmp_path / "backward"])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("RMSNORM_CUDA_CUDART") == "shared",

@@ -98,13 +98,14 @@ def test_swapped_model_and_dynamic_batch():
     )
 
 
+@pytest.mark.parametrize("opset", [17, 18])  # axes are an attribute, an input
 @pytest.mark.parametrize("options", OPTIONS)
-def test_older_exporter(options):
+def test_older_exporter(options, opset):
     model, x, file = (
         Layer(OPTIONS[options], torch.float32, torch.float32).eval(),
         torch.randn(5, 3, 16),
         io.BytesIO(),
     )
-    torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
+    torch.onnx.export(model, (x,), file, dynamo=False, opset_version=opset)
     with torch.no_grad():
         torch.testing.assert_close(run(file.getvalue(), x), model(x), rtol=1e-5, atol=1e-5)

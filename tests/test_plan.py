@@ -139,3 +139,6 @@ def test_explain_errors():
         explain("forward", 1, 64, torch.float64, DEVICES["H100"])
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
         _C.cuda_plan(False, 1, 64, torch.float64, torch.float64, torch.float64, 90, 132, 227 << 10)
+    for rows, cols in ((0, 64), (1, 0)):
+        with pytest.raises(ValueError, match="at least one row and one column"):
+            _C.cuda_plan(False, rows, cols, *3 * (torch.float32,), 90, 132, 227 << 10)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DTYPES, name
 
-from rmsnorm_cuda.reference import round_once, ulp_distance
+from rmsnorm_cuda.reference import rms_norm_reference, round_once, ulp_distance
 
 
 def test_round_once():
@@ -49,3 +49,9 @@ def test_ulp_distance(dtype):
     assert torch.equal(ulp_distance(b.to(dtype), a.to(dtype)), want)
     with pytest.raises(TypeError, match="same floating dtype"):
         ulp_distance(a.to(dtype), b.to(torch.int32))
+
+
+def test_shape_that_is_not_the_inputs():
+    for shape in ((), (3,), (2, 4)):
+        with pytest.raises(RuntimeError, match=r"expected an input of shape \[\*, .*got \[3, 4\]"):
+            rms_norm_reference(torch.ones(3, 4), shape)

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 
 import rmsnorm_cuda
 from rmsnorm_cuda import replace_rms_norm
-from rmsnorm_cuda.integrations.transformers import patch_transformers
+from rmsnorm_cuda.integrations.transformers import Fused, patch_transformers
 
 try:
     import peft
@@ -350,6 +350,21 @@ def test_wrong_arguments():
             pass
 
 
+def test_model_whose_library_is_missing(monkeypatch):
+    """The error is the one that names it."""
+    pytest.importorskip("transformers")
+    real = importlib.import_module
+
+    def missing(name, *args):
+        if name.endswith("modeling_llama"):
+            raise ModuleNotFoundError("No module named 'theirs'", name="theirs")
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match="theirs"), patch_transformers("llama"):
+        pass
+
+
 def test_what_is_listed_is_short():
     class GatedRMSNorm(nn.Linear):
         pass
@@ -363,6 +378,8 @@ def test_what_is_listed_is_short():
             == "[<1, a MambaRMSNormGated: MambaRMSNormGated has bias, where one parameter is "
             "expected, called weight>]"
         )
+    fused = Fused("layers.0", nn.Linear(4, 4), ("norm1", "norm2"))
+    assert repr(fused) == "<layers.0, a Linear: norm1, norm2>"
 
 
 def test_what_modules_of_one_class_differ_in():

@@ -174,13 +174,9 @@ struct Op<Name, Result(Args...)> {
   }
 
   // torch's own way with lazily negated tensors expects an op that writes to return what it wrote.
-  static void refuse_negative(DispatchKeySet keys, Args... args) {
-    for (const Tensor* t : {tensor_of(args)...}) {
-      TORCH_CHECK(!t || !t->defined() || !t->is_neg(), handle().operator_name(),
-                  ": expected tensors without the negative bit; call resolve_neg() on them first");
-    }
-    const DispatchKeySet below(DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative);
-    redispatch(keys & below, args...);
+  static void refuse_negative(DispatchKeySet, Args...) {
+    TORCH_CHECK(false, handle().operator_name(),
+                ": expected tensors without the negative bit; call resolve_neg() on them first");
   }
 };
 

@@ -188,10 +188,7 @@ class _Source:
             operator.or_, (future.compiler_flag for future in futures)
         )
         module = compile(tree, self.code.co_filename, "exec", flags, dont_inherit=True)
-        for code in _all_codes(module):
-            if code.co_name == self.code.co_name:
-                return code
-        raise _LeftAlone("the source of its forward is not there")
+        return next(code for code in _all_codes(module) if code.co_name == self.code.co_name)
 
 
 def _all_codes(code: types.CodeType):
@@ -226,8 +223,6 @@ def _with_code(
     function: types.FunctionType, code: types.CodeType, cells: dict[str, types.CellType]
 ) -> types.FunctionType:
     """The function with another code; all else is its own."""
-    if not cells.keys() >= {*code.co_freevars}:
-        raise _LeftAlone("its forward closes over names that are not there")
     if hasattr(code, "co_qualname"):
         code = code.replace(co_qualname=function.__code__.co_qualname)
     closure = tuple(cells[name] for name in code.co_freevars) or None
