@@ -55,8 +55,8 @@ def test_exports_and_types_are_those_on_record(monkeypatch):
     """Programs were compiled against the contract as native/abi.txt shows it. `python
     tests/native/abi.py` records a change, which then is seen; a struct that grew breaks them.
     """
-    for command in ("nm", "g++"):
-        output(command, "--version")  # or it is skipped
+    for program in ("nm", "g++"):
+        output(program, "--version")  # or it is skipped
     pytest.importorskip("elftools")
     monkeypatch.syspath_prepend(Path(__file__).parent / "native")
     import abi
