@@ -30,6 +30,7 @@ void check(bool ok, const char* format, ...) {
   std::printf("FAILED: ");
   std::vprintf(format, args);
   std::printf("\n");
+  std::fflush(stdout);
   va_end(args);
 }
 
