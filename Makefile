@@ -1,6 +1,7 @@
 # make demo   a real Llama-architecture model generates text with torch's norms and with ours
 # make test   the test suite, without the slow tests: .ci/run runs those too
 # make sanitize   the CPU kernels under ASan, UBSan and TSan
+# make mutate     is every operator and number of the CPU kernels and CUDA plans tested?
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
 # make wheel     a wheel of PYTHON for every supported torch, in dist/
 # make wheelhouse   the same for every supported Python that is there
@@ -37,6 +38,10 @@ check: $(VENV)/check-ready build
 # The CPU kernels under ASan, UBSan and TSan: ARGS=threads for one of them.
 sanitize: $(VENV)/ready
 	$(BIN)/python .ci/sanitize.py $(ARGS)
+
+# Hours for all of them: ARGS="--sample 100", or a file, or a file and a line.
+mutate: $(VENV)/ready build
+	$(BIN)/python .ci/mutate.py $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
@@ -96,4 +101,4 @@ sdist:
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
-.PHONY: demo test build check sanitize bench bench-cuda figures wheel wheelhouse sdist clean
+.PHONY: demo test build check sanitize mutate bench bench-cuda figures wheel wheelhouse sdist clean

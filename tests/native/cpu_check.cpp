@@ -62,7 +62,37 @@ void check_writes_past_caches() {
   check(!cpu::writes_past_caches(32 << 20, true), "an output that is mapped afresh");
 }
 
+// The bits of dweight follow from how the rows are split into blocks.
+void check_backward_plan() {
+  struct Case {
+    int64_t rows, cols, block_rows, blocks;
+  };
+  for (const Case& c : {Case{1, 1, 256, 1}, {256, 128, 256, 1}, {257, 128, 256, 2},
+                        {1000, 129, 254, 4}, {1000, 4096, 8, 125}, {1024, 9000, 8, 128},
+                        {1025, 9000, 9, 114}, {1152, 9000, 9, 128}, {1153, 9000, 10, 116},
+                        {40000, 3640, 256, 157}, {100, 3640, 9, 12}}) {
+    RmsNormBackward p{};
+    p.rows = c.rows, p.cols = c.cols;
+    check(cpu::rms_norm_backward_plan(p).workspace_bytes == 0, "workspace without dweight");
+    p.dweight = &p;
+    const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p);
+    check(plan.block_rows == c.block_rows && plan.blocks == c.blocks &&
+              plan.workspace_bytes == 8 * c.blocks * c.cols,
+          "plan of %ldx%ld: %ld blocks of %ld", c.rows, c.cols, plan.blocks, plan.block_rows);
+  }
+}
+
 // ---------------------------------------------------------------- forward
+
+// Whichever NaN a row held, and where it held Inf: a positive quiet one without a payload.
+bool has_one_nan(Tensor& y, Tensor& rstd) {
+  const Format& f = format(y.dtype);
+  const uint64_t nan = f.infinity() | uint64_t(1) << (f.fraction_bits - 1);
+  for (int64_t row = 0; row < y.rows; ++row)
+    for (int64_t i = 0; i < y.cols && !(rstd.get(0, row) > 0); ++i)
+      if (std::isnan(y.get(row, i)) && y.bits(row, i) != nan) return false;
+  return true;
+}
 
 // Runs f on every instruction set, checks each against the formula and all against each other.
 void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, const char* what) {
@@ -79,6 +109,7 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
     const char* name = run.c_str();
     compare_forward(f, x, w, y, r, name, 1, isa == "fp64");
     check(f.wide() || isa == cpu::last_isa(), "%s: ran %s", name, cpu::last_isa());
+    check(has_one_nan(y, r), "%s: another NaN", name);
     // Only fp64 rounds once. Products of 16-bit values are exact in fp32, with or without FMA.
     const std::string below = results.size() > 1 ? isas[results.size() - 2] : "fp64";
     if (below == "fp64" || (below == "scalar" && f.x_type == DType::kFloat32)) continue;
@@ -164,6 +195,7 @@ void check_forward_extremes() {
       {"one NaN", f16, 1e-6, one_odd(NAN)},
       {"one Inf", f16, 1e-6, one_odd(INFINITY)},
       {"plain", f64, 1e-6, scaled(1)},
+      {"constant", f64, 0, constant(0.1L)},
       {"huge", f64, 1e-6, scaled(1e160L)},
       {"hugest", f64, 0, scaled(5e307L)},
       {"tiny", f64, 0, scaled(1e-170L)},
@@ -307,7 +339,12 @@ void check_quant() {
                          bound,
                          least,
                          type};
-              const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p);
+              const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p),
+                            row_bytes = cols * format(f.y_type()).bytes;
+              check(p.y ? workspace_bytes == 0
+                        : workspace_bytes % row_bytes == 0 && workspace_bytes > 0 &&
+                              workspace_bytes <= rows * row_bytes,
+                    "quant: workspace of %ld", workspace_bytes);
               std::vector<uint8_t> workspace(workspace_bytes + 64 + kGuard, 0xa5);
               uint8_t* const space =
                   workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64;
@@ -582,6 +619,7 @@ int main(int argc, char** argv) {
   if (is_part("choice")) {
     check_instruction_sets();
     check_writes_past_caches();
+    check_backward_plan();
   }
   if (is_part("forward")) {
     check_forward_sizes();
