@@ -435,7 +435,7 @@ void check_forward_streams() {
     for (const DType type : kFast) {
       if (!is_chosen({type})) continue;
       for (const bool weighted : {false, true}) {
-        for (const int64_t cols : {64, 160, 2112, 9248}) {
+        for (const int64_t cols : {64, 100, 160, 2112, 9248}) {
           const Forward f = {type, type, weighted};
           Tensor x(type, 3, cols, Layout::kDense, kPage), w(type, 1, cols, Layout::kDense, kPage);
           Tensor want(type, 3, cols);
@@ -520,7 +520,7 @@ void check_backward_streams() {
     use(isa);
     for (const DType type : kFast) {
       if (!is_chosen({type})) continue;
-      for (const int64_t cols : {64, 160, 2112, 9248}) {
+      for (const int64_t cols : {64, 100, 160, 2112, 9248}) {
         Backward b({type, type}, type, 3, cols);
         b.with_dresidual = cols == 160;
         const uintptr_t beside_x = (reinterpret_cast<uintptr_t>(b.x.data()) + 63) / 64 * 64;
