@@ -218,14 +218,19 @@ void check_forward_extremes() {
       }
     }
   }
-  for (const Real odd :
-       {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
-    if (!is_chosen({f32})) continue;
-    Tensor x(f32, 3, 70), w(f32, 1, 70);
-    fill_normal(x);
-    fill(w, [&](int64_t, int64_t col) { return col == 9 ? odd : 1; });
-    check_forward({f32, f32}, x, w, Layout::kDense, "one odd weight");
-    check_forward({f32, f32, true, true}, x, w, Layout::kDense, "one odd weight");
+  // In each vector of a step of the look at a weight, and behind the steps.
+  for (const int64_t place : {0, 9, 17, 31, 69}) {
+    for (const Real odd :
+         {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
+      for (const Forward& f : {Forward{f32, f32}, {f32, f32, true, true}, {bf16, f32}}) {
+        if (!is_chosen({f.x_type, f.w_type})) continue;
+        Tensor x(f.x_type, 3, 70), w(f.w_type, 1, 70);
+        fill_normal(x);
+        fill(w, [&](int64_t, int64_t col) { return col == place ? odd : 1; });
+        if (std::isnan(odd)) std::memset(w.at(0, place), 0xff, 4);  // to round it would make it 0
+        check_forward(f, x, w, Layout::kDense, "one odd weight");
+      }
+    }
   }
   for (const Forward& f :
        {Forward{f32, f64}, Forward{f64, bf16, true, false, 1}, Forward{bf16, f64, true, true}}) {
