@@ -348,7 +348,7 @@ def outcome_of_kernels(mutant, shared):
                 )
             link(objects, isa, dtype, emulated)
             names = [NAMES[name] for name in KERNELS[isa]]
-            if result := native(family, *names, *([DTYPES[dtype]] if dtype else [])):
+            if result := native(family, *names, *([f"of={DTYPES[dtype]}"] if dtype else [])):
                 return result
     if not changed:
         return "same code"

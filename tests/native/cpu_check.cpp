@@ -4,7 +4,7 @@
 // or with the objects of the build in place of csrc/cpu/*.cpp. Also with
 // -fsanitize=address,undefined. Every instruction set that the machine has is run. Silent but for
 // failures and the last line. Arguments choose: parts (choice, forward, quant, backward),
-// instruction sets (avx2, ...) and the one dtype of all tensors (bf16, ...).
+// instruction sets (avx2, ...) and the only dtypes (of=bf16, ...).
 #include "check.h"
 
 namespace {
@@ -23,9 +23,9 @@ bool is_chosen(const std::string& name, const std::vector<std::string>& kind) {
 }
 
 bool is_chosen(std::initializer_list<DType> dtypes) {
-  static const std::vector<std::string> kNames = {"fp32", "fp16", "bf16", "fp64"};
+  static const std::vector<std::string> kAll = {"of=fp32", "of=fp16", "of=bf16", "of=fp64"};
   return std::all_of(dtypes.begin(), dtypes.end(),
-                     [&](DType t) { return is_chosen(format(t).name, kNames); });
+                     [&](DType t) { return is_chosen(std::string("of=") + format(t).name, kAll); });
 }
 
 std::vector<std::string> instruction_sets() {
@@ -67,10 +67,17 @@ void check_backward_plan() {
   struct Case {
     int64_t rows, cols, block_rows, blocks;
   };
-  for (const Case& c : {Case{1, 1, 256, 1}, {256, 128, 256, 1}, {257, 128, 256, 2},
-                        {1000, 129, 254, 4}, {1000, 4096, 8, 125}, {1024, 9000, 8, 128},
-                        {1025, 9000, 9, 114}, {1152, 9000, 9, 128}, {1153, 9000, 10, 116},
-                        {40000, 3640, 256, 157}, {100, 3640, 9, 12}}) {
+  for (const Case& c : {Case{1, 1, 256, 1},
+                        {256, 128, 256, 1},
+                        {257, 128, 256, 2},
+                        {1000, 129, 254, 4},
+                        {1000, 4096, 8, 125},
+                        {1024, 9000, 8, 128},
+                        {1025, 9000, 9, 114},
+                        {1152, 9000, 9, 128},
+                        {1153, 9000, 10, 116},
+                        {40000, 3640, 256, 157},
+                        {100, 3640, 9, 12}}) {
     RmsNormBackward p{};
     p.rows = c.rows, p.cols = c.cols;
     check(cpu::rms_norm_backward_plan(p).workspace_bytes == 0, "workspace without dweight");
@@ -218,15 +225,22 @@ void check_forward_extremes() {
       }
     }
   }
-  // In each vector of a step of the look at a weight, and behind the steps.
-  for (const int64_t place : {0, 9, 17, 31, 69}) {
+  // In each vector of a step of the look at a weight, and behind the steps; where its product with
+  // rstd leaves the range of fp32, though y does not.
+  for (const auto& [place, scale] : {std::pair<int64_t, Real>{0, 1},
+                                     {9, 1e-3L},
+                                     {9, 1e3L},
+                                     {17, 1e-3L},
+                                     {31, 1e3L},
+                                     {69, 1e-3L},
+                                     {69, 1e3L}}) {
     for (const Real odd :
          {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
       for (const Forward& f : {Forward{f32, f32}, {f32, f32, true, true}, {bf16, f32}}) {
         if (!is_chosen({f.x_type, f.w_type})) continue;
         Tensor x(f.x_type, 3, 70), w(f.w_type, 1, 70);
-        fill_normal(x);
-        fill(w, [&](int64_t, int64_t col) { return col == place ? odd : 1; });
+        fill_normal(x, scale);
+        fill(w, [&, at = place](int64_t, int64_t col) { return col == at ? odd : 1; });
         if (std::isnan(odd)) std::memset(w.at(0, place), 0xff, 4);  // to round it would make it 0
         check_forward(f, x, w, Layout::kDense, "one odd weight");
       }
@@ -309,12 +323,12 @@ void check_quant() {
       for (const QType type : {QType::kFloat8E4M3, QType::kFloat8E5M2, QType::kInt8})
         for (const int64_t cols : {1, 7, 33, 64, 128, 300, 4224, 9000})
           for (const int way :
-               {0, 1, 2, 3}) {  // a given scale, rows, bounded rows, blocks in columns
-            if (way == 3 && cols % 64) continue;
+               {0, 1, 2, 3, 4}) {  // a given scale, rows, bounded rows, blocks in columns, in rows
+            if (way >= 3 && cols % 64) continue;
             ++turn;
             const Forward f = {x_type, turn % 2 ? x_type : DType::kFloat32, true, cast};
             if (!is_chosen({f.x_type, f.w_type})) continue;
-            const int64_t rows = cols < 200 ? 21 : 3, block = way == 3 ? 64 : cols,
+            const int64_t rows = cols < 200 ? 21 : 3, block = way >= 3 ? 64 : cols,
                           blocks = cols / block;
             Tensor x(f.x_type, rows, cols, kLayouts[turn % 4]), w(f.w_type, 1, cols);
             fill_normal(x);
@@ -323,6 +337,7 @@ void check_quant() {
               x.set(1, i, x.get(1, i) * (x_type == DType::kFloat16 ? 1e-4L : 1e30L)),
                   x.set(2, i, 0);
             if (rows > 3 && turn % 3 == 0) x.set(3, cols / 2, NAN);
+            if (turn % 5 == 0) w.set(0, 0, INFINITY);
             for (const std::string& isa : instruction_sets()) {
               use(isa);
               Tensor norm(f.y_type(), rows, cols),
@@ -367,7 +382,9 @@ void check_quant() {
                   }
                   float scale = (largest > bound ? bound : largest) / most;
                   scale = way ? (scale < least ? least : scale) : 0.0137f;
-                  const float there = scales[1 + (way == 3 ? b * rows + row : way ? row : 0)];
+                  const float there = scales[1 + (way == 3 ? b * rows + row
+                                                  : way    ? row * blocks + b
+                                                           : 0)];
                   same &= there == scale || (there != there && scale != scale);
                   for (int64_t i = b * block; i < (b + 1) * block; ++i) {
                     const float v = float(norm.get(row, i)),

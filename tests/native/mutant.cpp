@@ -1,5 +1,5 @@
-// For .ci/mutate.py: an instruction set in which a mutant's kernels do the calls of one dtype, or all,
-// and the originals the others. Kernels for one dtype compile in a tenth of the time.
+// For .ci/mutate.py: an instruction set in which a mutant's kernels do the calls of one dtype, or
+// all, and the originals the others. Kernels for one dtype compile in a tenth of the time.
 //   ISA, ORIGINAL, MUTANT: names of Kernels; the mutant's are nullptr where its family has none
 //   ALL: 1, or 0 and DTYPE: the only dtype of the calls that are the mutant's
 #include "../../csrc/cpu/kernels.h"
