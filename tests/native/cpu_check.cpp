@@ -91,13 +91,19 @@ void check_backward_plan() {
 
 // ---------------------------------------------------------------- forward
 
+bool is_other_nan(Tensor& t, int64_t row, int64_t i) {
+  const Format& f = format(t.dtype);
+  const uint64_t nan = f.infinity() | uint64_t(1) << (f.fraction_bits - 1);
+  return std::isnan(t.get(row, i)) && t.bits(row, i) != nan;
+}
+
 // Whichever NaN a row held, and where it held Inf: a positive quiet one without a payload.
 bool has_one_nan(Tensor& y, Tensor& rstd) {
-  const Format& f = format(y.dtype);
-  const uint64_t nan = f.infinity() | uint64_t(1) << (f.fraction_bits - 1);
-  for (int64_t row = 0; row < y.rows; ++row)
+  for (int64_t row = 0; row < y.rows; ++row) {
+    if (is_other_nan(rstd, 0, row)) return false;
     for (int64_t i = 0; i < y.cols && !(rstd.get(0, row) > 0); ++i)
-      if (std::isnan(y.get(row, i)) && y.bits(row, i) != nan) return false;
+      if (is_other_nan(y, row, i)) return false;
+  }
   return true;
 }
 
