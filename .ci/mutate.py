@@ -332,7 +332,7 @@ def outcome(mutant):
 def outcome_of_kernels(mutant, shared):
     steps, families = STEPS, [mutant.file.stem] if mutant.file.stem in FAMILIES else FAMILIES
     if mutant.file.stem.startswith("isa_"):
-        steps = [(mutant.file.stem[4:], dtype) for dtype in DTYPES]
+        steps = [(mutant.file.stem[4:], dtype) for dtype in (*DTYPES, None)]
     changed = False
     for isa, dtype in steps:
         for family in families:

@@ -231,25 +231,39 @@ void check_forward_extremes() {
       }
     }
   }
-  // In each vector of a step of the look at a weight, and behind the steps; where its product with
-  // rstd leaves the range of fp32, though y does not.
+  // In each vector of a step of the look at a weight, behind the steps, and everywhere (-1); where
+  // its product with rstd leaves the range of fp32, though y does not.
   for (const auto& [place, scale] : {std::pair<int64_t, Real>{0, 1},
                                      {9, 1e-3L},
                                      {9, 1e3L},
                                      {17, 1e-3L},
                                      {31, 1e3L},
                                      {69, 1e-3L},
-                                     {69, 1e3L}}) {
+                                     {69, 1e3L},
+                                     {-1, 1},
+                                     {-1, 1e3L}}) {
     for (const Real odd :
          {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
       for (const Forward& f : {Forward{f32, f32}, {f32, f32, true, true}, {bf16, f32}}) {
         if (!is_chosen({f.x_type, f.w_type})) continue;
-        Tensor x(f.x_type, 3, 70), w(f.w_type, 1, 70);
+        const int64_t cols = place < 0 ? 64 : 70;
+        Tensor x(f.x_type, 3, cols), w(f.w_type, 1, cols);
         fill_normal(x, scale);
-        fill(w, [&, at = place](int64_t, int64_t col) { return col == at ? odd : 1; });
-        if (std::isnan(odd)) std::memset(w.at(0, place), 0xff, 4);  // to round it would make it 0
+        fill(w, [&, at = place](int64_t, int64_t i) { return at < 0 || i == at ? odd : 1; });
+        // To round this NaN would make it 0.
+        if (std::isnan(odd) && place >= 0) std::memset(w.at(0, place), 0xff, 4);
         check_forward(f, x, w, Layout::kDense, "one odd weight");
       }
+    }
+  }
+  // In fp32 each of the small squares would round the sum up, by half a unit of the large one.
+  for (const int64_t rows : {3, 8}) {
+    for (int64_t first = 0; first < 8 && is_chosen({f32}); first += rows) {
+      Tensor x(f32, rows, 256), w(f32, 1, 256);
+      fill(x, [&](int64_t row, int64_t col) {
+        return col == first + row ? 1 : std::sqrt(0.51L * 0x1p-23L);
+      });
+      check_forward({f32, f32, false, false, 0, 0}, x, w, Layout::kDense, "one dominates");
     }
   }
   for (const Forward& f :
