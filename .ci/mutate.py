@@ -76,9 +76,15 @@ class Mutant(NamedTuple):
     after: str
     line: int
     text: str  # of the line, without its comment
+    turn: int  # which of the equal changes of a line
+
+    @property
+    def change(self):
+        of_turn = f" #{self.turn}" if self.turn > 1 else ""
+        return f"{self.before} -> {self.after or 'nothing'}{of_turn}"
 
     def __str__(self):
-        return f"{self.file}:{self.line}: {self.before} -> {self.after or 'nothing'}: {self.text}"
+        return f"{self.file}:{self.line}: {self.change}: {self.text}"
 
 
 def other_number(text):
@@ -111,7 +117,8 @@ def mutants_of(file):
         )
         line = source.count("\n", 0, start)
         text = re.sub(r"\s*//.*", "", lines[line]).strip()
-        result.append(Mutant(file, start, before, after, line + 1, text))
+        turn = 1 + sum((m.line, m.before) == (line + 1, before) for m in result)
+        result.append(Mutant(file, start, before, after, line + 1, text, turn))
     return result
 
 
@@ -358,10 +365,9 @@ def outcome_of_kernels(mutant, shared):
 def is_excused(mutant, entries):
     """Is there an entry `FILE: LINE` or `FILE: LINE  |  BEFORE -> AFTER, ...`; or `FILE: *`?"""
     line, any_line = f"{mutant.file}: {mutant.text}", f"{mutant.file}: *"
-    change = f"{mutant.before} -> {mutant.after or 'nothing'}"
     for entry in entries:
         place, _, changes = entry.partition("  |  ")
-        if place in (line, any_line) and (not changes or change in changes.split(", ")):
+        if place in (line, any_line) and (not changes or mutant.change in changes.split(", ")):
             return True
     return False
 
