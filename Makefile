@@ -3,6 +3,7 @@
 # make sanitize   kernels, op layer and binding under ASan, UBSan and TSan; ARGS=threads for a part
 # make soak       an hour of every op from four threads at once
 # make coverage   the lines and branches that the tests reach
+# make mutate     is every operator and number of the CPU kernels and CUDA plans tested?
 # make figures   the charts of benchmarks/results/ again, from the figures beside them
 # make wheel     a wheel of PYTHON for every supported torch, in dist/
 # make wheelhouse   the same for every supported Python that is there
@@ -45,6 +46,10 @@ soak: build
 # Those of csrc and rmsnorm_cuda. ARGS goes to pytest.
 coverage: $(VENV)/coverage-ready
 	$(BIN)/python .ci/coverage.py $(ARGS)
+
+# Hours for all of them: ARGS="--sample 100", or a file, or a file and a line.
+mutate: build
+	$(BIN)/python .ci/mutate.py $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
@@ -109,5 +114,5 @@ sdist:
 clean:
 	rm -rf build dist *.egg-info rmsnorm_cuda/include rmsnorm_cuda/lib
 
-.PHONY: demo test build check sanitize soak coverage bench bench-cuda figures
+.PHONY: demo test build check sanitize soak coverage mutate bench bench-cuda figures
 .PHONY: wheel wheelhouse sdist clean

@@ -1,5 +1,9 @@
 """Which CUDA kernel a row length gets: pure host functions, so all of this runs without a GPU."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,6 +33,96 @@ def plan(pass_, cols, dtype, device, rows=4096):
         device.arch,
         device.multiprocessors,
         device.shared_kib << 10,
+    )
+
+
+# At both sides of each boundary: of the vectors and lanes, of the registers, of a cluster, of the
+# shared memory, of the number of blocks; mixed dtypes; and machines that are hardly there.
+# pass, dtypes of dy, x and w; arch, multiprocessors, shared KiB; rows, cols -> kernel, keep,
+# vectors, lanes, threads, registers, cluster, slice, shared_bytes, resident, blocks
+PLANS = """
+forward bf16 90 132 227 100000 1 rows 0 1 1 128 80 1 1 0 6 782
+forward bf16 90 132 227 100000 128 rows 0 1 16 128 80 1 128 0 6 782
+forward bf16 90 132 227 100000 129 rows 0 1 32 128 80 1 129 0 6 782
+forward fp32 90 132 227 1 128 rows 0 1 32 128 80 1 128 0 6 1
+forward bf16 90 132 227 100000 256 rows 0 1 32 128 80 1 256 0 6 782
+forward bf16 90 132 227 100000 257 rows 0 2 32 128 80 1 257 0 6 1563
+forward bf16 90 132 227 100000 512 rows 0 2 32 128 80 1 512 0 6 1563
+forward bf16 90 132 227 100000 513 rows 0 4 32 128 80 1 513 0 6 3125
+forward bf16 90 132 227 100000 2048 rows 0 4 64 64 80 1 2048 0 12 6250
+forward bf16 90 132 227 100000 8192 rows 0 4 256 256 80 1 8192 0 3 1563
+forward bf16 90 132 227 100000 8193 shared_rows 1 4 288 288 64 1 8448 16896 3 1563
+forward fp32 90 132 227 100000 16384 shared_rows 1 4 512 512 64 1 16384 65536 2 1053
+forward fp32 90 132 227 100000 16385 shared_rows 1 4 288 288 64 2 8320 33280 3 1528
+forward fp32 90 132 227 64 262144 shared_rows 1 4 512 512 64 8 32768 131072 1 512
+forward bf16 90 132 227 100000 2000000 long_rows 2 4 512 512 128 1 2000000 0 1 527
+forward fp32 80 108 163 100000 16384 shared_rows 1 4 512 512 64 1 16384 65536 2 863
+forward fp32 89 58 99 100000 24320 shared_rows 1 4 512 512 64 1 24320 97280 1 232
+forward fp32 89 58 99 100000 24321 long_rows 2 4 512 512 128 1 24321 0 1 232
+backward bf16 90 132 227 100000 64 rows 0 1 8 256 80 1 64 0 3 391
+backward bf16 90 132 227 100000 256 rows 0 1 32 256 80 1 256 0 3 391
+backward bf16 90 132 227 100000 257 rows 0 2 32 256 80 1 257 0 3 391
+backward bf16 90 132 227 100000 1400 rows 0 2 96 192 80 1 1400 0 4 527
+backward bf16 90 132 227 101 4096 rows 0 2 256 256 80 1 4096 0 3 51
+backward bf16 90 132 227 100000 4097 shared_rows 1 2 288 288 80 1 4352 34816 2 264
+backward bf16,bf16,fp32 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
+backward fp32,bf16,bf16 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
+backward bf16,fp32,fp32 90 132 227 100000 4000 shared_rows 1 2 256 256 80 1 4096 49152 3 396
+backward fp32,bf16,bf16 90 132 227 100000 16384 shared_rows 1 2 256 256 80 4 4096 40960 3 384
+backward bf16 90 132 227 100000 131072 shared_rows 1 2 352 352 80 8 16384 131072 1 128
+backward fp32 80 108 163 100000 8192 shared_rows 1 2 352 352 80 1 8192 98304 1 108
+backward bf16 89 58 99 100000 60000 long_stats 2 2 384 384 80 1 60000 0 2 116
+backward bf16 89 58 99 100 60000 long_stats 2 2 384 384 80 1 60000 0 2 100
+forward fp32 90 8 227 100 131072 shared_rows 1 4 512 512 64 8 16384 65536 2 32
+backward fp32 80 1 163 100 8192 shared_rows 1 2 352 352 80 1 8192 98304 1 1
+"""
+
+
+@pytest.mark.parametrize("line", PLANS.strip().splitlines())
+def test_plans(line):
+    pass_, names, *numbers = line.split()
+    arch, multiprocessors, shared_kib, rows, cols = map(int, numbers[:5])
+    dtypes = [DTYPES[name] for name in names.split(",")]
+    dtypes = dtypes if len(dtypes) == 3 else dtypes * 3
+    device = arch, multiprocessors, shared_kib << 10
+    p = _C.cuda_plan(pass_ == "backward", rows, cols, *dtypes, *device)
+    assert p.pop("bytes_in_flight") == 64
+    p["kernel"] = p["kernel"].removeprefix(f"{pass_}_")
+    assert [str(value) for value in p.values()] == numbers[5:]
+
+
+# What launches alone ask for: plans of the kernels with quant, and of the backward's second pass.
+PROGRAM = """
+#include <cstdio>
+#include "cuda/plan.h"
+using namespace rmsnorm;
+using namespace rmsnorm::cuda;
+int main() {
+  const Device h100{90, 132, 227 << 10}, l4{89, 58, 99 << 10};
+  for (int64_t cols : {64, 8193, 2000000}) {
+    const Plan p = plan_forward(4096, cols, DType::kBFloat16, h100, true);
+    std::printf("%s %d %ld; ", p.kernel, p.registers, p.resident);
+  }
+  for (const StripPlan& p :
+       {plan_strips(1000, 2000000, DType::kBFloat16, h100),
+        plan_strips(1000, 20000, DType::kFloat32, l4), plan_strips(5, 60000, DType::kBFloat16, l4)})
+    std::printf("%ld x %ld; ", p.strips, p.blocks);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
+def test_plans_of_launches(tmp_path):
+    csrc = Path(__file__).parents[1] / "csrc"
+    if not csrc.exists():
+        pytest.skip("the sources of the package are not here")
+    (tmp_path / "plans.cpp").write_text(PROGRAM)
+    program = tmp_path / "plans"
+    command = ["g++", "-std=c++17", f"-I{csrc}", tmp_path / "plans.cpp", "-o", program]
+    subprocess.run(list(map(str, command)), check=True)
+    assert subprocess.run([program], capture_output=True, text=True).stdout == (
+        "quant_rows 128 4; quant_shared_rows 128 1; quant_long_rows 128 1; "
+        "977 x 1; 20 x 6; 30 x 2; "
     )
 
 

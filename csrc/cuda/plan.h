@@ -75,8 +75,7 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
 inline int64_t resident_blocks(const Plan& plan, const Device& device) {
   const int64_t by_registers = kRegisterFile / (plan.registers * plan.threads);
   const int64_t by_shared = device.shared_bytes / (plan.shared_bytes + kOtherSharedBytes);
-  const int64_t blocks = plan.shared_bytes > 0 ? std::min(by_shared, by_registers) : by_registers;
-  return std::max(blocks, int64_t{1});
+  return std::max(std::min(by_shared, by_registers), int64_t{1});
 }
 
 // Rows (or groups of short rows) that the machine works on at a time.
