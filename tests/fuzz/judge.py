@@ -25,9 +25,10 @@ SLACK_16_BIT = LONG(2) ** -21
 VIA_FP32 = LONG(2) ** -23
 # Of a product, by the dtype computed in. The forward forms those of fp32 in twice its precision.
 UNDERFLOW = {torch.float32: LONG(2) ** -148, torch.float64: LONG(2) ** -1073}
-# That a term of dweight goes through at most, by the dtype computed in: 16 rows and 16 such sums in
-# fp32, 256 rows and 128 blocks in fp64. Equal terms are all rounded to the same side.
-ADDITIONS = {torch.float32: 32, torch.float64: 384}
+# That a term of dweight goes through at most, by the dtype computed in: 32 rows, or a group more,
+# and 8 such sums in fp32, 256 rows and 128 blocks in fp64. Equal terms are all rounded to the same
+# side.
+ADDITIONS = {torch.float32: 48, torch.float64: 384}
 
 
 def exact(t):
