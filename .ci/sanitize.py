@@ -8,7 +8,8 @@
 - threads: threads_check.cpp and torch_threads_check.cpp under TSan: calls at once, while the
   instruction set, the number of threads and the ops that are registered change
 - cuda: cuda_check.cpp under the four tools of compute-sanitizer, where there is a GPU
-- layers: `package` with the kernels as they are, which compile for ten minutes: for .ci/run
+- layers: for .ci/run: `package` with the kernels as they are, which compile for ten minutes, and
+  with a few of the tests
 
 The first four unless some are named. The first finding ends it. Objects are kept in build/sanitize.
 """
@@ -41,6 +42,7 @@ OPTIONS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -fno-math-errno -Wno-psabi
 KERNELS = [*(ROOT / "csrc" / "cpu").glob("*.cpp")]
 # What calls every op in every way. The rest asks about other things, mostly in other processes.
 CORE = "forward backward fused_add quant layouts errors autograd invariance dispatch faults".split()
+FEW = "errors layouts faults".split()
 # About malloc, limits of memory and signals, which ASan replaces.
 NOT_UNDER_ASAN = "no_memory_left or limit_of_memory or keep_their_pages or read_only_memory"
 
@@ -129,7 +131,7 @@ def check_kernels():
     run([kernels()])
 
 
-def check_package(folder="package", library=BUILD / "kernels" / layers.KERNELS):
+def check_package(folder="package", library=BUILD / "kernels" / layers.KERNELS, names=CORE):
     if folder == "package":
         kernels()
     package(folder, library)
@@ -143,7 +145,7 @@ def check_package(folder="package", library=BUILD / "kernels" / layers.KERNELS):
         "ASAN_OPTIONS": "detect_leaks=0",  # what Python keeps until it ends
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    tests = [ROOT / "tests" / f"test_{name}.py" for name in CORE]
+    tests = [ROOT / "tests" / f"test_{name}.py" for name in names]
     options = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not cuda"]
     options += ["-k", f"not ({NOT_UNDER_ASAN})", "-c", ROOT / "pyproject.toml"]
     pytest = [sys.executable, "-m", "pytest", *options]
@@ -166,7 +168,7 @@ def check_threads():
 
 
 def check_layers():
-    check_package("layers", ROOT / "rmsnorm_cuda" / "lib" / layers.KERNELS)
+    check_package("layers", ROOT / "rmsnorm_cuda" / "lib" / layers.KERNELS, FEW)
 
 
 def check_cuda():
