@@ -138,8 +138,10 @@ def check_package(folder="package", library=BUILD / "kernels" / layers.KERNELS, 
     cxx = layers.find_compiler()
     # The interpreter is not built for them: their runtimes come before all others, and libstdc++
     # with them, of which they wrap what throws.
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    runtimes = [layers.output(*cxx, f"-print-file-name={name}").strip() for name in names]
+    runtimes = [
+        layers.output(*cxx, f"-print-file-name={name}").strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
         "LD_PRELOAD": ":".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # what Python keeps until it ends
