@@ -353,7 +353,7 @@ PROGRAMS = {
     "../servers/torch_server": check_server("torch_server"),
     "../servers/kernel_server": check_server("kernel_server"),
     ".ci/run": lambda words: (ROOT / ".ci" / "run").stat(),
-    "build/cpu_check": lambda words: None,  # the line above it builds that
+    "build/sanitize/kernels/cpu_check": lambda words: None,  # the line above it builds that
 }
 
 
