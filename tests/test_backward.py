@@ -225,3 +225,13 @@ def test_weight_gradient_of_equal_rows(rows, cols):
     x64 = x.double()
     want = (dy.double() * x64 * (x64.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).sum(0)
     assert ((grad - want).abs() / want.abs()).max() <= 16 * 2**-24
+
+
+@pytest.mark.parametrize("cols", [24_576, 300_000])
+def test_equal_terms_of_long_fp64_rows(cols):
+    """Each addition of g * xhat would round to the same side."""
+    x, dy, weight = (torch.full((1, cols), v, dtype=torch.float64) for v in (0.1, 0.3, 0.7))
+    weight = weight[0]
+    _, rstd = ops.rms_norm_forward(x, [cols], weight)
+    dx, dweight = ops.rms_norm_backward(dy, x, [cols], weight, rstd, None, [True, True])
+    assert_backward(dx, dweight, dy, x, [cols], weight, None, {})

@@ -88,6 +88,23 @@ struct Row {
   double xhat(int64_t i, bool cast) const { return cast ? round_to(dtype, xhat(i)) : xhat(i); }
 };
 
+// Each lane keeps what its additions round off (Knuth's two-sum): equal terms would lose thousands
+// of ulps in a long row.
+template <class Term>
+double sum_of(int64_t count, const Term& term) {
+  double lanes[8] = {}, lost[8] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const double value = term(i), before = lanes[i % 8], sum = before + value;
+    const double added = sum - before;
+    lanes[i % 8] = sum;
+    lost[i % 8] += (before - (sum - added)) + (value - added);
+  }
+  for (int j = 0; j < 8; ++j) lanes[j] += lost[j] == lost[j] ? lost[j] : 0;  // NaN behind an Inf
+  for (int half = 4; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  return lanes[0];
+}
+
 // The scale does not follow x below sqrt(eps), which is what bounds rstd there: eps * scale^2 stays
 // finite.
 template <class P>
@@ -99,19 +116,8 @@ Row normalize(const P& p, int64_t row) {
     // For denormals 2^1000 is near enough; 2^1074 would overflow.
     x.scale = std::ldexp(1.0, -std::max(std::ilogb(largest), -1000));
   }
-  // Each lane keeps what its additions round off (Knuth's two-sum): equal values would lose
-  // thousands of ulps in a long row.
-  double lanes[8] = {}, lost[8] = {};
-  for (int64_t i = 0; i < p.cols; ++i) {
-    const double square = x[i] * x[i], before = lanes[i % 8], sum = before + square;
-    const double added = sum - before;
-    lanes[i % 8] = sum;
-    lost[i % 8] += (before - (sum - added)) + (square - added);
-  }
-  for (int j = 0; j < 8; ++j) lanes[j] += lost[j] == lost[j] ? lost[j] : 0;  // NaN behind an Inf
-  for (int half = 4; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  x.unit = 1 / std::sqrt(lanes[0] / double(p.cols) + p.eps * x.scale * x.scale);
+  const double sum = sum_of(p.cols, [&](int64_t i) { return x[i] * x[i]; });
+  x.unit = 1 / std::sqrt(sum / double(p.cols) + p.eps * x.scale * x.scale);
   return x;
 }
 
@@ -203,8 +209,7 @@ void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial) {
     partial[i] = T(partial[i] + dy(i) * x.xhat(i, cast));
   }
   if (!p.dx) return;
-  double sum = 0;
-  for (int64_t i = 0; i < p.cols; ++i) sum += weight_at(p, i) * dy(i) * x.xhat(i);
+  const double sum = sum_of(p.cols, [&](int64_t i) { return weight_at(p, i) * dy(i) * x.xhat(i); });
   const double mean = sum / double(p.cols);
   store(p.dx, p.x_dtype, row * p.cols, p.cols, [&](int64_t i) {
     const double dx = (weight_at(p, i) * dy(i) - x.xhat(i) * mean) * x.unit * x.scale;
