@@ -98,8 +98,9 @@ __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
     const auto g = [&](int64_t col) {
       return load_any(p.dy, p.dy_dtype, dy_offset + col) * weight_at(p, col);
     };
-    double sum = 0;
-    for (int64_t col = lane; col < p.cols; col += kWarp) sum += g(col) * xhat(col);
+    DoubleSum products;
+    for (int64_t col = lane; col < p.cols; col += kWarp) products.add(g(col), xhat(col));
+    double sum = products.sum;
     for (int o = kWarp / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     const double mean = sum / p.cols;
     for (int64_t col = lane; col < p.cols; col += kWarp) {
@@ -115,14 +116,14 @@ __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
   sync_dependent_launch();
   for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < p.cols;
        col += gridDim.x * kThreads) {
-    double sum = 0;
+    DoubleSum products;
     for (int64_t row = 0; row < p.rows; ++row) {
       double xhat = static_cast<const Normalized*>(p.workspace)[row](
           load_any(p.x, p.x_dtype, row_offset(p.x_rows, row) + col));
       if (p.cast_before_weight) xhat = round_any(p.x_dtype, xhat);
-      sum += load_any(p.dy, p.dy_dtype, row_offset(p.dy_rows, row) + col) * xhat;
+      products.add(load_any(p.dy, p.dy_dtype, row_offset(p.dy_rows, row) + col), xhat);
     }
-    store_any(p.dweight, p.w_dtype, col, sum);
+    store_any(p.dweight, p.w_dtype, col, products.sum);
   }
 }
 

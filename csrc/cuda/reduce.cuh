@@ -197,6 +197,16 @@ __device__ inline uint32_t group_mask(int group) {
   return (group == 32 ? ~0u : (1u << group) - 1) << (threadIdx.x % 32 / group * group);
 }
 
+// A sum of products. What an addition rounds off goes into the next term (Kahan).
+struct DoubleSum {
+  double sum = 0, rest = 0;
+  __device__ void add(double a, double b) {
+    const double term = fma(a, b, rest), next = sum + term;
+    rest = isfinite(next) ? term - (next - sum) : 0;
+    sum = next;
+  }
+};
+
 // load(i): element i of the row, as double. The `group` lanes of a warp that call this share the
 // work, and each gets the result. Far off the hot path: it reads the row twice.
 template <typename Load>
@@ -214,14 +224,13 @@ __device__ DoubleScale double_scale(const Load& load, int64_t cols, double eps, 
   const int exponent = (__double2hiint(top) >> 20) - 1023;
   s.exponent = top > 0 && exponent < 1024 ? max(-1000, min(1000, -exponent)) : 0;
   const double pre = pow2(s.exponent);
-  double sum = 0, rest = 0;  // what the additions round off (Kahan), for x in double
+  DoubleSum squares;
 #pragma unroll 1
   for (int64_t i = lane; i < cols; i += group) {
     const double x = load(i) * pre;
-    const double term = fma(x, x, rest), next = sum + term;
-    rest = isfinite(next) ? term - (next - sum) : 0;
-    sum = next;
+    squares.add(x, x);
   }
+  double sum = squares.sum;
 #pragma unroll 1
   for (int o = group / 2; o > 0; o /= 2) sum += __shfl_xor_sync(mask, sum, o);
   s.r = 1.0 / sqrt(sum / cols + eps * pre * pre);

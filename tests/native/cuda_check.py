@@ -848,6 +848,10 @@ def backward_mixes(gpu, rng, quick):
                 w = None if wt is None else random_values(rng, cols, wt)
                 x, dy = random_values(rng, (rows, cols), xt), random_values(rng, (rows, cols), dyt)
                 check_backward(gpu, dy, dyt, x, xt, w, wt)
+    for rows, cols in ((1, 300_001), (20_000, 1)):  # each addition would round to the same side
+        with Case(op="backward", what="equal terms", rows=rows, cols=cols):
+            x, dy, w = (encode(np.full((rows, cols), v), F64) for v in (0.1, 0.3, 0.7))
+            check_backward(gpu, dy, F64, x, F64, w[0], F64)
 
 
 def backward_every_length(gpu, rng, quick):
