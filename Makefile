@@ -55,7 +55,7 @@ bench: build
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 bench-cuda: build
-	$(BIN)/python benchmarks/cuda.py $(ARGS)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 $(VENV)/ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or \

@@ -22,8 +22,7 @@ import statistics
 import sys
 import time
 
-# Not this folder: torch would take its cuda.py for NVIDIA's package of that name.
-sys.path = [*sys.path[1:], str(pathlib.Path(__file__).resolve().parents[1])]
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = (
     "1"  # read when transformers is imported
 )

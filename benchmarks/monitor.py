@@ -16,8 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-# Not this folder: torch would take its cuda.py for NVIDIA's package of that name.
-sys.path = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 

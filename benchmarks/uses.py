@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# Not this folder: torch would take its cuda.py for NVIDIA's package of that name.
 ROOT = Path(__file__).resolve().parents[1]
-sys.path = [*sys.path[1:], str(ROOT)]
+sys.path.append(str(ROOT))
 
 from benchmarks.common import pyplot
 

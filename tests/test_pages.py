@@ -466,6 +466,22 @@ def test_charts_and_tables_are_made_of_the_results(command, results, tmp_path):
         assert (tmp_path / "table.md").read_text() == Path(f"{file}.md").read_text()
 
 
+def test_benchmark_that_is_imported_takes_nothing_from_the_path():
+    """The folders that were on it stay: what imports a benchmark imports from them afterwards."""
+    files = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py"))
+    assert {"cpu", "gpu", "generate"} <= set(files)
+    code = f"""if True:
+        import importlib, sys
+        sys.path.append({str(ROOT)!r})
+        before = sys.path[:]
+        for name in {files}:
+            importlib.import_module("benchmarks." + name)
+            assert sys.path[: len(before)] == before, name
+    """
+    run = programs.run(code)
+    assert run.returncode == 0, run.stderr
+
+
 def test_demo_tells_what_the_norm_costs():
     sys.path.append(str(ROOT))
     from benchmarks import generate

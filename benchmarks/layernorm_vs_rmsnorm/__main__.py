@@ -19,11 +19,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-# Neither this folder nor benchmarks/: torch would take its cuda.py for NVIDIA's package of that
-# name.
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path = [*(path for path in sys.path if path not in (str(HERE), str(HERE.parent))), str(ROOT)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
 
 import torch
 

@@ -92,11 +92,11 @@ def time_op(shape, dtype, mode, args):
     if args.device == "cpu":
         times = samples(runs, xs, args.seconds)
     else:
-        from benchmarks import cuda
+        from benchmarks import gpu
 
         big = torch.empty(256 << 20, dtype=torch.uint8, device=args.device)
         other = torch.empty_like(big)
-        times = cuda.samples(runs, xs[0], lambda: other.copy_(big), args.calls)
+        times = gpu.samples(runs, xs[0], lambda: other.copy_(big), args.calls)
     return {
         name: {"min": min(of_name), "median": statistics.median(of_name)}
         for name, of_name in times.items()

@@ -1,9 +1,9 @@
 """RMSNorm on a GPU, forward and with backward, beside torch's norms, other packages and a copy.
 
-    python benchmarks/cuda.py [--dtypes bf16,fp32] [--shapes 4096x4096,...] [--no-compile]
-                              [--calls 30] [--minutes 4] [--json FILE] [--png FILE]
-    python benchmarks/cuda.py --sanitize   # nothing but compute-sanitizer's four tools over the
-                                           # native CUDA test
+    python benchmarks/gpu.py [--dtypes bf16,fp32] [--shapes 4096x4096,...] [--no-compile]
+                             [--calls 30] [--minutes 4] [--json FILE] [--png FILE]
+    python benchmarks/gpu.py --sanitize   # nothing but compute-sanitizer's four tools over the
+                                          # native CUDA test
 
 Outputs are verified against fp64 before anything is timed. Each call finds a cold L2 cache: a copy
 larger than it runs in between, during which the host queues the call. Times are medians of CUDA
@@ -28,9 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# Not this folder: torch would take this file for NVIDIA's package of its name.
 ROOT = Path(__file__).resolve().parents[1]
-sys.path = [*sys.path[1:], str(ROOT)]
+sys.path.append(str(ROOT))
 
 import torch
 
@@ -184,7 +183,7 @@ def sanitize():
     for tool in ("nvcc", "compute-sanitizer"):
         if not shutil.which(tool):
             sys.exit(
-                f"benchmarks/cuda.py: {tool} was not found on PATH; it comes with the CUDA toolkit."
+                f"benchmarks/gpu.py: {tool} was not found on PATH; it comes with the CUDA toolkit."
             )
     status = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +239,7 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
-            "benchmarks/cuda.py: torch sees no CUDA device; `python -m rmsnorm_cuda --explain` "
+            "benchmarks/gpu.py: torch sees no CUDA device; `python -m rmsnorm_cuda --explain` "
             "needs none."
         )
     if args.sanitize:
