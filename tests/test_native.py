@@ -246,10 +246,15 @@ def test_a_kernel_that_takes_too_much_is_found(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent / "native")
     from ptxas_check import Kernel, failures
 
-    kernel = Kernel("forward_rows<float, float, true, false, 4>", "sm_90", 80, 0, 0, 0)
-    with_residual = kernel._replace(name="forward_rows<float, float, true, true, 4>", registers=128)
-    mixed = kernel._replace(name="backward_rows<__half, float, float, 2>", registers=120)
-    assert failures([kernel, with_residual, mixed]) == []
-    bad = [k._replace(registers=k.registers + 1) for k in (kernel, with_residual, mixed)]
-    bad += [kernel._replace(spill_bytes=4), kernel._replace(stack_bytes=8)]
+    plain = Kernel("forward_rows<float, (Form)1, false, 4>", "sm_90", 80, 0, 0, 0)
+    kernels = [
+        plain,
+        plain._replace(name="forward_rows<float, (Form)1, true, 4>", registers=128),
+        plain._replace(name="forward_rows<float, (Form)2, false, 4>", registers=128),
+        plain._replace(name="backward_rows<__half, __half, (Form)2, 2>"),
+        plain._replace(name="backward_rows<__half, float, (Form)2, 2>", registers=120),
+    ]
+    assert failures(kernels) == []
+    bad = [k._replace(registers=k.registers + 1) for k in kernels]
+    bad += [plain._replace(spill_bytes=4), plain._replace(stack_bytes=8)]
     assert failures(bad) == bad

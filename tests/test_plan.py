@@ -43,6 +43,8 @@ def plan(pass_, cols, dtype, device, rows=4096):
 PLANS = """
 forward bf16 90 132 227 100000 1 rows 0 1 1 128 80 1 1 0 6 782
 forward bf16 90 132 227 100000 128 rows 0 1 16 128 80 1 128 0 6 782
+forward bf16 90 132 227 32768 128 rows 0 1 16 128 80 1 128 0 6 512
+forward bf16 90 132 227 5000 128 rows 0 1 16 128 80 1 128 0 6 625
 forward bf16 90 132 227 100000 129 rows 0 1 32 128 80 1 129 0 6 782
 forward fp32 90 132 227 1 128 rows 0 1 32 128 80 1 128 0 6 1
 forward bf16 90 132 227 100000 256 rows 0 1 32 128 80 1 256 0 6 782
@@ -63,9 +65,11 @@ backward bf16 90 132 227 100000 64 rows 0 1 8 256 80 1 64 0 3 391
 backward bf16 90 132 227 100000 256 rows 0 1 32 256 80 1 256 0 3 391
 backward bf16 90 132 227 100000 257 rows 0 2 32 256 80 1 257 0 3 391
 backward bf16 90 132 227 100000 1400 rows 0 2 96 192 80 1 1400 0 4 527
-backward bf16 90 132 227 101 4096 rows 0 2 256 256 80 1 4096 0 3 51
+backward bf16 90 132 227 101 4096 rows 0 2 256 256 80 1 4096 0 3 101
+backward bf16 90 132 227 396 4096 rows 0 2 256 256 80 1 4096 0 3 198
+backward bf16 90 132 227 64 8192 shared_rows 1 2 256 256 80 1 8192 65536 3 64
 backward bf16 90 132 227 100000 4097 shared_rows 1 2 288 288 80 1 4352 34816 2 264
-backward bf16,bf16,fp32 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
+backward bf16,bf16,fp32 90 132 227 100000 4096 rows 0 2 256 256 80 1 4096 0 3 396
 backward fp32,bf16,bf16 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
 backward bf16,fp32,fp32 90 132 227 100000 4000 shared_rows 1 2 256 256 80 1 4096 49152 3 396
 backward fp32,bf16,bf16 90 132 227 100000 16384 shared_rows 1 2 256 256 80 4 4096 40960 3 384
@@ -100,7 +104,7 @@ using namespace rmsnorm::cuda;
 int main() {
   const Device h100{90, 132, 227 << 10}, l4{89, 58, 99 << 10};
   for (int64_t cols : {64, 8193, 2000000}) {
-    const Plan p = plan_forward(4096, cols, DType::kBFloat16, h100, true);
+    const Plan p = plan_forward(4096, cols, DType::kBFloat16, h100, false, true);
     std::printf("%s %d %ld; ", p.kernel, p.registers, p.resident);
   }
   for (const StripPlan& p :

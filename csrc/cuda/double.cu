@@ -19,6 +19,9 @@ Plan plan_items(const char* kernel, int64_t items, int lanes) {
   return plan;
 }
 
+__device__ inline int64_t first_item() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
+__device__ inline int64_t items_apart() { return int64_t{gridDim.x} * blockDim.y; }
+
 template <typename P>
 __device__ double weight_at(const P& p, int64_t col) {
   return p.weight != nullptr ? load_any(p.weight, p.w_dtype, col) + p.weight_offset : 1.0;
@@ -32,16 +35,15 @@ struct Normalized {
 template <typename P>
 __device__ Normalized normalize(const P& p, int64_t x_offset) {
   const DoubleScale s = double_scale(
-      [&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols, p.eps, kWarp);
+      [&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols, {p.eps, sqrt(p.eps), double(p.cols)}, kWarp);
   const int pre = s.exponent > 0 ? s.exponent : min(0, s.exponent + 900);  // as in rescued_scale
   return {s.r * pow2(s.exponent - pre), pow2(pre)};
 }
 
 __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
   sync_dependent_launch();
-  const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
-       row += gridDim.x * warps) {
+  const int lane = threadIdx.x;
+  for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
     const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
     const Normalized normalized = normalize(p, x_offset);
     if (p.rstd != nullptr && lane == 0) {
@@ -65,9 +67,8 @@ __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
   sync_dependent_launch();
   const Addends& a = p.addends;
   const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
-  const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
-       row += gridDim.x * warps) {
+  const int lane = threadIdx.x;
+  for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
     const int64_t input = row_offset(a.input_rows, row),
                   residual = row_offset(a.residual_rows, row);
     const int64_t x = row_offset(p.x_rows, row);
@@ -84,9 +85,8 @@ __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
 // dx, and what the sums over columns need of each row: the workspace, if there is one.
 __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
   sync_dependent_launch();
-  const int warps = kThreads / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t row = int64_t{blockIdx.x} * warps + threadIdx.x / kWarp; row < p.rows;
-       row += gridDim.x * warps) {
+  const int lane = threadIdx.x;
+  for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
     const int64_t x_offset = row_offset(p.x_rows, row), dy_offset = row_offset(p.dy_rows, row);
     const Normalized normalized = normalize(p, x_offset);
     if (p.workspace != nullptr && lane == 0)
@@ -114,8 +114,7 @@ __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
 
 __global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
   sync_dependent_launch();
-  for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < p.cols;
-       col += gridDim.x * kThreads) {
+  for (int64_t col = first_item(); col < p.cols; col += items_apart()) {
     DoubleSum products;
     for (int64_t row = 0; row < p.rows; ++row) {
       double xhat = static_cast<const Normalized*>(p.workspace)[row](

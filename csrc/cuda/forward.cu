@@ -4,62 +4,72 @@
 namespace rmsnorm::cuda {
 namespace {
 
-// y has the type of x or, with kCast, of the weight as it is held. Where x is an fp32 sum, y may be
-// of any.
-template <typename NType, bool kCast>
+// y has the type of x or, where the kernel is not plain, any.
+template <typename XType, Form kForm, bool kAdd>
 struct StoreNorm {
-  using N = NType;
+  using N = Norm<XType, kForm, kAdd>;
   using Args = NormArgs;
+  using YChunk = Chunk<std::conditional_t<N::kPlain, XType, float>, N::kElems>;
   static constexpr bool kFindsLargest = false;
-  const Args& a;
-  const int64_t row;
-  const Scale& s;
-  const Largest& largest;  // not looked at
-  const int64_t y_offset = a.y.offset(row);
 
-  __device__ void store(int64_t col, int count, typename N::XChunk& x,
-                        typename N::WChunk& w) const {
-    using X = typename N::X;
-    using Y = std::conditional_t<kCast, typename N::W, X>;
-    Chunk<Y, N::kElems> y;
+  __device__ void prepare(const Args&) {}
+
+  static __device__ YChunk norm(const Args& a, typename N::XChunk& x, const typename N::WChunk& w,
+                                const Scale& s) {
+    const bool cast = kForm == Form::kPlainCast || (!N::kPlain && a.cast_before_weight);
+    YChunk y;
     x.stay_packed();
-    w.stay_packed();
-    unrolled<N::kElems / 2>(
-        [&](int i) { y.set(i, normalized<X, kCast>(x.get(i), w.get(i) + a.weight_offset, s)); });
-    const int64_t index = y_offset + col;
-    if constexpr (N::kAdds && sizeof(X) == 4) {
-      with_type(a.y.dtype, [&](auto type) { store_chunk<decltype(type)>(a.y, index, y, count); });
-    } else {
-      store_chunk<Y>(a.y, index, y, count);
-    }
+    unrolled<N::kElems / 2>([&](int i) {
+      y.set(i, cast ? normalized<XType, true>(x.get(i), w.get(i), s)
+                    : normalized<XType, false>(x.get(i), w.get(i), s));
+    });
+    return y;
   }
+
+  struct Place {
+    const Args& a;
+    const int64_t y_offset;
+    __device__ Place(const Args& a, int64_t row, int64_t begin)
+        : a(a), y_offset(begin + a.y.offset<N::kPlain>(row)) {}
+
+    template <typename Index>
+    __device__ void store(Index col, int count, const YChunk& y) const {
+      if constexpr (N::kPlain) {
+        store_chunk<true, XType>(a.y, y_offset, col, y, count);
+      } else {
+        with_type(a.y.dtype, [&](auto type) {
+          store_chunk<false, decltype(type)>(a.y, y_offset, col, y, count);
+        });
+      }
+    }
+  };
 };
 
-template <typename X, typename W, bool kCast, bool kAdd, int kVectors>
-SHORT_ROW_KERNEL(kForwardRows, kVectors, kAdd && sizeof(W) > sizeof(X))
+template <typename X, Form kForm, bool kAdd, int kVectors>
+SHORT_ROW_KERNEL(kForwardRows, kVectors, (kAdd || kForm == Form::kAny))
 forward_rows(const __grid_constant__ NormArgs a) {
-  norm_rows<StoreNorm<Norm<X, W, kAdd>, kCast>, kVectors>(a);
+  norm_rows<StoreNorm<X, kForm, kAdd>, kVectors>(a);
 }
 
-template <typename X, typename W, bool kCast, bool kAdd>
-ROW_KERNEL(kForwardSharedRows, kAdd)
+template <typename X, Form kForm, bool kAdd>
+ROW_KERNEL(kForwardSharedRows, (kAdd || kForm == Form::kAny))
 forward_shared_rows(const __grid_constant__ NormArgs a) {
-  norm_long_rows<StoreNorm<Norm<X, W, kAdd>, kCast>, true>(a);
+  norm_long_rows<StoreNorm<X, kForm, kAdd>, true>(a);
 }
 
-template <typename X, typename W, bool kCast, bool kAdd>
+template <typename X, bool kAdd>
 ROW_KERNEL(kForwardLongRows, kAdd)
 forward_long_rows(const __grid_constant__ NormArgs a) {
-  norm_long_rows<StoreNorm<Norm<X, W, kAdd>, kCast>, false>(a);
+  norm_long_rows<StoreNorm<X, Form::kAny, kAdd>, false>(a);
 }
 
-template <typename X, typename W, bool kCast, bool kAdd>
+template <typename X, Form kForm, bool kAdd>
 int launch_forward(const NormArgs& a, const Plan& plan, cudaStream_t stream) {
-  void (*kernel)(NormArgs) = plan.keep == Keep::kNowhere  ? forward_long_rows<X, W, kCast, kAdd>
-                             : plan.keep == Keep::kShared ? forward_shared_rows<X, W, kCast, kAdd>
-                             : plan.vectors == 1          ? forward_rows<X, W, kCast, kAdd, 1>
-                             : plan.vectors == 2          ? forward_rows<X, W, kCast, kAdd, 2>
-                                                          : forward_rows<X, W, kCast, kAdd, 4>;
+  void (*kernel)(NormArgs) = plan.keep == Keep::kNowhere  ? forward_long_rows<X, kAdd>
+                             : plan.keep == Keep::kShared ? forward_shared_rows<X, kForm, kAdd>
+                             : plan.vectors == 1          ? forward_rows<X, kForm, kAdd, 1>
+                             : plan.vectors == 2          ? forward_rows<X, kForm, kAdd, 2>
+                                                          : forward_rows<X, kForm, kAdd, 4>;
   return launch(kernel, plan, a, stream);
 }
 
@@ -80,8 +90,7 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   const Device here = device();
   if (here.multiprocessors == 0) return why_no_device();
 
-  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, p.quant.data != nullptr);
-  NormArgs a{row_args(p, plan)};
+  NormArgs a{row_args(p)};
   a.y = view_of(p, p.y, p.y_dtype, p.y_rows);
   if (adds) {
     a.input = view_of(p, addends.input, addends.input_dtype, addends.input_rows);
@@ -89,14 +98,15 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   }
   a.rstd = p.rstd;
   a.mean = mean_of(p.cols, p.eps);
-  if (p.quant.data != nullptr) return launch_quant(p, a, plan, s);
+  const bool plain = is_plain(a, a.y, a.input, a.residual);
+  const bool quant = p.quant.data != nullptr;
+  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, adds || !plain, quant);
+  lay_out(a, plan);
+  if (quant) return launch_quant(p, a, plan, plain, s);
   return with_type(p.x_dtype, [&](auto x) {
-    return with_held_type(x, p.x_dtype, a.weight.dtype, [&](auto w) {
-      return with_flag(p.cast_before_weight, [&](auto cast) {
-        return with_flag(adds, [&](auto add) {
-          return launch_forward<decltype(x), decltype(w), decltype(cast)::value,
-                                decltype(add)::value>(a, plan, s);
-        });
+    return with_form(plain, a.cast_before_weight, [&](auto form) {
+      return with_flag(adds, [&](auto add) {
+        return launch_forward<decltype(x), decltype(form)::value, decltype(add)::value>(a, plan, s);
       });
     });
   });

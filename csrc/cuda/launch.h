@@ -2,6 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cmath>
+#include <limits>
+
 #include "plan.h"
 #include "vec.cuh"
 
@@ -26,7 +29,7 @@ bool overlapping();
 // The result is that of this launch alone: an earlier error that nobody asked for yet is left to
 // its owner, and one of ours is not left to others.
 template <typename Args>
-int launch(void (*kernel)(Args), dim3 blocks, int threads, const Args& args, cudaStream_t stream,
+int launch(void (*kernel)(Args), dim3 blocks, dim3 threads, const Args& args, cudaStream_t stream,
            unsigned shared_bytes = 0, unsigned cluster_blocks = 1) {
   const auto function = reinterpret_cast<const void*>(kernel);
   // A kernel that wants more, its static arrays included, has to say so.
@@ -39,7 +42,7 @@ int launch(void (*kernel)(Args), dim3 blocks, int threads, const Args& args, cud
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{
-      blocks, static_cast<unsigned>(threads), shared_bytes, stream, attributes, 0};
+      blocks, threads, shared_bytes, stream, attributes, 0};
   if (cluster_blocks > 1) {
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -62,7 +65,8 @@ void set_last_plan(const Plan& plan);
 template <typename Args>
 int launch(void (*kernel)(Args), const Plan& plan, const Args& args, cudaStream_t stream) {
   set_last_plan(plan);
-  return launch(kernel, static_cast<unsigned>(plan.blocks), plan.threads, args, stream,
+  const dim3 threads(plan.lanes, plan.threads / plan.lanes);  // of a row, by rows
+  return launch(kernel, static_cast<unsigned>(plan.blocks), threads, args, stream,
                 static_cast<unsigned>(plan.shared_bytes), plan.cluster);
 }
 
@@ -87,29 +91,81 @@ DType weight_dtype(const P& p) {
   return p.weight != nullptr ? p.w_dtype : p.x_dtype;
 }
 
+// Which launches a kernel is for. Plain ones have x and all results of x's type, evenly spaced rows
+// of whole aligned chunks, and any weight; kPlainCast is that with cast_before_weight. kAny takes
+// every launch.
+enum class Form { kPlain, kPlainCast, kAny };
+
+// eps, and what would be computed from it and the columns ahead of every row.
+struct Epsilon {
+  double value, root, cols;
+};
+
 // What the kernels of rows have in common.
 struct RowArgs {
   View x, weight;
   int64_t rows, cols;
-  double eps;
+  Epsilon eps;
   float weight_offset;
+  bool cast_before_weight;
   int lanes, cluster;  // of the plan
   int64_t slice;
 };
 
+// All but what follows from a plan.
 template <typename P>
-RowArgs row_args(const P& p, const Plan& plan) {
-  const View x = view_of(p, p.x, p.x_dtype, p.x_rows);
-  const View weight = view_of(p, p.weight, weight_dtype(p), Rows{1, {}, {0}});
-  const float offset = p.weight != nullptr ? static_cast<float>(p.weight_offset) : 0.0f;
-  return {x, weight, p.rows, p.cols, p.eps, offset, plan.lanes, plan.cluster, plan.slice};
+RowArgs row_args(const P& p) {
+  RowArgs a{view_of(p, p.x, p.x_dtype, p.x_rows),
+            view_of(p, p.weight, weight_dtype(p), Rows{1, {}, {0}})};
+  a.rows = p.rows;
+  a.cols = p.cols;
+  a.eps = {p.eps, std::sqrt(p.eps), static_cast<double>(p.cols)};
+  // An absent weight is 0 + 1; one of -0 stays that.
+  a.weight_offset = p.weight == nullptr      ? 1.0f
+                    : p.weight_offset == 0.0 ? -0.0f
+                                             : static_cast<float>(p.weight_offset);
+  a.cast_before_weight = p.cast_before_weight;
+  return a;
 }
 
-// f(T()) with T the type in which a tensor of dtype `other` is held beside x, of type X and dtype
-// x: held_dtype in plan.h.
-template <typename X, typename F>
-int with_held_type(X, DType x, DType other, const F& f) {
-  return held_dtype(x, other) == x ? f(X()) : f(float());
+inline void lay_out(RowArgs& a, const Plan& plan) {
+  a.lanes = plan.lanes;
+  a.cluster = plan.cluster;
+  a.slice = plan.slice;
+}
+
+// Are these, of which some may be absent, what a plain kernel takes beside x?
+template <typename... Views>
+bool is_plain(const RowArgs& a, const Views&... views) {
+  const auto fits = [&](const View& v) {
+    return v.data == nullptr || (v.aligned && v.rows.ndim == 1 && v.dtype == a.x.dtype);
+  };
+  return a.rows <= std::numeric_limits<int32_t>::max() &&
+         a.cols % vector_elems(a.x.dtype) == 0 &&
+         (a.weight.data == nullptr || a.weight.aligned) && (fits(a.x) && ... && fits(views));
+}
+
+// f(std::integral_constant of the Form of a launch).
+template <typename F>
+int with_form(bool plain, bool cast, const F& f) {
+  if (!plain) return f(std::integral_constant<Form, Form::kAny>());
+  if (cast) return f(std::integral_constant<Form, Form::kPlainCast>());
+  return f(std::integral_constant<Form, Form::kPlain>());
+}
+
+// The weight from column `begin` on in fp32, its offset added, to the chunks that each(f) calls
+// f(k, column, count) for.
+template <bool kPlain, int kElems, typename Each, int kChunks>
+__device__ void load_weights(const RowArgs& a, int64_t begin, const Each& each,
+                             Chunk<float, kElems> (&w)[kChunks]) {
+  const int there = a.weight.data != nullptr ? kElems : 0;
+  with_type(a.weight.dtype, [&](auto element) {
+    using W = decltype(element);
+    each([&](int k, auto col, int count) {
+      const Chunk<W, kElems> packed = load_chunk<kPlain, W, kElems>(a.weight, begin, col, min(there, count));
+      unrolled<kElems / 2>([&](int i) { w[k].set(i, packed.get(i) + a.weight_offset); });
+    });
+  });
 }
 
 // f(std::true_type()) or f(std::false_type()).

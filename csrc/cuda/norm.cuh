@@ -13,7 +13,7 @@ struct NormArgs : RowArgs {
 };
 
 // Rows in 8 bits: quant.cu.
-int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan,
+int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan, bool plain,
                  cudaStream_t stream);
 
 // fp32 results carry the rounding error of a product along (three roundings would be 2 to 3 ulp):
@@ -43,16 +43,15 @@ __device__ float2 normalized(float2 x, float2 g, const Scale& s) {
   }
 }
 
-// W is the type the weight is held in (held_dtype in plan.h). kAdd: x is a sum, of a residual and
-// an input of type X or, where X is fp32, of any.
-template <typename XType, typename WType, bool kAdd>
+// kAdd: x is a sum, of a residual and an input of type X or, where the kernel is not plain and X is
+// fp32, of any.
+template <typename XType, Form kForm, bool kAdd>
 struct Norm {
   using X = XType;
-  using W = WType;
-  static constexpr bool kAdds = kAdd;
+  static constexpr bool kPlain = kForm != Form::kAny, kAdds = kAdd;
   static constexpr int kElems = 16 / sizeof(X);
   using XChunk = Chunk<X, kElems>;
-  using WChunk = Chunk<W, kElems>;
+  using WChunk = Chunk<float, kElems>;
 
   // Squares of 16-bit numbers are exact in fp32 (or nearly), and 16-bit results forgive the rest
   // within a thread.
@@ -68,45 +67,58 @@ struct Norm {
     });
   }
 
-  static __device__ WChunk load_weight(const NormArgs& a, int64_t col, int count) {
-    return cuda::load_weight<W, kElems>(a.weight, col, count);
-  }
-
   // x, or the residual and beside it the input, of the chunks that each(f) calls f(k, column,
   // count) for.
   template <typename Each, int kChunks>
-  static __device__ void load(const NormArgs& a, int64_t row, const Each& each,
+  static __device__ void load(const NormArgs& a, int64_t row, int64_t begin, const Each& each,
                               XChunk (&x)[kChunks], XChunk (&input)[kChunks]) {
     const View& from = kAdd ? a.residual : a.x;
-    const int64_t offset = from.offset(row), input_offset = kAdd ? a.input.offset(row) : 0;
-    each([&](int k, int64_t col, int count) {
-      if constexpr (kAdd) input[k] = load_chunk<X, kElems>(a.input, input_offset + col, count);
-      x[k] = load_chunk<X, kElems>(from, offset + col, count);
+    const int64_t offset = begin + from.offset<kPlain>(row);
+    const int64_t input_offset = begin + (kAdd ? a.input.offset<kPlain>(row) : 0);
+    each([&](int k, auto col, int count) {
+      if constexpr (kAdd) {
+        input[k] = load_chunk<kPlain, X, kElems>(a.input, input_offset, col, count);
+      }
+      x[k] = load_chunk<kPlain, X, kElems>(from, offset, col, count);
     });
   }
 
   // x as their sum; on its own, since a load does not go past a store.
   template <typename Each, int kChunks>
-  static __device__ void add(const NormArgs& a, int64_t row, const Each& each,
+  static __device__ void add(const NormArgs& a, int64_t row, int64_t begin, const Each& each,
                              const XChunk (&input)[kChunks], XChunk (&x)[kChunks]) {
     if constexpr (!kAdd) return;
-    const int64_t offset = a.x.offset(row);
-    each([&](int k, int64_t col, int count) {
+    const int64_t offset = begin + a.x.offset<kPlain>(row);
+    each([&](int k, auto col, int count) {
       unrolled<kElems / 2>([&](int i) { x[k].set(i, input[k].get(i) + x[k].get(i)); });
-      store_chunk<X>(a.x, offset + col, x[k], count);
+      store_chunk<kPlain, X>(a.x, offset, col, x[k], count);
     });
   }
 
-  // Once x is summed up and before y, which may be x, is written.
+  // x once more, when it is complete.
+  template <typename Each, int kChunks>
+  static __device__ void load_again(const NormArgs& a, int64_t row, int64_t begin,
+                                    const Each& each, XChunk (&x)[kChunks]) {
+    const int64_t offset = begin + a.x.offset<kPlain>(row);
+    each([&](int k, auto col, int count) {
+      x[k] = load_chunk<kPlain, X, kElems>(a.x, offset, col, count);
+    });
+  }
+
+  // Once x is summed up and before y, which may be x, is written. reload(): called for a row that
+  // is rescued, to read again what is held of it, which would take registers meanwhile.
+  template <typename F>
   static __device__ Scale scale(const NormArgs& a, const Total<X>& sum, int64_t row,
-                                const Cluster& cluster, int lane) {
+                                const Cluster& cluster, int lane, const F& reload) {
     Scale s;
     if (!fast_scale(sum, a.mean, s)) {
       // For what its other lanes wrote. Longer rows have had a barrier.
       if (kAdd && a.lanes <= 32) __syncwarp(group_mask(a.lanes));
-      s = rescued_scale(static_cast<const X*>(a.x.data) + a.x.offset(row), a.cols, a.eps, a.lanes);
+      const X* const x = static_cast<const X*>(a.x.data) + a.x.offset<kPlain>(row);
+      s = rescued_scale(x, a.cols, a.eps, a.lanes);
       // Its warps read all of the row, which is the block's only one.
       if (a.lanes > 32) cluster.barrier();
+      reload();
     }
     if (a.rstd != nullptr && lane == 0 && cluster.rank == 0) {
       static_cast<float*>(a.rstd)[row] = s.hi * s.pre;
@@ -121,63 +133,105 @@ struct Norm {
       (vectors) < kForwardVectors ? kTuned.forward_block_threads : kThreads<kernel>, \
       (vectors) < kForwardVectors ? 1 : blocks_of(kTuned.limits[kernel], mixed))
 
-// The largest magnitude: as integers they are in the same order, and NaN is the largest of all. Its
-// sum is that of both.
-struct Largest {
-  uint32_t bits = 0;
-
-  __device__ void take(float v) { bits = max(bits, __float_as_uint(v) & 0x7fffffffu); }
-};
-__device__ inline Largest operator+(Largest a, Largest b) { return {max(a.bits, b.bits)}; }
-__device__ inline Largest of_lane(Largest v, int distance) {
-  return {__shfl_xor_sync(~0u, v.bits, distance)};
+// f(s), in a plain kernel with an s.pre of 1, which all rows but the rescued ones have, known to
+// the compiler.
+template <bool kPlain, typename S, typename F>
+__device__ void with_scale(S s, const F& f) {
+  if (kPlain && s.pre == 1.0f) {
+    s.pre = 1.0f;
+    f(s);
+  } else {
+    f(s);
+  }
 }
 
-// The kernels of rows differ in their epilogue E: what is done with a row of the Norm E::N once its
-// Scale s is known. E{args, row, s, largest}.store(column, count, x, w) does it for a chunk. With
-// E::kFindsLargest, and args.per_token, E::largest_of(args, x, w, s) of all of them comes first.
+// The largest magnitude. NaN is the largest of all. Its sum is that of both.
+struct Largest {
+  float value = 0;
+
+  __device__ void take(float v) { value = largest(value, v); }
+  static __device__ float largest(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(fabsf(a)), "f"(fabsf(b)));
+    return result;
+#else
+    // As integers they are in the same order.
+    return __uint_as_float(max(__float_as_uint(fabsf(a)), __float_as_uint(fabsf(b))));
+#endif
+  }
+};
+__device__ inline Largest operator+(Largest a, Largest b) {
+  return {Largest::largest(a.value, b.value)};
+}
+__device__ inline Largest of_lane(Largest v, int distance) {
+  return {of_lane(v.value, distance)};
+}
+
+// The kernels of rows differ in their epilogue E, made of the arguments: what is done with a row of
+// the Norm E::N once its Scale s is known. E::norm(x, w, s) is what a chunk of x becomes, and
+// E::store(place, column, count, that) stores it. With E::kFindsLargest, and args.per_token, store
+// gets the largest of a row in addition: of E::largest_of(chunk).
 
 // Rows held in registers, kVectors chunks per thread. A residual is as many bytes in flight again.
 template <typename E, int kVectors>
 __device__ void norm_rows(const typename E::Args& a) {
   sync_dependent_launch();
   using N = typename E::N;
-  constexpr int kRows = kForwardVectors / kVectors;
+  using Index = std::conditional_t<N::kPlain, unsigned, int64_t>;  // of a row
+  constexpr int kRows = kForwardVectors / kVectors, kThreads = kTuned.limits[kForwardRows].threads;
   const Cluster alone(1);
-  RowGroup<kRows, kVectors, N::kElems> group{a.rows, static_cast<int>(a.cols), a.lanes, kRows == 1};
+  RowGroup<Index, kRows, kVectors, N::kElems> group{a.rows, static_cast<int>(a.cols), kRows == 1};
   const auto each_chunk = [&](const auto& f) { group.each_chunk(f); };
   typename N::WChunk w[kVectors];
-  each_chunk([&](int k, int col, int count) { w[k] = N::load_weight(a, col, count); });
+  E epilogue;
 
   for (int turn = 0; group.any(); group.advance(), ++turn) {
     typename N::XChunk x[kRows][kVectors] = {}, input[kRows][kVectors] = {};
     Total<typename N::X> sum[kRows];
     const int live = group.live();
-    group.each_row([&](int r, int64_t row) { N::load(a, row, each_chunk, x[r], input[r]); });
-    group.each_row([&](int r, int64_t row) { N::add(a, row, each_chunk, input[r], x[r]); });
+    group.each_row([&](int r, int64_t row) { N::load(a, row, 0, each_chunk, x[r], input[r]); });
+    if (turn == 0) {  // after x, that a row waits for
+      load_weights<N::kPlain>(a, 0, each_chunk, w);
+      epilogue.prepare(a);
+    }
+    group.each_row([&](int r, int64_t row) { N::add(a, row, 0, each_chunk, input[r], x[r]); });
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= live) break;  // a short launch has few rows for a thread
       sum[r] = N::sum_of_squares(x[r]);
     }
-    row_sum(sum, live, a.lanes, alone, turn);
-    Scale s[kRows];
-    Largest largest[kRows];
+    row_sum<kThreads>(sum, live, turn);
+    const auto scale_of = [&](int r, int64_t row) {
+      return N::scale(a, sum[r], row, alone, group.lane,
+                      [&] { N::load_again(a, row, 0, each_chunk, x[r]); });
+    };
     if constexpr (E::kFindsLargest) {
+      typename E::YChunk y[kRows][kVectors];
+      Largest largest[kRows];
       group.each_row([&](int r, int64_t row) {
-        s[r] = N::scale(a, sum[r], row, alone, group.lane);
-#pragma unroll
-        for (int k = 0; k < kVectors && a.per_token; ++k) {
-          largest[r] = largest[r] + E::largest_of(a, x[r][k], w[k], s[r]);
-        }
+        with_scale<N::kPlain>(scale_of(r, row), [&](const Scale& s) {
+          unrolled<kVectors>([&](int k) {
+            y[r][k] = E::norm(a, x[r][k], w[k], s);
+            if (a.per_token) largest[r] = largest[r] + E::largest_of(y[r][k]);
+          });
+        });
       });
-      if (a.per_token) row_sum(largest, live, a.lanes, alone, ++turn);
+      if (a.per_token) row_sum<kThreads>(largest, live, ++turn);
+      group.each_row([&](int r, int64_t row) {
+        const typename E::Place place(epilogue, a, row, 0, largest[r], group.lane == 0);
+        each_chunk([&](int k, int col, int count) { place.store(col, count, y[r][k]); });
+      });
+    } else {
+      group.each_row([&](int r, int64_t row) {
+        const typename E::Place place(a, row, 0);
+        with_scale<N::kPlain>(scale_of(r, row), [&](const Scale& s) {
+          each_chunk([&](int k, int col, int count) {
+            place.store(col, count, E::norm(a, x[r][k], w[k], s));
+          });
+        });
+      });
     }
-    group.each_row([&](int r, int64_t row) {
-      if constexpr (!E::kFindsLargest) s[r] = N::scale(a, sum[r], row, alone, group.lane);
-      const E epilogue{a, row, s[r], largest[r]};
-      each_chunk([&](int k, int col, int count) { epilogue.store(col, count, x[r][k], w[k]); });
-    });
   }
 }
 
@@ -190,20 +244,13 @@ __device__ void norm_long_rows(const typename E::Args& a) {
   using N = typename E::N;
   using Index = std::conditional_t<kShared, int, int64_t>;  // of a chunk
   using XChunk = typename N::XChunk;
+  using YChunk = typename E::YChunk;
   extern __shared__ uint4 kept[];
   const Cluster cluster(a.cluster);
   const int64_t begin = cluster.rank * a.slice;
-  const Slice<Index, kForwardVectors, N::kElems> slice{begin, min(a.cols, begin + a.slice),
-                                                       static_cast<int>(blockDim.x)};
-  typename N::WChunk w[kForwardVectors];
-  const auto load_weights = [&](Index first) {
-    slice.each_chunk(first,
-                     [&](int k, int64_t col, int count) { w[k] = N::load_weight(a, col, count); });
-  };
-  const auto load_again = [&](int64_t x_offset, Index i) {
-    if constexpr (kShared) return get_chunk<XChunk>(kept, slice.chunks, i);
-    return load_chunk<typename N::X, N::kElems>(a.x, x_offset + slice.column(i), slice.count(i));
-  };
+  const Slice<Index, kForwardVectors, N::kElems> slice{begin, min(a.cols, begin + a.slice)};
+  E epilogue;
+  epilogue.prepare(a);
 
   int turn = 0;
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows;
@@ -212,45 +259,64 @@ __device__ void norm_long_rows(const typename E::Args& a) {
     for (Index first = 0; first < slice.chunks; first += slice.tile) {
       XChunk x[kForwardVectors], input[kForwardVectors];
       const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
-      N::load(a, row, each_chunk, x, input);
-      N::add(a, row, each_chunk, input, x);
+      N::load(a, row, begin, each_chunk, x, input);
+      N::add(a, row, begin, each_chunk, input, x);
       total = total + Sum(N::sum_of_squares(x));
       slice.each_index(first, [&](int k, Index i) {
         if (kShared && i < slice.chunks) put_chunk(kept, slice.chunks, i, x[k]);
       });
     }
-    Total<typename N::X> sum[] = {total};
-    // The tiles are gone through from the last to the first then: of a row that is read twice, what
-    // was read last is the likeliest still to be in the cache.
-    Index first = (slice.chunks - 1) / slice.tile * slice.tile;
-    load_weights(first);
-    row_sum(sum, 1, slice.lanes, cluster, turn);
-    const Scale s = N::scale(a, sum[0], row, cluster, slice.lane);
-    const int64_t x_offset = kShared ? 0 : a.x.offset(row);
-    Largest largest[1];
-    if constexpr (E::kFindsLargest) {
-      if (a.per_token) {
-        slice.each_index([&](Index i) {
-          XChunk x = load_again(x_offset, i);
-          typename N::WChunk weight = N::load_weight(a, slice.column(i), slice.count(i));
-          largest[0] = largest[0] + E::largest_of(a, x, weight, s);
+    Total<typename N::X> sum = total;
+    row_sum(sum, cluster, turn);
+    // f(k, chunk, y) for all that a thread has. The tiles are gone through from the last to the
+    // first: of a row that is read twice, what was read last is the likeliest still to be in the
+    // cache.
+    const auto each_norm = [&](const Scale& s, const auto& f) {
+      for (Index first = (slice.chunks - 1) / slice.tile * slice.tile; first >= 0;
+           first -= slice.tile) {
+        const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
+        typename N::WChunk w[kForwardVectors];
+        XChunk x[kForwardVectors];
+        if (!kShared) N::load_again(a, row, begin, each_chunk, x);
+        load_weights<N::kPlain>(a, begin, each_chunk, w);
+        slice.each_index(first, [&](int k, Index i) {
+          if (i >= slice.chunks) return;
+          if (kShared) x[k] = get_chunk<XChunk>(kept, slice.chunks, i);
+          f(i, E::norm(a, x[k], w[k], s));
         });
-        row_sum(largest, 1, slice.lanes, cluster, ++turn);
       }
-    }
-    for (; first >= 0; first -= slice.tile) {
-      const E epilogue{a, row, s, largest[0]};  // here, where it costs no register before
-      XChunk x[kForwardVectors];
-      slice.each_index(first, [&](int k, Index i) {
-        if (!kShared) x[k] = load_again(x_offset, i);
-      });
-      slice.each_index(first, [&](int k, Index i) {
-        if (i >= slice.chunks) return;
-        if (kShared) x[k] = load_again(x_offset, i);
-        epilogue.store(slice.column(i), slice.count(i), x[k], w[k]);
-      });
-      if (first > 0) load_weights(first - slice.tile);
-    }
+    };
+    with_scale<N::kPlain>(N::scale(a, sum, row, cluster, slice.lane, [] {}), [&](const Scale& s) {
+      if constexpr (E::kFindsLargest) {
+        constexpr bool kKeeps = kShared && std::is_same_v<XChunk, YChunk>;
+        Largest largest;
+        if (a.per_token) {
+          each_norm(s, [&](Index i, const YChunk& y) {
+            largest = largest + E::largest_of(y);
+            if constexpr (kKeeps) put_chunk(kept, slice.chunks, i, y);
+          });
+          row_sum(largest, cluster, ++turn);
+        }
+        const typename E::Place place(epilogue, a, row, begin, largest,
+                                      slice.lane == 0 && cluster.rank == 0);
+        if constexpr (kKeeps) {
+          if (a.per_token) {
+            return slice.each_index([&](Index i) {
+              place.store(slice.column(i), slice.count(i),
+                          get_chunk<YChunk>(kept, slice.chunks, i));
+            });
+          }
+        }
+        each_norm(s, [&](Index i, const YChunk& y) {
+          place.store(slice.column(i), slice.count(i), y);
+        });
+      } else {
+        const typename E::Place place(a, row, begin);
+        each_norm(s, [&](Index i, const YChunk& y) {
+          place.store(slice.column(i), slice.count(i), y);
+        });
+      }
+    });
   }
 }
 

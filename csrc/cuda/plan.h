@@ -17,9 +17,8 @@ inline int size_of(DType t) { return is_double(t) ? 8 : t == DType::kFloat32 ? 4
 // Elements of one 16-byte vector of x: what a thread handles at a time.
 inline int vector_elems(DType x) { return 16 / size_of(x); }
 
-// The type in which the weight (or dy) stays in registers: that of x, or fp32 for every other
-// dtype. It halves the number of kernels, and only the odd pairs (fp16 beside bf16) hold more than
-// they need.
+// The type in which dy stays in registers: that of x, or fp32 for every other dtype. It halves the
+// number of kernels, and only the odd pairs (fp16 beside bf16) hold more than they need.
 inline DType held_dtype(DType x, DType other) { return other == x ? x : DType::kFloat32; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -85,24 +84,28 @@ inline int64_t resident_rows(const Plan& plan, const Device& device) {
   return std::max(device.multiprocessors / gpc * (gpc * plan.resident / plan.cluster), int64_t{1});
 }
 
+// wide: with a residual, or not plain (Form in launch.h): more registers.
 inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device,
-                         bool quant = false) {
+                         bool wide = false, bool quant = false) {
   const Tuning& tuning = tuning_of(device.arch);
   const KernelLimits* const limits = tuning.limits + (quant ? kQuantRows : kForwardRows);
   Plan plan = plan_row(cols, x, kForwardVectors, limits, tuning.forward_block_threads, 16, device);
   if (plan.lanes > kWarp) plan.threads = plan.lanes;  // one row: its threads may meet at a barrier
-  plan.registers = limits[static_cast<int>(plan.keep)].registers;
+  const KernelLimits& kernel = limits[static_cast<int>(plan.keep)];
+  plan.registers = wide ? kernel.mixed_registers : kernel.registers;
   plan.resident = resident_blocks(plan, device);
   // Threads with one or two vectors of a row take four or two rows at a time: fewer waves.
   const int waves = tuning.forward_waves * plan.vectors / kForwardVectors;
-  const int64_t groups = ceil_div(rows, plan.threads / plan.lanes);
-  plan.blocks = even_blocks(groups, resident_rows(plan, device) * waves) * plan.cluster;
+  const int64_t resident = resident_rows(plan, device), slots = plan.threads / plan.lanes;
+  const int64_t spread = ceil_div(rows, slots);  // a thread has one row
+  const int64_t groups = ceil_div(spread, kForwardVectors / plan.vectors);
+  plan.blocks =
+      (spread <= resident ? spread : even_blocks(groups, resident * waves)) * plan.cluster;
   return plan;
 }
 
 // blocks / cluster: also the number of rows of partial sums.
-inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, DType w,
-                          const Device& device) {
+inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const Device& device) {
   const Tuning& tuning = tuning_of(device.arch);
   const KernelLimits* const limits = tuning.limits + kBackwardRows;
   const int elems = vector_elems(x);
@@ -110,15 +113,17 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, DType w
       16 + elems * (size_of(held_dtype(x, dy)) + int64_t{sizeof(float)});  // and a sum for dweight
   Plan plan = plan_row(cols, x, kBackwardVectors, limits, tuning.backward_block_threads, kept_bytes,
                        device);
-  const bool mixed = held_dtype(x, dy) != x || held_dtype(x, w) != x;
+  const bool mixed = held_dtype(x, dy) != x;
   const KernelLimits& kernel = limits[static_cast<int>(plan.keep)];
   plan.registers = mixed ? kernel.mixed_registers : kernel.registers;
   plan.resident = resident_blocks(plan, device);
   const int64_t limit = resident_rows(plan, device);
   const int64_t groups = ceil_div(rows, plan.threads / plan.lanes);
   // Rows that are read twice leave their partial sums to the second pass.
-  const int64_t spread =
-      plan.keep == Keep::kNowhere ? groups : ceil_div(groups, tuning.backward_min_rows);
+  const int64_t spread = plan.keep == Keep::kNowhere
+                             ? groups
+                             : std::max(ceil_div(groups, tuning.backward_min_rows),
+                                        int64_t{2} * device.multiprocessors / plan.cluster);
   plan.blocks = even_blocks(groups, std::min(spread, limit)) * plan.cluster;
   return plan;
 }

@@ -8,39 +8,52 @@ namespace {
 
 struct QuantArgs : NormArgs {
   Quant quant;
-  float largest_value;      // of the format
+  float largest_value, inverse_largest;  // of the format
   bool codes_aligned;       // every chunk of codes is
   bool per_token;           // each row has a scale of its own
-  bool cast_before_weight;  // known at run time only: all of these share their kernels
+  int lanes_per_block, lanes_per_block_log2;  // that share a scale; 0: no dynamic one of blocks
 };
 
 // By which values are brought to the range of the format.
 struct QuantScale {
   float scale, inverse;
-  enum { kProduct, kQuotient, kDivision } method;
+  enum { kProduct, kQuotient, kAnyQuotient } method;
 
+  QuantScale() = default;
   // A static one.
   __device__ explicit QuantScale(float scale)
       : scale(scale), inverse(1.0f / scale), method(kProduct) {}
 
-  // A dynamic one: largest is the largest magnitude of the values that share it.
-  __device__ QuantScale(const QuantArgs& a, Largest largest) {
+  // A dynamic one, of the largest magnitude of the values that share it.
+  __device__ QuantScale(const QuantArgs& a, float magnitude) {
     const Quant& q = a.quant;
-    const float magnitude = __uint_as_float(largest.bits);
     const float bounded = magnitude > q.bound ? q.bound : magnitude;
-    scale = bounded / a.largest_value;
+    scale = isfinite(bounded) ? quotient(bounded, a.largest_value, a.inverse_largest) : bounded;
     scale = scale < q.least ? q.least : scale;
     inverse = 1.0f / scale;
     const bool in_range = magnitude <= q.bound && isfinite(magnitude);
-    method = q.dtype == QType::kInt8 ? kProduct : in_range ? kQuotient : kDivision;
+    method = q.dtype == QType::kInt8 ? kProduct : in_range ? kQuotient : kAnyQuotient;
   }
 
-  __device__ float operator()(float v) const {
+  // v / by, rounded as a division is (Markstein 1990); in this order of signs 0 keeps its own.
+  static __device__ float quotient(float v, float by, float inverse) {
     const float near = __fmul_rn(v, inverse);
-    if (method == kProduct) return near;
-    if (method == kDivision) return v / scale;
-    // Rounded as a division is (Markstein 1990); in this order of signs 0 keeps its own.
-    return __fmaf_rn(__fmaf_rn(near, scale, -v), -inverse, near);
+    return __fmaf_rn(__fmaf_rn(near, by, -v), -inverse, near);
+  }
+
+  // All of v, in the range of the format.
+  template <int kPairs>
+  __device__ void apply(float2 (&v)[kPairs]) const {
+    const auto each = [&](const auto& f) {
+      unrolled<kPairs>([&](int i) { v[i] = {f(v[i].x), f(v[i].y)}; });
+    };
+    if (method == kProduct) return each([&](float x) { return __fmul_rn(x, inverse); });
+    if (method == kQuotient) return each([&](float x) { return quotient(x, scale, inverse); });
+    // Of an infinite product, or by an infinite scale, the product is the quotient.
+    each([&](float x) {
+      const float result = quotient(x, scale, inverse);
+      return isfinite(result) ? result : __fmul_rn(x, inverse);
+    });
   }
 };
 
@@ -70,141 +83,173 @@ __device__ inline uint32_t to_float8(float2 v, bool e4m3) {
 }
 #endif
 
-// NaN is 0.
-__device__ inline uint32_t to_int8(float v) {
-  return max(-128, min(127, __float2int_rn(v))) & 0xff;
-}
-
-__device__ inline uint32_t to_codes(float2 v, QType type) {
-  if (type == QType::kInt8) return to_int8(v.x) | to_int8(v.y) << 8;
-  return to_float8(v, type == QType::kFloat8E4M3);
+// Saturated; NaN is 0. The codes of v.x and, above it, v.y.
+__device__ inline uint32_t to_int8(float2 v) {
+  uint32_t codes;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+      : "=r"(codes)
+      : "r"(__float2int_rn(v.y)), "r"(__float2int_rn(v.x)), "r"(0));
+  return codes;
 }
 
 // Stores the codes, the norm if it is wanted, and the scales.
-template <typename NType>
+template <typename X, Form kForm, bool kAdd>
 struct StoreQuant {
-  using N = NType;
+  using N = Norm<X, kForm, kAdd>;
   using Args = QuantArgs;
-  using XChunk = typename N::XChunk;
-  using WChunk = typename N::WChunk;
-  static constexpr bool kFindsLargest = true;
   static constexpr int kElems = N::kElems, kPairs = kElems / 2;
-  const Args& a;
-  const int64_t row;
-  const Scale& s;
-  const Largest& largest;  // of the row, if it has a scale of its own
-
   // The norm as it is rounded before it is put into 8 bits.
-  static __device__ void norm_of(const Args& a, XChunk& x, const WChunk& w, const Scale& s,
-                                 float2 (&v)[kPairs]) {
-    using X = typename N::X;
+  using YChunk = Chunk<std::conditional_t<N::kPlain, X, float>, kElems>;
+  static constexpr bool kFindsLargest = true;
+  QuantScale fixed;  // if the scale is static
+
+  __device__ void prepare(const Args& a) {
+    if (a.quant.block == 0) fixed = QuantScale(*a.quant.scale);
+  }
+
+  static __device__ YChunk norm(const Args& a, typename N::XChunk& x, const typename N::WChunk& w,
+                                const Scale& s) {
+    const bool cast = kForm == Form::kPlainCast || (!N::kPlain && a.cast_before_weight);
+    YChunk y;
     x.stay_packed();
     unrolled<kPairs>([&](int i) {
-      const float2 g = w.get(i) + a.weight_offset;
-      v[i] = a.cast_before_weight ? normalized<X, true>(x.get(i), g, s)
-                                  : normalized<X, false>(x.get(i), g, s);
-      if (a.y.dtype == DType::kFloat16) v[i] = round_to<__half>(v[i]);
-      if (a.y.dtype == DType::kBFloat16) v[i] = round_to<__nv_bfloat16>(v[i]);
+      float2 v = cast ? normalized<X, true>(x.get(i), w.get(i), s)
+                      : normalized<X, false>(x.get(i), w.get(i), s);
+      if (!N::kPlain && a.y.dtype == DType::kFloat16) v = round_to<__half>(v);
+      if (!N::kPlain && a.y.dtype == DType::kBFloat16) v = round_to<__nv_bfloat16>(v);
+      y.set(i, v);
     });
+    return y;
   }
 
-  static __device__ Largest largest_of(const float2 (&v)[kPairs]) {
+  static __device__ Largest largest_of(const YChunk& y) {
     Largest result;
-    unrolled<kPairs>([&](int i) { result.take(v[i].x), result.take(v[i].y); });
+    unrolled<kPairs>([&](int i) { result.take(y.get(i).x), result.take(y.get(i).y); });
     return result;
   }
-  static __device__ Largest largest_of(const Args& a, XChunk& x, const WChunk& w, const Scale& s) {
-    float2 v[kPairs];
-    norm_of(a, x, w, s, v);
-    return largest_of(v);
-  }
 
-  // From a copy: v itself as a chunk cost twelve registers on compute capability 12.0.
-  __device__ void store_norm(int64_t col, int count, const float2 (&v)[kPairs]) const {
-    Chunk<float, kElems> y;
-    unrolled<kPairs>([&](int i) { y.set(i, v[i]); });
-    const int64_t index = a.y.offset(row) + col;
-    with_type(a.y.dtype, [&](auto type) { store_chunk<decltype(type)>(a.y, index, y, count); });
-  }
+  struct Place {
+    const Args& a;
+    const int64_t row, begin;
+    uint8_t* const codes = static_cast<uint8_t*>(a.quant.data) + row * a.cols + begin;
+    QuantScale scale;
 
-  __device__ void store_codes(int64_t col, int count, const float2 (&v)[kPairs],
-                              const QuantScale& scale) const {
-    Chunk<uint8_t, kElems> codes = {};
-    unrolled<kPairs>([&](int i) {
-      codes.word[i / 2] |= to_codes({scale(v[i].x), scale(v[i].y)}, a.quant.dtype) << 16 * (i % 2);
-    });
-    uint8_t* const to = static_cast<uint8_t*>(a.quant.data) + row * a.cols + col;
-    store_chunk(to, codes, count, a.codes_aligned);
-  }
-
-  __device__ void store(int64_t col, int count, XChunk& x, const WChunk& w) const {
-    if (count <= 0) return;
-    float2 v[kPairs];
-    norm_of(a, x, w, s, v);
-    if (a.y.data != nullptr) store_norm(col, count, v);
-    const Quant& q = a.quant;
-    if (q.block == 0) return store_codes(col, count, v, QuantScale(*q.scale));
-    Largest top = largest;
-    int64_t block = 0;
-    if (!a.per_token) {  // the threads of a block of columns are side by side in a warp
-      const int group = static_cast<int>(q.block) / kElems;
-      block = col / q.block;
-      top = largest_of(v);
-      for (int o = group / 2; o > 0; o /= 2)
-        top = top + Largest{__shfl_xor_sync(group_mask(group), top.bits, o)};
+    // `first`: it stores the scale of a row.
+    __device__ Place(const StoreQuant& e, const Args& a, int64_t row, int64_t begin,
+                     Largest largest, bool first)
+        : a(a), row(row), begin(begin), scale(e.fixed) {
+      if (!a.per_token) return;
+      scale = QuantScale(a, largest.value);
+      if (first) a.quant.scale[row * a.quant.row_stride] = scale.scale;
     }
-    const QuantScale scale(a, top);
-    if (col == block * q.block) q.scale[row * q.row_stride + block * q.block_stride] = scale.scale;
-    store_codes(col, count, v, scale);
-  }
+
+    template <typename Index>
+    __device__ void store(Index col, int count, const YChunk& y) const {
+      if (count <= 0) return;
+      if (a.y.data != nullptr) store_norm(col, count, y);
+      const Quant& q = a.quant;
+      QuantScale of_chunk = scale;
+      if (a.lanes_per_block != 0) {  // side by side in a warp
+        Largest top = largest_of(y);
+        const uint32_t mask = group_mask(a.lanes_per_block);
+        for (int o = a.lanes_per_block / 2; o > 0; o /= 2) {
+          top = top + Largest{__shfl_xor_sync(mask, top.value, o)};
+        }
+        of_chunk = QuantScale(a, top.value);
+        const int64_t chunk = (begin + col) / kElems;
+        if (chunk % a.lanes_per_block == 0) {
+          const int64_t block = chunk >> a.lanes_per_block_log2;
+          q.scale[row * q.row_stride + block * q.block_stride] = of_chunk.scale;
+        }
+      }
+      float2 v[kPairs];
+      unrolled<kPairs>([&](int i) { v[i] = y.get(i); });
+      of_chunk.apply(v);
+      store_codes(col, count, v);
+    }
+
+    template <typename Index>
+    __device__ void store_norm(Index col, int count, const YChunk& y) const {
+      const int64_t offset = begin + a.y.offset<N::kPlain>(row);
+      if constexpr (N::kPlain) {
+        store_chunk<true, X>(a.y, offset, col, y, count);
+      } else {
+        with_type(a.y.dtype, [&](auto type) {
+          store_chunk<false, decltype(type)>(a.y, offset, col, y, count);
+        });
+      }
+    }
+
+    template <typename Index>
+    __device__ void store_codes(Index col, int count, const float2 (&v)[kPairs]) const {
+      Chunk<uint8_t, kElems> chunk = {};
+      const auto each = [&](const auto& f) {
+        unrolled<kPairs>([&](int i) { chunk.word[i / 2] |= f(v[i]) << 16 * (i % 2); });
+      };
+      if (a.quant.dtype == QType::kInt8) {
+        each([](float2 v) { return to_int8(v); });
+      } else if (a.quant.dtype == QType::kFloat8E4M3) {
+        each([](float2 v) { return to_float8(v, true); });
+      } else {
+        each([](float2 v) { return to_float8(v, false); });
+      }
+      if constexpr (N::kPlain) {
+        store_whole(codes, col, chunk);
+      } else {
+        store_chunk(codes + col, chunk, count, a.codes_aligned);
+      }
+    }
+  };
 };
 
-// The weight is held as fp32, whatever it is: fewer kernels.
-template <typename X, bool kAdd>
-using StoreRows = StoreQuant<Norm<X, float, kAdd>>;
-
-template <typename X, bool kAdd, int kVectors>
+template <typename X, Form kForm, bool kAdd, int kVectors>
 SHORT_ROW_KERNEL(kQuantRows, kVectors, kAdd)
 quant_rows(const __grid_constant__ QuantArgs a) {
-  norm_rows<StoreRows<X, kAdd>, kVectors>(a);
+  norm_rows<StoreQuant<X, kForm, kAdd>, kVectors>(a);
 }
 
-template <typename X, bool kAdd>
+template <typename X, Form kForm, bool kAdd>
 ROW_KERNEL(kQuantSharedRows, kAdd)
 quant_shared_rows(const __grid_constant__ QuantArgs a) {
-  norm_long_rows<StoreRows<X, kAdd>, true>(a);
+  norm_long_rows<StoreQuant<X, kForm, kAdd>, true>(a);
 }
 
 template <typename X, bool kAdd>
 ROW_KERNEL(kQuantLongRows, kAdd)
 quant_long_rows(const __grid_constant__ QuantArgs a) {
-  norm_long_rows<StoreRows<X, kAdd>, false>(a);
+  norm_long_rows<StoreQuant<X, Form::kAny, kAdd>, false>(a);
 }
 
-template <typename X, bool kAdd>
+template <typename X, Form kForm, bool kAdd>
 int launch_rows(const QuantArgs& a, const Plan& plan, cudaStream_t stream) {
   void (*kernel)(QuantArgs) = plan.keep == Keep::kNowhere  ? quant_long_rows<X, kAdd>
-                              : plan.keep == Keep::kShared ? quant_shared_rows<X, kAdd>
-                              : plan.vectors == 1          ? quant_rows<X, kAdd, 1>
-                              : plan.vectors == 2          ? quant_rows<X, kAdd, 2>
-                                                           : quant_rows<X, kAdd, 4>;
+                              : plan.keep == Keep::kShared ? quant_shared_rows<X, kForm, kAdd>
+                              : plan.vectors == 1          ? quant_rows<X, kForm, kAdd, 1>
+                              : plan.vectors == 2          ? quant_rows<X, kForm, kAdd, 2>
+                                                           : quant_rows<X, kForm, kAdd, 4>;
   return launch(kernel, plan, a, stream);
 }
 
 }  // namespace
 
-int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan,
+int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan, bool plain,
                  cudaStream_t stream) {
   const int elems = vector_elems(p.x_dtype);
   QuantArgs a{args};
   a.quant = p.quant;
   a.largest_value = max_value(p.quant.dtype);
+  a.inverse_largest = 1.0f / a.largest_value;
   a.codes_aligned = p.cols % elems == 0 && reinterpret_cast<uintptr_t>(p.quant.data) % elems == 0;
   a.per_token = p.quant.block == p.cols;
-  a.cast_before_weight = p.cast_before_weight && p.weight != nullptr;
+  if (!a.per_token) a.lanes_per_block = static_cast<int>(p.quant.block) / elems;
+  while (2 << a.lanes_per_block_log2 <= a.lanes_per_block) ++a.lanes_per_block_log2;
+  plain = plain && a.codes_aligned && p.y_dtype == p.x_dtype;
   return with_type(p.x_dtype, [&](auto x) {
-    return with_flag(a.input.data != nullptr, [&](auto add) {
-      return launch_rows<decltype(x), decltype(add)::value>(a, plan, stream);
+    return with_form(plain, a.cast_before_weight, [&](auto form) {
+      return with_flag(a.input.data != nullptr, [&](auto add) {
+        return launch_rows<decltype(x), decltype(form)::value, decltype(add)::value>(a, plan,
+                                                                                     stream);
+      });
     });
   });
 }

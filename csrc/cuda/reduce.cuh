@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "launch.h"
 #include "tuning.h"
 #include "vec.cuh"
 
@@ -89,19 +90,30 @@ __device__ inline Sum of_lane(const Sum& s, int distance) {
   return Sum(of_lane(s.hi, distance), of_lane(s.lo, distance));
 }
 
+// The threads of a block are blockDim.x for a row and blockDim.y rows. The one's place in its warp.
+__device__ inline int warp_lane() { return (threadIdx.y * blockDim.x + threadIdx.x) % kWarp; }
+
+template <int kLanes, typename T>
+__device__ T sum_of_lanes(T v) {
+#pragma unroll
+  for (int o = kLanes / 2; o > 0; o /= 2) v = v + of_lane(v, o);
+  return v;
+}
+
 // One partial sum per warp of a row; alternate halves by `turn`, so that one barrier per row is
 // enough.
-__device__ inline float2* warp_sums(int turn) {
-  constexpr int kWarps = kTuned.limits[kForwardSharedRows].threads / kWarp;
-  __shared__ float2 sums[2][kTuned.max_cluster * kWarps];
+template <int kWarps>
+__device__ void* warp_sums(int turn) {
+  __shared__ float2 sums[2][kWarps];
   return sums[turn % 2];
 }
 
-// The sums over the lanes of the first `live` rows, in every one of them; all threads of the block
+// The sums over the lanes of each of `live` rows, in every one of them; all threads of the block
 // take part. `turn` counts the calls. Rows that are taken several at a time are no longer than a
 // warp (plan.h).
-template <typename T, int kRows>
-__device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& cluster, int turn) {
+template <int kThreads, typename T, int kRows>
+__device__ void row_sum(T (&v)[kRows], int live, int turn) {
+  const int lanes = blockDim.x;
   if constexpr (kRows > 1) {
 #pragma unroll 1
     for (int o = lanes / 2; o > 0; o /= 2) {
@@ -110,23 +122,35 @@ __device__ void row_sum(T (&v)[kRows], int live, int lanes, const Cluster& clust
       });
     }
   } else {
-    const auto over_warp = [&] {
-#pragma unroll
-      for (int o = 16; o > 0; o /= 2) v[0] = v[0] + of_lane(v[0], o);
-    };
-    over_warp();
+    constexpr int kWarps = kThreads / kWarp;
+    v[0] = sum_of_lanes<kWarp>(v[0]);
     if (lanes == kWarp) return;
-    const int warps = lanes / 32, thread = recomputed(threadIdx.x), warp = thread / 32,
-              lane = thread % 32, first = warp / warps * warps;
-    T* const sums = reinterpret_cast<T*>(warp_sums(turn));
-    if (cluster.size > 1 && turn == 0) Cluster::wait();
-    if (lane < cluster.size)
-      *Cluster::of_block(sums + cluster.rank * warps + warp, cluster.size > 1 ? lane : 0) = v[0];
-    cluster.barrier();
-    v[0] = T{};
-    for (int i = lane; i < cluster.size * warps; i += 32) v[0] = v[0] + sums[first + i];
-    over_warp();
+    const int warps = lanes / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    T* const sums = static_cast<T*>(warp_sums<kWarps>(turn)) + threadIdx.y * warps;
+    if (lane == 0) sums[warp] = v[0];
+    __syncthreads();
+    v[0] = lane % kWarps < warps ? sums[lane % kWarps] : T{};
+    v[0] = sum_of_lanes<kWarps>(v[0]);
   }
+}
+
+// The sum over the threads of all blocks that share a row, in every one of them.
+template <typename T>
+__device__ void row_sum(T& v, const Cluster& cluster, int turn) {
+  constexpr int kWarps = kTuned.limits[kForwardSharedRows].threads / kWarp;
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  T* const sums = static_cast<T*>(warp_sums<kTuned.max_cluster * kWarps>(turn));
+  v = sum_of_lanes<kWarp>(v);
+  if (cluster.size > 1) {
+    if (turn == 0) Cluster::wait();
+    if (lane < cluster.size) *Cluster::of_block(sums + cluster.rank * warps + warp, lane) = v;
+  } else if (lane == 0) {
+    sums[warp] = v;
+  }
+  cluster.barrier();
+  v = T{};
+  for (int i = lane; i < cluster.size * warps; i += kWarp) v = v + sums[i];
+  v = sum_of_lanes<kWarp>(v);
 }
 
 // 1 / sqrt(mean(x^2) + eps) = pre * (hi + lo). pre is a power of two, and 1 but for rows that are
@@ -151,6 +175,13 @@ inline Mean mean_of(int64_t cols, double eps) {
 // rstd is between kMinFastRstd and kMaxFastRstd. Other rows are rescued.
 constexpr float kMinMeanSquare = 0x1p-60f, kMaxMeanSquare = 0x1p60f;
 
+// The hardware's estimate, of a normal number.
+__device__ inline float reciprocal_root(float v) {
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // From the sum of squares, to about 2^-44: the error of the result is that of the sum. All in fp32,
 // because fp64 runs at 1/64 of its rate on most GPUs and this is done once for as few as 64
 // elements. Returns false for a row out of range. (NaN is in: it comes out as NaN.)
@@ -163,7 +194,7 @@ __device__ inline bool fast_scale(const Sum& sum, const Mean& m, Scale& out) {
   const float v_lo =
       __fmaf_rn(sum.hi, m.inv_lo, __fmaf_rn(sum.hi, m.inv_hi, -mean)) + sum.lo * m.inv_hi + rest;
   // One Newton step on the hardware's estimate: e = 1 - v * r^2, with r^2 as the sum of two floats.
-  const float r = rsqrtf(rough);
+  const float r = reciprocal_root(rough);
   const float sq = __fmul_rn(r, r);
   const float sq_lo = __fmaf_rn(r, r, -sq);
   const float e = __fmaf_rn(-rough, sq, 1.0f) - __fmaf_rn(rough, sq_lo, __fmul_rn(v_lo, sq));
@@ -178,7 +209,7 @@ __device__ inline bool fast_scale(const Sum& sum, const Mean& m, Scale& out) {
 __device__ inline bool fast_scale(float sum, const Mean& m, Scale& out) {
   const float v = __fmaf_rn(sum, m.inv_hi, m.eps_hi);
   if (v < kMinMeanSquare || v > kMaxMeanSquare) return false;
-  const float r = rsqrtf(v);
+  const float r = reciprocal_root(v);
   out = {__fmaf_rn(0.5f * r, __fmaf_rn(-v * r, r, 1.0f), r), 0.0f, 1.0f};
   return true;
 }
@@ -194,7 +225,7 @@ struct DoubleScale {
 
 // The lanes of the warp that are in this one's group of so many.
 __device__ inline uint32_t group_mask(int group) {
-  return (group == 32 ? ~0u : (1u << group) - 1) << (threadIdx.x % 32 / group * group);
+  return (group == 32 ? ~0u : (1u << group) - 1) << (warp_lane() / group * group);
 }
 
 // A sum of products. What an addition rounds off goes into the next term (Kahan).
@@ -210,10 +241,10 @@ struct DoubleSum {
 // load(i): element i of the row, as double. The `group` lanes of a warp that call this share the
 // work, and each gets the result. Far off the hot path: it reads the row twice.
 template <typename Load>
-__device__ DoubleScale double_scale(const Load& load, int64_t cols, double eps, int group) {
-  const int lane = threadIdx.x % group;
+__device__ DoubleScale double_scale(const Load& load, int64_t cols, const Epsilon& eps, int group) {
+  const int lane = warp_lane() % group;
   const uint32_t mask = group_mask(group);
-  double top = sqrt(eps);
+  double top = eps.root;
 #pragma unroll 1
   for (int64_t i = lane; i < cols; i += group) top = fmax(top, fabs(load(i)));
 #pragma unroll 1
@@ -233,14 +264,14 @@ __device__ DoubleScale double_scale(const Load& load, int64_t cols, double eps, 
   double sum = squares.sum;
 #pragma unroll 1
   for (int o = group / 2; o > 0; o /= 2) sum += __shfl_xor_sync(mask, sum, o);
-  s.r = 1.0 / sqrt(sum / cols + eps * pre * pre);
+  s.r = 1.0 / sqrt(sum / eps.cols + eps.value * pre * pre);
   return s;
 }
 
 // The scale of a row out of the range of fast_scale. Each warp (or smaller group) of the row finds
 // it by itself, from memory. For fp32 and narrower x, whose exponents fit pre and hi.
 template <typename T>
-__device__ Scale rescued_scale(const T* x, int64_t cols, double eps, int lanes) {
+__device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int lanes) {
   const DoubleScale s = double_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; },
                                      cols, eps, min(lanes, 32));
   // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is

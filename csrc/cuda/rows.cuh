@@ -9,28 +9,28 @@ namespace rmsnorm::cuda {
 
 // Rows in registers: a thread has kVectors chunks, of kElems elements each, of kRows rows at a
 // time.
-template <int kRows, int kVectors, int kElems>
+template <typename Index, int kRows, int kVectors, int kElems>
 struct RowGroup {
   const int64_t& rows;  // where the arguments are: a copy would take registers
-  const int cols, lanes;
+  const int cols;
   // Where a thread has one row at a time, which then is of whole warps, these may leave the loop
   // one by one. Else all of a block stay in it together.
   const bool warps_leave;
-  const int slots = blockDim.x / lanes, lane = threadIdx.x % lanes;
-  const int slot = warps_leave ? 0 : threadIdx.x / lanes;
+  const int lane = threadIdx.x, lanes = blockDim.x;
+  const int slot = warps_leave ? 0 : threadIdx.y;
   // The first of the kRows rows, which are a stride apart.
-  int64_t first = int64_t{blockIdx.x} * slots + (warps_leave ? threadIdx.x / lanes : 0);
+  Index first = Index{blockIdx.x} * blockDim.y + (warps_leave ? threadIdx.y : 0);
 
-  __device__ int64_t stride() const { return int64_t{gridDim.x} * recomputed(slots); }
-  __device__ bool any() const { return first < rows; }
+  __device__ Index stride() const { return Index{gridDim.x} * blockDim.y; }
+  __device__ bool any() const { return first < Index(rows); }
   __device__ void advance() { first += kRows * stride(); }
 
   // How many of the kRows rows there are in the block's first slot: the same for all of its
   // threads.
   __device__ int live() const {
     int live = 0;
-    const int64_t apart = stride();
-    unrolled<kRows>([&](int r) { live += first + r * apart < rows; });
+    const Index apart = stride();
+    unrolled<kRows>([&](int r) { live += first + r * apart < Index(rows); });
     return live;
   }
 
@@ -38,8 +38,8 @@ struct RowGroup {
   template <typename F>
   __device__ void each_row(const F& f) const {
     unrolled<kRows>([&](int r) {
-      const int64_t row = first + r * stride() + slot;
-      if (row < rows) f(r, row);
+      const Index row = first + r * stride() + slot;
+      if (row < Index(rows)) f(r, row);
     });
   }
 
@@ -53,18 +53,19 @@ struct RowGroup {
   }
 };
 
-// A longer row: the columns that a block has of it, in chunks counted from `begin`. They are worked
-// on in tiles of kVectors chunks per thread. The last chunk may be incomplete.
+// A longer row: the columns that a block has of it, counted from `begin`. They are worked on in
+// tiles of kVectors chunks per thread. The last chunk may be incomplete.
 template <typename Index, int kVectors, int kElems>
 struct Slice {
   const int64_t begin, end;
-  const int lanes, lane = threadIdx.x;
-  const Index chunks = static_cast<Index>((max(end - begin, int64_t{0}) + kElems - 1) / kElems);
+  const Index cols = static_cast<Index>(max(end - begin, int64_t{0}));
+  const int lanes = blockDim.x, lane = threadIdx.x;
+  const Index chunks = (cols + kElems - 1) / kElems;
   const Index tile = lanes * kVectors;
 
-  __device__ int64_t column(Index chunk) const { return begin + int64_t{chunk} * kElems; }
+  __device__ Index column(Index chunk) const { return chunk * kElems; }
   __device__ int count(Index chunk) const {
-    return static_cast<int>(min(end - column(chunk), int64_t{kElems}));
+    return static_cast<int>(min(cols - column(chunk), Index{kElems}));
   }
 
   // f(k, chunk) for each of the thread's chunks in a tile; those beyond the slice too.
@@ -82,6 +83,7 @@ struct Slice {
   // f(chunk) for each of the thread's chunks in the slice, one at a time.
   template <typename F>
   __device__ void each_index(const F& f) const {
+#pragma unroll 1
     for (Index chunk = lane; chunk < chunks; chunk += lanes) f(chunk);
   }
 };

@@ -127,40 +127,49 @@ struct Chunk {
   }
 };
 
-// `count` elements are there (none if negative); the others read as zero. aligned: p is at an
-// address that the widest access can take.
-template <typename T, int kElems>
-__device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
+// The chunk that starts at element col of a row, by the widest accesses. Index: int, where a
+// row's columns fit it. Written so that an address takes one instruction.
+template <typename T, int kElems, typename Index>
+__device__ Chunk<T, kElems> load_whole(const T* row, Index col) {
   using C = Chunk<T, kElems>;
-  C c = {};
-  if (aligned && count >= kElems) {
-    unrolled<C::kVectors>(
-        [&](int i) { c.set_vector(i, reinterpret_cast<const typename C::Vector*>(p)[i]); });
-  } else {
-    unrolled<kElems>([&](int i) {
-      if (i >= count) return;
-      const uint32_t raw = reinterpret_cast<const typename C::Raw*>(p)[i];
-      c.word[i * sizeof(T) / 4] |= raw << 8 * sizeof(T) * i % 32;
-    });
-  }
+  const auto from = reinterpret_cast<const typename C::Vector*>(row) + col / kElems * C::kVectors;
+  C c;
+  unrolled<C::kVectors>([&](int i) { c.set_vector(i, from[i]); });
   return c;
 }
 
 // To global memory. __stwb is the plain store; written as an assignment, nvcc split it into words
 // in most kernels.
+template <typename T, int kElems, typename Index>
+__device__ void store_whole(T* row, Index col, const Chunk<T, kElems>& c) {
+  using C = Chunk<T, kElems>;
+  const auto to = reinterpret_cast<typename C::Vector*>(row) + col / kElems * C::kVectors;
+  unrolled<C::kVectors>([&](int i) { __stwb(to + i, c.vector(i)); });
+}
+
+// `count` elements are there (none if negative); the others read as zero. aligned: p is at an
+// address that the widest access can take.
+template <typename T, int kElems>
+__device__ Chunk<T, kElems> load_chunk(const T* p, int count, bool aligned) {
+  using C = Chunk<T, kElems>;
+  if (aligned && count >= kElems) return load_whole<T, kElems>(p, 0);
+  C c = {};
+  unrolled<kElems>([&](int i) {
+    if (i >= count) return;
+    const uint32_t raw = reinterpret_cast<const typename C::Raw*>(p)[i];
+    c.word[i * sizeof(T) / 4] |= raw << 8 * sizeof(T) * i % 32;
+  });
+  return c;
+}
+
 template <typename T, int kElems>
 __device__ void store_chunk(T* p, const Chunk<T, kElems>& c, int count, bool aligned) {
-  using C = Chunk<T, kElems>;
-  if (aligned && count >= kElems) {
-    unrolled<C::kVectors>(
-        [&](int i) { __stwb(reinterpret_cast<typename C::Vector*>(p) + i, c.vector(i)); });
-  } else {
-    unrolled<kElems>([&](int i) {
-      if (i >= count) return;
-      const uint32_t word = c.word[i * sizeof(T) / 4];
-      reinterpret_cast<typename C::Raw*>(p)[i] = word >> 8 * sizeof(T) * i % 32;
-    });
-  }
+  if (aligned && count >= kElems) return store_whole(p, 0, c);
+  unrolled<kElems>([&](int i) {
+    if (i >= count) return;
+    const uint32_t word = c.word[i * sizeof(T) / 4];
+    reinterpret_cast<typename Chunk<T, kElems>::Raw*>(p)[i] = word >> 8 * sizeof(T) * i % 32;
+  });
 }
 
 // Chunk i of n in shared memory, as 16-byte vectors that the threads of a warp find side by side.
@@ -209,36 +218,39 @@ struct View {
   Rows rows;
 
   // Where a row starts, in elements.
-  __device__ int64_t offset(int64_t row) const { return row_offset(rows, row); }
+  template <bool kPlain>
+  __device__ int64_t offset(int64_t row) const {
+    return kPlain ? row * rows.stride[0] : row_offset(rows, row);
+  }
 };
 
-// Elements [index, index + count) of v, held as T: those of another dtype as fp32 (held_dtype in
-// plan.h).
-template <typename T, int kElems>
-__device__ Chunk<T, kElems> load_chunk(const View& v, int64_t index, int count) {
+// `count` elements from column col on of the row of v that starts at `offset`, held as T, by a
+// kernel that is plain (Form in launch.h) or not. Plain ones have whole chunks of T, or none.
+template <bool kPlain, typename T, int kElems, typename Index>
+__device__ Chunk<T, kElems> load_chunk(const View& v, int64_t offset, Index col, int count) {
   const auto load_as = [&](auto element) {
     using From = decltype(element);
-    const From* const from = static_cast<const From*>(v.data) + index;
-    return load_chunk<From, kElems>(from, count, v.aligned).template to<T>();
+    const From* const row = static_cast<const From*>(v.data) + offset;
+    if constexpr (kPlain) {
+      return count > 0 ? load_whole<From, kElems>(row, col).template to<T>() : Chunk<T, kElems>{};
+    } else {
+      return load_chunk<From, kElems>(row + col, count, v.aligned).template to<T>();
+    }
   };
-  if constexpr (std::is_same_v<T, float>) return with_type(v.dtype, load_as);
+  if constexpr (std::is_same_v<T, float> && !kPlain) return with_type(v.dtype, load_as);
   return load_as(T());
 }
 
-// The same of a weight, which may be absent: ones.
-template <typename T, int kElems>
-__device__ Chunk<T, kElems> load_weight(const View& v, int64_t index, int count) {
-  if (v.data != nullptr) return load_chunk<T, kElems>(v, index, count);
-  Chunk<T, kElems> ones;
-  unrolled<kElems / 2>([&](int i) { ones.set(i, {1.0f, 1.0f}); });
-  return ones;
-}
-
-// c rounded to To, the type of v, to its elements [index, index + count).
-template <typename To, typename T, int kElems>
-__device__ void store_chunk(const View& v, int64_t index, const Chunk<T, kElems>& c, int count) {
-  To* const to = static_cast<To*>(const_cast<void*>(v.data)) + index;
-  store_chunk(to, c.template to<To>(), count, v.aligned);
+// c rounded to To, the type of v, to the same place.
+template <bool kPlain, typename To, typename T, int kElems, typename Index>
+__device__ void store_chunk(const View& v, int64_t offset, Index col, const Chunk<T, kElems>& c,
+                            int count) {
+  To* const row = static_cast<To*>(const_cast<void*>(v.data)) + offset;
+  if constexpr (kPlain) {
+    if (count > 0) store_whole(row, col, c.template to<To>());
+  } else {
+    store_chunk(row + col, c.template to<To>(), count, v.aligned);
+  }
 }
 
 // Single elements of a dtype known at run time, as double: for what is off the hot path.

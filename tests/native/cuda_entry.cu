@@ -26,9 +26,9 @@ ENTRY cuda::Device device() { return cuda::device(); }
 
 ENTRY cuda::Plan last_plan() { return cuda::last_plan(); }
 
-ENTRY cuda::Plan plan(int is_backward, int64_t rows, int64_t cols, int dy, int x, int w,
+ENTRY cuda::Plan plan(int is_backward, int64_t rows, int64_t cols, int dy, int x, int wide,
                       const cuda::Device* device) {
   const auto type = [](int t) { return static_cast<DType>(t); };
-  return is_backward ? cuda::plan_backward(rows, cols, type(dy), type(x), type(w), *device)
-                     : cuda::plan_forward(rows, cols, type(x), *device);
+  return is_backward ? cuda::plan_backward(rows, cols, type(dy), type(x), *device)
+                     : cuda::plan_forward(rows, cols, type(x), *device, wide != 0);
 }
