@@ -34,12 +34,14 @@ struct Backward {
   using DWeightChunk = Chunk<float, kElems>;
 
   // rstd as it is, but for the rows that did not fit its range: those are looked at again, in
-  // double.
-  static __device__ RowStats row_scale(const BackwardArgs& a, int64_t row) {
-    const float rstd = a.rstd[row];
+  // double. reload(): as in Norm::scale.
+  template <typename F>
+  static __device__ RowStats row_scale(const BackwardArgs& a, int64_t row, float rstd,
+                                       const F& reload) {
     if (!(rstd < kMinFastRstd || rstd > kMaxFastRstd)) return {rstd, 1.0f, 0.0f};
     const X* const x = static_cast<const X*>(a.x.data) + a.x.offset<kPlain>(row);
     const Scale s = rescued_scale(x, a.cols, a.eps, a.lanes);
+    reload();
     return {s.hi, s.pre, 0.0f};
   }
 
@@ -179,20 +181,22 @@ backward_rows(const __grid_constant__ BackwardArgs a) {
     typename B::XChunk x[kRows][kVectors] = {};
     typename B::DYChunk dy[kRows][kVectors] = {};
     RowStats stats[kRows] = {};
-    float sum[kRows] = {};
-    const int live = group.live();
-    group.each_row([&](int r, int64_t row) {
+    float rstd[kRows] = {}, sum[kRows] = {};
+    const auto load = [&](int r, int64_t row, bool is_there) {
       const typename B::Source source{a, row, 0};
-      source.template load<true>(each_chunk, x[r], dy[r]);
-      stats[r] = B::row_scale(a, row);
+      source.template load<true>([&](const auto& f) { group.each_chunk(f, is_there); }, x[r],
+                                 dy[r]);
+    };
+    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
+      load(r, row, is_there);
+      rstd[r] = is_there ? a.rstd[row] : 1.0f;
     });
     if (turn == 0) load_weights<B::kPlain>(a, 0, each_chunk, w);  // after x, that a row waits for
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= live) break;
+    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
+      stats[r] = B::row_scale(a, row, rstd[r], [&] { load(r, row, is_there); });
       sum[r] = B::dot(x[r], dy[r], w, stats[r]);
-    }
-    row_sum<kMaxThreads>(sum, live, turn);
+    });
+    row_sum<kMaxThreads>(sum, turn);
     group.each_row([&](int r, int64_t row) {
       stats[r].mean = sum[r] * a.inv_cols;
       B::with_stats(stats[r], [&](const RowStats& s) {
@@ -242,7 +246,7 @@ backward_shared_rows(const __grid_constant__ BackwardArgs a) {
   int turn = 0;
   for (int64_t row = blockIdx.x / cluster.size; row < a.rows;
        row += gridDim.x / cluster.size, ++turn) {
-    RowStats stats = B::row_scale(a, row);
+    RowStats stats = B::row_scale(a, row, a.rstd[row], [] {});
     float sum = B::template dot_tiles<true>(a, row, stats, slice, kept);
     row_sum(sum, cluster, turn);
     stats.mean = sum * a.inv_cols;
@@ -262,7 +266,7 @@ backward_shared_rows(const __grid_constant__ BackwardArgs a) {
   if (!B::wants_sums(a)) return;
   slice.each_index([&](int i) {
     B::store_sums(a, blockIdx.x / cluster.size, begin + slice.column(i), slice.count(i),
-                     get_chunk<DWeightChunk>(kept_dweight, chunks, i));
+                  get_chunk<DWeightChunk>(kept_dweight, chunks, i));
   });
 }
 
@@ -276,7 +280,7 @@ backward_long_stats(const __grid_constant__ BackwardArgs a) {
   const Slice<int64_t, kBackwardVectors, B::kElems> slice{0, a.cols};
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, ++turn) {
-    RowStats stats = B::row_scale(a, row);
+    RowStats stats = B::row_scale(a, row, a.rstd[row], [] {});
     float sum = B::template dot_tiles<false>(a, row, stats, slice, nullptr);
     row_sum(sum, alone, turn);
     stats.mean = sum * a.inv_cols;

@@ -34,8 +34,9 @@ struct Normalized {
 
 template <typename P>
 __device__ Normalized normalize(const P& p, int64_t x_offset) {
-  const DoubleScale s = double_scale(
-      [&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols, {p.eps, sqrt(p.eps), double(p.cols)}, kWarp);
+  const DoubleScale s =
+      double_scale([&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols,
+                   {p.eps, sqrt(p.eps), double(p.cols)}, kWarp);
   const int pre = s.exponent > 0 ? s.exponent : min(0, s.exponent + 900);  // as in rescued_scale
   return {s.r * pow2(s.exponent - pre), pow2(pre)};
 }

@@ -41,8 +41,7 @@ int launch(void (*kernel)(Args), dim3 blocks, dim3 threads, const Args& args, cu
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
   }
   cudaLaunchAttribute attributes[2]{};
-  cudaLaunchConfig_t config{
-      blocks, threads, shared_bytes, stream, attributes, 0};
+  cudaLaunchConfig_t config{blocks, threads, shared_bytes, stream, attributes, 0};
   if (cluster_blocks > 1) {
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -140,8 +139,7 @@ bool is_plain(const RowArgs& a, const Views&... views) {
   const auto fits = [&](const View& v) {
     return v.data == nullptr || (v.aligned && v.rows.ndim == 1 && v.dtype == a.x.dtype);
   };
-  return a.rows <= std::numeric_limits<int32_t>::max() &&
-         a.cols % vector_elems(a.x.dtype) == 0 &&
+  return a.rows <= std::numeric_limits<int32_t>::max() && a.cols % vector_elems(a.x.dtype) == 0 &&
          (a.weight.data == nullptr || a.weight.aligned) && (fits(a.x) && ... && fits(views));
 }
 
@@ -162,7 +160,8 @@ __device__ void load_weights(const RowArgs& a, int64_t begin, const Each& each,
   with_type(a.weight.dtype, [&](auto element) {
     using W = decltype(element);
     each([&](int k, auto col, int count) {
-      const Chunk<W, kElems> packed = load_chunk<kPlain, W, kElems>(a.weight, begin, col, min(there, count));
+      const Chunk<W, kElems> packed =
+          load_chunk<kPlain, W, kElems>(a.weight, begin, col, min(there, count));
       unrolled<kElems / 2>([&](int i) { w[k].set(i, packed.get(i) + a.weight_offset); });
     });
   });

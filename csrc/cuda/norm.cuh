@@ -97,8 +97,8 @@ struct Norm {
 
   // x once more, when it is complete.
   template <typename Each, int kChunks>
-  static __device__ void load_again(const NormArgs& a, int64_t row, int64_t begin,
-                                    const Each& each, XChunk (&x)[kChunks]) {
+  static __device__ void load_again(const NormArgs& a, int64_t row, int64_t begin, const Each& each,
+                                    XChunk (&x)[kChunks]) {
     const int64_t offset = begin + a.x.offset<kPlain>(row);
     each([&](int k, auto col, int count) {
       x[k] = load_chunk<kPlain, X, kElems>(a.x, offset, col, count);
@@ -164,9 +164,7 @@ struct Largest {
 __device__ inline Largest operator+(Largest a, Largest b) {
   return {Largest::largest(a.value, b.value)};
 }
-__device__ inline Largest of_lane(Largest v, int distance) {
-  return {of_lane(v.value, distance)};
-}
+__device__ inline Largest of_lane(Largest v, int distance) { return {of_lane(v.value, distance)}; }
 
 // The kernels of rows differ in their epilogue E, made of the arguments: what is done with a row of
 // the Norm E::N once its Scale s is known. E::norm(x, w, s) is what a chunk of x becomes, and
@@ -189,19 +187,17 @@ __device__ void norm_rows(const typename E::Args& a) {
   for (int turn = 0; group.any(); group.advance(), ++turn) {
     typename N::XChunk x[kRows][kVectors] = {}, input[kRows][kVectors] = {};
     Total<typename N::X> sum[kRows];
-    const int live = group.live();
-    group.each_row([&](int r, int64_t row) { N::load(a, row, 0, each_chunk, x[r], input[r]); });
+    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
+      const auto each = [&](const auto& f) { group.each_chunk(f, is_there); };
+      N::load(a, row, 0, each, x[r], input[r]);
+    });
     if (turn == 0) {  // after x, that a row waits for
       load_weights<N::kPlain>(a, 0, each_chunk, w);
       epilogue.prepare(a);
     }
     group.each_row([&](int r, int64_t row) { N::add(a, row, 0, each_chunk, input[r], x[r]); });
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= live) break;  // a short launch has few rows for a thread
-      sum[r] = N::sum_of_squares(x[r]);
-    }
-    row_sum<kThreads>(sum, live, turn);
+    unrolled<kRows>([&](int r) { sum[r] = N::sum_of_squares(x[r]); });
+    row_sum<kThreads>(sum, turn);
     const auto scale_of = [&](int r, int64_t row) {
       return N::scale(a, sum[r], row, alone, group.lane,
                       [&] { N::load_again(a, row, 0, each_chunk, x[r]); });
@@ -217,7 +213,7 @@ __device__ void norm_rows(const typename E::Args& a) {
           });
         });
       });
-      if (a.per_token) row_sum<kThreads>(largest, live, ++turn);
+      if (a.per_token) row_sum<kThreads>(largest, ++turn);
       group.each_row([&](int r, int64_t row) {
         const typename E::Place place(epilogue, a, row, 0, largest[r], group.lane == 0);
         each_chunk([&](int k, int col, int count) { place.store(col, count, y[r][k]); });
@@ -307,14 +303,12 @@ __device__ void norm_long_rows(const typename E::Args& a) {
             });
           }
         }
-        each_norm(s, [&](Index i, const YChunk& y) {
-          place.store(slice.column(i), slice.count(i), y);
-        });
+        each_norm(
+            s, [&](Index i, const YChunk& y) { place.store(slice.column(i), slice.count(i), y); });
       } else {
         const typename E::Place place(a, row, begin);
-        each_norm(s, [&](Index i, const YChunk& y) {
-          place.store(slice.column(i), slice.count(i), y);
-        });
+        each_norm(
+            s, [&](Index i, const YChunk& y) { place.store(slice.column(i), slice.count(i), y); });
       }
     });
   }

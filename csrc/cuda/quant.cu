@@ -8,9 +8,9 @@ namespace {
 
 struct QuantArgs : NormArgs {
   Quant quant;
-  float largest_value, inverse_largest;  // of the format
-  bool codes_aligned;       // every chunk of codes is
-  bool per_token;           // each row has a scale of its own
+  float largest_value, inverse_largest;       // of the format
+  bool codes_aligned;                         // every chunk of codes is
+  bool per_token;                             // each row has a scale of its own
   int lanes_per_block, lanes_per_block_log2;  // that share a scale; 0: no dynamic one of blocks
 };
 
@@ -152,12 +152,14 @@ struct StoreQuant {
       if (a.lanes_per_block != 0) {  // side by side in a warp
         Largest top = largest_of(y);
         const uint32_t mask = group_mask(a.lanes_per_block);
-        for (int o = a.lanes_per_block / 2; o > 0; o /= 2) {
+#pragma unroll
+        for (int o = kWarp / 2; o > 0; o /= 2) {
+          if (o >= a.lanes_per_block) continue;
           top = top + Largest{__shfl_xor_sync(mask, top.value, o)};
         }
         of_chunk = QuantScale(a, top.value);
         const int64_t chunk = (begin + col) / kElems;
-        if (chunk % a.lanes_per_block == 0) {
+        if ((chunk & (a.lanes_per_block - 1)) == 0) {
           const int64_t block = chunk >> a.lanes_per_block_log2;
           q.scale[row * q.row_stride + block * q.block_stride] = of_chunk.scale;
         }

@@ -108,18 +108,16 @@ __device__ void* warp_sums(int turn) {
   return sums[turn % 2];
 }
 
-// The sums over the lanes of each of `live` rows, in every one of them; all threads of the block
-// take part. `turn` counts the calls. Rows that are taken several at a time are no longer than a
-// warp (plan.h).
+// The sums over the lanes of each row, in every one of them; all threads of the block take part.
+// `turn` counts the calls. Rows that are taken several at a time are no longer than a warp
+// (plan.h).
 template <int kThreads, typename T, int kRows>
-__device__ void row_sum(T (&v)[kRows], int live, int turn) {
+__device__ void row_sum(T (&v)[kRows], int turn) {
   const int lanes = blockDim.x;
   if constexpr (kRows > 1) {
-#pragma unroll 1
-    for (int o = lanes / 2; o > 0; o /= 2) {
-      unrolled<kRows>([&](int r) {
-        if (r < live) v[r] = v[r] + of_lane(v[r], o);
-      });
+#pragma unroll
+    for (int o = kWarp / 2; o > 0; o /= 2) {
+      if (o < lanes) unrolled<kRows>([&](int r) { v[r] = v[r] + of_lane(v[r], o); });
     }
   } else {
     constexpr int kWarps = kThreads / kWarp;
@@ -223,9 +221,9 @@ struct DoubleScale {
   int exponent;
 };
 
-// The lanes of the warp that are in this one's group of so many.
+// The lanes of the warp that are in this one's group of so many, a power of two.
 __device__ inline uint32_t group_mask(int group) {
-  return (group == 32 ? ~0u : (1u << group) - 1) << (warp_lane() / group * group);
+  return ~0u >> (kWarp - group) << (warp_lane() & -group);
 }
 
 // A sum of products. What an addition rounds off goes into the next term (Kahan).

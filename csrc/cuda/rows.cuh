@@ -25,15 +25,6 @@ struct RowGroup {
   __device__ bool any() const { return first < Index(rows); }
   __device__ void advance() { first += kRows * stride(); }
 
-  // How many of the kRows rows there are in the block's first slot: the same for all of its
-  // threads.
-  __device__ int live() const {
-    int live = 0;
-    const Index apart = stride();
-    unrolled<kRows>([&](int r) { live += first + r * apart < Index(rows); });
-    return live;
-  }
-
   // f(r, row) for each of the thread's rows that there are.
   template <typename F>
   __device__ void each_row(const F& f) const {
@@ -43,12 +34,26 @@ struct RowGroup {
     });
   }
 
+  // f(r, row, is_there) for the same or, of several, for those too that are not there: branches
+  // would cost more than a few instructions on zeros.
+  template <typename F>
+  __device__ void each_row_or_none(const F& f) const {
+    if constexpr (kRows == 1) {
+      each_row([&](int r, Index row) { f(r, row, true); });
+    } else {
+      unrolled<kRows>([&](int r) {
+        const Index row = first + r * stride() + slot;
+        f(r, row, row < Index(rows));
+      });
+    }
+  }
+
   // f(k, column, count) for each chunk of a row. The count of the last is beyond its elements.
   template <typename F>
-  __device__ void each_chunk(const F& f) const {
+  __device__ void each_chunk(const F& f, bool is_there = true) const {
     unrolled<kVectors>([&](int k) {
       const int col = (k * lanes + recomputed(lane)) * kElems;
-      f(k, col, cols - col);
+      f(k, col, is_there ? cols - col : 0);
     });
   }
 };

@@ -42,7 +42,8 @@ enum KernelIndex {
 // memory: two blocks fit, 64 and 48 KiB are then in flight, above the 20 to 50 KiB that bandwidth
 // times latency asks for on H100 and B200.
 constexpr KernelLimits kLimits[] = {
-    // kernel, threads, registers, and those of launches that take more: with a residual or not plain
+    // kernel, threads, registers, and those of launches that take more: with a residual or not
+    // plain
     // (forward), with dy of another dtype (backward)
     {"forward_rows", 256, 80, 128},
     {"forward_shared_rows", 512, 64, 128},
