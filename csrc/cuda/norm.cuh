@@ -127,11 +127,14 @@ struct Norm {
   }
 };
 
-// The head of a kernel of rows in registers. Short ones take few registers unasked.
-#define SHORT_ROW_KERNEL(kernel, vectors, mixed)                                     \
-  __global__ void __launch_bounds__(                                                 \
-      (vectors) < kForwardVectors ? kTuned.forward_block_threads : kThreads<kernel>, \
-      (vectors) < kForwardVectors ? 1 : blocks_of(kTuned.limits[kernel], mixed))
+// The head of a kernel of rows in registers, with its launch bounds.
+constexpr int threads_of(int vectors, KernelIndex kernel) {
+  return vectors < kForwardVectors ? kTuned.forward_block_threads : kTuned.limits[kernel].threads;
+}
+#define SHORT_ROW_KERNEL(kernel, vectors, mixed) \
+  __global__ void __launch_bounds__(             \
+      threads_of(vectors, kernel),               \
+      blocks_of(kTuned.limits[kernel], mixed, threads_of(vectors, kernel)))
 
 // f(s), in a plain kernel with an s.pre of 1, which all rows but the rescued ones have, known to
 // the compiler.
@@ -271,14 +274,15 @@ __device__ void norm_long_rows(const typename E::Args& a) {
       for (Index first = (slice.chunks - 1) / slice.tile * slice.tile; first >= 0;
            first -= slice.tile) {
         const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
-        typename N::WChunk w[kForwardVectors];
         XChunk x[kForwardVectors];
         if (!kShared) N::load_again(a, row, begin, each_chunk, x);
-        load_weights<N::kPlain>(a, begin, each_chunk, w);
         slice.each_index(first, [&](int k, Index i) {
           if (i >= slice.chunks) return;
           if (kShared) x[k] = get_chunk<XChunk>(kept, slice.chunks, i);
-          f(i, E::norm(a, x[k], w[k], s));
+          typename N::WChunk w[1];
+          load_weights<N::kPlain>(
+              a, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
+          f(i, E::norm(a, x[k], w[0], s));
         });
       }
     };

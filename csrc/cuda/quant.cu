@@ -211,7 +211,7 @@ quant_rows(const __grid_constant__ QuantArgs a) {
 }
 
 template <typename X, Form kForm, bool kAdd>
-ROW_KERNEL(kQuantSharedRows, kAdd)
+ROW_KERNEL(kQuantSharedRows, (kAdd || kForm == Form::kAny))
 quant_shared_rows(const __grid_constant__ QuantArgs a) {
   norm_long_rows<StoreQuant<X, kForm, kAdd>, true>(a);
 }

@@ -49,7 +49,7 @@ constexpr KernelLimits kLimits[] = {
     {"forward_shared_rows", 512, 64, 128},
     {"forward_long_rows", 512, 128, 128},
     {"quant_rows", 256, 128, 128},
-    {"quant_shared_rows", 512, 128, 128},
+    {"quant_shared_rows", 512, 64, 128},
     {"quant_long_rows", 512, 128, 128},
     {"backward_rows", 256, 80, 120},
     {"backward_shared_rows", 384, 80, 80},
@@ -101,8 +101,11 @@ constexpr Tuning kTuned = tuning_of(__CUDA_ARCH__ / 10);
 constexpr Tuning kTuned = kTuning[0];  // not looked at
 #endif
 
+constexpr int blocks_of(const KernelLimits& limits, bool mixed, int threads) {
+  return kRegisterFile / (threads * (mixed ? limits.mixed_registers : limits.registers));
+}
 constexpr int blocks_of(const KernelLimits& limits, bool mixed) {
-  return kRegisterFile / (limits.threads * (mixed ? limits.mixed_registers : limits.registers));
+  return blocks_of(limits, mixed, limits.threads);
 }
 template <KernelIndex kKernel>
 constexpr int kThreads = kTuned.limits[kKernel].threads;
