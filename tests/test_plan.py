@@ -125,7 +125,7 @@ def test_plans_of_launches(tmp_path):
     command = ["g++", "-std=c++17", f"-I{csrc}", tmp_path / "plans.cpp", "-o", program]
     subprocess.run(list(map(str, command)), check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == (
-        "quant_rows 128 4; quant_shared_rows 64 2; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
+        "quant_rows 128 4; quant_shared_rows 64 3; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
     )
 
 

@@ -103,7 +103,7 @@ struct Epsilon {
 // What the kernels of rows have in common.
 struct RowArgs {
   View x, weight;
-  int64_t rows, cols;
+  int64_t rows, cols, weight_cols;  // weight_cols: 0 if there is no weight
   Epsilon eps;
   float weight_offset;
   bool cast_before_weight;
@@ -118,6 +118,7 @@ RowArgs row_args(const P& p) {
             view_of(p, p.weight, weight_dtype(p), Rows{1, {}, {0}})};
   a.rows = p.rows;
   a.cols = p.cols;
+  a.weight_cols = p.weight != nullptr ? p.cols : 0;
   a.eps = {p.eps, std::sqrt(p.eps), static_cast<double>(p.cols)};
   // An absent weight is 0 + 1; one of -0 stays that.
   a.weight_offset = p.weight == nullptr      ? 1.0f
@@ -156,12 +157,13 @@ int with_form(bool plain, bool cast, const F& f) {
 template <bool kPlain, int kElems, typename Each, int kChunks>
 __device__ void load_weights(const RowArgs& a, int64_t begin, const Each& each,
                              Chunk<float, kElems> (&w)[kChunks]) {
-  const int there = a.weight.data != nullptr ? kElems : 0;
   with_type(a.weight.dtype, [&](auto element) {
     using W = decltype(element);
-    each([&](int k, auto col, int count) {
-      const Chunk<W, kElems> packed =
-          load_chunk<kPlain, W, kElems>(a.weight, begin, col, min(there, count));
+    each([&](int k, auto col, int) {
+      using Index = decltype(col);
+      const Index left = static_cast<Index>(a.weight_cols - begin) - col;
+      const int count = static_cast<int>(min(left, Index{kElems}));
+      const auto packed = load_chunk<kPlain, W, kElems>(a.weight, begin, col, count);
       unrolled<kElems / 2>([&](int i) { w[k].set(i, packed.get(i) + a.weight_offset); });
     });
   });

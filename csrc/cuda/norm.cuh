@@ -48,7 +48,7 @@ __device__ float2 normalized(float2 x, float2 g, const Scale& s) {
 template <typename XType, Form kForm, bool kAdd>
 struct Norm {
   using X = XType;
-  static constexpr bool kPlain = kForm != Form::kAny, kAdds = kAdd;
+  static constexpr bool kPlain = kForm != Form::kAny;
   static constexpr int kElems = 16 / sizeof(X);
   using XChunk = Chunk<X, kElems>;
   using WChunk = Chunk<float, kElems>;
@@ -169,10 +169,12 @@ __device__ inline Largest operator+(Largest a, Largest b) {
 }
 __device__ inline Largest of_lane(Largest v, int distance) { return {of_lane(v.value, distance)}; }
 
-// The kernels of rows differ in their epilogue E, made of the arguments: what is done with a row of
-// the Norm E::N once its Scale s is known. E::norm(x, w, s) is what a chunk of x becomes, and
-// E::store(place, column, count, that) stores it. With E::kFindsLargest, and args.per_token, store
-// gets the largest of a row in addition: of E::largest_of(chunk).
+// The kernels of rows differ in their epilogue E: what is done with a row of the Norm E::N once its
+// Scale s is known.
+// - E::norm(args, x, w, s) is what becomes of a chunk of x, a YChunk.
+// - E::Place(args, row, begin) stores those: place.store(column, count, y).
+// - With E::kFindsLargest, Place is given the epilogue (after its prepare(args), once), the largest
+//   of the row, of E::largest_of(y), if args.per_token, and whether it stores what a row has one of.
 
 // Rows held in registers, kVectors chunks per thread. A residual is as many bytes in flight again.
 template <typename E, int kVectors>

@@ -3,8 +3,8 @@
 //   nvcc -std=c++17 -O3 -lineinfo -arch=native '-DRMSNORM_CUDA_ARCHS="native"'
 //   tests/native/cuda_check.cpp csrc/cuda/*.cu -o cuda_check
 //   ./cuda_check && compute-sanitizer --tool racecheck ./cuda_check
-// For a simulator of the runtime: -cudart shared and PTX, -gencode arch=compute_90,code=compute_90.
-// More dtypes, lengths and layouts are in cuda_check.py.
+// For a simulator of the runtime: -cudart shared, and the library of cuda_check.py for
+// csrc/cuda/*.cu. More dtypes, lengths and layouts are in cuda_check.py.
 #include <cuda_runtime.h>
 
 #include "check.h"
