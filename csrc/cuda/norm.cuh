@@ -174,7 +174,8 @@ __device__ inline Largest of_lane(Largest v, int distance) { return {of_lane(v.v
 // - E::norm(args, x, w, s) is what becomes of a chunk of x, a YChunk.
 // - E::Place(args, row, begin) stores those: place.store(column, count, y).
 // - With E::kFindsLargest, Place is given the epilogue (after its prepare(args), once), the largest
-//   of the row, of E::largest_of(y), if args.per_token, and whether it stores what a row has one of.
+//   of the row, of E::largest_of(y), if args.per_token, and whether it stores what a row has one
+//   of.
 
 // Rows held in registers, kVectors chunks per thread. A residual is as many bytes in flight again.
 template <typename E, int kVectors>
