@@ -150,7 +150,7 @@ def test_fork_while_threads_call():
     done.set()
     for thread in threads:
         thread.join()
-    assert statuses == [0] * 10
+    assert statuses == [0] * 10, statuses
     """)
 
 
