@@ -27,6 +27,7 @@ from benchmarks.common import (
     DTYPES,
     EPS,
     FORMULAS,
+    PASSES,
     ROTATE_BYTES,
     chart,
     fused_adds,
@@ -36,13 +37,6 @@ from benchmarks.common import (
     training_step,
     verify,
 )
-
-PASSES = {
-    "forward": 2,
-    "training": 5,
-    "fused": 4,
-    "quantized": 1.5,
-}  # over x (of 16 bits): see above
 
 
 class Cell:

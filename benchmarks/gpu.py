@@ -37,6 +37,7 @@ import rmsnorm_cuda
 from benchmarks.common import (
     DTYPES,
     EPS,
+    PASSES,
     chart,
     fused_adds,
     norms,
@@ -49,12 +50,6 @@ SHAPES = (
     "1x4096,64x4096,65536x64,65536x128,32768x256,16384x512,16384x1024,8192x2048,8192x4096,"
     "4096x8192,4096x16384,2048x32768,1024x65536,1024x131072"
 )
-PASSES = {
-    "forward": 2,
-    "training": 5,
-    "fused": 4,
-    "quantized": 1.5,
-}  # over x (of 16 bits): see above
 
 
 def others(cols, weight):
