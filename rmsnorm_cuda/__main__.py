@@ -102,7 +102,7 @@ def checks(device, generator):
             yield kind, f"{op} {name}", ulps, limit
 
         # A gradient is a difference of terms; it is judged in ulps of the largest of its row or
-        # column sum.
+        # column sum. dweight sees what cast_before_weight rounds, and a near-tie is an ulp of x.
         dy = randn(*SHAPE, dtype=dtype)
         mask = [True, weight is not None]
         grads = ops.rms_norm_backward(dy.to(device), *args[:3], rstd, 1e-6, mask, **kwargs)
@@ -111,7 +111,10 @@ def checks(device, generator):
             if want is not None:
                 error = (got.cpu().double() - want).abs()
                 error -= (round_once(want, got.dtype).double() - want).abs()
-                ulps = (error.amax() / want.abs().amax() / torch.finfo(got.dtype).eps).item()
+                eps = torch.finfo(got.dtype).eps
+                if casts and kind == "dweight":
+                    eps = max(eps, torch.finfo(dtype).eps)
+                ulps = (error.amax() / want.abs().amax() / eps).item()
                 yield kind, f"rms_norm_backward {kind} {name}", ulps, 4
 
     # What is fused has the bits of the steps.
@@ -134,7 +137,6 @@ def checks(device, generator):
 
 
 def self_check():
-    generator = torch.Generator().manual_seed(0)
     runs = [("cpu", isa) for isa, supported in _C.isas().items() if supported]
     if _C.cuda_built() and torch.cuda.is_available():
         runs.append(("cuda", None))
@@ -143,7 +145,7 @@ def self_check():
         if isa:
             _C.set_isa(isa)
         worst, count = {}, 0
-        for kind, what, ulps, limit in checks(device, generator):
+        for kind, what, ulps, limit in checks(device, torch.Generator().manual_seed(0)):
             count += 1
             worst[kind] = max(worst.get(kind, (0.0, limit)), (ulps, limit))
             if not ulps <= limit or (isa and _C.last_isa() != isa):
