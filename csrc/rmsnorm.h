@@ -165,11 +165,16 @@ const char* last_isa();  // the one whose kernel ran last on this thread, "" bef
 // 0, or the error of the launch. Nothing here synchronizes or allocates.
 namespace cuda {
 
+constexpr int kClusterCounts = 9;
+
 // What the layout of a launch depends on, of a machine.
 struct Device {
   int arch;  // that the kernels were compiled for: 90 is compute capability 9.0
   int multiprocessors;
   int64_t shared_bytes;  // shared memory that a block may ask for
+  // How many clusters of 2, 4 and 8 blocks it holds at a time, where a multiprocessor has room for
+  // one such block; then for two; then for three. 0: it was not asked, and it is reckoned.
+  int clusters[kClusterCounts];
 };
 
 // Where a row is between its sum and its result.
@@ -192,15 +197,15 @@ struct Plan {
 
 // Pure functions, there without the CUDA kernels too: what a launch of them would be.
 Plan rms_norm_forward_plan(int64_t rows, int64_t cols, DType x, const Device& device);
-Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType w,
-                            const Device& device);
+Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, const Device& device);
 
 // What an architecture's kernels may take at most, in blocks of so many threads. nullptr ends them.
 struct KernelLimits {
   const char* kernel;
   int threads;
   int registers;        // of a thread
-  int mixed_registers;  // where a residual is added (forward) or dtypes differ (backward)
+  int mixed_registers;  // where a residual is added or not all is plain (forward), or where dy has
+                        // another dtype (backward)
 };
 const KernelLimits* kernel_limits(int arch);
 

@@ -17,10 +17,9 @@ def cuda_plan(
     arg2: int,
     arg3: dtype,
     arg4: dtype,
-    arg5: dtype,
+    arg5: int,
     arg6: int,
     arg7: int,
-    arg8: int,
     /,
 ) -> dict[str, Any]: ...
 def cuda_versions() -> tuple[int, int]: ...

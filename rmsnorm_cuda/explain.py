@@ -68,7 +68,7 @@ def explain(pass_, rows, cols, dtype, device):
         raise ValueError(f"explain: expected one of {expected}, but got {dtype}")
     backward = pass_ == "backward"
     limits = device.arch, device.multiprocessors, device.shared_kib << 10
-    plan = _C.cuda_plan(backward, rows, cols, dtype, dtype, dtype, *limits)
+    plan = _C.cuda_plan(backward, rows, cols, dtype, dtype, *limits)
     size = rows * cols * dtype.itemsize
     reads = (2 if backward else 1) * (2 if plan["keep"] == 2 else 1)
     dram_bytes = (reads + 1) * size + cols * dtype.itemsize

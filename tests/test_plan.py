@@ -29,7 +29,6 @@ def plan(pass_, cols, dtype, device, rows=4096):
         cols,
         dtype,
         dtype,
-        dtype,
         device.arch,
         device.multiprocessors,
         device.shared_kib << 10,
@@ -38,7 +37,7 @@ def plan(pass_, cols, dtype, device, rows=4096):
 
 # At both sides of each boundary: of the vectors and lanes, of the registers, of a cluster, of the
 # shared memory, of the number of blocks; mixed dtypes; and machines that are hardly there.
-# pass, dtypes of dy, x and w; arch, multiprocessors, shared KiB; rows, cols -> kernel, keep,
+# pass, dtypes of dy and x; arch, multiprocessors, shared KiB; rows, cols -> kernel, keep,
 # vectors, lanes, threads, registers, cluster, slice, shared_bytes, resident, blocks
 PLANS = """
 forward bf16 90 132 227 100000 1 rows 0 1 1 128 80 1 1 0 6 782
@@ -69,10 +68,9 @@ backward bf16 90 132 227 101 4096 rows 0 2 256 256 80 1 4096 0 3 101
 backward bf16 90 132 227 396 4096 rows 0 2 256 256 80 1 4096 0 3 198
 backward bf16 90 132 227 64 8192 shared_rows 1 2 256 256 80 1 8192 65536 3 64
 backward bf16 90 132 227 100000 4097 shared_rows 1 2 288 288 80 1 4352 34816 2 264
-backward bf16,bf16,fp32 90 132 227 100000 4096 rows 0 2 256 256 80 1 4096 0 3 396
-backward fp32,bf16,bf16 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
-backward bf16,fp32,fp32 90 132 227 100000 4000 shared_rows 1 2 256 256 80 1 4096 49152 3 396
-backward fp32,bf16,bf16 90 132 227 100000 16384 shared_rows 1 2 256 256 80 4 4096 40960 3 384
+backward fp32,bf16 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
+backward bf16,fp32 90 132 227 100000 4000 shared_rows 1 2 256 256 80 1 4096 49152 3 396
+backward fp32,bf16 90 132 227 100000 16384 shared_rows 1 2 256 256 80 4 4096 40960 3 384
 backward bf16 90 132 227 100000 131072 shared_rows 1 2 352 352 80 8 16384 131072 1 128
 backward fp32 80 108 163 100000 8192 shared_rows 1 2 352 352 80 1 8192 98304 1 108
 backward bf16 89 58 99 100000 60000 long_stats 2 2 384 384 80 1 60000 0 2 116
@@ -87,7 +85,7 @@ def test_plans(line):
     pass_, names, *numbers = line.split()
     arch, multiprocessors, shared_kib, rows, cols = map(int, numbers[:5])
     dtypes = [DTYPES[name] for name in names.split(",")]
-    dtypes = dtypes if len(dtypes) == 3 else dtypes * 3
+    dtypes = dtypes if len(dtypes) == 2 else dtypes * 2
     device = arch, multiprocessors, shared_kib << 10
     p = _C.cuda_plan(pass_ == "backward", rows, cols, *dtypes, *device)
     assert p.pop("bytes_in_flight") == 64
@@ -111,6 +109,12 @@ int main() {
        {plan_strips(1000, 2000000, DType::kBFloat16, h100),
         plan_strips(1000, 20000, DType::kFloat32, l4), plan_strips(5, 60000, DType::kBFloat16, l4)})
     std::printf("%ld x %ld; ", p.strips, p.blocks);
+  // A machine that holds fewer clusters of 8 than are reckoned, and more of 2.
+  const Device asked{90, 132, 227 << 10, {66, 33, 15, 132, 66, 31, 198, 98, 46}};
+  for (int64_t cols : {16384, 32768, 131072}) {
+    const Plan p = plan_backward(100000, cols, DType::kBFloat16, DType::kBFloat16, asked);
+    std::printf("%d of %d, %ld; ", p.cluster, int(p.resident), p.blocks);
+  }
 }
 """
 
@@ -126,6 +130,7 @@ def test_plans_of_launches(tmp_path):
     subprocess.run(list(map(str, command)), check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == (
         "quant_rows 128 4; quant_shared_rows 64 3; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
+        "2 of 3, 396; 4 of 3, 392; 8 of 1, 120; "
     )
 
 
@@ -235,7 +240,7 @@ def test_explain_errors():
     with pytest.raises(ValueError, match="float64"):
         explain("forward", 1, 64, torch.float64, DEVICES["H100"])
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
-        _C.cuda_plan(False, 1, 64, torch.float64, torch.float64, torch.float64, 90, 132, 227 << 10)
+        _C.cuda_plan(False, 1, 64, torch.float64, torch.float64, 90, 132, 227 << 10)
     for rows, cols in ((0, 64), (1, 0)):
         with pytest.raises(ValueError, match="at least one row and one column"):
-            _C.cuda_plan(False, rows, cols, *3 * (torch.float32,), 90, 132, 227 << 10)
+            _C.cuda_plan(False, rows, cols, *2 * (torch.float32,), 90, 132, 227 << 10)

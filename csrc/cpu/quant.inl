@@ -9,16 +9,16 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
 INLINE V magnitude(V v) { return V(I32(v) & 0x7fffffff); }
 INLINE I32 larger(I32 a, I32 b) { return a > b ? a : b; }
 
-// The formats of a QType: the codes of v, saturated and rounded to nearest even, in the lower
-// bytes, with kOffset added; and two of them side by side. kPlain: v is known to be a number that
-// is in the range once rounded.
+// The formats of a QType: the codes of v, saturated and rounded to nearest even, in the lowest
+// bytes, with kOffset added; and two of them side by side in the lower halves. What is above is
+// anything. kPlain: v is known to be a number that is in the range once rounded.
 template <int kFraction, int kBias>
 struct Float8 {
   static constexpr bool kDivides = true;
   static constexpr float kMaxValue =
       max_value(kFraction == 3 ? QType::kFloat8E4M3 : QType::kFloat8E5M2);
   static constexpr int kMinExponent = 128 - kBias;  // of a float, of the smallest normal number
-  static constexpr int32_t kOffset = ((23 - kFraction) << 23) + (kMinExponent << kFraction);
+  static constexpr int32_t kOffset = kMinExponent << kFraction;
 
   template <bool kPlain>
   static INLINE I32 code(V v) {
@@ -36,14 +36,12 @@ struct Float8 {
     if constexpr (!kPlain) return (v == v ? code : I32{} + (0x7f + kOffset)) + sign;
     return code + sign;
   }
-  static INLINE I32 pair(I32 low, I32 high) {
-    return low + (high << 8) - int32_t(uint32_t(kOffset) * 0x101);
-  }
+  static INLINE I32 pair(I32 low, I32 high) { return low + (high << 8) - kOffset * 0x101; }
 };
 struct Int8 {
   static constexpr bool kDivides = false;
   static constexpr float kMaxValue = max_value(QType::kInt8);
-  static constexpr int32_t kOffset = 0x4b400000;  // of 1.5 * 2^23, whose units are 1
+  static constexpr int32_t kOffset = 0;
 
   template <bool kPlain>
   static INLINE I32 code(V v) {
@@ -53,7 +51,7 @@ struct Int8 {
       v = v > highest ? highest : v;
       v = v == v ? v : V{};
     }
-    return I32(v + set1(0x1.8p23f));
+    return I32(v + set1(0x1.8p23f));  // whose units are 1
   }
   static INLINE I32 pair(I32 low, I32 high) { return (low & 0xff) | high << 8; }
 };

@@ -108,9 +108,9 @@ struct Backward {
     unrolled<kPairs>([&](int i) {
       const float2 d = dy.get(i), g = d * w.get(i), sum = dweight.get(i);
       float2 xhat = normalized(x.get(i), s);
-      dx.set(i, (g - xhat * s.mean) * s.rstd * s.pre);
+      dx.set(i, multiply_add(xhat, {-s.mean, -s.mean}, g) * s.rstd * s.pre);
       if (kForm == Form::kPlainCast || (!kPlain && a.cast_before_weight)) xhat = round_to<X>(xhat);
-      dweight.set(i, {__fmaf_rn(d.x, xhat.x, sum.x), __fmaf_rn(d.y, xhat.y, sum.y)});
+      dweight.set(i, multiply_add(d, xhat, sum));
     });
     if (a.dx.data == nullptr) return;
     if (a.dresidual.data != nullptr) {

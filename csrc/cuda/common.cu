@@ -54,6 +54,23 @@ int ask(cudaDeviceAttr what, int device) {
   return cudaDeviceGetAttribute(&value, what, device) == cudaSuccess ? value : 0;
 }
 
+// A block of so much shared memory that `room` of them fit a multiprocessor, which has 1 KiB more
+// than a block may ask for, and takes 1 KiB for each. 0 if nobody answers.
+int ask_clusters(int64_t shared_bytes, int room, unsigned size) {
+  const auto kernel = reinterpret_cast<const void*>(probe);
+  const auto bytes = static_cast<int>((shared_bytes + 1024) / room - 1024);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {size, 1, 1};
+  cudaLaunchConfig_t config{size, kWarp, static_cast<size_t>(bytes), nullptr, &cluster, 1};
+  int count = 0;
+  const bool answered = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes)) == cudaSuccess &&
+                        cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess;
+  if (!answered) cudaGetLastError();
+  return answered ? count : 0;
+}
+
 Device ask(int device) {
   Device d{};
   cudaFuncAttributes code{};  // that of an older architecture may be what runs here
@@ -61,10 +78,31 @@ Device ask(int device) {
   d.multiprocessors = ask(cudaDevAttrMultiProcessorCount, device);
   d.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (d.multiprocessors == 0 || d.arch == 0) cudaGetLastError();
+  if (tuning_of(d.arch).max_cluster == 1) return d;
+  for (int i = 0; i < kClusterCounts; ++i) {
+    d.clusters[i] = ask_clusters(d.shared_bytes, 1 + i / 3, 2u << i % 3);
+  }
   return d;
 }
 
 }  // namespace
+
+int allow_shared_bytes(const void* function) {
+  struct Allowed {
+    const void* function;
+    int device;
+  };
+  constexpr int kSlots = 64;
+  thread_local Allowed known[kSlots];
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  Allowed& slot = known[reinterpret_cast<uintptr_t>(function) / 16 % kSlots];
+  if (slot.function == function && slot.device == current) return error;
+  const auto limit = static_cast<int>(device().shared_bytes - kOtherSharedBytes);
+  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (error == cudaSuccess) slot = {function, current};
+  return error;
+}
 
 void set_last_plan(const Plan& plan) { last = plan; }
 Plan last_plan() { return last; }

@@ -4,43 +4,23 @@
 namespace rmsnorm::cuda {
 namespace {
 
-// y has the type of x or, where the kernel is not plain, any.
-template <typename XType, Form kForm, bool kAdd>
+template <typename X, Form kForm, bool kAdd>
 struct StoreNorm {
-  using N = Norm<XType, kForm, kAdd>;
+  using N = Norm<X, kForm, kAdd>;
   using Args = NormArgs;
-  using YChunk = Chunk<std::conditional_t<N::kPlain, XType, float>, N::kElems>;
   static constexpr bool kFindsLargest = false;
 
   __device__ void prepare(const Args&) {}
 
-  static __device__ YChunk norm(const Args& a, typename N::XChunk& x, const typename N::WChunk& w,
-                                const Scale& s) {
-    const bool cast = kForm == Form::kPlainCast || (!N::kPlain && a.cast_before_weight);
-    YChunk y;
-    x.stay_packed();
-    unrolled<N::kElems / 2>([&](int i) {
-      y.set(i, cast ? normalized<XType, true>(x.get(i), w.get(i), s)
-                    : normalized<XType, false>(x.get(i), w.get(i), s));
-    });
-    return y;
-  }
-
   struct Place {
     const Args& a;
-    const int64_t y_offset;
+    const int64_t offset;
     __device__ Place(const Args& a, int64_t row, int64_t begin)
-        : a(a), y_offset(begin + a.y.offset<N::kPlain>(row)) {}
+        : a(a), offset(begin + a.y.offset<N::kPlain>(row)) {}
 
     template <typename Index>
-    __device__ void store(Index col, int count, const YChunk& y) const {
-      if constexpr (N::kPlain) {
-        store_chunk<true, XType>(a.y, y_offset, col, y, count);
-      } else {
-        with_type(a.y.dtype, [&](auto type) {
-          store_chunk<false, decltype(type)>(a.y, y_offset, col, y, count);
-        });
-      }
+    __device__ void store(Index col, int count, const typename N::YChunk& y) const {
+      N::store(a, offset, col, count, y);
     }
   };
 };
@@ -99,10 +79,9 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   a.rstd = p.rstd;
   a.mean = mean_of(p.cols, p.eps);
   const bool plain = is_plain(a, a.y, a.input, a.residual);
-  const bool quant = p.quant.data != nullptr;
-  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, adds || !plain, quant);
+  if (p.quant.data != nullptr) return launch_quant(p, a, plain, here, s);
+  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, adds || !plain);
   lay_out(a, plan);
-  if (quant) return launch_quant(p, a, plan, plain, s);
   return with_type(p.x_dtype, [&](auto x) {
     return with_form(plain, a.cast_before_weight, [&](auto form) {
       return with_flag(adds, [&](auto add) {

@@ -26,6 +26,10 @@ int backward_in_double(const RmsNormBackward& p, cudaStream_t stream);
 // launch)?
 bool overlapping();
 
+// Lets a kernel ask for all shared memory that a plan may: other threads do so too. What this
+// thread has told the current device is not told again, which would cost a microsecond.
+int allow_shared_bytes(const void* function);
+
 // The result is that of this launch alone: an earlier error that nobody asked for yet is left to
 // its owner, and one of ours is not left to others.
 template <typename Args>
@@ -36,9 +40,7 @@ int launch(void (*kernel)(Args), dim3 blocks, dim3 threads, const Args& args, cu
   constexpr unsigned kFreeSharedBytes = 48 << 10;
   cudaError_t error = cudaSuccess;
   if (shared_bytes + kOtherSharedBytes > kFreeSharedBytes) {
-    // All that a plan may ask for: other threads set it too.
-    const auto limit = static_cast<int>(device().shared_bytes - kOtherSharedBytes);
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    error = static_cast<cudaError_t>(allow_shared_bytes(function));
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{blocks, threads, shared_bytes, stream, attributes, 0};
@@ -157,13 +159,19 @@ int with_form(bool plain, bool cast, const F& f) {
 template <bool kPlain, int kElems, typename Each, int kChunks>
 __device__ void load_weights(const RowArgs& a, int64_t begin, const Each& each,
                              Chunk<float, kElems> (&w)[kChunks]) {
-  with_type(a.weight.dtype, [&](auto element) {
+  // All rows of a weight are one: any will do, whose address is computed. What is read from the
+  // arguments ptxas reads once more for each chunk, and these reads share a scoreboard with the
+  // loads: the last would wait for the first.
+  View weight = a.weight;
+  weight.data = static_cast<const char*>(weight.data) + blockIdx.x * weight.rows.stride[0];
+  asm volatile("" : "+l"(weight.data));
+  with_type(weight.dtype, [&](auto element) {
     using W = decltype(element);
     each([&](int k, auto col, int) {
       using Index = decltype(col);
       const Index left = static_cast<Index>(a.weight_cols - begin) - col;
       const int count = static_cast<int>(min(left, Index{kElems}));
-      const auto packed = load_chunk<kPlain, W, kElems>(a.weight, begin, col, count);
+      const auto packed = load_chunk<kPlain, W, kElems>(weight, begin, col, count);
       unrolled<kElems / 2>([&](int i) { w[k].set(i, packed.get(i) + a.weight_offset); });
     });
   });

@@ -13,7 +13,7 @@ struct NormArgs : RowArgs {
 };
 
 // Rows in 8 bits: quant.cu.
-int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan, bool plain,
+int launch_quant(const RmsNormForward& p, const NormArgs& args, bool plain, const Device& here,
                  cudaStream_t stream);
 
 // fp32 results carry the rounding error of a product along (three roundings would be 2 to 3 ulp):
@@ -43,8 +43,8 @@ __device__ float2 normalized(float2 x, float2 g, const Scale& s) {
   }
 }
 
-// kAdd: x is a sum, of a residual and an input of type X or, where the kernel is not plain and X is
-// fp32, of any.
+// y has the type of x or, where the kernel is not plain, any. kAdd: x is a sum, of a residual and
+// an input of type X or, where the kernel is not plain and X is fp32, of any.
 template <typename XType, Form kForm, bool kAdd>
 struct Norm {
   using X = XType;
@@ -52,6 +52,7 @@ struct Norm {
   static constexpr int kElems = 16 / sizeof(X);
   using XChunk = Chunk<X, kElems>;
   using WChunk = Chunk<float, kElems>;
+  using YChunk = Chunk<std::conditional_t<kPlain, X, float>, kElems>;
 
   // Squares of 16-bit numbers are exact in fp32 (or nearly), and 16-bit results forgive the rest
   // within a thread.
@@ -125,6 +126,32 @@ struct Norm {
     }
     return s;
   }
+
+  // y, rounded to its type.
+  static __device__ YChunk norm(const NormArgs& a, XChunk& x, const WChunk& w, const Scale& s) {
+    const bool cast = kForm == Form::kPlainCast || (!kPlain && a.cast_before_weight);
+    YChunk y;
+    x.stay_packed();
+    unrolled<kElems / 2>([&](int i) {
+      float2 v = cast ? normalized<X, true>(x.get(i), w.get(i), s)
+                      : normalized<X, false>(x.get(i), w.get(i), s);
+      if (!kPlain && a.y.dtype == DType::kFloat16) v = round_to<__half>(v);
+      if (!kPlain && a.y.dtype == DType::kBFloat16) v = round_to<__nv_bfloat16>(v);
+      y.set(i, v);
+    });
+    return y;
+  }
+
+  template <typename Index>
+  static __device__ void store(const NormArgs& a, int64_t offset, Index col, int count,
+                               const YChunk& y) {
+    if constexpr (kPlain) {
+      store_chunk<true, X>(a.y, offset, col, y, count);
+    } else {
+      with_type(a.y.dtype,
+                [&](auto type) { store_chunk<false, decltype(type)>(a.y, offset, col, y, count); });
+    }
+  }
 };
 
 // The head of a kernel of rows in registers, with its launch bounds.
@@ -171,8 +198,7 @@ __device__ inline Largest of_lane(Largest v, int distance) { return {of_lane(v.v
 
 // The kernels of rows differ in their epilogue E: what is done with a row of the Norm E::N once its
 // Scale s is known.
-// - E::norm(args, x, w, s) is what becomes of a chunk of x, a YChunk.
-// - E::Place(args, row, begin) stores those: place.store(column, count, y).
+// - E::Place(args, row, begin) stores its chunks: place.store(column, count, y).
 // - With E::kFindsLargest, Place is given the epilogue (after its prepare(args), once), the largest
 //   of the row, of E::largest_of(y), if args.per_token, and whether it stores what a row has one
 //   of.
@@ -209,12 +235,12 @@ __device__ void norm_rows(const typename E::Args& a) {
                       [&] { N::load_again(a, row, 0, each_chunk, x[r]); });
     };
     if constexpr (E::kFindsLargest) {
-      typename E::YChunk y[kRows][kVectors];
+      typename N::YChunk y[kRows][kVectors];
       Largest largest[kRows];
       group.each_row([&](int r, int64_t row) {
         with_scale<N::kPlain>(scale_of(r, row), [&](const Scale& s) {
           unrolled<kVectors>([&](int k) {
-            y[r][k] = E::norm(a, x[r][k], w[k], s);
+            y[r][k] = N::norm(a, x[r][k], w[k], s);
             if (a.per_token) largest[r] = largest[r] + E::largest_of(y[r][k]);
           });
         });
@@ -229,7 +255,7 @@ __device__ void norm_rows(const typename E::Args& a) {
         const typename E::Place place(a, row, 0);
         with_scale<N::kPlain>(scale_of(r, row), [&](const Scale& s) {
           each_chunk([&](int k, int col, int count) {
-            place.store(col, count, E::norm(a, x[r][k], w[k], s));
+            place.store(col, count, N::norm(a, x[r][k], w[k], s));
           });
         });
       });
@@ -246,7 +272,7 @@ __device__ void norm_long_rows(const typename E::Args& a) {
   using N = typename E::N;
   using Index = std::conditional_t<kShared, int, int64_t>;  // of a chunk
   using XChunk = typename N::XChunk;
-  using YChunk = typename E::YChunk;
+  using YChunk = typename N::YChunk;
   extern __shared__ uint4 kept[];
   const Cluster cluster(a.cluster);
   const int64_t begin = cluster.rank * a.slice;
@@ -285,7 +311,7 @@ __device__ void norm_long_rows(const typename E::Args& a) {
           typename N::WChunk w[1];
           load_weights<N::kPlain>(
               a, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
-          f(i, E::norm(a, x[k], w[0], s));
+          f(i, N::norm(a, x[k], w[0], s));
         });
       }
     };

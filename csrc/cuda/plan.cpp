@@ -7,9 +7,8 @@ Plan rms_norm_forward_plan(int64_t rows, int64_t cols, DType x, const Device& de
   return plan_forward(rows, cols, x, device);
 }
 
-Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, DType,
-                            const Device& device) {
-  return plan_backward(rows, cols, dy, x, device);  // whatever the weight is
+Plan rms_norm_backward_plan(int64_t rows, int64_t cols, DType dy, DType x, const Device& device) {
+  return plan_backward(rows, cols, dy, x, device);
 }
 
 const KernelLimits* kernel_limits(int arch) { return tuning_of(arch).limits; }

@@ -80,6 +80,9 @@ inline int64_t resident_blocks(const Plan& plan, const Device& device) {
 // Rows (or groups of short rows) that the machine works on at a time.
 inline int64_t resident_rows(const Plan& plan, const Device& device) {
   if (plan.cluster == 1) return device.multiprocessors * plan.resident;
+  const int size = plan.cluster == 2 ? 0 : plan.cluster == 4 ? 1 : 2;
+  const int64_t room = std::min(plan.resident, int64_t{kClusterCounts / 3});
+  if (const int asked = device.clusters[3 * (room - 1) + size]) return asked;
   const int gpc = tuning_of(device.arch).gpc_multiprocessors;
   return std::max(device.multiprocessors / gpc * (gpc * plan.resident / plan.cluster), int64_t{1});
 }

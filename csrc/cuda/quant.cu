@@ -98,28 +98,12 @@ struct StoreQuant {
   using N = Norm<X, kForm, kAdd>;
   using Args = QuantArgs;
   static constexpr int kElems = N::kElems, kPairs = kElems / 2;
-  // The norm as it is rounded before it is put into 8 bits.
-  using YChunk = Chunk<std::conditional_t<N::kPlain, X, float>, kElems>;
+  using YChunk = typename N::YChunk;
   static constexpr bool kFindsLargest = true;
   QuantScale fixed;  // if the scale is static
 
   __device__ void prepare(const Args& a) {
     if (a.quant.block == 0) fixed = QuantScale(*a.quant.scale);
-  }
-
-  static __device__ YChunk norm(const Args& a, typename N::XChunk& x, const typename N::WChunk& w,
-                                const Scale& s) {
-    const bool cast = kForm == Form::kPlainCast || (!N::kPlain && a.cast_before_weight);
-    YChunk y;
-    x.stay_packed();
-    unrolled<kPairs>([&](int i) {
-      float2 v = cast ? normalized<X, true>(x.get(i), w.get(i), s)
-                      : normalized<X, false>(x.get(i), w.get(i), s);
-      if (!N::kPlain && a.y.dtype == DType::kFloat16) v = round_to<__half>(v);
-      if (!N::kPlain && a.y.dtype == DType::kBFloat16) v = round_to<__nv_bfloat16>(v);
-      y.set(i, v);
-    });
-    return y;
   }
 
   static __device__ Largest largest_of(const YChunk& y) {
@@ -146,7 +130,9 @@ struct StoreQuant {
     template <typename Index>
     __device__ void store(Index col, int count, const YChunk& y) const {
       if (count <= 0) return;
-      if (a.y.data != nullptr) store_norm(col, count, y);
+      if (a.y.data != nullptr) {
+        N::store(a, begin + a.y.offset<N::kPlain>(row), col, count, y);
+      }
       const Quant& q = a.quant;
       QuantScale of_chunk = scale;
       if (a.lanes_per_block != 0) {  // side by side in a warp
@@ -168,18 +154,6 @@ struct StoreQuant {
       unrolled<kPairs>([&](int i) { v[i] = y.get(i); });
       of_chunk.apply(v);
       store_codes(col, count, v);
-    }
-
-    template <typename Index>
-    __device__ void store_norm(Index col, int count, const YChunk& y) const {
-      const int64_t offset = begin + a.y.offset<N::kPlain>(row);
-      if constexpr (N::kPlain) {
-        store_chunk<true, X>(a.y, offset, col, y, count);
-      } else {
-        with_type(a.y.dtype, [&](auto type) {
-          store_chunk<false, decltype(type)>(a.y, offset, col, y, count);
-        });
-      }
     }
 
     template <typename Index>
@@ -234,7 +208,7 @@ int launch_rows(const QuantArgs& a, const Plan& plan, cudaStream_t stream) {
 
 }  // namespace
 
-int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan, bool plain,
+int launch_quant(const RmsNormForward& p, const NormArgs& args, bool plain, const Device& here,
                  cudaStream_t stream) {
   const int elems = vector_elems(p.x_dtype);
   QuantArgs a{args};
@@ -246,9 +220,12 @@ int launch_quant(const RmsNormForward& p, const NormArgs& args, const Plan& plan
   if (!a.per_token) a.lanes_per_block = static_cast<int>(p.quant.block) / elems;
   while (2 << a.lanes_per_block_log2 <= a.lanes_per_block) ++a.lanes_per_block_log2;
   plain = plain && a.codes_aligned && p.y_dtype == p.x_dtype;
+  const bool adds = a.input.data != nullptr;
+  const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, adds || !plain, true);
+  lay_out(a, plan);
   return with_type(p.x_dtype, [&](auto x) {
     return with_form(plain, a.cast_before_weight, [&](auto form) {
-      return with_flag(a.input.data != nullptr, [&](auto add) {
+      return with_flag(adds, [&](auto add) {
         return launch_rows<decltype(x), decltype(form)::value, decltype(add)::value>(a, plan,
                                                                                      stream);
       });

@@ -75,7 +75,8 @@ struct Tuning {
   // every device with clusters has.
   int64_t slice_bytes;
   int max_cluster;
-  // Clusters do not cross these: parts of the machine with at least so many multiprocessors.
+  // Clusters do not cross these: parts of the machine with at least so many multiprocessors. For
+  // machines that were not asked how many clusters they hold.
   int gpc_multiprocessors;
   const KernelLimits* limits;  // by KernelIndex
 };

@@ -207,19 +207,18 @@ py::dict as_dict(const cuda::Plan& plan) {
 }
 
 py::dict cuda_plan(bool backward, int64_t rows, int64_t cols, at::ScalarType dy, at::ScalarType x,
-                   at::ScalarType w, int arch, int multiprocessors, int64_t shared_bytes) {
+                   int arch, int multiprocessors, int64_t shared_bytes) {
   if (rows < 1 || cols < 1)
     throw py::value_error("cuda_plan: expected at least one row and one column");
-  const cuda::Device device{arch, multiprocessors, shared_bytes};
+  const cuda::Device device{arch, multiprocessors, shared_bytes, {}};
   const auto dtype = [](at::ScalarType type) {
     const auto known = as_dtype(type);
     if (!known || *known == DType::kFloat64)
       throw py::value_error("cuda_plan: expected float32, float16 or bfloat16");
     return *known;
   };
-  return as_dict(
-      backward ? cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), dtype(w), device)
-               : cuda::rms_norm_forward_plan(rows, cols, dtype(x), device));
+  return as_dict(backward ? cuda::rms_norm_backward_plan(rows, cols, dtype(dy), dtype(x), device)
+                          : cuda::rms_norm_forward_plan(rows, cols, dtype(x), device));
 }
 
 py::dict cuda_limits(int arch) {
