@@ -43,6 +43,48 @@ __device__ float2 normalized(float2 x, float2 g, const Scale& s) {
   }
 }
 
+// The largest magnitude of elements of T, or NaN if one is. Its sum is that of both. As integers
+// magnitudes are in the same order, with NaN above all.
+template <typename T>
+struct Largest {
+#if __CUDA_ARCH__ >= 900
+  static constexpr bool kPairs = sizeof(T) == 2;
+#else
+  static constexpr bool kPairs = false;
+#endif
+  uint32_t bits = 0;
+
+  static __device__ uint32_t larger(uint32_t a, uint32_t b) {
+    if constexpr (kPairs) asm("max.u16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return kPairs ? a : max(a, b);
+  }
+  template <int kElems>
+  __device__ void take(const Chunk<T, kElems>& chunk) {
+    if constexpr (kPairs) {
+      unrolled<kElems / 2>([&](int i) { bits = larger(bits, chunk.word[i] & 0x7fff7fff); });
+    } else {
+      unrolled<kElems / 2>([&](int i) {
+        const float2 v = chunk.get(i);
+        bits = larger(bits, __float_as_uint(fabsf(v.x)));
+        bits = larger(bits, __float_as_uint(fabsf(v.y)));
+      });
+    }
+  }
+  __device__ float value() const {
+    if constexpr (!kPairs) return __uint_as_float(bits);
+    const uint32_t largest = max(bits & 0xffff, bits >> 16);
+    return unpack<T>(&largest).x;
+  }
+};
+template <typename T>
+__device__ Largest<T> operator+(Largest<T> a, Largest<T> b) {
+  return {Largest<T>::larger(a.bits, b.bits)};
+}
+template <typename T>
+__device__ Largest<T> of_lane(Largest<T> v, int distance) {
+  return {__shfl_xor_sync(~0u, v.bits, distance)};
+}
+
 // y has the type of x or, where the kernel is not plain, any. kAdd: x is a sum, of a residual and
 // an input of type X or, where the kernel is not plain and X is fp32, of any.
 template <typename XType, Form kForm, bool kAdd>
@@ -52,7 +94,9 @@ struct Norm {
   static constexpr int kElems = 16 / sizeof(X);
   using XChunk = Chunk<X, kElems>;
   using WChunk = Chunk<float, kElems>;
-  using YChunk = Chunk<std::conditional_t<kPlain, X, float>, kElems>;
+  using Y = std::conditional_t<kPlain, X, float>;  // in which y is held
+  using YChunk = Chunk<Y, kElems>;
+  using LargestY = Largest<Y>;
 
   // Squares of 16-bit numbers are exact in fp32 (or nearly), and 16-bit results forgive the rest
   // within a thread.
@@ -175,32 +219,11 @@ __device__ void with_scale(S s, const F& f) {
   }
 }
 
-// The largest magnitude. NaN is the largest of all. Its sum is that of both.
-struct Largest {
-  float value = 0;
-
-  __device__ void take(float v) { value = largest(value, v); }
-  static __device__ float largest(float a, float b) {
-#if __CUDA_ARCH__ >= 800
-    float result;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(fabsf(a)), "f"(fabsf(b)));
-    return result;
-#else
-    // As integers they are in the same order.
-    return __uint_as_float(max(__float_as_uint(fabsf(a)), __float_as_uint(fabsf(b))));
-#endif
-  }
-};
-__device__ inline Largest operator+(Largest a, Largest b) {
-  return {Largest::largest(a.value, b.value)};
-}
-__device__ inline Largest of_lane(Largest v, int distance) { return {of_lane(v.value, distance)}; }
-
 // The kernels of rows differ in their epilogue E: what is done with a row of the Norm E::N once its
 // Scale s is known.
 // - E::Place(args, row, begin) stores its chunks: place.store(column, count, y).
 // - With E::kFindsLargest, Place is given the epilogue (after its prepare(args), once), the largest
-//   of the row, of E::largest_of(y), if args.per_token, and whether it stores what a row has one
+//   of y in the row, if args.per_token, and whether it stores what a row has one
 //   of.
 
 // Rows held in registers, kVectors chunks per thread. A residual is as many bytes in flight again.
@@ -236,19 +259,19 @@ __device__ void norm_rows(const typename E::Args& a) {
     };
     if constexpr (E::kFindsLargest) {
       typename N::YChunk y[kRows][kVectors];
-      Largest largest[kRows];
+      typename N::LargestY largest[kRows];
       group.each_row([&](int r, int64_t row) {
         with_scale<N::kPlain>(scale_of(r, row), [&](const Scale& s) {
           unrolled<kVectors>([&](int k) {
             y[r][k] = N::norm(a, x[r][k], w[k], s);
-            if (a.per_token) largest[r] = largest[r] + E::largest_of(y[r][k]);
+            if (a.per_token) largest[r].take(y[r][k]);
           });
         });
       });
       if (a.per_token) row_sum<kThreads>(largest, ++turn);
       group.each_row([&](int r, int64_t row) {
-        const typename E::Place place(epilogue, a, row, 0, largest[r], group.lane == 0);
-        each_chunk([&](int k, int col, int count) { place.store(col, count, y[r][k]); });
+        typename E::Place place(epilogue, a, row, 0, largest[r], group.lane == 0);
+        place.store(each_chunk, y[r]);
       });
     } else {
       group.each_row([&](int r, int64_t row) {
@@ -318,10 +341,10 @@ __device__ void norm_long_rows(const typename E::Args& a) {
     with_scale<N::kPlain>(N::scale(a, sum, row, cluster, slice.lane, [] {}), [&](const Scale& s) {
       if constexpr (E::kFindsLargest) {
         constexpr bool kKeeps = kShared && std::is_same_v<XChunk, YChunk>;
-        Largest largest;
+        typename N::LargestY largest;
         if (a.per_token) {
           each_norm(s, [&](Index i, const YChunk& y) {
-            largest = largest + E::largest_of(y);
+            largest.take(y);
             if constexpr (kKeeps) put_chunk(kept, slice.chunks, i, y);
           });
           row_sum(largest, cluster, ++turn);

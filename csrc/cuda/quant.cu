@@ -83,6 +83,23 @@ __device__ inline uint32_t to_float8(float2 v, bool e4m3) {
 }
 #endif
 
+// v / scale and v * (1 / scale) are within 2^-22 of each other, so they have the same code but
+// where a number halfway between two codes is as near. Have they there too, for every v of the
+// 16-bit type T? It takes one look at the v next to each such number, of a binade and of the
+// denormals: a lane has one of these. Of whole warps.
+template <typename T>
+__device__ bool product_has_the_codes(const QuantScale& scale, bool e4m3) {
+  const int codes = e4m3 ? 8 : 4, i = threadIdx.x % (2 * codes);  // of a binade
+  const float least = e4m3 ? 0x1p-10f : 0x1p-17f;                 // half of the smallest code
+  const float middle = i < codes ? 2 * (codes + i) + 1 : least * (2 * (i - codes) + 1);
+  constexpr uint32_t kRest = std::is_same_v<T, __half> ? 0x1fff : 0xffff;  // that T lacks of fp32
+  const uint32_t bits = __float_as_uint(middle * scale.scale) + (kRest + 1) / 2;
+  const float v = __uint_as_float(bits & ~kRest);
+  const float quotient = QuantScale::quotient(v, scale.scale, scale.inverse);
+  const uint32_t both = to_float8({quotient, __fmul_rn(v, scale.inverse)}, e4m3);
+  return __all_sync(~0u, (both & 0xff) == both >> 8);
+}
+
 // Saturated; NaN is 0. The codes of v.x and, above it, v.y.
 __device__ inline uint32_t to_int8(float2 v) {
   uint32_t codes;
@@ -106,58 +123,83 @@ struct StoreQuant {
     if (a.quant.block == 0) fixed = QuantScale(*a.quant.scale);
   }
 
-  static __device__ Largest largest_of(const YChunk& y) {
-    Largest result;
-    unrolled<kPairs>([&](int i) { result.take(y.get(i).x), result.take(y.get(i).y); });
-    return result;
-  }
-
   struct Place {
     const Args& a;
     const int64_t row, begin;
     uint8_t* const codes = static_cast<uint8_t*>(a.quant.data) + row * a.cols + begin;
+    float* const scales = a.quant.scale + row * a.quant.row_stride;
     QuantScale scale;
 
     // `first`: it stores the scale of a row.
     __device__ Place(const StoreQuant& e, const Args& a, int64_t row, int64_t begin,
-                     Largest largest, bool first)
+                     typename N::LargestY largest, bool first)
         : a(a), row(row), begin(begin), scale(e.fixed) {
       if (!a.per_token) return;
-      scale = QuantScale(a, largest.value);
-      if (first) a.quant.scale[row * a.quant.row_stride] = scale.scale;
+      scale = QuantScale(a, largest.value());
+      if (first) *scales = scale.scale;
     }
 
     template <typename Index>
     __device__ void store(Index col, int count, const YChunk& y) const {
-      if (count <= 0) return;
+      store_norm(col, count, y);
+      store_codes(col, count, y, a.lanes_per_block != 0 ? of_block<false>(col, count, y) : scale);
+    }
+
+    // The chunks that each(f) calls f(k, column, count) for. Of more than one the rows are of whole
+    // warps.
+    template <typename Each, int kChunks>
+    __device__ void store(const Each& each, const YChunk (&y)[kChunks]) {
       if (a.y.data != nullptr) {
-        N::store(a, begin + a.y.offset<N::kPlain>(row), col, count, y);
+        each([&](int k, auto col, int count) { store_norm(col, count, y[k]); });
       }
-      const Quant& q = a.quant;
-      QuantScale of_chunk = scale;
-      if (a.lanes_per_block != 0) {  // side by side in a warp
-        Largest top = largest_of(y);
-        const uint32_t mask = group_mask(a.lanes_per_block);
-#pragma unroll
-        for (int o = kWarp / 2; o > 0; o /= 2) {
-          if (o >= a.lanes_per_block) continue;
-          top = top + Largest{__shfl_xor_sync(mask, top.value, o)};
-        }
-        of_chunk = QuantScale(a, top.value);
-        const int64_t chunk = (begin + col) / kElems;
-        if ((chunk & (a.lanes_per_block - 1)) == 0) {
-          const int64_t block = chunk >> a.lanes_per_block_log2;
-          q.scale[row * q.row_stride + block * q.block_stride] = of_chunk.scale;
-        }
+      if (a.lanes_per_block != 0) {
+        return each([&](int k, auto col, int count) {
+          store_codes(col, count, y[k], of_block<(kChunks > 1)>(col, count, y[k]));
+        });
       }
-      float2 v[kPairs];
-      unrolled<kPairs>([&](int i) { v[i] = y.get(i); });
-      of_chunk.apply(v);
-      store_codes(col, count, v);
+      // Of rows of fewer chunks it would cost more than it spares. y of other kernels has any type.
+      if constexpr (kChunks == kForwardVectors && N::kPlain && sizeof(X) == 2) {
+        if (a.per_token && scale.method == QuantScale::kQuotient &&
+            product_has_the_codes<X>(scale, a.quant.dtype == QType::kFloat8E4M3))
+          scale.method = QuantScale::kProduct;
+      }
+      each([&](int k, auto col, int count) { store_codes(col, count, y[k], scale); });
     }
 
     template <typename Index>
-    __device__ void store_codes(Index col, int count, const float2 (&v)[kPairs]) const {
+    __device__ void store_norm(Index col, int count, const YChunk& y) const {
+      if (a.y.data == nullptr || count <= 0) return;
+      N::store(a, begin + a.y.offset<N::kPlain>(row), col, count, y);
+    }
+
+    // The scale of a chunk's block of columns, whose lanes are side by side in a warp. kWhole: all
+    // lanes of the warp call this.
+    template <bool kWhole, typename Index>
+    __device__ QuantScale of_block(Index col, int count, const YChunk& y) const {
+      if (!kWhole && count <= 0) return scale;
+      typename N::LargestY top;
+      top.take(y);
+      const uint32_t mask = kWhole ? ~0u : group_mask(a.lanes_per_block);
+#pragma unroll
+      for (int o = kWarp / 2; o > 0; o /= 2) {
+        if (!kWhole && o >= a.lanes_per_block) continue;
+        const typename N::LargestY other{__shfl_xor_sync(mask, top.bits, o)};
+        if (o < a.lanes_per_block) top = top + other;
+      }
+      const QuantScale result(a, top.value());
+      const Index chunk = static_cast<Index>(begin + col) / kElems;
+      if ((chunk & (a.lanes_per_block - 1)) == 0 && count > 0) {
+        scales[(chunk >> a.lanes_per_block_log2) * a.quant.block_stride] = result.scale;
+      }
+      return result;
+    }
+
+    template <typename Index>
+    __device__ void store_codes(Index col, int count, const YChunk& y, const QuantScale& by) const {
+      if (count <= 0) return;
+      float2 v[kPairs];
+      unrolled<kPairs>([&](int i) { v[i] = y.get(i); });
+      by.apply(v);
       Chunk<uint8_t, kElems> chunk = {};
       const auto each = [&](const auto& f) {
         unrolled<kPairs>([&](int i) { chunk.word[i / 2] |= f(v[i]) << 16 * (i % 2); });
