@@ -359,7 +359,8 @@ def outcome_of_kernels(mutant, shared):
                 )
             link(objects, isa, dtype, emulated)
             names = [NAMES[name] for name in KERNELS[isa]]
-            if result := native(family, *names, *([f"of={DTYPES[dtype]}"] if dtype else [])):
+            parts = ["forward", "quant"] if family == "forward" else [family]  # quant's first step
+            if result := native(*parts, *names, *([f"of={DTYPES[dtype]}"] if dtype else [])):
                 return result
     if not changed:
         return "same code"

@@ -47,7 +47,7 @@ def rms_norm_reference(
         xhat = round_once(xhat, input.dtype)
     if weight is None:
         return round_once(xhat, input.dtype)
-    gain = _gain(input, weight, weight_offset).to(dtype)
+    gain = gain_of(weight, compute_dtype(input, weight), weight_offset).to(dtype)
     return round_once(xhat.to(dtype) * gain, output_dtype(input, weight, cast_before_weight))
 
 
@@ -71,7 +71,9 @@ def rms_norm_backward_reference(
     x, dy = input.double(), grad.double()
     rstd = _rstd(x, dims, default_eps(input) if eps is None else eps)
     xhat = x * rstd
-    g = dy if weight is None else dy * _gain(input, weight, weight_offset).double()
+    g = dy
+    if weight is not None:
+        g = dy * gain_of(weight, compute_dtype(input, weight), weight_offset).double()
     dx = rstd * (g - xhat * (g * xhat).mean(dims, keepdim=True))
     if weight is None:
         return dx, None
@@ -185,6 +187,6 @@ def _rstd(x: Tensor, dims: list[int], eps: float) -> Tensor:
     return 1.0 / torch.sqrt((x * x).mean(dims, keepdim=True) + eps)
 
 
-def _gain(input: Tensor, weight: Tensor, weight_offset: float) -> Tensor:
-    """weight + weight_offset, in the type that the operators add them in."""
-    return weight.to(compute_dtype(input, weight)) + weight_offset
+def gain_of(weight: Tensor, dtype: torch.dtype, weight_offset: float) -> Tensor:
+    """weight + weight_offset in `dtype`. -0 + 0 would be 0: an offset of 0 changes no bit."""
+    return weight.to(dtype) + (weight_offset or -0.0)

@@ -13,7 +13,7 @@ import torch
 
 from .again import has_kernel
 from .functional import _ops
-from .reference import compute_dtype, default_eps, output_dtype, quantize_reference
+from .reference import compute_dtype, default_eps, gain_of, output_dtype, quantize_reference
 
 
 def _front(tensor, dim, size):
@@ -39,7 +39,7 @@ def _no_rows(tensor, dim):
 
 def _gain(weight, dim, lead, dtype, weight_offset=0.0, **_):
     """weight + weight_offset as (batch, 1, ..., 1, *normalized_shape), with `lead` ones."""
-    gain = weight.movedim(dim, 0).to(dtype) + weight_offset
+    gain = gain_of(weight.movedim(dim, 0), dtype, weight_offset)
     return gain.reshape(len(gain), *(1,) * lead, *gain.shape[1:])
 
 

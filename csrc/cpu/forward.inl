@@ -247,16 +247,16 @@ class ForwardRows {
       }
       for (int j = 0; j < Isa::kGroupRows; ++j) fast &= in_fast_range(rstd[j]);
     } else {
-      for (int64_t j = 0; j < count; ++j) {
-        rstd[j] = total(sums[j]);
-        look_for_dominant(first + j, j);
-        rstd[j] = 1 / __builtin_sqrt(rstd[j] * per_col + eps);
-        fast &= in_fast_range(rstd[j]);
+      for (int64_t k = 0; k < count; ++k) {
+        rstd[k] = total(sums[k]);
+        look_for_dominant(first + k, k);
+        rstd[k] = 1 / __builtin_sqrt(rstd[k] * per_col + eps);
+        fast &= in_fast_range(rstd[k]);
       }
     }
     if (!fast) {  // one NaN for all, whichever the row held first
-      for (int64_t j = 0; j < count; ++j) {
-        if (rstd[j] != rstd[j]) rstd[j] = __builtin_nan("");
+      for (int64_t k = 0; k < count; ++k) {
+        if (rstd[k] != rstd[k]) rstd[k] = __builtin_nan("");
       }
     }
     return fast;

@@ -126,7 +126,8 @@ template <class P>
 INLINE double weight_at(const P& p, int64_t i) {
   if (!p.weight) return 1;
   const double w = load(p.weight, p.w_dtype, i);
-  return has_fp64(p) ? w + p.weight_offset : float(w) + float(p.weight_offset);
+  const double offset = addend_of(p.weight_offset);
+  return has_fp64(p) ? w + offset : float(w) + float(offset);
 }
 
 void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../rmsnorm.h"
+#include "../weight_offset.h"
 #include "tuning.h"
 
 // The x86 instruction sets are opened by GCC's target pragma, which clang does not have: there and

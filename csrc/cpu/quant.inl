@@ -32,7 +32,7 @@ struct Float8 {
     // lowest bits.
     const I32 exponent = larger(bits & 0x7f800000, I32{} + (kMinExponent << 23));
     const I32 sum = I32(V(bits) + V(exponent + ((23 - kFraction) << 23)));
-    const I32 code = sum - exponent + (exponent >> (23 - kFraction));
+    const I32 code = sum + (exponent >> (23 - kFraction));
     if constexpr (!kPlain) return (v == v ? code : I32{} + (0x7f + kOffset)) + sign;
     return code + sign;
   }

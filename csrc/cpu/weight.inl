@@ -80,7 +80,7 @@ class WeightTiles {
 
   template <class W>
   void fill_from(W weight, int64_t begin) {
-    const V offset = set1(offset_ == 0 ? -0.0f : offset_);  // adding -0 changes no bit
+    const V offset = set1(float(addend_of(offset_)));
     float* const tile = tile_ - begin;
     const auto one = [&](int64_t i, int n) { store(tile + i, weight(i, n) + offset, n); };
     const auto step = [&](int64_t i) {

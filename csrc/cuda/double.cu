@@ -24,7 +24,8 @@ __device__ inline int64_t items_apart() { return int64_t{gridDim.x} * blockDim.y
 
 template <typename P>
 __device__ double weight_at(const P& p, int64_t col) {
-  return p.weight != nullptr ? load_any(p.weight, p.w_dtype, col) + p.weight_offset : 1.0;
+  if (p.weight == nullptr) return 1;
+  return load_any(p.weight, p.w_dtype, col) + addend_of(p.weight_offset);
 }
 
 struct Normalized {

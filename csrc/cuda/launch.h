@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../weight_offset.h"
 #include "plan.h"
 #include "vec.cuh"
 
@@ -122,10 +123,8 @@ RowArgs row_args(const P& p) {
   a.cols = p.cols;
   a.weight_cols = p.weight != nullptr ? p.cols : 0;
   a.eps = {p.eps, std::sqrt(p.eps), static_cast<double>(p.cols)};
-  // An absent weight is 0 + 1; one of -0 stays that.
-  a.weight_offset = p.weight == nullptr      ? 1.0f
-                    : p.weight_offset == 0.0 ? -0.0f
-                                             : static_cast<float>(p.weight_offset);
+  // An absent weight is 0 + 1.
+  a.weight_offset = p.weight == nullptr ? 1.0f : static_cast<float>(addend_of(p.weight_offset));
   a.cast_before_weight = p.cast_before_weight;
   return a;
 }

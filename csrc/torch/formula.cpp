@@ -67,7 +67,9 @@ Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
   }
   normalized_ = x_ * inverse_rms_;
   if (options.cast_before_weight) normalized_ = normalized_.to(input.scalar_type()).to(compute_);
-  if (weight) gain_ = weight->to(compute_) + options.weight_offset;
+  if (!weight) return;
+  const double offset = options.weight_offset;
+  gain_ = weight->to(compute_) + (offset == 0 ? -0.0 : offset);  // -0 + 0 would be 0
 }
 
 Tensor Formula::output() const {

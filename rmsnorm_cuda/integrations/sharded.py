@@ -13,7 +13,7 @@ from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.tensor import DTensor
 
 from ..functional import rms_norm
-from ..reference import compute_dtype, default_eps, output_dtype
+from ..reference import compute_dtype, default_eps, gain_of, output_dtype
 
 
 def rms_norm_sharded(
@@ -89,7 +89,7 @@ class _Sharded(torch.autograd.Function):
             return xhat.to(input.dtype)
         if cast_before_weight:
             xhat = xhat.to(input.dtype).to(compute)
-        output = xhat * (weight.to(compute) + weight_offset)
+        output = xhat * gain_of(weight, compute, weight_offset)
         return output.to(output_dtype(input, weight, cast_before_weight))
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Sharded(torch.autograd.Function):
         size, group, weight_offset, cast_before_weight = ctx.options
         dy, xhat, dx, dweight = grad.to(rstd.dtype), input.to(rstd.dtype) * rstd, None, None
         if ctx.needs_input_grad[0]:
-            g = dy if weight is None else dy * (weight.to(rstd.dtype) + weight_offset)
+            g = dy if weight is None else dy * gain_of(weight, rstd.dtype, weight_offset)
             dx = (rstd * (g - xhat * (_sum_over(group, g * xhat) / size))).to(input.dtype)
         if ctx.needs_input_grad[1]:
             if cast_before_weight:

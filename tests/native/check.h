@@ -1,6 +1,9 @@
 // What the checks of the kernels share: number formats, tensors between guard zones, the formula in
 // long double.
 #pragma once
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
@@ -9,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -94,8 +98,35 @@ int64_t ulps(DType t, uint64_t a, uint64_t b) {
 
 // ---------------------------------------------------------------- tensors
 
-// Rows in a buffer of NaN bytes. An output has guard zones; an input ends with its buffer, where a
-// sanitizer sees the first byte too many.
+// Memory that ends where a page does, before one that nobody may touch: the first byte too many
+// ends the process.
+template <class T>
+struct BeforePage {
+  using value_type = T;
+
+  static size_t pages_of(size_t count) {
+    const size_t page = sysconf(_SC_PAGESIZE);
+    return (count * sizeof(T) + page - 1) / page * page;
+  }
+  T* allocate(size_t count) {
+    const size_t pages = pages_of(count), page = sysconf(_SC_PAGESIZE);
+    void* const p =
+        mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    char* const end = static_cast<char*>(p) + pages;
+    mprotect(end, page, PROT_NONE);
+    return reinterpret_cast<T*>(end - count * sizeof(T));
+  }
+  void deallocate(T* p, size_t count) {
+    char* const end = reinterpret_cast<char*>(p + count);
+    munmap(end - pages_of(count), pages_of(count) + sysconf(_SC_PAGESIZE));
+  }
+  bool operator==(const BeforePage&) const { return true; }
+  bool operator!=(const BeforePage&) const { return false; }
+};
+
+// Rows in a buffer of NaN bytes. An output has guard zones, and is aligned as far as its layout
+// lets it; an input ends with its buffer.
 enum class Layout { kDense, kMisaligned, kStrided, kTwoDims, kExpanded };
 constexpr Layout kLayouts[] = {Layout::kDense, Layout::kMisaligned, Layout::kStrided,
                                Layout::kTwoDims};
@@ -105,7 +136,7 @@ struct Tensor {
   int64_t rows, cols;
   Rows place = {1, {0}, {0}};
   size_t origin = 0;
-  std::vector<unsigned char> bytes;
+  std::vector<unsigned char, BeforePage<unsigned char>> bytes;
 
   Tensor(DType t, int64_t n, int64_t m, Layout layout = Layout::kDense, size_t guard = 0)
       : dtype(t), rows(n), cols(m) {
@@ -119,7 +150,8 @@ struct Tensor {
     if (layout == Layout::kTwoDims) place = {2, {(n + 1) / 2, 2}, {2 * m + 5, m + 1}};
     int64_t last = 0;
     for (int64_t row = 0; row < n; ++row) last = std::max(last, place.offset(row));
-    bytes.assign(origin + (last + m) * size + guard, 0xff);
+    const size_t length = origin + (last + m) * size + guard;
+    bytes.assign(guard ? (length + 63) / 64 * 64 : length, 0xff);
   }
   void* data() { return bytes.data() + origin; }
   unsigned char* at(int64_t row, int64_t col) {
@@ -188,6 +220,7 @@ struct Forward {
   }
   Real weight(Tensor& w, int64_t i) const {
     if (!weighted) return 1;
+    if (offset == 0) return w.get(0, i);  // a sum would lose the sign of -0
     return wide() ? w.get(0, i) + offset : Real(float(w.get(0, i)) + float(offset));
   }
 };
@@ -225,7 +258,7 @@ int64_t error(const Forward& f, Real x, Real rstd, Real g, uint64_t y) {
 // y and r against the formula. exact: y is the formula in double, whose last bits decide ties only.
 void compare_forward(const Forward& f, Tensor& x, Tensor& w, Tensor& y, Tensor& r, const char* name,
                      int64_t rstd_bound = 1, bool exact = false) {
-  int64_t worst = 0, worst_row = 0, worst_col = 0, worst_rstd = 0;
+  int64_t worst = 0, worst_row = 0, worst_col = 0, worst_rstd = 0, other_zeros = 0;
   Real rstd_there = 0;
   for (int64_t row = 0; row < x.rows; ++row) {
     const Real rstd = reference_rstd(f, x, row);
@@ -237,6 +270,10 @@ void compare_forward(const Forward& f, Tensor& x, Tensor& w, Tensor& y, Tensor& 
         e = std::min(e, error(f, x.get(row, col), rstd * side, f.weight(w, col), y.bits(row, col)));
       }
       if (e > worst) worst = e, worst_row = row, worst_col = col, rstd_there = rstd;
+      const Real product = x.get(row, col) * rstd * f.weight(w, col);
+      // In fp32 a zero is a sum of two products, which may have other signs.
+      other_zeros += (exact || f.x_type != DType::kFloat32) && product == 0 &&
+                     std::signbit(product) != std::signbit(y.get(row, col));
     }
   }
   // Plain double arithmetic in fp64: five roundings, and those of the sum, which grow with
@@ -249,6 +286,7 @@ void compare_forward(const Forward& f, Tensor& x, Tensor& w, Tensor& y, Tensor& 
         "%s: %ld ulp at %ld,%ld: x %Lg y %Lg not %Lg", name, worst, worst_row, worst_col,
         x.get(worst_row, worst_col), y.get(worst_row, worst_col),
         x.get(worst_row, worst_col) * rstd_there * f.weight(w, worst_col));
+  check(other_zeros == 0, "%s: %ld zeros of the other sign", name, other_zeros);
   check(worst_rstd <= std::max(rstd_bound, fp64_bound), "%s: rstd %ld ulp", name, worst_rstd);
   check(y.guards_intact() && r.guards_intact(), "%s: wrote outside", name);
 }

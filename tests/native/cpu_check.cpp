@@ -238,6 +238,7 @@ void check_forward_extremes() {
                                      {9, 1e3L},
                                      {17, 1e-3L},
                                      {31, 1e3L},
+                                     {45, 1e3L},
                                      {69, 1e-3L},
                                      {69, 1e3L},
                                      {-1, 1},
@@ -256,15 +257,33 @@ void check_forward_extremes() {
       }
     }
   }
+  for (const Forward& f : forward_mixes()) {
+    if (!is_chosen({f.x_type, f.w_type})) continue;
+    Tensor x(f.x_type, 3, 70), w(f.w_type, 1, 70);
+    fill_normal(x);
+    fill(w, [](int64_t, int64_t i) {
+      return i % 3 ? i % 2 - 0.5L : std::copysign(0.0L, i % 2 - 0.5L);
+    });
+    check_forward(f, x, w, Layout::kDense, "zeros in the weight");
+  }
+  // The fast way is left by one row of a group, whichever it is.
+  for (const DType type : {f32, bf16}) {
+    for (int64_t odd = 0; odd < 9 && is_chosen({type}); ++odd) {
+      Tensor x(type, 9, 64), w(type, 1, 64);
+      fill(x, [&](int64_t row, int64_t) { return (row == odd ? 1e25L : 1) * normal(); });
+      fill_normal(w, 0.2, 1);
+      check_forward({type, type}, x, w, Layout::kDense, "one row out of range");
+    }
+  }
   // In fp32 each of the small squares is added to the large one by itself, and rounds it up by half
   // a unit: together by three.
-  for (const int64_t rows : {3, 8}) {
+  for (const auto& [rows, scale] : {std::pair<int64_t, Real>{3, 1}, {8, 1}, {8, 0.25}, {8, 4}}) {
     for (int64_t first = 0; first < 8 && is_chosen({f32}); first += rows) {
       Tensor x(f32, rows, 256), w(f32, 1, 256);
       fill(x, [&](int64_t row, int64_t col) {
         const int64_t i = col - (first + row) % 8;
         const bool is_small = i == 8 || i == 16 || i == 32 || i == 64 || i == 128 || i == 192;
-        return i == 0 ? 1 : is_small ? std::sqrt(0.51L * 0x1p-23L) : 0;
+        return scale * (i == 0 ? 1 : is_small ? std::sqrt(0.51L * 0x1p-23L) : 0);
       });
       check_forward({f32, f32, false, false, 0, 0}, x, w, Layout::kDense, "one dominates");
     }

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int kThreads = 8, kRounds = 200;
-using Bytes = std::vector<unsigned char>;
+using Bytes = decltype(Tensor::bytes);
 
 // All but "fp64": see set_isa().
 std::vector<std::string> instruction_sets() {
