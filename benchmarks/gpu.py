@@ -5,13 +5,17 @@
     python benchmarks/gpu.py --sanitize   # nothing but compute-sanitizer's four tools over the
                                           # native CUDA test
 
-Outputs are verified against fp64 before anything is timed. Each call finds a cold L2 cache: a copy
-larger than it runs in between, during which the host queues the call. Times are medians of CUDA
-events, contenders interleaved. GB/s counts each byte that has to move once: x and y, for a training
-step x, dy and x again and y and dx (what is in between stays in the L2 cache or not, as it may),
-for a fused addition x and the residual read and both results written, for 8 bits x read and as many
-bytes as elements written. The roof is a device copy that moves as many bytes, measured in the same
-way.
+    python benchmarks/gpu.py --roofs      # what the memory and a launch allow, and no more
+
+Outputs and gradients are verified against fp64 before anything is timed. Each call finds a cold L2
+cache: a copy larger than it runs in between, during which the host queues the call. Times are
+medians of CUDA events, contenders interleaved; "host" is what Python and the launch take
+meanwhile. Small cells are timed once more in CUDA graphs of 20 calls, which have no host in
+between, and a warm L2 cache. GB/s counts each byte that has to move once: x and y, for a backward
+x, dy and dx, for a training step x, dy and x again and y and dx (what is in between stays in the L2
+cache or not, as it may), for a fused addition x and the residual read and both results written, for
+8 bits x read and as many bytes as elements written. The roof is a device copy that moves as many
+bytes, measured in the same way.
 
 It ends in --minutes: torch.compile, which takes seconds a cell, is left out from half of them on,
 and the cells that are not begun by then are named.
@@ -45,7 +49,10 @@ from benchmarks.common import (
     training_step,
     verify,
 )
+from rmsnorm_cuda.reference import rms_norm_backward_reference
 
+MODES = PASSES | {"backward": 3}
+SMALL = 4 << 20  # bytes of x, up to which a cell is timed in graphs too
 SHAPES = (
     "1x4096,64x4096,65536x64,65536x128,32768x256,16384x512,16384x1024,8192x2048,8192x4096,"
     "4096x8192,4096x16384,2048x32768,1024x65536,1024x131072"
@@ -80,7 +87,10 @@ class Cell:
 
     def __init__(self, rows, cols, dtype, weight_dtype, device):
         def there(*shape, dtype):
-            return torch.randn(*shape).to(dtype).to(device)
+            try:
+                return torch.randn(*shape, dtype=dtype, device=device)
+            except RuntimeError:  # a simulated device, without kernels of torch
+                return torch.randn(*shape, dtype=dtype).to(device)
 
         self.cols = (cols,)
         self.bytes = rows * cols * dtype.itemsize
@@ -100,16 +110,18 @@ class Cell:
         if mode == "fused":
             adds = fused_adds(self.cols, self.weight, compiled)
             return {name: lambda x, run=run: run(x, self.dy) for name, run in adds.items()} | {
-                "copy": self.copy(PASSES[mode])
+                "copy": self.copy(MODES[mode])
             }
         if mode == "quantized":
             return quantized(self.cols, self.weight, compiled) | {
                 "copy": self.copy(1 + 1 / self.x.itemsize)
             }
         weight, bias = self.weight, self.bias
-        if mode == "training":
+        if mode in ("training", "backward"):
             weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
         all_norms = norms(self.cols, weight, bias, compiled) | dict(others(self.cols, weight))
+        if mode == "backward":
+            return self.backwards(all_norms) | {"copy": self.copy(MODES[mode])}
         gradients = {id(self.x): self.dy}
         runs = {
             name: training_step(norm, parameters, gradients) if mode == "training" else norm
@@ -120,12 +132,40 @@ class Cell:
             runs["ours out="] = lambda x: rmsnorm_cuda.rms_norm(
                 x, self.cols, self.weight, EPS, out=out
             )
-        return runs | {"copy": self.copy(PASSES[mode])}
+        return runs | {"copy": self.copy(MODES[mode])}
+
+    def backwards(self, all_norms):
+        """The gradients of x and of the parameters, of forwards that were run before."""
+        leaf = self.x.detach().requires_grad_()
+        runs = {}
+        for name, (norm, parameters) in all_norms.items():
+            try:
+                y, inputs = norm(leaf), [leaf, *parameters]
+            except Exception:  # which samples() tells of the forward
+                continue
+            runs[name] = lambda x, y=y, inputs=inputs: torch.autograd.grad(
+                y, inputs, self.dy, retain_graph=True
+            )
+        return runs
+
+    def verify(self):
+        """Forward and backward of some rows, against fp64."""
+        verify(self.x[:64], self.cols, self.weight)
+        x, weight = self.x[:64].detach().requires_grad_(), self.weight.detach().requires_grad_()
+        y = rmsnorm_cuda.rms_norm(x, self.cols, weight, EPS)
+        grads = torch.autograd.grad(y, [x, weight], self.dy[:64])
+        wants = rms_norm_backward_reference(
+            self.dy[:64].cpu(), x.detach().cpu(), self.cols, weight.detach().cpu(), EPS
+        )
+        for got, want in zip(grads, wants, strict=True):
+            error = (got.cpu().double() - want).abs().max() / want.abs().max()
+            assert error <= 4 * torch.finfo(got.dtype).eps, f"a gradient is {error:.1e} off"
 
 
 def samples(contenders, x, flush, calls):
-    """Microseconds of each call of each contender, interleaved."""
+    """Microseconds of each call of each contender, interleaved: of the GPU, and of the host."""
     times = {name: [] for name in contenders}
+    host = {name: [] for name in contenders}
     for name, run in contenders.items():
         try:
             run(x)  # compiles what has to be compiled
@@ -144,24 +184,68 @@ def samples(contenders, x, flush, calls):
         for name, (start, end) in events.items():
             flush()
             start.record()
+            began = time.perf_counter()
             contenders[name](x)
+            host[name].append((time.perf_counter() - began) * 1e6)
             end.record()
         torch.cuda.synchronize()
         for name, (start, end) in events.items():
             times[name].append(start.elapsed_time(end) * 1e3)
-    return times
+    return times, host
 
 
 def measure(contenders, x, flush, calls):
-    """Median microseconds of each contender."""
-    return {
-        name: statistics.median(times)
-        for name, times in samples(contenders, x, flush, calls).items()
+    """Median microseconds of each contender: of the GPU, and of the host."""
+    times, host = samples(contenders, x, flush, calls)
+    return tuple(
+        {name: statistics.median(found[name]) for name in times} for found in (times, host)
+    )
+
+
+def in_graphs(contenders, x, calls):
+    """Median microseconds of a call in a CUDA graph of 20, of those that can be captured."""
+    graphs, times = {}, {}
+    for name, run in contenders.items():
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(20):
+                    run(x)
+        except RuntimeError as error:
+            print(f"  {name} not as a graph: {str(error).splitlines()[0]}", flush=True)
+        else:
+            graphs[name], times[name] = graph, []
+    for _ in range(calls):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / 20)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def roofs(device, flush):
+    """Prints what the memory gives to a copy, a kernel that copies and one that adds, and what a
+    launch takes."""
+    a, b, c = (torch.empty(256 << 20, dtype=torch.uint8, device=device) for _ in range(3))
+    a32, b32, c32 = (t.view(torch.int32) for t in (a, b, c))
+    runs = {
+        "cudaMemcpy, 1 read and 1 write": (2, lambda x: b.copy_(a)),
+        "a kernel, 1 read and 1 write": (2, lambda x: torch.neg(a32, out=b32)),
+        "a kernel, 2 reads and 1 write": (3, lambda x: torch.add(a32, b32, out=c32)),
     }
+    us, _ = measure({name: run for name, (_, run) in runs.items()}, a, flush, 20)
+    for name, time_us in us.items():
+        print(f"{name}: {runs[name][0] * a.numel() / time_us / 1e3:.0f} GB/s")
+    little = torch.empty(64, dtype=torch.uint8, device=device)
+    for name, time_us in in_graphs({"a launch": lambda x: little.copy_(a[:64])}, a, 20).items():
+        print(f"{name}, in a graph: {time_us:.2f} us")
 
 
-def show(mode, dtype, shape, size, us):
-    speed = PASSES[mode] * size / us["ours"] / 1e3
+def show(mode, dtype, shape, size, us, host):
+    speed = MODES[mode] * size / us["ours"] / 1e3
     rest = "".join(
         f"  {name} {time:.1f} ({time / us['ours']:.2f}x)"
         for name, time in us.items()
@@ -170,6 +254,7 @@ def show(mode, dtype, shape, size, us):
     ours = (
         f"ours {us['ours']:8.2f} us, {speed:6.0f} GB/s, {us['copy'] / us['ours']:.1%} of the roof"
     )
+    ours += f", host {host['ours']:.1f} us"
     print(f"{mode:8} {dtype} {shape:>11}  {ours} |{rest}", flush=True)
 
 
@@ -231,6 +316,7 @@ def main():
     parser.add_argument("--json")
     parser.add_argument("--png", help="a bar chart; needs matplotlib")
     parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--roofs", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
@@ -246,6 +332,12 @@ def main():
     machine = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
     machine += f", CUDA {torch.version.cuda}"
     print(f"torch {torch.__version__}, {machine}; us a call, median of {args.calls}; x: times ours")
+
+    def flush():
+        other.copy_(big)
+
+    if args.roofs:
+        return roofs(device, flush)
     results, left_out, began = [], [], time.monotonic()
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
@@ -253,8 +345,8 @@ def main():
                 left_out.append(f"{dtype} {shape}")
                 continue
             cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype], device)
-            verify(cell.x[:64], cell.cols, cell.weight)
-            for mode in PASSES:
+            cell.verify()
+            for mode in MODES:
                 late = time.monotonic() - began > 30 * args.minutes
                 runs = cell.contenders(
                     mode, () if args.no_compile or late else args.compile.split(",")
@@ -262,9 +354,13 @@ def main():
                 if args.only:
                     wanted = ("ours", "copy", *args.only.split(","))
                     runs = {name: run for name, run in runs.items() if name.startswith(wanted)}
-                us = measure(runs, cell.x, lambda: other.copy_(big), args.calls)
-                show(mode, dtype, shape, cell.bytes, us)
-                results.append({"mode": mode, "dtype": dtype, "shape": shape, "us": us})
+                us, host = measure(runs, cell.x, flush, args.calls)
+                show(mode, dtype, shape, cell.bytes, us, host)
+                result = {"mode": mode, "dtype": dtype, "shape": shape, "us": us, "host_us": host}
+                if cell.bytes <= SMALL:
+                    captured = {name: run for name, run in runs.items() if name in us}
+                    result["graph_us"] = in_graphs(captured, cell.x, args.calls)
+                results.append(result)
     if left_out:
         print(f"left out, since {args.minutes:g} minutes are over: {', '.join(left_out)}")
     if args.json:

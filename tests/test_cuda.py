@@ -2,10 +2,13 @@
 torch's own kernels.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,3 +247,19 @@ def test_overlapping_launches_wait_for_their_input(real_gpu, monkeypatch):
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(done.stdout)
     assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+def test_search_of_the_numbers(tmp_path):
+    """benchmarks/tune.py, as far as a simulated GPU goes: builds, layouts, results, the report."""
+    script = Path(__file__).parents[1] / "benchmarks" / "tune.py"
+    if not script.exists():
+        pytest.skip("the benchmarks are not here")
+    options = ["--dry-run", "--shapes", "4x512,2x9000", "--variants", "usual,backward of 96"]
+    options += ["--passes", "forward,backward", "--json", tmp_path / "tune.json"]
+    subprocess.run([sys.executable, script, *options], check=True)
+    report = json.loads((tmp_path / "tune.json").read_text())
+    for which in ("forward", "backward"):
+        trials = report[which]["trials"]
+        assert len(trials) > 10 and not any("error" in trial for trial in trials)
+        assert {trial["library"] for trial in trials} == {"usual", "backward of 96"}

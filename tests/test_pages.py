@@ -352,6 +352,7 @@ PROGRAMS = {
     "cd": lambda words: None,
     "../servers/torch_server": check_server("torch_server"),
     "../servers/kernel_server": check_server("kernel_server"),
+    "benchmarks/first_run.sh": lambda words: (ROOT / "benchmarks" / "first_run.sh").stat(),
     ".ci/run": lambda words: (ROOT / ".ci" / "run").stat(),
     "build/sanitize/kernels/cpu_check": lambda words: None,  # the line above it builds that
 }

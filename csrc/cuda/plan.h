@@ -5,11 +5,44 @@
 #pragma once
 #include <algorithm>
 #include <cstddef>
+#ifdef RMSNORM_TUNING
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#endif
 
 #include "../rmsnorm.h"
 #include "tuning.h"
 
 namespace rmsnorm::cuda {
+
+#ifdef RMSNORM_TUNING
+// With the numbers that RMSNORM_TUNE names ("forward_waves=8,max_resident=2"): for the builds of
+// benchmarks/tune.py. The kernels are compiled for those of tuning_of(), which they are not to
+// exceed.
+inline Tuning tuning_for(const Device& device) {
+  Tuning t = tuning_of(device.arch);
+  const char* const set = std::getenv("RMSNORM_TUNE");
+  std::istringstream items(set != nullptr ? set : "");
+  for (std::string name, value;
+       std::getline(items, name, '=') && std::getline(items, value, ',');) {
+    int* const number = name == "forward_block_threads"    ? &t.forward_block_threads
+                        : name == "backward_block_threads" ? &t.backward_block_threads
+                        : name == "forward_waves"          ? &t.forward_waves
+                        : name == "backward_min_rows"      ? &t.backward_min_rows
+                        : name == "slice_bytes"            ? &t.slice_bytes
+                        : name == "max_cluster"            ? &t.max_cluster
+                        : name == "max_resident"           ? &t.max_resident
+                                                           : nullptr;
+    if (number == nullptr) throw std::runtime_error("RMSNORM_TUNE: no number is named " + name);
+    *number = std::stoi(value);
+  }
+  return t;
+}
+#else
+inline const Tuning& tuning_for(const Device& device) { return tuning_of(device.arch); }
+#endif
 
 inline bool is_double(DType t) { return t == DType::kFloat64; }
 inline int size_of(DType t) { return is_double(t) ? 8 : t == DType::kFloat32 ? 4 : 2; }
@@ -33,7 +66,7 @@ inline int64_t even_blocks(int64_t items, int64_t limit) {
 // a vector takes of shared memory.
 inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits* limits,
                      int block_threads, int64_t kept_bytes, const Device& device) {
-  const Tuning& tuning = tuning_of(device.arch);
+  const Tuning& tuning = tuning_for(device);
   const int elems = vector_elems(x);
   const int64_t n = ceil_div(cols, elems);
   Plan plan{};
@@ -74,7 +107,8 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
 inline int64_t resident_blocks(const Plan& plan, const Device& device) {
   const int64_t by_registers = kRegisterFile / (plan.registers * plan.threads);
   const int64_t by_shared = device.shared_bytes / (plan.shared_bytes + kOtherSharedBytes);
-  return std::max(std::min(by_shared, by_registers), int64_t{1});
+  const int64_t most = tuning_for(device).max_resident;
+  return std::max(std::min({by_shared, by_registers, most}), int64_t{1});
 }
 
 // Rows (or groups of short rows) that the machine works on at a time.
@@ -90,7 +124,7 @@ inline int64_t resident_rows(const Plan& plan, const Device& device) {
 // wide: with a residual, or not plain (Form in launch.h): more registers.
 inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device,
                          bool wide = false, bool quant = false) {
-  const Tuning& tuning = tuning_of(device.arch);
+  const Tuning& tuning = tuning_for(device);
   const KernelLimits* const limits = tuning.limits + (quant ? kQuantRows : kForwardRows);
   Plan plan = plan_row(cols, x, kForwardVectors, limits, tuning.forward_block_threads, 16, device);
   if (plan.lanes > kWarp) plan.threads = plan.lanes;  // one row: its threads may meet at a barrier
@@ -98,7 +132,7 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& devi
   plan.registers = wide ? kernel.mixed_registers : kernel.registers;
   plan.resident = resident_blocks(plan, device);
   // Threads with one or two vectors of a row take four or two rows at a time: fewer waves.
-  const int waves = tuning.forward_waves * plan.vectors / kForwardVectors;
+  const int waves = std::max(tuning.forward_waves * plan.vectors / kForwardVectors, 1);
   const int64_t resident = resident_rows(plan, device), slots = plan.threads / plan.lanes;
   const int64_t spread = ceil_div(rows, slots);  // a thread has one row
   const int64_t groups = ceil_div(spread, kForwardVectors / plan.vectors);
@@ -109,7 +143,7 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& devi
 
 // blocks / cluster: also the number of rows of partial sums.
 inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const Device& device) {
-  const Tuning& tuning = tuning_of(device.arch);
+  const Tuning& tuning = tuning_for(device);
   const KernelLimits* const limits = tuning.limits + kBackwardRows;
   const int elems = vector_elems(x);
   const int64_t kept_bytes =

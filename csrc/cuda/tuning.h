@@ -73,8 +73,9 @@ struct Tuning {
   // Longer rows are shared by the least number of blocks (a cluster) that leaves each a slice of so
   // many bytes in shared memory, of which three fit a multiprocessor. The greatest cluster is what
   // every device with clusters has.
-  int64_t slice_bytes;
+  int slice_bytes;
   int max_cluster;
+  int max_resident;  // blocks that a multiprocessor holds, whatever they ask for
   // Clusters do not cross these: parts of the machine with at least so many multiprocessors. For
   // machines that were not asked how many clusters they hold.
   int gpc_multiprocessors;
@@ -83,9 +84,9 @@ struct Tuning {
 
 // An architecture goes by the last line that is not above it.
 constexpr Tuning kTuning[] = {
-    // arch, threads of short rows, waves, rows, slice, cluster, multiprocessors, limits
-    {75, 128, 256, 4, 2, 64 << 10, 1, 16, kLimits},
-    {90, 128, 256, 4, 2, 64 << 10, 8, 16, kLimits},
+    // arch, threads of short rows, waves, rows, slice, cluster, resident, multiprocessors, limits
+    {75, 128, 256, 4, 2, 64 << 10, 1, 16, 16, kLimits},
+    {90, 128, 256, 4, 2, 64 << 10, 8, 32, 16, kLimits},
 };
 
 constexpr const Tuning& tuning_of(int arch) {

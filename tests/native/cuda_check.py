@@ -19,6 +19,7 @@ import time
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+CSRC = os.path.join(HERE, "..", "..", "csrc")
 F32, F16, BF16, F64 = range(4)
 NAMES = ["f32", "f16", "bf16", "f64"]
 RAW = [np.uint32, np.uint16, np.uint16, np.uint64]
@@ -28,8 +29,10 @@ GUARD = 256
 GUARD_BYTE = 0xA5
 
 
-def build(lib, arch):
-    cuda = os.path.join(HERE, "..", "..", "csrc", "cuda")
+def build(lib, arch, csrc=CSRC, options=()):
+    """csrc: the folder of the sources, or of a copy, which then has one of cuda_entry.cu too."""
+    cuda = os.path.join(csrc, "cuda")
+    entry = os.path.join(csrc, "..", "tests", "native", "cuda_entry.cu")
     sources = [os.path.join(cuda, f) for f in sorted(os.listdir(cuda)) if f.endswith(".cu")]
     code = []
     for number in (arch or "8.0 9.0").replace(".", "").split():
@@ -50,7 +53,7 @@ def build(lib, arch):
         ]
         + [f'-DRMSNORM_CUDA_ARCHS="{arch or "8.0 9.0"}"', *code, "-o", lib]
         + sources
-        + [os.path.join(HERE, "cuda_entry.cu")],
+        + [entry, *options],
         check=True,
     )
 
@@ -132,7 +135,7 @@ def structs(header):
     return types
 
 
-with open(os.path.join(HERE, "..", "..", "csrc", "rmsnorm.h"), encoding="utf-8") as header:
+with open(os.path.join(CSRC, "rmsnorm.h"), encoding="utf-8") as header:
     STRUCTS = structs(header.read())
 Rows, Addends, Quant, Device, Plan = map(
     STRUCTS.get, ("Rows", "Addends", "Quant", "Device", "Plan")
@@ -310,7 +313,7 @@ def run_forward(
         w_dtype=wt if w is not None else xt,
         y_dtype=yt,
     )
-    gpu.check(gpu.k.forward(ctypes.byref(p)))
+    gpu.check(gpu.k.forward(ctypes.byref(p), None))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     flat = yb.read()
     if wb:
@@ -445,7 +448,7 @@ def run_quant(
             input_rows=place,
             residual_rows=place,
         )
-    gpu.check(gpu.k.forward(ctypes.byref(p)))
+    gpu.check(gpu.k.forward(ctypes.byref(p), None))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     assert (xb.read() == x).all(), "x was written"
     scales = sb.read().view(np.float32)
@@ -572,7 +575,7 @@ def run_backward(
     size = gpu.k.workspace(ctypes.byref(p))
     wsb = Buffer(gpu, np.full(size, 0xFF, np.uint8)) if size else None
     p.workspace = wsb and wsb.address
-    gpu.check(gpu.k.backward(ctypes.byref(p)))
+    gpu.check(gpu.k.backward(ctypes.byref(p), None))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     for b in (dyb, xb, wb, rb, db, wsb):
         if b:

@@ -12,11 +12,15 @@ ENTRY int sizes(int which) {
   return static_cast<int>(sizes[which]);
 }
 
-ENTRY int forward(const RmsNormForward* p) { return cuda::rms_norm_forward(*p, nullptr); }
+ENTRY int forward(const RmsNormForward* p, void* stream) {
+  return cuda::rms_norm_forward(*p, stream);
+}
 
 ENTRY int64_t workspace(const RmsNormBackward* p) { return cuda::rms_norm_backward_workspace(*p); }
 
-ENTRY int backward(const RmsNormBackward* p) { return cuda::rms_norm_backward(*p, nullptr); }
+ENTRY int backward(const RmsNormBackward* p, void* stream) {
+  return cuda::rms_norm_backward(*p, stream);
+}
 
 ENTRY const char* error_string(int error) { return cuda::error_string(error); }
 
