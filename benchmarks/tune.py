@@ -133,7 +133,7 @@ class Calls:
         self.rows, self.cols, self.dtype = rows, cols, list(DTYPES.values()).index(dtype)
 
     def parameters(self, library, t):
-        """The struct of rmsnorm.h, and the function that takes it."""
+        """The struct of rmsnorm.h, the function that takes it, and what it points to beside t."""
 
         def at(name):
             return t[name].data_ptr() if name in t else None
@@ -153,9 +153,9 @@ class Calls:
             p.dy_rows = rows_of("dy")
             library.k.workspace.restype = ctypes.c_int64
             needed = library.k.workspace(ctypes.byref(p))
-            t["workspace"] = torch.empty(max(needed, 1), dtype=torch.uint8).cuda()
-            p.workspace = at("workspace")
-            return p, library.k.backward
+            workspace = torch.empty(max(needed, 1), dtype=torch.uint8).cuda()
+            p.workspace = workspace.data_ptr()
+            return p, library.k.backward, workspace
         p.y_dtype = self.dtype
         if self.which != "quant":
             p.y, p.y_rows = at("y"), rows_of("y")
@@ -167,7 +167,7 @@ class Calls:
             p.addends.input, p.addends.residual = at("input"), at("residual")
             p.addends.input_rows, p.addends.residual_rows = rows_of("input"), rows_of("residual")
             p.addends.input_dtype = self.dtype
-        return p, library.k.forward
+        return p, library.k.forward, None
 
     def runs(self, library, numbers):
         """A function that makes one call on each set of buffers, laid out by these numbers."""
@@ -176,7 +176,7 @@ class Calls:
 
         def run(count):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            for p, function in itertools.islice(itertools.cycle(prepared), count):
+            for p, function, _ in itertools.islice(itertools.cycle(prepared), count):
                 library.check(function(ctypes.byref(p), stream))
 
         return run
