@@ -71,7 +71,9 @@ struct Backward {
 
   // x * rstd. s.pre is 1 but for rows that were rescued: a branch of their own spares the others
   // the product.
-  static __device__ float2 normalized(float2 x, const RowStats& s) { return x * s.pre * s.rstd; }
+  static __device__ float2 normalized(float2 x, const RowStats& s) {
+    return x * s.pre * float2{s.rstd, s.rstd};
+  }
   template <typename F>
   static __device__ void with_stats(RowStats s, const F& f) {
     if (s.pre == 1.0f) {
@@ -108,7 +110,8 @@ struct Backward {
     unrolled<kPairs>([&](int i) {
       const float2 d = dy.get(i), g = d * w.get(i), sum = dweight.get(i);
       float2 xhat = normalized(x.get(i), s);
-      dx.set(i, multiply_add(xhat, {-s.mean, -s.mean}, g) * s.rstd * s.pre);
+      const float2 rstd{s.rstd, s.rstd};
+      dx.set(i, multiply_add(xhat, {-s.mean, -s.mean}, g) * rstd * s.pre);
       if (kForm == Form::kPlainCast || (!kPlain && a.cast_before_weight)) xhat = round_to<X>(xhat);
       dweight.set(i, multiply_add(d, xhat, sum));
     });

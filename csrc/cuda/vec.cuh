@@ -101,8 +101,9 @@ __device__ inline float2 multiply_add(float2 a, float2 b, float2 c) {
 __device__ inline float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 __device__ inline float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
 #endif
-__device__ inline float2 operator+(float2 a, float b) { return a + float2{b, b}; }
-__device__ inline float2 operator*(float2 a, float b) { return a * float2{b, b}; }
+// One by one: what is known to the compiler, a factor of 1 say, leaves no instruction.
+__device__ inline float2 operator+(float2 a, float b) { return {a.x + b, a.y + b}; }
+__device__ inline float2 operator*(float2 a, float b) { return {a.x * b, a.y * b}; }
 
 // v rounded to T and back.
 template <typename T>
