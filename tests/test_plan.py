@@ -246,3 +246,15 @@ def test_explain_errors():
     for rows, cols in ((0, 64), (1, 0)):
         with pytest.raises(ValueError, match="at least one row and one column"):
             _C.cuda_plan(False, rows, cols, *2 * (torch.float32,), 90, 132, 227 << 10)
+
+
+def test_edits_of_the_search_apply():
+    """What benchmarks/tune.py compiles is made of the sources as they are."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    if not csrc.exists():
+        pytest.skip("the sources of the package are not here")
+    tune = pytest.importorskip("benchmarks.tune", reason="the benchmarks are not here")
+    edits = [edit for variant in tune.VARIANTS.values() for edit in variant]
+    assert len(edits) > 5
+    for file, old, new in edits:
+        assert (csrc / "cuda" / file).read_text().count(old) == 1 and new != old, (file, old)
