@@ -332,26 +332,41 @@ struct DWeightArgs {
   const float* partial;
   void* dweight;
   DType dtype;
-  int64_t blocks, cols;
+  int blocks, group_bits;
+  int64_t cols;
 };
 
-// The sum of the partial sums, each column's in one fixed order, in double.
+// The sum of the partial sums, each column's in one fixed order, in double. A warp has 32 columns
+// of each 2^group_bits-th of them; then a column is that of so many lanes.
 __global__ __launch_bounds__(1024) void dweight_sum(const __grid_constant__ DWeightArgs a) {
   sync_dependent_launch();
-  __shared__ double sums[32][33];
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
-  const int64_t first = int64_t{blockIdx.x} * 32;
+  __shared__ double sums[kWarp][kWarp + 1];
+  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp, groups = 1 << a.group_bits;
+  const int64_t first = int64_t{blockIdx.x} * kWarp, stride = a.cols << a.group_bits;
   double sum = 0;
   if (first + lane < a.cols) {
+    const float* partial = a.partial + group * a.cols + first + lane;
 #pragma unroll 8
-    for (int64_t i = group; i < a.blocks; i += 32) sum += a.partial[i * a.cols + first + lane];
+    for (int i = group; i < a.blocks; i += groups, partial += stride) sum += *partial;
   }
   sums[group][lane] = sum;
   __syncthreads();
-  sum = sums[lane][group];  // now a warp has a column
-#pragma unroll
-  for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-  if (lane == 0 && first + group < a.cols) store_any(a.dweight, a.dtype, first + group, sum);
+  const int col = threadIdx.x >> a.group_bits;
+  sum = sums[threadIdx.x & (groups - 1)][col];
+  for (int o = groups / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+  if ((threadIdx.x & (groups - 1)) == 0 && first + col < a.cols) {
+    store_any(a.dweight, a.dtype, first + col, sum);
+  }
+}
+
+int sum_partials(const BackwardArgs& a, int64_t blocks, void* dweight, DType dtype,
+                 cudaStream_t stream) {
+  DWeightArgs d{a.partial, dweight, dtype, static_cast<int>(blocks), 0, a.cols};
+  // A thread's few reads are under way at a time.
+  constexpr int kReads = 8;
+  while (1 << d.group_bits < kWarp && blocks > int64_t{kReads} << d.group_bits) ++d.group_bits;
+  return launch(dweight_sum, static_cast<unsigned>(ceil_div(a.cols, kWarp)),
+                kWarp << d.group_bits, d, stream);
 }
 
 // How a call is laid out, in the workspace too: the statistics of long rows, then the partial sums.
@@ -431,8 +446,7 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
     });
   });
   if (error != 0 || a.partial == nullptr) return error;
-  const DWeightArgs d{a.partial, p.dweight, p.w_dtype, layout.partial_rows, p.cols};
-  return launch(dweight_sum, static_cast<unsigned>(ceil_div(p.cols, 32)), 1024, d, s);
+  return sum_partials(a, layout.partial_rows, p.dweight, p.w_dtype, s);
 }
 
 }  // namespace rmsnorm::cuda

@@ -329,11 +329,20 @@ struct Fused {
     fill_normal(residual, 3);
     fill_normal(w, 0.5, 1);
     if (rows > 2) residual.set(2, 0, 1e30L);
-    const bool in_double = f.x_type == DType::kFloat64 || input_type == DType::kFloat64;
+    add();
+  }
+
+  void add() {
+    const bool in_double = f.x_type == DType::kFloat64 || input.dtype == DType::kFloat64;
     fill(sum, [&](int64_t row, int64_t col) {
       const Real left = input.get(row, col), right = residual.get(row, col);
       return in_double ? Real(double(left) + double(right)) : Real(float(left) + float(right));
     });
+  }
+  void scale_addends(Real scale) {
+    fill_normal(input, scale);
+    fill_normal(residual, scale);
+    add();
   }
 
   Tensor& x_there() { return in_place ? residual : x; }

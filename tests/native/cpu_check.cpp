@@ -245,15 +245,20 @@ void check_forward_extremes() {
                                      {-1, 1e3L}}) {
     for (const Real odd :
          {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
-      for (const Forward& f : {Forward{f32, f32}, {f32, f32, true, true}, {bf16, f32}}) {
+      for (const Forward& f :
+           {Forward{f32, f32}, {f32, f32, true, true}, {bf16, f32}, {bf16, bf16}}) {
         if (!is_chosen({f.x_type, f.w_type})) continue;
         const int64_t cols = place < 0 ? 64 : 70;
-        Tensor x(f.x_type, 3, cols), w(f.w_type, 1, cols);
-        fill_normal(x, scale);
+        Tensor w(f.w_type, 1, cols);
         fill(w, [&, at = place](int64_t, int64_t i) { return at < 0 || i == at ? odd : 1; });
         // To round this NaN would make it 0.
-        if (std::isnan(odd) && place >= 0) std::memset(w.at(0, place), 0xff, 4);
-        check_forward(f, x, w, Layout::kDense, "one odd weight");
+        if (std::isnan(odd) && place >= 0)
+          std::memset(w.at(0, place), 0xff, format(f.w_type).bytes);
+        for (const int64_t rows : {1, 3}) {
+          Tensor x(f.x_type, rows, cols);
+          fill_normal(x, scale);
+          check_forward(f, x, w, Layout::kDense, "one odd weight");
+        }
       }
     }
   }
@@ -276,16 +281,20 @@ void check_forward_extremes() {
     }
   }
   // In fp32 each of the small squares is added to the large one by itself, and rounds it up by half
-  // a unit: together by three.
-  for (const auto& [rows, scale] : {std::pair<int64_t, Real>{3, 1}, {8, 1}, {8, 0.25}, {8, 4}}) {
-    for (int64_t first = 0; first < 8 && is_chosen({f32}); first += rows) {
-      Tensor x(f32, rows, 256), w(f32, 1, 256);
-      fill(x, [&](int64_t row, int64_t col) {
-        const int64_t i = col - (first + row) % 8;
-        const bool is_small = i == 8 || i == 16 || i == 32 || i == 64 || i == 128 || i == 192;
-        return scale * (i == 0 ? 1 : is_small ? std::sqrt(0.51L * 0x1p-23L) : 0);
-      });
-      check_forward({f32, f32, false, false, 0, 0}, x, w, Layout::kDense, "one dominates");
+  // a unit: together by three. So are those of a second large one, in the next lane.
+  for (const int64_t large : {1, 2}) {
+    for (const auto& [rows, scale] : {std::pair<int64_t, Real>{3, 1}, {8, 1}, {8, 0.25}, {8, 4}}) {
+      for (int64_t first = 0; first < 8 && is_chosen({f32}); first += rows) {
+        Tensor x(f32, rows, 256), w(f32, 1, 256);
+        fill(x, [&](int64_t row, int64_t col) {
+          const int64_t lane = (col - (first + row)) & 7, i = col - (first + row) % 8 - lane;
+          const bool is_small = i == 8 || i == 16 || i == 32 || i == 64 || i == 128 || i == 192;
+          if (lane >= large) return Real(0);
+          return scale * (i == 0 ? 1 : is_small ? std::sqrt(0.51L * 0x1p-23L) : 0);
+        });
+        check_forward({f32, f32, false, false, 0, 0}, x, w, Layout::kDense,
+                      large == 1 ? "one dominates" : "two dominate");
+      }
     }
   }
   for (const Forward& f :
@@ -336,6 +345,12 @@ void check_fused_mixes() {
             if (!is_chosen({f.x_type, f.w_type, input})) continue;
             check_fused(Fused(f, input, cols < 200 ? 21 : 3, cols, kLayouts[turn % 4], turn % 2));
           }
+  for (const DType type : {DType::kBFloat16, DType::kFloat16}) {
+    if (!is_chosen({type})) continue;
+    Fused denormal({type, type}, type, 3, 300, Layout::kDense, false);
+    denormal.scale_addends(type == DType::kBFloat16 ? 0x1p-130L : 0x1p-18L);
+    check_fused(denormal);
+  }
   Forward odd = {DType::kFloat32, DType::kFloat32};
   odd.offset = 1e35;  // weights beyond the fast path
   if (is_chosen({odd.x_type, DType::kBFloat16}))
@@ -477,6 +492,29 @@ void check_forward_invariance(const std::string& isa) {
         cpu::rms_norm_forward(params(f, x2, w2, x2, nullptr), 0, rows);
         check(y.same_bits(x2), "%s %s %ld: in place", isa.c_str(), f.name().c_str(), cols);
       }
+    }
+  }
+}
+
+// A row alone has the bits of the row among others, and no weight is a weight of ones. So many
+// elements of 16 bits that a row in double, which is rounded once, has other bits somewhere.
+void check_rows_alone(const std::string& isa) {
+  use(isa);
+  const int64_t rows = 256, cols = 2048;
+  for (const DType type : kFast) {
+    if (!is_chosen({type})) continue;
+    Tensor x(type, rows, cols), w(type, 1, cols), y(type, rows, cols), alone(type, rows, cols);
+    fill_normal(x);
+    for (const char* weight : {"none", "one", "normal", "small"}) {
+      const Forward f = {type, type, std::strcmp(weight, "none") != 0};
+      const bool is_one = !std::strcmp(weight, "one");
+      fill(w, [&](int64_t, int64_t) { return is_one ? Real(1) : normal(); });
+      if (!std::strcmp(weight, "small")) w.set(0, 1000, 1e-39L);
+      cpu::rms_norm_forward(params(f, x, w, is_one ? alone : y, nullptr), 0, rows);
+      for (int64_t row = 0; row < rows && !is_one; ++row)
+        cpu::rms_norm_forward(params(f, x, w, alone, nullptr), row, row + 1);
+      check(y.same_bits(alone), "%s %s, weight %s: bits depend on it, or on the other rows",
+            isa.c_str(), f.name().c_str(), weight);
     }
   }
 }
@@ -690,7 +728,10 @@ int main(int argc, char** argv) {
     check_forward_extremes();
     check_forward_all_values();
     check_fused_mixes();
-    for (const std::string& isa : instruction_sets()) check_forward_invariance(isa);
+    for (const std::string& isa : instruction_sets()) {
+      check_forward_invariance(isa);
+      check_rows_alone(isa);
+    }
     check_forward_streams();
   }
   if (is_part("quant")) check_quant();
