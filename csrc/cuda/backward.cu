@@ -1,5 +1,7 @@
 // dx and dweight of y = x * rstd * (weight + weight_offset): one reduction per row, and one over
 // the rows.
+#include <cuda_pipeline_primitives.h>
+
 #include "launch.h"
 #include "reduce.cuh"
 #include "rows.cuh"
@@ -20,6 +22,7 @@ struct BackwardArgs : RowArgs {
   View dweight;    // itself, where there is one block; neither: not wanted
   RowStats* stats;
   float inv_cols;
+  bool keeps_next;  // in shared memory: the next row
 };
 
 // DY is the type that dy is held in (held_dtype in plan.h).
@@ -52,15 +55,32 @@ struct Backward {
     const int64_t x_offset = begin + a.x.offset<kPlain>(row);
     const int64_t dy_offset = begin + a.dy.offset<kPlain>(row);
 
-    // The chunks that each(f) calls f(k, column, count) for. With kFetch dresidual is brought into
-    // the L2 cache, for finish.
+    // The chunks that each(f) calls f(k, column, count) for. With kFetch dresidual is fetched.
     template <bool kFetch, typename Each, int kChunks>
     __device__ void load(const Each& each, XChunk (&x)[kChunks], DYChunk (&dy)[kChunks]) const {
       each([&](int k, auto col, int count) {
         x[k] = load_chunk<kPlain, X, kElems>(a.x, x_offset, col, count);
         dy[k] = load_chunk<kPlain, DY, kElems>(a.dy, dy_offset, col, count);
       });
-      if (!kFetch || a.dresidual.data == nullptr) return;
+      if (kFetch) fetch_dresidual(each);
+    }
+
+    // The same chunks, of plain rows, to shared memory: x, then dy. They are there once the thread
+    // has waited for them.
+    template <typename Slice>
+    __device__ void copy(const Slice& slice, uint4* to) const {
+      const X* const x = static_cast<const X*>(a.x.data) + x_offset;
+      const X* const dy = static_cast<const X*>(a.dy.data) + dy_offset;
+      slice.each_index([&](int i) {
+        __pipeline_memcpy_async(to + i, x + slice.column(i), 16);
+        __pipeline_memcpy_async(to + slice.chunks + i, dy + slice.column(i), 16);
+      });
+    }
+
+    // Brings dresidual into the L2 cache, for finish.
+    template <typename Each>
+    __device__ void fetch_dresidual(const Each& each) const {
+      if (a.dresidual.data == nullptr) return;
       const int64_t offset = begin + a.dresidual.offset<kPlain>(row);
       const X* const dresidual = static_cast<const X*>(a.dresidual.data) + offset;
       each([&](int, auto col, int count) {
@@ -124,26 +144,42 @@ struct Backward {
     store_chunk<kPlain, X>(a.dx, begin + row * a.cols, col, dx, count);
   }
 
-  // The thread's part of the sum of g * xhat over a longer row. With kShared it keeps x and dy.
+  // The thread's part of the sum of g * xhat over a longer row. With kShared x and dy are kept
+  // after it; those of plain rows have been there before.
   template <bool kShared, typename Index>
   static __device__ float dot_tiles(const BackwardArgs& a, int64_t row, const RowStats& stats,
                                     const Slice<Index, kBackwardVectors, kElems>& slice,
                                     uint4* kept) {
+    constexpr bool kCopied = kShared && kPlain;
     const Source source{a, row, slice.begin};
     Sum total;
     for (Index first = 0; first < slice.chunks; first += slice.tile) {
-      XChunk x[kBackwardVectors];
-      DYChunk dy[kBackwardVectors];
+      XChunk x[kBackwardVectors] = {};
+      DYChunk dy[kBackwardVectors] = {};
       WChunk w[kBackwardVectors];
       const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
-      source.template load<kShared>(each_chunk, x, dy);
+      const auto each_there = [&](const auto& f) {
+        slice.each_index(first, [&](int k, Index i) {
+          if (i < slice.chunks) f(k, i);
+        });
+      };
+      uint4* const kept_dy = kept + slice.chunks;
+      if constexpr (kCopied) {
+        each_there([&](int k, Index i) {
+          x[k] = get_chunk<XChunk>(kept, slice.chunks, i);
+          dy[k] = get_chunk<DYChunk>(kept_dy, slice.chunks, i);
+        });
+      } else {
+        source.template load<kShared>(each_chunk, x, dy);
+      }
       load_weights<kPlain>(a, slice.begin, each_chunk, w);
       total = total + Sum(dot(x, dy, w, stats));
-      slice.each_index(first, [&](int k, Index i) {
-        if (!kShared || i >= slice.chunks) return;
-        put_chunk(kept, slice.chunks, i, x[k]);
-        put_chunk(kept + slice.chunks, slice.chunks, i, dy[k]);
-      });
+      if constexpr (kShared && !kCopied) {
+        each_there([&](int k, Index i) {
+          put_chunk(kept, slice.chunks, i, x[k]);
+          put_chunk(kept_dy, slice.chunks, i, dy[k]);
+        });
+      }
     }
     return total;
   }
@@ -231,26 +267,47 @@ backward_rows(const __grid_constant__ BackwardArgs a) {
 }
 
 // Longer rows: x, dy and the sums for dweight are in shared memory, of several blocks if need be.
+// Plain rows are copied there past the registers; where there is room, the next one while one is
+// worked on. A thread reads what it copied itself, so no other waits for it.
 template <typename X, typename DY, Form kForm>
 ROW_KERNEL(kBackwardSharedRows, false)
 backward_shared_rows(const __grid_constant__ BackwardArgs a) {
   sync_dependent_launch();
   using B = Backward<X, DY, kForm>;
   using DWeightChunk = typename B::DWeightChunk;
-  extern __shared__ uint4 kept[];
+  extern __shared__ uint4 kept_dweight[];
   const Cluster cluster(a.cluster);
-  const int64_t begin = cluster.rank * a.slice;
+  const int64_t begin = cluster.rank * a.slice, stride = gridDim.x / cluster.size;
   const Slice<int, kBackwardVectors, B::kElems> slice{begin, min(a.cols, begin + a.slice)};
   const int chunks = slice.chunks;
-  uint4* const kept_dy = kept + chunks;
-  uint4* const kept_dweight = kept_dy + chunks * B::DYChunk::kVectors;
+  const auto kept_row = [&](int turn) {
+    uint4* const rows = kept_dweight + chunks * DWeightChunk::kVectors;
+    return rows + (a.keeps_next && turn % 2 ? chunks * (1 + B::DYChunk::kVectors) : 0);
+  };
+  const auto copy = [&](int64_t row, int turn) {
+    if constexpr (B::kPlain) {
+      if (row < a.rows) typename B::Source{a, row, begin}.copy(slice, kept_row(turn));
+      __pipeline_commit();
+    }
+  };
 
   slice.each_index([&](int i) { put_chunk(kept_dweight, chunks, i, DWeightChunk{}); });
-  int turn = 0;
-  for (int64_t row = blockIdx.x / cluster.size; row < a.rows;
-       row += gridDim.x / cluster.size, ++turn) {
-    RowStats stats = B::row_scale(a, row, a.rstd[row], [] {});
-    float sum = B::template dot_tiles<true>(a, row, stats, slice, kept);
+  int64_t row = blockIdx.x / cluster.size;
+  float next_rstd = row < a.rows ? a.rstd[row] : 1.0f;
+  if (a.keeps_next) copy(row, 0);
+  for (int turn = 0; row < a.rows; row += stride, ++turn) {
+    const float rstd = next_rstd;
+    if (row + stride < a.rows) next_rstd = a.rstd[row + stride];
+    a.keeps_next ? copy(row + stride, turn + 1) : copy(row, turn);
+    if constexpr (B::kPlain) {
+      typename B::Source{a, row, begin}.fetch_dresidual([&](const auto& f) {
+        slice.each_index([&](int i) { f(0, slice.column(i), slice.count(i)); });
+      });
+    }
+    RowStats stats = B::row_scale(a, row, rstd, [] {});
+    a.keeps_next ? __pipeline_wait_prior(1) : __pipeline_wait_prior(0);
+    uint4* const kept_x = kept_row(turn);
+    float sum = B::template dot_tiles<true>(a, row, stats, slice, kept_x);
     row_sum(sum, cluster, turn);
     stats.mean = sum * a.inv_cols;
     B::with_stats(stats, [&](const RowStats& s) {
@@ -258,8 +315,8 @@ backward_shared_rows(const __grid_constant__ BackwardArgs a) {
         typename B::WChunk w[1];
         const int col = slice.column(i), count = slice.count(i);
         load_weights<B::kPlain>(a, begin, [&](const auto& f) { f(0, col, count); }, w);
-        auto x = get_chunk<typename B::XChunk>(kept, chunks, i);
-        auto dy = get_chunk<typename B::DYChunk>(kept_dy, chunks, i);
+        auto x = get_chunk<typename B::XChunk>(kept_x, chunks, i);
+        auto dy = get_chunk<typename B::DYChunk>(kept_x + chunks, chunks, i);
         auto dweight = get_chunk<DWeightChunk>(kept_dweight, chunks, i);
         B::finish(a, row, begin, col, count, x, dy, w[0], s, dweight);
         put_chunk(kept_dweight, chunks, i, dweight);
@@ -365,8 +422,8 @@ int sum_partials(const BackwardArgs& a, int64_t blocks, void* dweight, DType dty
   // A thread's few reads are under way at a time.
   constexpr int kReads = 8;
   while (1 << d.group_bits < kWarp && blocks > int64_t{kReads} << d.group_bits) ++d.group_bits;
-  return launch(dweight_sum, static_cast<unsigned>(ceil_div(a.cols, kWarp)),
-                kWarp << d.group_bits, d, stream);
+  return launch(dweight_sum, static_cast<unsigned>(ceil_div(a.cols, kWarp)), kWarp << d.group_bits,
+                d, stream);
 }
 
 // How a call is laid out, in the workspace too: the statistics of long rows, then the partial sums.
@@ -374,6 +431,7 @@ struct Layout {
   Plan plan;
   StripPlan strips;
   int64_t partial_rows, stats_bytes;
+  bool keeps_next;
 
   Layout(const RmsNormBackward& p, const Device& here)
       : plan(plan_backward(p.rows, p.cols, p.dy_dtype, p.x_dtype, here)),
@@ -381,6 +439,8 @@ struct Layout {
     const bool once = plan.keep != Keep::kNowhere;
     partial_rows = once ? plan.blocks / plan.cluster : strips.blocks;
     stats_bytes = once ? 0 : ceil_div(p.rows * sizeof(RowStats), 64) * 64;
+    const int64_t chunks = plan.slice / vector_elems(p.x_dtype);
+    keeps_next = plan.shared_bytes > chunks * backward_kept_bytes(p.dy_dtype, p.x_dtype);
   }
 };
 
@@ -434,6 +494,7 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream) {
     a.partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + layout.stats_bytes);
   }
   a.inv_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
+  a.keeps_next = layout.keeps_next;
   const bool plain = is_plain(a, a.dy, a.dx, a.dresidual);
   const int error = with_type(p.x_dtype, [&](auto x) {
     using X = decltype(x);

@@ -62,6 +62,13 @@ inline int64_t even_blocks(int64_t items, int64_t limit) {
   return ceil_div(items, ceil_div(items, std::clamp(limit, int64_t{1}, items)));
 }
 
+// As few threads as need no more tiles of so many chunks: all of them have work in each.
+inline Plan share_slice(Plan plan, int64_t chunks, int threads, int vectors) {
+  const int64_t per_thread = ceil_div(chunks, threads * vectors) * vectors;
+  plan.lanes = plan.threads = kWarp * static_cast<int>(ceil_div(chunks, kWarp * per_thread));
+  return plan;
+}
+
 // limits: of the family's kernels, by Keep. block_threads: of several short rows. kept_bytes: what
 // a vector takes of shared memory.
 inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits* limits,
@@ -96,11 +103,7 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
   plan.cluster = cluster;
   plan.slice = slice(cluster) * elems;
   plan.shared_bytes = slice(cluster) * kept_bytes;
-  // As few threads as need no more tiles: all of them have work in each.
-  const int64_t per_thread = ceil_div(slice(cluster), kernel.threads * max_vectors) * max_vectors;
-  plan.lanes = plan.threads =
-      kWarp * static_cast<int>(ceil_div(slice(cluster), kWarp * per_thread));
-  return plan;
+  return share_slice(plan, slice(cluster), kernel.threads, max_vectors);
 }
 
 // Blocks that a multiprocessor holds at a time.
@@ -141,16 +144,29 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& devi
   return plan;
 }
 
+// Of shared memory, for a vector of x: x, dy and the sums for dweight.
+inline int64_t backward_kept_bytes(DType dy, DType x) {
+  return 16 + vector_elems(x) * (size_of(held_dtype(x, dy)) + int64_t{sizeof(float)});
+}
+
 // blocks / cluster: also the number of rows of partial sums.
 inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const Device& device) {
   const Tuning& tuning = tuning_for(device);
   const KernelLimits* const limits = tuning.limits + kBackwardRows;
-  const int elems = vector_elems(x);
-  const int64_t kept_bytes =
-      16 + elems * (size_of(held_dtype(x, dy)) + int64_t{sizeof(float)});  // and a sum for dweight
-  Plan plan = plan_row(cols, x, kBackwardVectors, limits, tuning.backward_block_threads, kept_bytes,
-                       device);
+  Plan plan = plan_row(cols, x, kBackwardVectors, limits, tuning.backward_block_threads,
+                       backward_kept_bytes(dy, x), device);
   const bool mixed = held_dtype(x, dy) != x;
+  if (plan.keep == Keep::kShared) {
+    const int64_t chunks = plan.slice / vector_elems(x);
+    const auto fit = [&](int64_t blocks, int64_t bytes) {
+      return blocks * (bytes + kOtherSharedBytes) <= device.shared_bytes;
+    };
+    const bool two = fit(2, plan.shared_bytes);
+    if (two) plan = share_slice(plan, chunks, limits[1].threads / 2, kBackwardVectors);
+    // The x and dy of the next row too, if it is copied: see backward_shared_rows.
+    const int64_t bytes = plan.shared_bytes + chunks * 32;
+    if (!mixed && fit(two ? 2 : 1, bytes)) plan.shared_bytes = bytes;
+  }
   const KernelLimits& kernel = limits[static_cast<int>(plan.keep)];
   plan.registers = mixed ? kernel.mixed_registers : kernel.registers;
   plan.resident = resident_blocks(plan, device);

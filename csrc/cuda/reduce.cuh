@@ -140,7 +140,7 @@ __device__ void row_sum(T (&v)[kRows], int turn) {
 // The sum over the threads of all blocks that share a row, in every one of them.
 template <typename T>
 __device__ void row_sum(T& v, const Cluster& cluster, int turn) {
-  constexpr int kWarps = kTuned.limits[kForwardSharedRows].threads / kWarp;
+  constexpr int kWarps = kThreads<kBackwardSharedRows> / kWarp;  // the most of all kernels
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   T* const sums = static_cast<T*>(warp_sums<kTuned.max_cluster * kWarps>(turn));
   v = sum_of_lanes<kWarp>(v);

@@ -39,8 +39,9 @@ enum KernelIndex {
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
-// memory: two blocks fit, 64 and 48 KiB are then in flight, above the 20 to 50 KiB that bandwidth
-// times latency asks for on H100 and B200.
+// memory: two blocks fit in the forward, 64 KiB are then in flight, above the 20 to 50 KiB that
+// bandwidth times latency asks for on H100 and B200. In the backward a block has so many threads
+// where it is alone, and half of them where two fit.
 constexpr KernelLimits kLimits[] = {
     // kernel, threads, registers, and those of launches that take more: with a residual or not
     // plain
@@ -52,7 +53,7 @@ constexpr KernelLimits kLimits[] = {
     {"quant_shared_rows", 512, 64, 128},
     {"quant_long_rows", 512, 128, 128},
     {"backward_rows", 256, 80, 120},
-    {"backward_shared_rows", 384, 80, 80},
+    {"backward_shared_rows", 768, 80, 80},
     {"backward_long_stats", 384, 80, 80},
     {"backward_long_strips", 256, 120, 120},
     {nullptr, 0, 0, 0},
