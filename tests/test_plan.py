@@ -67,18 +67,18 @@ backward bf16 90 132 227 100000 257 rows 0 2 32 256 80 1 257 0 3 391
 backward bf16 90 132 227 100000 1400 rows 0 2 96 192 80 1 1400 0 4 527
 backward bf16 90 132 227 101 4096 rows 0 2 256 256 80 1 4096 0 3 101
 backward bf16 90 132 227 396 4096 rows 0 2 256 256 80 1 4096 0 3 198
-backward bf16 90 132 227 64 8192 shared_rows 1 2 256 256 80 1 8192 65536 3 64
-backward bf16 90 132 227 100000 4097 shared_rows 1 2 288 288 80 1 4352 34816 2 264
+backward bf16 90 132 227 64 8192 shared_rows 1 2 256 256 80 1 8192 98304 2 64
+backward bf16 90 132 227 100000 4097 shared_rows 1 2 288 288 80 1 4352 52224 2 264
 backward fp32,bf16 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
 backward bf16,fp32 90 132 227 100000 4000 shared_rows 1 2 256 256 80 1 4096 49152 3 396
 backward fp32,bf16 90 132 227 100000 16384 shared_rows 1 2 256 256 80 4 4096 40960 3 384
-backward bf16 90 132 227 100000 131072 shared_rows 1 2 352 352 80 8 16384 131072 1 128
-backward bf16 90 132 227 150 16384 shared_rows 1 2 256 256 80 2 8192 65536 3 150
-backward fp32 80 108 163 100000 8192 shared_rows 1 2 352 352 80 1 8192 98304 1 108
+backward bf16 90 132 227 100000 131072 shared_rows 1 2 512 512 80 8 16384 196608 1 128
+backward bf16 90 132 227 150 16384 shared_rows 1 2 256 256 80 2 8192 98304 2 150
+backward fp32 80 108 163 100000 8192 shared_rows 1 2 512 512 80 1 8192 98304 1 108
 backward bf16 89 58 99 100000 60000 long_stats 2 2 384 384 80 1 60000 0 2 116
 backward bf16 89 58 99 100 60000 long_stats 2 2 384 384 80 1 60000 0 2 100
 forward fp32 90 8 227 100 131072 shared_rows 1 4 512 512 64 8 16384 65536 2 32
-backward fp32 80 1 163 100 8192 shared_rows 1 2 352 352 80 1 8192 98304 1 1
+backward fp32 80 1 163 100 8192 shared_rows 1 2 512 512 80 1 8192 98304 1 1
 """
 
 
@@ -132,7 +132,7 @@ def test_plans_of_launches(tmp_path):
     subprocess.run(list(map(str, command)), check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == (
         "quant_rows 128 4; quant_shared_rows 64 3; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
-        "2 of 3, 396; 4 of 3, 392; 8 of 1, 120; "
+        "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; "
     )
 
 

@@ -291,6 +291,7 @@ class ForwardRows {
   const RowSchedule schedule = schedule_rows<Tx, Ty, kCols>(p, cols());
   const int64_t fetch_end = schedule.prefetch ? row_end : 0;  // rows before it are fetched ahead
   const AddAndSum add_and_sum = add_and_sum_of<Tx, kRound, kCols>(p);  // nullptr: x is there
+  static_assert(Isa::kGroupRows % Isa::kTotals == 0);
   Doubles sums[Isa::kGroupRows];
   double rstd[Isa::kGroupRows];
   Isa::SmallElements small;

@@ -165,7 +165,7 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const D
     if (two) plan = share_slice(plan, chunks, limits[1].threads / 2, kBackwardVectors);
     // The x and dy of the next row too, if it is copied: see backward_shared_rows.
     const int64_t bytes = plan.shared_bytes + chunks * 32;
-    if (!mixed && fit(two ? 2 : 1, bytes)) plan.shared_bytes = bytes;
+    if (dy == x && fit(two ? 2 : 1, bytes)) plan.shared_bytes = bytes;
   }
   const KernelLimits& kernel = limits[static_cast<int>(plan.keep)];
   plan.registers = mixed ? kernel.mixed_registers : kernel.registers;

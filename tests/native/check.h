@@ -339,9 +339,10 @@ struct Fused {
       return in_double ? Real(double(left) + double(right)) : Real(float(left) + float(right));
     });
   }
-  void scale_addends(Real scale) {
-    fill_normal(input, scale);
-    fill_normal(residual, scale);
+  template <class F>
+  void fill_addends(const F& value) {
+    fill(input, value);
+    fill(residual, value);
     add();
   }
 

@@ -237,6 +237,7 @@ void check_forward_extremes() {
                                      {9, 1e-3L},
                                      {9, 1e3L},
                                      {17, 1e-3L},
+                                     {18, 1},
                                      {31, 1e3L},
                                      {45, 1e3L},
                                      {69, 1e-3L},
@@ -244,9 +245,9 @@ void check_forward_extremes() {
                                      {-1, 1},
                                      {-1, 1e3L}}) {
     for (const Real odd :
-         {Real(1e35), Real(-3e38), Real(1e-40), Real(INFINITY), Real(NAN), Real(0)}) {
+         {Real(1e35), Real(-3e38), Real(1e-40), Real(1e-6), Real(INFINITY), Real(NAN), Real(0)}) {
       for (const Forward& f :
-           {Forward{f32, f32}, {f32, f32, true, true}, {bf16, f32}, {bf16, bf16}}) {
+           {Forward{f32, f32}, {f32, f32, true, true}, {bf16, f32}, {bf16, bf16}, {f16, f16}}) {
         if (!is_chosen({f.x_type, f.w_type})) continue;
         const int64_t cols = place < 0 ? 64 : 70;
         Tensor w(f.w_type, 1, cols);
@@ -261,6 +262,13 @@ void check_forward_extremes() {
         }
       }
     }
+  }
+  // Neither factor is a small number by itself, and their product is a denormal.
+  for (int64_t rows = 1; rows <= 3 && is_chosen({bf16}); rows += 2) {
+    Tensor x(bf16, rows, 70), w(bf16, 1, 70);
+    fill(x, [](int64_t, int64_t i) { return i == 9 ? 0x1p-62L : 16 * normal(); });
+    fill(w, [](int64_t, int64_t i) { return i == 9 ? 0x1.8p-62L : 1; });
+    check_forward({bf16, bf16}, x, w, Layout::kDense, "two small factors");
   }
   for (const Forward& f : forward_mixes()) {
     if (!is_chosen({f.x_type, f.w_type})) continue;
@@ -347,9 +355,13 @@ void check_fused_mixes() {
           }
   for (const DType type : {DType::kBFloat16, DType::kFloat16}) {
     if (!is_chosen({type})) continue;
-    Fused denormal({type, type}, type, 3, 300, Layout::kDense, false);
-    denormal.scale_addends(type == DType::kBFloat16 ? 0x1p-130L : 0x1p-18L);
-    check_fused(denormal);
+    const Real small = type == DType::kBFloat16 ? 0x1p-130L : 0x1p-18L;
+    Fused all({type, type}, type, 3, 300, Layout::kDense, false);
+    all.fill_addends([&](int64_t, int64_t) { return small * normal(); });
+    check_fused(all);
+    Fused one({type, type}, type, 128, 192, Layout::kDense, false);  // a row for each of its places
+    one.fill_addends([&](int64_t row, int64_t col) { return (row == col ? small : 1) * normal(); });
+    check_fused(one);
   }
   Forward odd = {DType::kFloat32, DType::kFloat32};
   odd.offset = 1e35;  // weights beyond the fast path
@@ -706,6 +718,20 @@ void check_backward_extremes() {
     }
   }
   if (!is_chosen({f32})) return;
+  // rstd is a denormal, alone; and in two blocks, in the second at another place than in the first.
+  for (const int64_t rows : {1, 300}) {
+    Backward b({f32, f32, true, false, 0, 1e-6}, f32, rows, 70);
+    fill(b.x, [&](int64_t row, int64_t) {
+      const bool is_odd = rows == 1 || row == 44 || row == 261;
+      return is_odd ? std::copysign(3e38L, normal()) : normal();
+    });
+    check_backward(b, "hugest");
+  }
+  // All terms of a sum are equal, and so are what their additions round off.
+  Backward equal({f32, f32}, f32, 256, 64);
+  fill(equal.x, [&](int64_t row, int64_t i) { return row ? equal.x.get(0, i) : normal(); });
+  fill(equal.dy, [&](int64_t row, int64_t i) { return row ? equal.dy.get(0, i) : normal(); });
+  check_backward(equal, "equal rows");
   Backward b({f32, f32}, f32, 9, 70);
   b.x.set(3, 5, NAN);
   check_backward(b, "one NaN");
