@@ -60,8 +60,8 @@ def test_cuda_kernels_from_cpp(tmp_path):
 
 @pytest.fixture(scope="module")
 def cuda_build():
-    """The objects for one architecture, by the package's own build; it is kept under build/, so a
-    second run is quick.
+    """The objects for two architectures, by the package's own build; it is kept under build/, so a
+    second run is quick. `.ci/run` gives their PTX to a simulator.
     """
     return build_cuda()
 
@@ -73,8 +73,9 @@ def build_cuda():
         pytest.skip("the sources of the package are not here")
     # The objects of the CPU kernels are there already; where CUDA is built, those of its own
     # architectures stay apart.
-    build = ROOT / "build" / ("cuda-9.0" if _C.cuda_built() else "objects")
-    environment = os.environ | {"RMSNORM_CUDA_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    build = ROOT / "build" / ("cuda-tests" if _C.cuda_built() else "objects")
+    archs = "8.0+PTX 9.0+PTX"
+    environment = os.environ | {"RMSNORM_CUDA_BUILD": "1", "TORCH_CUDA_ARCH_LIST": archs}
     command = ["build_ext", "--kernels-only", "--build-temp", build, "--build-lib", build / "lib"]
     run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment)
     return build

@@ -1,6 +1,7 @@
 """The CUDA kernels against the formula in fp64, through the C entry of cuda_entry.cu. Needs numpy.
 
     python tests/native/cuda_check.py --build LIB [--arch 9.0]  # PTX 8.0 and 9.0, or machine code
+    python tests/native/cuda_check.py --build LIB --objects build/objects  # those of the package
     python tests/native/cuda_check.py --lib LIB [--quick] [--seed N]
 
 Memory comes from the libcudart.so.13 that the loader finds: that of a GPU, or a simulator by
@@ -29,11 +30,14 @@ GUARD = 256
 GUARD_BYTE = 0xA5
 
 
-def build(lib, arch, csrc=CSRC, options=()):
-    """csrc: the folder of the sources, or of a copy, which then has one of cuda_entry.cu too."""
-    cuda = os.path.join(csrc, "cuda")
+def build(lib, arch, csrc=CSRC, options=(), objects=None):
+    """csrc: the folder of the sources, or of a copy, which then has one of cuda_entry.cu too.
+    objects: the folder of the package's build, which has compiled them.
+    """
     entry = os.path.join(csrc, "..", "tests", "native", "cuda_entry.cu")
-    sources = [os.path.join(cuda, f) for f in sorted(os.listdir(cuda)) if f.endswith(".cu")]
+    cuda = os.path.join(objects, "csrc", "cuda") if objects else os.path.join(csrc, "cuda")
+    ending = ".cu.o" if objects else ".cu"
+    sources = [os.path.join(cuda, f) for f in sorted(os.listdir(cuda)) if f.endswith(ending)]
     code = []
     for number in (arch or "8.0 9.0").replace(".", "").split():
         code += ["-gencode", f"arch=compute_{number},code={'sm' if arch else 'compute'}_{number}"]
@@ -1219,12 +1223,13 @@ def main():
     parser.add_argument(
         "--arch", help="with --build: machine code for this architecture instead of PTX for 9.0"
     )
+    parser.add_argument("--objects", help="with --build: a folder of compiled CUDA sources")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="run the parts whose name contains this")
     args = parser.parse_args()
     if args.build:
-        build(args.build, args.arch)
+        build(args.build, args.arch, objects=args.objects)
     if not args.lib:
         return 0 if args.build else parser.error("--lib or --build")
     gpu = Gpu(args.lib)

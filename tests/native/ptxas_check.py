@@ -1,7 +1,9 @@
 """Registers, spills and stack of every CUDA kernel, from what `nvcc -Xptxas -v` prints.
 
     python tests/native/ptxas_check.py BUILD_LOG...        # or - for stdin
-    python tests/native/ptxas_check.py --build [ARCH] [-v] # compiles csrc/cuda first, for 9.0
+    python tests/native/ptxas_check.py --build [ARCH...] [-v]  # compiles csrc/cuda first, for 9.0
+
+Of several architectures the first, which is the oldest, gives the PTX for all.
 
 The exit status is 1 if a kernel spills, or takes more registers than csrc/cuda/tuning.h allows.
 """
@@ -89,8 +91,9 @@ def failures(kernels: list[Kernel]) -> list[Kernel]:
     return [k for k in kernels if fails(k)]
 
 
-def build_log(arch: str) -> str:
-    arch = arch.replace(".", "")
+def build_log(archs: list[str]) -> str:
+    archs = [arch.replace(".", "") for arch in archs]
+    code = ",".join(f"sm_{arch}" for arch in archs)
     with tempfile.TemporaryDirectory() as out:
         logs = []
         for source in sorted(f for f in os.listdir(SOURCES) if f.endswith(".cu")):
@@ -101,7 +104,7 @@ def build_log(arch: str) -> str:
                 "-Xptxas",
                 "-v",
                 "-gencode",
-                f"arch=compute_{arch},code=sm_{arch}",
+                f"arch=compute_{archs[0]},code=[{code}]",
             ]
             command += [
                 '-DRMSNORM_CUDA_ARCHS=""',
@@ -118,7 +121,7 @@ def main(args: list[str]) -> int:
     verbose = "-v" in args
     args = [a for a in args if a != "-v"]
     if args[:1] == ["--build"]:
-        text = build_log(args[1] if len(args) > 1 else "9.0")
+        text = build_log(args[1:] or ["9.0"])
     else:
         text = "".join(sys.stdin.read() if a == "-" else open(a).read() for a in args)
     kernels = parse_ptxas(text)
