@@ -992,7 +992,7 @@ def shared_rows(gpu, rng, quick):
                 if kind in seen and quick:
                     continue
                 seen.add(kind)
-                rows = 3
+                rows = 5 if backward else 3
                 with Case(
                     op="shared rows",
                     backward=backward,
