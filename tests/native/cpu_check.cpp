@@ -110,12 +110,12 @@ bool has_one_nan(Tensor& y, Tensor& rstd) {
 // Runs f on every instruction set, checks each against the formula and all against each other.
 void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, const char* what) {
   const int64_t rows = x.rows, cols = x.cols;
-  std::vector<Tensor> results;
+  std::vector<Tensor> results, rstds;
   const std::vector<std::string> isas = instruction_sets();
   for (const std::string& isa : isas) {
     use(isa);
     Tensor& y = results.emplace_back(f.y_type(), rows, cols, y_layout, kGuard);
-    Tensor r(f.rstd_type(), 1, rows, Layout::kDense, kGuard);
+    Tensor& r = rstds.emplace_back(f.rstd_type(), 1, rows, Layout::kDense, kGuard);
     cpu::rms_norm_forward(params(f, x, w, y, r.data()), 0, rows);
     const std::string run = std::string(what) + ": " + isa + " " + f.name() + " " +
                             std::to_string(rows) + "x" + std::to_string(cols);
@@ -126,7 +126,9 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
     // Only fp64 rounds once. Products of 16-bit values are exact in fp32, with or without FMA.
     const std::string below = results.size() > 1 ? isas[results.size() - 2] : "fp64";
     if (below == "fp64" || (below == "scalar" && f.x_type == DType::kFloat32)) continue;
-    check(y.same_bits(results[results.size() - 2]), "%s: not the bits of the ISA below", name);
+    const size_t other = results.size() - 2;
+    check(y.same_bits(results[other]) && r.same_bits(rstds[other]),
+          "%s: not the bits of the ISA below", name);
   }
 }
 
