@@ -702,6 +702,7 @@ void check_backward_extremes() {
   for (const Case& c : {Case{"huge", f32, 1e-6, 1e37L},
                         {"huge", bf16, 1e-6, 1e37L},
                         {"tiny", f32, 0, 1e-25L},
+                        {"rstd overflows", f32, 0, 1e-40L, 1e-10L},
                         {"huge", f64, 1e-6, 1e160L},
                         {"tiny", f64, 0, 1e-170L},
                         {"tiny under eps", f64, 1e-6, 1e-170L},
