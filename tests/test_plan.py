@@ -73,6 +73,8 @@ backward fp32,bf16 90 132 227 100000 4096 rows 0 2 256 256 120 1 4096 0 2 264
 backward bf16,fp32 90 132 227 100000 4000 shared_rows 1 2 256 256 80 1 4096 49152 3 396
 backward fp32,bf16 90 132 227 100000 16384 shared_rows 1 2 256 256 80 4 4096 40960 3 384
 backward bf16 90 132 227 100000 131072 shared_rows 1 2 512 512 80 8 16384 196608 1 128
+backward bf16 90 132 227 100000 100000 shared_rows 1 2 288 288 80 8 12544 100352 2 256
+backward fp32,bf16 90 132 227 80 16384 shared_rows 1 2 256 256 80 4 4096 40960 3 160
 backward bf16 90 132 227 150 16384 shared_rows 1 2 256 256 80 2 8192 98304 2 150
 backward fp32 80 108 163 100000 8192 shared_rows 1 2 512 512 80 1 8192 98304 1 108
 backward bf16 89 58 99 100000 60000 long_stats 2 2 384 384 80 1 60000 0 2 116
@@ -117,6 +119,8 @@ int main() {
     const Plan p = plan_backward(100000, cols, DType::kBFloat16, DType::kBFloat16, asked);
     std::printf("%d of %d, %ld; ", p.cluster, int(p.resident), p.blocks);
   }
+  const Plan p = plan_backward(100000, 16384, DType::kFloat32, DType::kBFloat16, asked);
+  std::printf("%d of %d, %ld; ", p.cluster, int(p.resident), p.blocks);
 }
 """
 
@@ -132,7 +136,7 @@ def test_plans_of_launches(tmp_path):
     subprocess.run(list(map(str, command)), check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == (
         "quant_rows 128 4; quant_shared_rows 64 3; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
-        "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; "
+        "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; 4 of 3, 392; "
     )
 
 
