@@ -203,6 +203,8 @@ def intrinsics():
 
 
 KERNELS = {"scalar": ["kScalar"], "avx2": ["kAvx2"], "avx512": ["kAvx512", "kAvx512Bf16"]}
+# What has the same bits.
+LIKE = {"scalar": "avx2", "avx2": "scalar", "avx512": "avx2"}
 NAMES = {"kScalar": "scalar", "kAvx2": "avx2", "kAvx512": "avx512", "kAvx512Bf16": "avx512_bf16"}
 
 
@@ -359,7 +361,7 @@ def outcome_of_kernels(mutant, shared):
                     folder / "dispatch.cpp", BUILD / "dispatch.o", *supports(True)
                 )
             link(objects, isa, dtype, emulated)
-            names = [NAMES[name] for name in KERNELS[isa]]
+            names = [NAMES[name] for name in KERNELS[isa]] + [LIKE[isa]]
             parts = ["forward", "quant"] if family == "forward" else [family]  # quant's first step
             if result := native(*parts, *names, *([f"of={DTYPES[dtype]}"] if dtype else [])):
                 return result
