@@ -1138,7 +1138,7 @@ def traffic(gpu, rng, quick):
         rows = max(
             2, (1 << (22 if cols <= 512 else 19)) // cols
         )  # of short ones a thread takes four, if they are many
-        for xt, wt, most in ((BF16, BF16, (17, 36)), (BF16, F32, (17, 36)), (F32, F32, (54, 48))):
+        for xt, wt, most in ((BF16, BF16, (17, 36)), (BF16, F32, (17, 36)), (F32, F32, (54, 49))):
             with Case(op="instructions", x=NAMES[xt], w=NAMES[wt], cols=cols):
                 x, dy, w = (
                     random_values(rng, (rows, cols), xt),
