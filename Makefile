@@ -23,9 +23,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo-ready build
 	$(BIN)/python benchmarks/generate.py $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
 
+# A worker has a file at a time, in their order: the fuzzer, which takes longest, is the first.
+WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/demo-ready build
 	$(BIN)/python -m rmsnorm_cuda
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow" $(ARGS)
 
 # What is stale is rebuilt; ninja knows.
 build: $(VENV)/ready
