@@ -1,22 +1,34 @@
-"""RMSNorm on the CPU, forward and with backward, beside torch's norms, torch.compile and a copy.
+"""RMSNorm on the CPU beside torch's norms, torch.compile, other libraries' kernels and a copy.
 
     python benchmarks/cpu.py [--threads 1,2] [--dtypes fp32,bf16,fp16,bf16/fp32]
-                             [--shapes 1x4096,...] [--no-compile] [--json FILE] [--png FILE]
+                             [--shapes 1x4096,...] [--modes forward,fused,training,quantized]
+                             [--states warm,l2,cold] [--no-compile] [--json FILE] [--png FILE]
+                             [--vllm FILE] [--sglang FILE]
 
 Outputs are verified against fp64 before anything is timed. The contenders of a cell run interleaved
-in one process, over buffers that rotate once they are large; what is shown is the median, and
-ratios of medians. Run it on a quiet machine and take differences under 10 % for noise. GB/s counts
-x read and y written, for a training step x, dy and x again read and y and dx written, for a fused
-addition x and the residual read and both results written; empty_like is the allocation of y alone.
-The floor is a copy of x into a buffer that is there already, for a training step that and an
-addition of x and dy, for a fused addition that of x and the residual into such a buffer and a copy
-of it, for 8 bits a copy that moves as many bytes.
+in one process; what is shown is the median, and ratios of medians. Run it on a quiet machine and
+take differences under 10 % for noise.
+
+A cell is timed in up to three states: warm, where a call finds the data of the one before it in the
+caches; l2, over a rotation of buffers of twice the L2 cache, as between the layers of a model; and
+cold, over a rotation that no L3 cache holds.
+
+A name that ends in "out=" writes into a buffer that is there, one that ends in "in place" over its
+inputs; the others make new tensors. GB/s counts x read and y written, for a training step x, dy and
+x again read and y and dx written, for a fused addition x and the residual read and both results
+written; empty_like is the allocation of y alone. The floor is a copy of x into a buffer that is
+there already, for a training step that and an addition of x and dy, for a fused addition that of x
+and the residual into such a buffer and a copy of it, for 8 bits a copy that moves as many bytes.
 """
 
 import argparse
+import itertools
 import json
+import os
+import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -31,93 +43,207 @@ from benchmarks.common import (
     ROTATE_BYTES,
     chart,
     fused_adds,
+    machine,
     measure,
     norms,
     quantized,
     training_step,
-    verify,
 )
+from benchmarks.peers import runs_of_peers
+from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
+
+
+KINDS = " out=", " in place"  # the ends of names; what has neither makes new tensors
+L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+# The bytes that a rotation has at least. Beside a large L3 cache that is not ours alone, ROTATE_BYTES
+# are more than it keeps for us.
+ROTATIONS = {"warm": 0, "l2": 2 * (L2_BYTES or 2 << 20), "cold": ROTATE_BYTES}
+
+
+MOST_SETS = 1 << 14  # of tensors in Python
+
+
+class Buffers(NamedTuple):
+    x: torch.Tensor
+    other: torch.Tensor  # dy, or the residual
+    out: torch.Tensor
+    total: torch.Tensor
+
+
+class Pools:
+    """Memory for the buffers of all cells, filled once."""
+
+    def __init__(self):
+        self.memory = {}
+
+    def buffers(self, rows, cols, dtype, count):
+        """`count` sets of buffers. Each begins at a page: none has a better place than others."""
+        step = -(-rows * cols * dtype.itemsize // 4096) * 4096 // dtype.itemsize
+        made = []
+        for name in Buffers._fields:
+            memory = self.memory.get((name, dtype))
+            if memory is None or memory.numel() < count * step:
+                some = torch.randn(1 << 20).to(dtype)
+                memory = self.memory[name, dtype] = some.repeat(-(-count * step // len(some)))
+            parts = memory[: count * step].view(count, step)[:, : rows * cols]
+            made.append([part.view(rows, cols) for part in parts])
+        return [Buffers(*fields) for fields in zip(*made, strict=True)]
 
 
 class Cell:
-    """The tensors of one shape and pair of dtypes, as many sets as it takes to leave the caches."""
+    """The tensors of one shape, pair of dtypes and state."""
 
-    def __init__(self, rows, cols, dtype, weight_dtype):
-        one = rows * cols * dtype.itemsize
-        copies = 1 if one < 1 << 20 else max(2, min(16, ROTATE_BYTES // one))
-        self.cols = (cols,)
-        self.bytes = one
-        self.x = [torch.randn(rows, cols).to(dtype) for _ in range(copies)]
-        self.dy = [torch.randn(rows, cols).to(dtype) for _ in range(copies)]
+    def __init__(self, pools, rows, cols, dtype, weight_dtype, state):
+        self.rows, self.cols, self.dtype = rows, (cols,), dtype
+        self.bytes = rows * cols * dtype.itemsize
+        # Every mode reads or writes two of the four at least.
+        count = -(-ROTATIONS[state] // (2 * self.bytes))
+        self.sets = pools.buffers(rows, cols, dtype, min(max(count, 1), MOST_SETS))
         self.weight = torch.randn(cols).to(weight_dtype)
         self.bias = torch.zeros(cols, dtype=weight_dtype)
-        self.out = torch.zeros_like(self.x[0])
 
     def forward(self, compiled):
-        runs = {
-            name: norm
-            for name, (norm, _) in norms(self.cols, self.weight, self.bias, compiled).items()
-        }
+        def of_x(run):
+            return lambda s: run(s.x)
+
+        functions = norms(self.cols, self.weight, self.bias, compiled)
+        runs = {name: of_x(norm) for name, (norm, _) in functions.items()}
         module = rmsnorm_cuda.RMSNorm(self.cols, EPS, dtype=self.weight.dtype).requires_grad_(False)
-        runs["ours module"] = module
-        runs["empty_like"] = torch.empty_like
-        runs["ours out="] = lambda x: rmsnorm_cuda.rms_norm(
-            x, self.cols, self.weight, EPS, out=self.out
-        )
-        runs["floor"] = lambda x: self.out.copy_(x)
-        return runs
+        module.weight.copy_(self.weight)
+        return runs | {
+            "ours module": of_x(module),
+            "empty_like": of_x(torch.empty_like),
+            "ours out=": lambda s: rmsnorm_cuda.rms_norm(
+                s.x, self.cols, self.weight, EPS, out=s.out
+            ),
+            "floor": lambda s: s.out.copy_(s.x),
+        }
 
     def fused(self, compiled):
-        residuals = dict(zip(map(id, self.x), self.dy, strict=True))
-        totals, outs = [torch.zeros_like(x) for x in self.x], [torch.zeros_like(x) for x in self.x]
-        own = dict(zip(map(id, self.x), zip(totals, outs, strict=True), strict=True))
-        runs = {
-            name: lambda x, run=run: run(x, residuals[id(x)])
-            for name, run in fused_adds(self.cols, self.weight, compiled).items()
-        }
+        def of_both(run):
+            return lambda s: run(s.x, s.other)
 
-        def floor(x):
-            total, out = own[id(x)]
-            torch.add(x, residuals[id(x)], out=total)
-            return out.copy_(total)
+        def floor(s):
+            torch.add(s.x, s.other, out=s.total)
+            return s.out.copy_(s.total)
 
+        functions = fused_adds(self.cols, self.weight, compiled)
         # In place the values drift, but stay numbers: the sum grows by a norm with each call.
-        runs["ours in place"] = lambda x: rmsnorm_cuda.fused_add_rms_norm_(
-            own[id(x)][1], own[id(x)][0], self.weight, EPS
-        )
-        return runs | {"floor": floor}
+        return {name: of_both(run) for name, run in functions.items()} | {
+            "ours in place": lambda s: rmsnorm_cuda.fused_add_rms_norm_(
+                s.out, s.total, self.weight, EPS
+            ),
+            "floor": floor,
+        }
 
     def quantized(self, compiled):
-        count = self.bytes * (1 + self.x[0].itemsize) // (2 * self.x[0].itemsize)
-        parts = {id(x): x.view(torch.uint8).view(-1)[:count] for x in self.x}
-        to = torch.empty(count, dtype=torch.uint8)
-        return quantized(self.cols, self.weight, compiled) | {
-            "floor": lambda x: to.copy_(parts[id(x)])
-        }
+        def of_x(run):
+            return lambda s: run(s.x)
+
+        count = self.bytes * (1 + self.dtype.itemsize) // (2 * self.dtype.itemsize)
+
+        def floor(s):
+            parts = (t.view(torch.uint8).view(-1)[:count] for t in (s.out, s.x))
+            return next(parts).copy_(next(parts))
+
+        functions = quantized(self.cols, self.weight, compiled)
+        return {name: of_x(run) for name, run in functions.items()} | {"floor": floor}
 
     def training(self, compiled):
-        gradients = dict(zip(map(id, self.x), self.dy, strict=True))
+        def floor(s):
+            s.out.copy_(s.x)
+            return torch.add(s.x, s.other, out=s.out)
 
-        def floor(x):
-            self.out.copy_(x)
-            return torch.add(x, gradients[id(x)], out=self.out)
-
+        gradients = {id(s.x): s.other for s in self.sets}
         weight, bias = self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        contenders = norms(self.cols, weight, bias, compiled)
-        return {name: training_step(*norm, gradients) for name, norm in contenders.items()} | {
-            "floor": floor
-        }
+        runs = {}
+        for name, norm in norms(self.cols, weight, bias, compiled).items():
+            step = training_step(*norm, gradients)
+            runs[name] = lambda s, step=step: step(s.x)
+        return runs | {"floor": floor}
 
 
-def show(mode, dtype, shape, size, us):
+# Ours is within 1 ulp of fp64. Others sum squares in fp32, one after the other, and in 16 bits take
+# the squares of a sum before it is rounded, or round once more.
+MOST_ULP = {"ours": 1, torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
+OTHER_FUNCTIONS = "floor", "empty_like", "F.layer_norm"
+
+
+def verify(cell, mode, runs):
+    """The first rows of each norm and sum beside fp64."""
+    s = cell.sets[0]
+    x = s.x[:64]
+    if mode == "fused":
+        x = x + s.other[:64]
+    want = rms_norm_reference(x, cell.cols, cell.weight, EPS)
+    for name, run in runs.items():
+        if name in OTHER_FUNCTIONS:
+            continue
+        s.out.copy_(s.x)
+        s.total.copy_(s.other)
+        made = run(s)
+        if name.endswith(KINDS):
+            made = s.out, s.total
+        y, total = made if isinstance(made, tuple) else (made, None)
+        most = MOST_ULP["ours" if name.startswith("ours") else cell.dtype]
+        worst = ulp_distance(y[:64], want).max().item()
+        assert worst <= most, f"{name}: {worst} ulp from the reference"
+        if mode == "fused":
+            torch.testing.assert_close(total[:64], x, rtol=0, atol=0)
+
+
+def kind_of(name):
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
+
+
+def rivals(us, kind):
+    """Name and time of those that do what ours of this kind does, in the same way."""
+    hidden = "ours", *OTHER_FUNCTIONS
+    return {n: t for n, t in us.items() if kind_of(n) == kind and not n.startswith(hidden)}
+
+
+def show(mode, dtype, shape, state, size, us):
     speed = PASSES[mode] * size / us["ours"] / 1e3
     others = "".join(
-        f"  {name} {time:.1f} ({time / us['ours']:.2f}x)"
+        f"  {name} {time:.1f} ({time / us['ours' + kind_of(name)]:.2f}x)"
         for name, time in us.items()
         if name != "ours"
     )
     ours = f"ours {us['ours']:9.2f} us, {speed:6.1f} GB/s, {us['ours'] / us['floor']:.2f}x floor"
-    print(f"{mode:8} {dtype} {shape:>10}  {ours} |{others}", flush=True)
+    print(f"{mode:8} {dtype} {shape:>10} {state:4}  {ours} |{others}", flush=True)
+
+
+def summary(results):
+    """Markdown: their time over ours in the geometric mean, and each cell where ours is behind."""
+    lines, behind = [], []
+    groups = {}
+    for cell in results:
+        for kind in sorted({kind_of(name) for name in cell["us"]}):
+            others = rivals(cell["us"], kind)
+            if others:
+                ours = cell["us"]["ours" + kind]
+                ratios = {name.removesuffix(kind): time / ours for name, time in others.items()}
+                key = cell["mode"] + (kind or " new"), cell["dtype"], cell["threads"], cell["state"]
+                groups.setdefault(key, []).append((ratios, ours / cell["us"]["floor"]))
+                best = min(ratios, key=ratios.get)
+                if ratios[best] < 0.97:
+                    behind.append((ratios[best], best, *key, cell["shape"]))
+    names = sorted({name for cells in groups.values() for ratios, _ in cells for name in ratios})
+    lines += [f"| | the best | {' | '.join(names)} | ours / floor |", "|---" * (len(names) + 3) + "|"]
+    mean = statistics.geometric_mean
+    for (what, dtype, threads, state), cells in groups.items():
+        columns = [f"{mean([min(ratios.values()) for ratios, _ in cells]):.2f}"]
+        for name in names:
+            found = [ratios[name] for ratios, _ in cells if name in ratios]
+            columns.append(f"{mean(found):.2f}" if found else "")
+        columns.append(f"{mean([floor for _, floor in cells]):.2f}")
+        lines.append(f"| {what}, {dtype}, {threads} T, {state} | {' | '.join(columns)} |")
+    lines += ["", f"Behind by more than 3 %: {len(behind)} of {sum(map(len, groups.values()))} cells."]
+    lines += [
+        f"- {ratio:.2f} {name}: {what} {dtype} {shape}, {threads} T, {state}"
+        for ratio, name, what, dtype, threads, state, shape in sorted(behind)
+    ]
+    return "\n".join(lines)
 
 
 def main():
@@ -134,7 +260,11 @@ def main():
         help="leave torch.compile out, which takes most of the time",
     )
     parser.add_argument("--modes", default=",".join(PASSES))
+    parser.add_argument("--states", default="warm,cold", help="warm, l2, cold")
+    parser.add_argument("--vllm", metavar="FILE", help="vLLM's kernels for the CPU")
+    parser.add_argument("--sglang", metavar="FILE", help="SGLang's")
     parser.add_argument("--json")
+    parser.add_argument("--md", metavar="FILE", help="the table that is printed last")
     parser.add_argument("--png", help="a chart; needs matplotlib")
     parser.add_argument(
         "--from", dest="source", metavar="FILE", help="a JSON to draw --png from; measures nothing"
@@ -146,34 +276,37 @@ def main():
         return chart(
             saved["results"], args.png, f"CPU, {saved['isa']}", hidden=("floor", "empty_like")
         )
-    results = []
+    results, pools, absent = [], Pools(), {}
+    files = {"vLLM": args.vllm, "SGLang": args.sglang}
     for threads in map(int, args.threads.split(",")):
         torch.set_num_threads(threads)
         print(
             f"torch {torch.__version__}, {rmsnorm_cuda._C.isa()}, {threads} thread(s); us a call, "
             "median; x: times ours"
         )
-        for dtype in args.dtypes.split(","):
-            for shape in args.shapes.split(","):
-                cell = Cell(*map(int, shape.split("x")), *DTYPES[dtype])
-                verify(cell.x[0][:64], cell.cols, cell.weight)
-                for mode in args.modes.split(","):
-                    us = measure(
-                        getattr(cell, mode)(() if args.no_compile else FORMULAS),
-                        cell.x,
-                        args.seconds,
-                    )
-                    show(mode, dtype, shape, cell.bytes, us)
-                    results.append(
-                        {"mode": mode, "dtype": dtype, "shape": shape, "threads": threads, "us": us}
-                    )
+        for dtype, shape, state in itertools.product(
+            args.dtypes.split(","), args.shapes.split(","), args.states.split(",")
+        ):
+            cell = Cell(pools, *map(int, shape.split("x")), *DTYPES[dtype], state)
+            for mode in args.modes.split(","):
+                runs = getattr(cell, mode)(() if args.no_compile else FORMULAS)
+                if dtype in ("fp32", "bf16", "fp16"):
+                    runs |= runs_of_peers(cell, mode, files, absent.setdefault)
+                if mode in ("forward", "fused"):
+                    verify(cell, mode, runs)
+                us = measure(runs, cell.sets, args.seconds)
+                show(mode, dtype, shape, state, cell.bytes, us)
+                where = {"mode": mode, "dtype": dtype, "shape": shape, "state": state}
+                results.append(where | {"threads": threads, "us": us})
+    for name, reason in absent.items():
+        print(f"without {name}: {reason}")
+    text = summary(results)
+    print(text)
+    if args.md:
+        Path(args.md).write_text(text + "\n")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(
-                {"torch": torch.__version__, "isa": rmsnorm_cuda._C.isa(), "results": results},
-                file,
-                indent=1,
-            )
+            json.dump(machine() | {"results": results}, file, indent=1)
     if args.png:
         chart(results, args.png, f"CPU, {rmsnorm_cuda._C.isa()}", hidden=("floor", "empty_like"))
 

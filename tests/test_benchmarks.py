@@ -1,0 +1,79 @@
+"""The benchmark of the CPU: what it runs, and what it says of the figures."""
+
+import json
+from pathlib import Path
+
+import programs
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import cpu
+
+    return cpu
+
+
+def test_every_mode_in_every_state(tmp_path):
+    file = tmp_path / "cells.json"
+    words = ["--shapes", "3x128", "--dtypes", "fp32,bf16/fp32", "--states", "warm,l2"]
+    words += ["--seconds", "0.001", "--no-compile", "--json", file, "--md", tmp_path / "table.md"]
+    run = programs.run(file=ROOT / "benchmarks" / "cpu.py", arguments=words, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    cells = json.loads(file.read_text())["results"]
+    modes = ("forward", "training", "fused", "quantized")
+    assert len(cells) == 2 * 2 * len(modes)
+    for mode in modes:
+        for state in ("warm", "l2"):
+            here = [cell["us"] for cell in cells if (cell["mode"], cell["state"]) == (mode, state)]
+            assert len(here) == 2 and all(us["ours"] > 0 and us["floor"] > 0 for us in here)
+    assert (tmp_path / "table.md").read_text().strip() in run.stdout
+    for peer in ("vLLM", "SGLang"):
+        assert f"without {peer}: no file of its kernels was named" in run.stdout
+
+
+def test_buffers_of_a_cell_do_not_overlap_and_begin_at_a_page(cpu):
+    sets = cpu.Pools().buffers(5, 72, torch.float32, 3)
+    starts = sorted(t.data_ptr() for s in sets for t in s)
+    assert all(later - start >= 5 * 72 * 4 for start, later in zip(starts, starts[1:], strict=False))
+    for name in ("x", "other", "out", "total"):
+        places = {getattr(s, name).data_ptr() % 4096 for s in sets}
+        assert len(places) == 1
+
+
+def test_cold_cell_is_larger_than_the_caches(cpu):
+    pools = cpu.Pools()
+    bytes_of = {}
+    for state in ("warm", "l2", "cold"):
+        cell = cpu.Cell(pools, 256, 1024, torch.float32, torch.float32, state)
+        bytes_of[state] = 2 * len(cell.sets) * cell.bytes
+    assert len(cpu.Cell(pools, 256, 1024, torch.float32, torch.float32, "warm").sets) == 1
+    assert bytes_of["l2"] >= 2 * cpu.L2_BYTES and bytes_of["cold"] >= 256 << 20
+
+
+def test_summary_compares_what_is_made_alike_and_names_the_losses(cpu):
+    us = {"ours": 10, "ours out=": 5, "vLLM": 9, "vLLM out=": 20, "F.rms_norm": 40, "floor": 4}
+    us |= {"F.layer_norm": 1, "empty_like": 1, "ours module": 11}
+    cell = {"mode": "forward", "dtype": "fp32", "state": "cold", "threads": 2, "us": us}
+    other = cell | {"shape": "2x2", "us": us | {"vLLM": 40}}
+    text = cpu.summary([cell | {"shape": "1x1"}, other])
+    assert "| forward new, fp32, 2 T, cold | 1.90 | 4.00 | 1.90 | 2.50 |" in text
+    assert "| forward out=, fp32, 2 T, cold | 4.00 |  | 4.00 | 1.25 |" in text
+    assert "Behind by more than 3 %: 1 of 4 cells." in text
+    assert "- 0.90 vLLM: forward new fp32 1x1, 2 T, cold" in text
+
+
+def test_wrong_peer_is_found_before_it_is_timed(cpu):
+    cell = cpu.Cell(cpu.Pools(), 4, 64, torch.float32, torch.float32, "warm")
+    runs = cell.forward(())
+    cpu.verify(cell, "forward", runs)
+    with pytest.raises(AssertionError, match="wrong: .* ulp"):
+        cpu.verify(cell, "forward", runs | {"wrong": lambda s: s.x * 1.01})
+    fused = cell.fused(())
+    cpu.verify(cell, "fused", fused)
+    with pytest.raises(AssertionError, match="wrong"):
+        cpu.verify(cell, "fused", fused | {"wrong in place": lambda s: s.out.mul_(1.01)})
