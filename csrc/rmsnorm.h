@@ -87,6 +87,7 @@ struct RmsNormForward {
   // 16-bit input_dtype, to which y is rounded by way of fp32.
   DType x_dtype, w_dtype, y_dtype;
   bool stream;  // a hint to the CPU: write y past the caches, which it would only pass through
+  bool fresh;   // another: y, and x where it is a sum, are memory that was allocated for this call
   Addends addends;
   Quant quant;  // not with kFloat64
 };
@@ -110,7 +111,7 @@ struct RmsNormBackward {
   double weight_offset;
   bool cast_before_weight;
   DType dy_dtype, x_dtype, w_dtype;
-  bool stream;  // as above, of dx
+  bool stream, fresh;  // as above, of dx
 };
 
 // A row is done in fp32 while its rstd is in this range. Then mean(x^2) + eps is in [2^-60, 2^60],

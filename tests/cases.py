@@ -27,8 +27,8 @@ GEMMA, LLAMA = {"weight_offset": 1.0}, {"cast_before_weight": True}
 OPTIONS = [{}, GEMMA, LLAMA]
 
 # Around: a vector of AVX2, of AVX-512, of 16-bit types; the 64 lanes that a row is summed in, and
-# head sizes; the fold of the lanes into double; a tile of addends and of the backward, from which
-# on fewer rows are a group; sizes of models; more than a tile of weights (8192), with a tail.
+# head sizes; the fold of the lanes into double; a tile of the backward, from which on fewer rows
+# are a group; sizes of models; more than a tile of weights (8192), with a tail.
 LENGTHS = [
     *(1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33),
     *(63, 64, 65, 127, 128, 129),

@@ -1,5 +1,6 @@
 // Which kernels run: scalar first, better ones laid over it, as far as the machine goes. And what
 // all instruction sets share: the plan of the backward, and the way to fp64.
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +13,10 @@
 #include <string>
 
 #include "kernels.h"
+
+#if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23  // Linux 5.14; glibc names it since 2.35
+#endif
 
 namespace rmsnorm::cpu {
 namespace {
@@ -144,9 +149,43 @@ const Kernels& kernels_for(const P& p) {
   return has_fp64(p) ? kFp64 : kernels();
 }
 
-int64_t quant_row_bytes(const RmsNormForward& p) {
-  return p.cols * (p.y_dtype == DType::kFloat32 ? 4 : 2);
+int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
+
+// New memory of dense rows, whose pages may not be there before they are written.
+class FreshRows {
+ public:
+  // Nothing is done where it is not large enough to have been mapped for this call.
+  FreshRows(const void* data, int64_t rows, int64_t row_bytes)
+      : data_(rows * row_bytes >= kMappedBytes ? reinterpret_cast<uintptr_t>(data) : 0),
+        row_bytes_(row_bytes) {}
+
+  int64_t rows_at_once() const {
+    return data_ ? std::max<int64_t>(1, kMapAtOnce / row_bytes_) : INT64_MAX;
+  }
+
+  // Has the pages mapped that lie in these rows, unless the first of them is there: it is memory
+  // that was in use before, then.
+  void map(int64_t row_begin, int64_t row_end) const {
+#ifdef MADV_POPULATE_WRITE
+    if (!data_) return;
+    static const uintptr_t page = sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = (data_ + row_begin * row_bytes_ + page - 1) / page * page;
+    const uintptr_t end = (data_ + row_end * row_bytes_) / page * page;
+    unsigned char is_there = 0;
+    const auto first = reinterpret_cast<void*>(begin);
+    if (begin >= end || mincore(first, page, &is_there) || is_there & 1) return;
+    madvise(first, end - begin, MADV_POPULATE_WRITE);  // if it fails, a first touch maps a page
+#endif
+  }
+
+ private:
+  uintptr_t data_;
+  int64_t row_bytes_;
+};
+
+int64_t quant_row_bytes(const RmsNormForward& p) { return p.cols * size_of(p.y_dtype); }
 int64_t quant_rows(const RmsNormForward& p) {
   return std::max<int64_t>(1, quant_bytes() / quant_row_bytes(p));
 }
@@ -157,9 +196,10 @@ int64_t rms_norm_forward_workspace(const RmsNormForward& p) {
   return p.quant.data && !p.y ? std::min(quant_rows(p), p.rows) * quant_row_bytes(p) : 0;
 }
 
-void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
-                      void* workspace) {
-  if (!p.quant.data) return kernels_for(p).forward(p, row_begin, row_end, 0);
+namespace {
+
+void forward_and_quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                          void* workspace) {
   const Kernels& chosen = kernels_for(p);
   RmsNormForward part = p;
   if (!p.y) {  // the workspace is some rows of it
@@ -175,6 +215,24 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
   }
 }
 
+}  // namespace
+
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                      void* workspace) {
+  if (p.quant.data) return forward_and_quantize(p, row_begin, row_end, workspace);
+  const Kernels& chosen = kernels_for(p);
+  if (!p.fresh) return chosen.forward(p, row_begin, row_end, 0);
+  const FreshRows y(p.y, p.rows, p.cols * size_of(p.y_dtype));
+  const FreshRows x(p.addends.input ? p.x : nullptr, p.rows, p.cols * size_of(p.x_dtype));
+  const int64_t rows = std::min(y.rows_at_once(), x.rows_at_once());
+  for (int64_t row = row_begin, end; row < row_end; row = end) {
+    end = rows < row_end - row ? row + rows : row_end;
+    y.map(row, end);
+    x.map(row, end);
+    chosen.forward(p, row, end, 0);
+  }
+}
+
 // A block of 32768 elements is some 10 us of work and enough rows to pay for its row of partial
 // sums. At most 128 blocks, until a block has 256 rows.
 BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
@@ -186,7 +244,16 @@ BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
 }
 
 void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-  kernels_for(p).backward(p, block_begin, block_end);
+  const Kernels& chosen = kernels_for(p);
+  if (!p.fresh) return chosen.backward(p, block_begin, block_end);
+  const int64_t block_rows = rms_norm_backward_plan(p).block_rows;
+  const FreshRows dx(p.dx, p.rows, p.cols * size_of(p.x_dtype));
+  const int64_t blocks = std::max<int64_t>(1, dx.rows_at_once() / block_rows);
+  for (int64_t block = block_begin, end; block < block_end; block = end) {
+    end = blocks < block_end - block ? block + blocks : block_end;
+    dx.map(block * block_rows, std::min(end * block_rows, p.rows));
+    chosen.backward(p, block, end);
+  }
 }
 
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {

@@ -23,61 +23,63 @@ struct Squares {
   }
 };
 
-// Columns begin to end of a row of x as the sum of its addends; those of next_row, if there is one,
-// are fetched meanwhile. kRound: Isa::round_pair is used where no sum is denormal.
+// Of the sum of squares of a row that is formed on the way: input + residual, rounded and stored.
+// kRound: by Isa::round_pair where that is certain to be right.
 template <class Tin, class Tx, bool kRound>
-INLINE void add_row(const RmsNormForward& p, int64_t row, int64_t begin, int64_t end,
-                    int64_t next_row) {
-  constexpr bool kPairs = kIsBFloat16<Tin> && kIsBFloat16<Tx>;
-  const Tin* inputs = static_cast<const Tin*>(p.addends.input);
-  const Tin* input = inputs + p.addends.input_rows.offset(row);
-  const Tin* next = next_row >= 0 ? inputs + p.addends.input_rows.offset(next_row) : nullptr;
-  const Tx* residual =
-      static_cast<const Tx*>(p.addends.residual) + p.addends.residual_rows.offset(row);
-  Tx* x = static_cast<Tx*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
-  const auto one = [&](int64_t i, int n) INLINE_LAMBDA {
-    store(x + i, load(input + i, n) + load(residual + i, n), n);
-  };
-  const auto step = [&](int64_t i) INLINE_LAMBDA {
-    for (int j = 0; next && j < kStep; j += kLine / int(sizeof(Tin))) {
-      __builtin_prefetch(next + i + j, 0, 2);
-    }
-    if constexpr (kPairs) {
-      const auto sum = [&](int64_t j) INLINE_LAMBDA {
-        const Pair a = split(input + j), b = split(residual + j);
-        return Pair{a.even + b.even, a.odd + b.odd};
-      };
-      const Pair low = sum(i), high = sum(i + 2 * kLanes);
-      const auto put = [&](auto round) INLINE_LAMBDA {
-        join<false, round.value>(x + i, low);
-        join<false, round.value>(x + i + 2 * kLanes, high);
-      };
-      if constexpr (kRound) {
-        if (!Isa::any_denormal(low, high)) return put(Constant<true>());
-      }
-      put(Constant<false>());
-    } else {
-      for_each_vector_of_step(i, one);
-    }
-  };
-  for_each_step<kPairs ? kBlock : kStep>(begin, end, step, one);
-}
+struct SquaresOfSum {
+  static constexpr bool kPairs = kIsBFloat16<Tx>;
+  const Tin* input;
+  const Tx* residual;
+  Tx* x;
+  Isa::SmallElements& small;
 
-// Forms a row of x, and sums its squares. A part is summed up while it is in the L1 cache. kCols:
-// as of ForwardRows; an fp32 head takes a tenth less time so.
+  INLINE void fetch(int64_t) const {}
+  INLINE Factors operator()(int64_t i, int n) const {
+    const V v = round_and_store(x + i, load(input + i, n) + load(residual + i, n), n);
+    return {v, v};
+  }
+  INLINE PairFactors pair(int64_t i) const {
+    const U32 pairs = rounded_sums(i);
+    __builtin_memcpy(x + i, &pairs, sizeof pairs);
+    if constexpr (kRound) small.look(pairs);
+    const Pair v = split(pairs);
+    return {{v.even, v.even}, {v.odd, v.odd}};
+  }
+
+ private:
+  INLINE U32 rounded_sums(int64_t i) const {
+    const U32 others = load_pairs(residual + i);
+    const Pair b = split(others);
+    if constexpr (kIsBFloat16<Tin>) {
+      const U32 pairs = load_pairs(input + i);
+      const Pair a = split(pairs), sum = {a.even + b.even, a.odd + b.odd};
+      if constexpr (kRound) {
+        if (!Isa::sum_may_be_denormal(pairs, others)) return join<true>(sum);
+      }
+      return join<false>(sum);
+    } else {
+      const Pair a = load_pair(input + i);
+      return join<false>({shorten_nan(a.even + b.even), shorten_nan(a.odd + b.odd)});
+    }
+  }
+};
+
+// Forms a row of x, and sums its squares. kCols: as of ForwardRows; an fp32 head takes a tenth less
+// time so.
 template <class Tin, class Tx, bool kRound, int kCols>
-Doubles add_and_sum(const RmsNormForward& p, int64_t row, int64_t next_row,
-                    Isa::SmallElements& small) {
-  const auto row_of_x = [&](int64_t i) { return static_cast<const Tx*>(p.x) + p.x_rows.offset(i); };
+Doubles add_and_sum(const RmsNormForward& p, int64_t row, Isa::SmallElements& small) {
   const int64_t cols = kCols ? kCols : p.cols;
-  const Tx* x = row_of_x(row);
-  const Prefetch<Tx> next{next_row >= 0 ? row_of_x(next_row) : nullptr, cols, /*in_halves=*/true};
-  if constexpr (kIsSame<Tin, double>) add_row_fp64(p, row);
+  const Addends& from = p.addends;
+  Tx* x = static_cast<Tx*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
   Doubles sum = {};
-  for (int64_t begin = 0; begin < cols; begin += kAddTile) {
-    const int64_t end = begin + kAddTile < cols ? begin + kAddTile : cols;
-    if constexpr (!kIsSame<Tin, double>) add_row<Tin, Tx, kRound>(p, row, begin, end, next_row);
-    add_products(sum, begin, end, Squares<Tx, kRound>{x, small, next});
+  if constexpr (kIsSame<Tin, double>) {
+    add_row_fp64(p, row);
+    add_products(sum, 0, cols, Squares<Tx, kRound>{x, small, {}});
+  } else {
+    const Tin* input = static_cast<const Tin*>(from.input) + from.input_rows.offset(row);
+    const Tx* residual =
+        static_cast<const Tx*>(from.residual) + from.residual_rows.offset(row);
+    add_products(sum, 0, cols, SquaresOfSum<Tin, Tx, kRound>{input, residual, x, small});
   }
   return sum;
 }
@@ -160,7 +162,7 @@ INLINE RowSchedule schedule_rows(const RmsNormForward& p, int64_t cols) {
   const int64_t fitting = (far ? kFarGroupBytes : near_bytes) / row_bytes;
   const int64_t group = between(fitting, 1, Isa::kGroupRows);
   const bool sums_ahead = group > 1 && !far;
-  return {group, sums_ahead, is_far<Tx>(total_bytes),
+  return {group, sums_ahead, !p.addends.input && is_far<Tx>(total_bytes),
           sums_ahead ? group + Isa::kGroupRows / 2 : group,
           group == 1 && row_bytes >= long_row_bytes()};
 }
@@ -219,9 +221,8 @@ class ForwardRows {
       add_products(sum, 0, cols(), Squares<Tx, kRound>{row_of_x(row), small, next});
       sums[j] = sum;
     } else {
-      const bool next = schedule.in_halves && row + 1 < fetch_end;
       Isa::SmallElements seen = small;  // a copy, or this object would stay in memory
-      sums[j] = add_and_sum(p, row, next ? row + 1 : -1, seen);
+      sums[j] = add_and_sum(p, row, seen);
       small = seen;
     }
   }

@@ -14,6 +14,18 @@ template <class T>
 INLINE void store(T* p, V v, int n) {
   store_bits(p, narrow(v, T()), n);
 }
+// The values that load() gives back.
+template <class T>
+INLINE V round_and_store(T* p, V v, int n) {
+  if constexpr (kIsFloat<T>) {
+    store(p, v, n);
+    return v;
+  } else {
+    const Bits16 bits = narrow(v, T());
+    store_bits(p, bits, n);
+    return widen(bits, T());
+  }
+}
 // kStream: n is kLanes, and p is aligned.
 template <bool kStream, class T>
 INLINE void write(T* p, V v, int n) {
@@ -43,16 +55,27 @@ INLINE U32 load_pairs(const BFloat16* p) {
 INLINE Pair split(U32 pairs) { return {V(pairs << 16), V(pairs & 0xffff0000)}; }
 INLINE Pair split(const BFloat16* p) { return split(load_pairs(p)); }
 
+// 2 * kLanes elements.
+template <class T>
+INLINE Pair load_pair(const T* p) {
+  if constexpr (kIsBFloat16<T>) return split(p);
+  const V low = load(p, kLanes), high = load(p + kLanes, kLanes);
+  return {evens(low, high), odds(low, high)};
+}
+
+// A NaN without the bits below BFloat16's, and quiet.
+INLINE V shorten_nan(V v) { return v != v ? V((U32(v) | 0x400000) & 0xffff0000) : v; }
+
 // Not for NaNs with a bit set below BFloat16's, and with kRound (by Isa::round_pair) not for
 // denormals.
+template <bool kRound>
+INLINE U32 join(Pair v) {
+  if constexpr (kRound) return Isa::round_pair(v);
+  return Isa::interleave(rounded(v.even), rounded(v.odd));
+}
 template <bool kStream, bool kRound>
 INLINE void join(BFloat16* p, Pair v) {
-  U32 pairs;
-  if constexpr (kRound) {
-    pairs = Isa::round_pair(v);
-  } else {
-    pairs = Isa::interleave(rounded(v.even), rounded(v.odd));
-  }
+  const U32 pairs = join<kRound>(v);
   if constexpr (kStream) return Isa::stream(p, V(pairs));
   __builtin_memcpy(p, &pairs, sizeof pairs);
 }

@@ -81,7 +81,7 @@ struct OptionalVerbs {
   // Rounds to BFloat16 and interleaves, by an instruction that takes denormals for 0.
   static constexpr bool kRoundsBFloat16 = false;
   static U32 round_pair(Pair v);
-  static bool any_denormal(Pair a, Pair b);
+  static bool sum_may_be_denormal(U32 a, U32 b);  // of BFloat16
   struct SmallElements {  // was one of the BFloat16 below 2^kSmallExponent?
     INLINE void look(U32) {}
     INLINE bool any() const { return true; }

@@ -10,11 +10,7 @@ struct Weight {
 
   INLINE Weight part(int64_t) const { return *this; }
   INLINE V operator()(int64_t i, int n) const { return load(data + i, n); }
-  INLINE Pair pair(int64_t i) const {
-    if constexpr (kIsBFloat16<T>) return split(data + i);
-    const V low = load(data + i, kLanes), high = load(data + i + kLanes, kLanes);
-    return {evens(low, high), odds(low, high)};
-  }
+  INLINE Pair pair(int64_t i) const { return load_pair(data + i); }
 };
 struct NoWeight {
   V one;
@@ -40,7 +36,7 @@ struct TileWeight {
 class WeightTiles {
  public:
   static constexpr int64_t kTile = kWeightTile;
-  static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0 && kAddTile % kFold == 0,
+  static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0,
                 "see add_products");
   static INLINE int64_t tile_end(int64_t begin, int64_t cols) {
     return begin + kTile < cols ? begin + kTile : cols;

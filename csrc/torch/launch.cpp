@@ -96,6 +96,7 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, int64_t 
   if (residual) launch.add(input, *residual);
   launch.write_to(y, dense_rows(launch.cols()), cpu::writes_past_caches(y.nbytes(), true));
   if (want_rstd) launch.write_rstd(rstd);
+  launch.outputs_are_new();
   launch.run();
   return results;
 }

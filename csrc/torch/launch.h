@@ -72,6 +72,8 @@ class ForwardLaunch {
   // `stream`: past the caches, if the kernel can.
   void write_to(const at::Tensor& y, const Rows& rows, bool stream);
   void write_rstd(const at::Tensor& rstd);
+  // y, and the sum that it is the norm of: allocated for this call, dense.
+  void outputs_are_new() { p_.fresh = true; }
   // Quantized too. `norm_type` is the dtype that the norm is rounded to before.
   void quantize(const Quant& quant, at::ScalarType norm_type);
   void run() const;

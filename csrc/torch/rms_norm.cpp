@@ -122,6 +122,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const BackwardCall& call) {
   p.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   p.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
   p.stream = dx.defined() && cpu::writes_past_caches(dx.nbytes(), true);
+  p.fresh = dx.defined();
   const auto allocate_workspace = [&](int64_t bytes) {
     const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
     p.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;

@@ -76,13 +76,6 @@ EMU __m256i cut16(__m512i v) {
   std::memcpy(&result, to, sizeof to);
   return result;
 }
-EMU unsigned denormal(__m512 v) {
-  uint32_t lanes[16];
-  std::memcpy(lanes, &v, sizeof lanes);
-  unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= unsigned((lanes[i] & 0x7fffffff) - 1 < 0x7fffff) << i;
-  return mask;
-}
 EMU int32_t largest(__m512i v) {
   int32_t lanes[16], result = INT32_MIN;
   std::memcpy(lanes, &v, sizeof lanes);
@@ -206,7 +199,6 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 #define _mm512_fmadd_pd(a, b, c) emulated::fmadd(a, b, c)
 #define _mm512_set1_pd(a) (__m512d{a, a, a, a, a, a, a, a})
 #define _mm512_cmp_pd_mask(a, b, predicate) emulated::any_greater(a, b)
-#define _mm512_fpclass_ps_mask(v, classes) emulated::denormal(v)
 #define _mm512_reduce_max_epi32(v) emulated::largest(v)
 #define _mm512_storeu_pd(p, v) std::memcpy(p, &static_cast<const __m512d&>(v), 64)
 #define _mm512_shuffle_f64x2(a, b, control) emulated::shuffle_pairs(a, b, control)

@@ -5,7 +5,20 @@
 // -fsanitize=address,undefined. Every instruction set that the machine has is run. Silent but for
 // failures and the last line. Arguments choose: parts (choice, forward, quant, backward),
 // instruction sets (avx2, ...) and the only dtypes (of=bf16, ...).
+#include <sys/syscall.h>
+
 #include "check.h"
+
+namespace {
+
+int64_t mapped_ahead = 0;  // bytes that the kernels had mapped before they wrote them
+
+}  // namespace
+
+extern "C" int madvise(void* data, size_t bytes, int advice) noexcept {
+  if (advice == MADV_POPULATE_WRITE) mapped_ahead += bytes;
+  return syscall(SYS_madvise, data, bytes, advice);
+}
 
 namespace {
 
@@ -132,7 +145,7 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
   }
 }
 
-// Around one vector, one block of 64 lanes, one fold (256), a tile of addends (1024), and sizes of
+// Around one vector, one block of 64 lanes, one fold (256), a tile of gradients (1024), and sizes of
 // models; around a tile of weights (8192).
 const int64_t kSizes[] = {1,   2,   3,   4,   5,   7,    8,    9,    15,   16,   17,  31,
                           32,  33,  48,  63,  64,  65,   80,   96,   127,  128,  129, 191,
@@ -577,6 +590,114 @@ void check_forward_streams() {
   }
 }
 
+// ---------------------------------------------------------------- new memory
+
+// Of rows of bytes that nobody has touched yet. It begins within a page.
+struct NewMemory {
+  static constexpr int64_t kRows = 4100, kCols = 2056;
+  const int64_t row_bytes, size;
+  char* const pages;
+  void* const data;
+
+  explicit NewMemory(DType type)
+      : row_bytes(kCols * format(type).bytes),
+        size((kRows * row_bytes / kPage + 2) * kPage),
+        pages(static_cast<char*>(
+            mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))),
+        data(pages + 192) {}
+  ~NewMemory() { munmap(pages, size); }
+
+  // Whole pages of these rows, in bytes.
+  int64_t whole_pages(int64_t row_begin, int64_t row_end) const {
+    return ((row_end * row_bytes + 192) / kPage - (row_begin * row_bytes + 192 + kPage - 1) / kPage) *
+           kPage;
+  }
+  // Is no page there but those that these rows touch?
+  bool is_there_only(int64_t row_begin, int64_t row_end) const {
+    std::vector<unsigned char> there(size / kPage);
+    mincore(pages, size, there.data());
+    const int64_t first = (192 + row_begin * row_bytes) / kPage;
+    const int64_t last = (192 + row_end * row_bytes - 1) / kPage;
+    for (int64_t page = 0; page < size / kPage; ++page) {
+      if ((there[page] & 1) != (page >= first && page <= last)) return false;
+    }
+    return true;
+  }
+  bool same_rows(const NewMemory& other, int64_t row_begin, int64_t row_end) const {
+    const auto at = [&](const NewMemory& m) { return m.pages + 192 + row_begin * row_bytes; };
+    return !std::memcmp(at(*this), at(other), (row_end - row_begin) * row_bytes);
+  }
+};
+
+// What is large and new is mapped before it is written, where a call writes it, once, and holds the
+// same bits.
+void check_new_memory() {
+  constexpr int64_t kRows = NewMemory::kRows, kCols = NewMemory::kCols;
+  constexpr int64_t kBegin = 131, kEnd = 1000;
+  const Rows dense{1, {}, {kCols}};
+  cpu::set_isa(nullptr);
+  if (!is_chosen({DType::kFloat32})) return;
+  Tensor in(DType::kFloat32, kRows, kCols), w(DType::kFloat32, 1, kCols);
+  fill_normal(in);
+  fill_normal(w);
+  for (const bool is_sum : {false, true}) {
+    const Forward f = {DType::kFloat32, DType::kFloat32, true};
+    NewMemory y(f.x_type), want(f.x_type), x(f.x_type), sum(f.x_type);
+    RmsNormForward p = params(f, in, w, in, nullptr);
+    if (is_sum) p.addends = {in.data(), in.data(), in.dtype, dense, dense};
+    const auto run = [&](const NewMemory& to, const NewMemory& x, bool fresh, int64_t rows) {
+      mapped_ahead = 0;
+      p.y = to.data;
+      p.y_rows = dense;
+      if (is_sum) p.x = x.data, p.x_rows = dense;
+      p.rows = rows;
+      p.fresh = fresh;
+      cpu::rms_norm_forward(p, kBegin, kEnd);
+      return mapped_ahead;
+    };
+    const char* what = is_sum ? "of a sum" : "of x";
+    check(run(want, sum, false, kRows) == 0, "norm %s: mapped what is not new", what);
+    const int64_t whole = y.whole_pages(kBegin, kEnd) * (is_sum ? 2 : 1);
+    const int64_t ahead = run(y, x, true, kRows);
+    // A page between two parts is mapped by the first touch.
+    check(ahead <= whole && ahead >= whole * 9 / 10, "norm %s: mapped %ld of %ld", what, ahead,
+          whole);
+    check(y.is_there_only(kBegin, kEnd), "norm %s: touched other rows of y", what);
+    check(y.same_rows(want, kBegin, kEnd), "norm %s: other bits in new memory", what);
+    if (is_sum) {
+      check(x.is_there_only(kBegin, kEnd) && x.same_rows(sum, kBegin, kEnd), "another sum");
+    }
+    check(run(y, x, true, kRows) == 0, "norm %s: mapped what is there", what);
+    NewMemory small(f.x_type);
+    check(run(small, sum, true, kEnd) == 0, "norm %s: mapped what malloc keeps", what);
+  }
+}
+
+void check_new_gradient() {
+  if (!is_chosen({DType::kFloat32})) return;
+  cpu::set_isa(nullptr);
+  Backward b({DType::kFloat32, DType::kFloat32}, DType::kFloat32, NewMemory::kRows,
+             NewMemory::kCols);
+  fill_normal(b.x);
+  for (int64_t i = 0; i < b.x.rows; ++i) b.rstd.set(0, i, 1 + i % 3);
+  NewMemory want(b.f.x_type), dx(b.f.x_type);
+  Gradients unused(b);
+  RmsNormBackward p = params(b, unused, true, false);
+  const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p);
+  const int64_t begin = 3 * plan.block_rows, end = 40 * plan.block_rows;
+  for (const int turn : {0, 1, 2}) {
+    mapped_ahead = 0;
+    p.dx = turn == 0 ? want.data : dx.data;
+    p.fresh = turn > 0;
+    cpu::rms_norm_backward(p, 3, 40);
+    const int64_t whole = turn == 1 ? dx.whole_pages(begin, end) : 0;
+    check(mapped_ahead <= whole && mapped_ahead >= whole * 9 / 10, "dx: mapped %ld of %ld",
+          mapped_ahead, whole);
+  }
+  check(dx.is_there_only(begin, end), "dx: touched other rows");
+  check(dx.same_rows(want, begin, end), "dx: other bits in new memory");
+}
+
 // ---------------------------------------------------------------- backward
 
 // step < 0: all blocks and columns at once; else so many of them per call, last first. place: dx is
@@ -762,10 +883,12 @@ int main(int argc, char** argv) {
       check_rows_alone(isa);
     }
     check_forward_streams();
+    check_new_memory();
   }
   if (is_part("quant")) check_quant();
   if (is_part("backward")) {
     check_backward_streams();
+    check_new_gradient();
     check_backward_sizes();
     check_backward_extremes();
   }
