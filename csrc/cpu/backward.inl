@@ -241,7 +241,8 @@ class BackwardBlocks {
   const int64_t cols = p.cols, block_rows = rms_norm_backward_plan(p).block_rows;
   const int64_t sums_of_block = dweight_sums(block_rows);
   const bool stream = p.stream && streamable<Tx>(p.dx, Rows{1, {p.rows}, {cols}});
-  const bool prefetch = is_far<Tx>(p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)));
+  const bool prefetch =
+      !kIsFloat<Tx> || p.rows * cols * int64_t(sizeof(Tdy) + 2 * sizeof(Tx)) >= kFarBytes;
   const bool in_halves = kDx && kRows == 1 && cols * int64_t(sizeof(Tx)) >= long_row_bytes();
   const int64_t group =
       between(gradient_bytes() / (cols * int64_t(sizeof(Tdy) + sizeof(Tx))), 1, kRows);

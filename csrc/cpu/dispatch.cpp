@@ -115,7 +115,7 @@ int64_t last_level_size() {
 }  // namespace
 
 const CacheSizes kCaches = {
-    cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10, kMinL1, 256 << 10),
+    cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10, 16 << 10, 256 << 10),
     cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10, 256 << 10, 4 << 20),
     last_level_size(),
 };

@@ -140,31 +140,21 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
   }
 }
 
-// In which order a call works, from sizes alone; no bit depends on it.
+// In which order a call works, from the length of its rows alone; no bit depends on it.
 struct RowSchedule {
-  int64_t group;          // rows that are summed before the first of them is scaled
-  bool sums_ahead;        // row i of the next group is summed before row i of this one is scaled
-  bool prefetch;          // rows are fetched ahead,
-  int64_t prefetch_rows;  // so many,
-  bool in_halves;         // see Prefetch
+  int64_t group;       // rows that are summed before the first of them is scaled
+  int64_t fetch_rows;  // how many rows ahead one is fetched
+  bool in_halves;      // see Prefetch
 };
 
 // Short rows are summed a group ahead of the one that is scaled: their square roots and divisions
-// share instructions and are waited for less. Longer rows would leave the L1 cache in between. What
-// has to come from memory is read and written in turns, in small groups, and fetched ahead.
-// kCols: as of ForwardRows; then the compiler knows the group too.
-template <class Tx, class Ty, int kCols>
-INLINE RowSchedule schedule_rows(const RmsNormForward& p, int64_t cols) {
+// share instructions and are waited for less.
+template <class Tx>
+INLINE RowSchedule schedule_rows(int64_t cols) {
   const int64_t row_bytes = cols * int64_t(sizeof(Tx));
-  const int64_t total_bytes = p.rows * cols * int64_t(sizeof(Tx) + sizeof(Ty));
-  const bool far = total_bytes >= kFarBytes;
-  const int64_t near_bytes = kCols ? kMinGroupBytes : group_bytes();
-  const int64_t fitting = (far ? kFarGroupBytes : near_bytes) / row_bytes;
-  const int64_t group = between(fitting, 1, Isa::kGroupRows);
-  const bool sums_ahead = group > 1 && !far;
-  return {group, sums_ahead, !p.addends.input && is_far<Tx>(total_bytes),
-          sums_ahead ? group + Isa::kGroupRows / 2 : group,
-          group == 1 && row_bytes >= long_row_bytes()};
+  const int64_t group = between(kGroupBytes / row_bytes, 1, Isa::kGroupRows);
+  if (group > 1) return {group, group + Isa::kGroupRows / 2, false};
+  return {1, 1, row_bytes >= long_row_bytes()};
 }
 
 // Some rows of y. kStream: past the caches. kCols: the length of the rows where it is known to the
@@ -182,7 +172,7 @@ class ForwardRows {
     const int64_t group = schedule.group;
     for (int64_t first = row_begin; first < row_end; first += group) {
       const int64_t count = first + group < row_end ? group : row_end - first;
-      if (!schedule.sums_ahead || first == row_begin) {
+      if (group == 1 || first == row_begin) {
         for (int64_t j = 0; j < count; ++j) sum_row(first + j, j);
       }
       const bool fast = find_rstd(first, count);
@@ -193,7 +183,7 @@ class ForwardRows {
       small = {};
       for (int64_t j = 0; j < count; ++j) {
         const int64_t row = first + j;
-        if (schedule.sums_ahead && row + group < row_end) sum_row(row + group, j);
+        if (group > 1 && row + group < row_end) sum_row(row + group, j);
         if (fast || (in_range && in_fast_range(rstd[j]))) {
           write_row(row, rstd[j], round);
         } else {
@@ -268,7 +258,7 @@ class ForwardRows {
   }
 
   INLINE void write_row(int64_t row, double rstd_of_row, bool round) {
-    const Prefetch<Tx> next = prefetch(row + schedule.prefetch_rows);
+    const Prefetch<Tx> next = prefetch(row + schedule.fetch_rows);
     const auto scale = [&](auto rounds) INLINE_LAMBDA {
       scale_row<kStream, rounds.value, Tx, kCast>(row_of_x(row), weight, row_of_y(row), cols(),
                                                   rstd_of_row, next);
@@ -289,8 +279,9 @@ class ForwardRows {
       reinterpret_cast<uintptr_t>(p.y) - y_begin * p.y_rows.stride[0] * sizeof(Ty);
   const int64_t any_cols = p.cols;
   const double per_col = 1.0 / double(cols());
-  const RowSchedule schedule = schedule_rows<Tx, Ty, kCols>(p, cols());
-  const int64_t fetch_end = schedule.prefetch ? row_end : 0;  // rows before it are fetched ahead
+  const RowSchedule schedule = schedule_rows<Tx>(cols());
+  // Rows before it are fetched ahead. Those of a sum are not: it took up to 30 % longer on a Zen 4.
+  const int64_t fetch_end = p.addends.input ? 0 : row_end;
   const AddAndSum add_and_sum = add_and_sum_of<Tx, kRound, kCols>(p);  // nullptr: x is there
   static_assert(Isa::kGroupRows % Isa::kTotals == 0);
   Doubles sums[Isa::kGroupRows];

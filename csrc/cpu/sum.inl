@@ -184,12 +184,6 @@ struct Prefetch {
   }
 };
 
-// Does a call that reads and writes so much find its next row in memory?
-template <class Tx>
-INLINE bool is_far(int64_t bytes) {
-  return bytes >= (kIsFloat<Tx> ? kFarBytes : far_bytes_16_bit());
-}
-
 // ---------------------------------------------------------------- sums
 
 // A row is summed in 64 virtual lanes on every machine: element i goes to lane i % 64, lanes are
