@@ -53,11 +53,10 @@ inline int64_t new_stream_bytes() { return kCaches.l3 / 2; }
 constexpr int64_t kMappedBytes = 32 << 20;
 
 // Of these the kernel has so many bytes mapped at a time, just before it writes them, instead of a
-// page at each first touch. One core of an Emerald Rapids, fp32 2048x4096, ms: 18.7 by first
-// touches; 14.4, 14.2, 13.9, 13.8, 14.1 with 128, 256, 512 KiB, 1, 2 MiB at a time; a fused
-// addition, which has two such outputs, 40.9; 30.9, 30.6, 31.8, 32.8, 33.2. Where the pages are
-// there it takes 6.6 and 13.0. Huge pages would make that 9.3 and 20.0, but where memory is in
-// pieces the system stops to move it: on a Zen 4 they took 8 to 27 ms instead of 7.5.
+// page at each first touch. One core of an Emerald Rapids, fp32 2048x4096, ms: 17.1 by first
+// touches; 13.3, 12.6, 12.4, 12.4, 12.1 with 128, 256, 512 KiB, 1, 2 MiB at a time. Where the
+// system gives huge pages, which our torch layer asks for, 8.0 by first touches and 7.0 with 256
+// KiB. Where the pages are there, 5.7.
 constexpr int64_t kMapAtOnce = 256 << 10;
 
 // Columns of a weight that are turned into floats at a time: an L1 cache of them.
