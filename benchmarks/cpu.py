@@ -52,11 +52,11 @@ from benchmarks.common import (
 from benchmarks.peers import runs_of_peers
 from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
 
-
 KINDS = " out=", " in place"  # the ends of names; what has neither makes new tensors
+# 0 where the system does not tell.
 L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
-# The bytes that a rotation has at least. Beside a large L3 cache that is not ours alone, ROTATE_BYTES
-# are more than it keeps for us.
+# The bytes that a rotation has at least. Of an L3 cache that others use too, ROTATE_BYTES are more
+# than it keeps for us.
 ROTATIONS = {"warm": 0, "l2": 2 * (L2_BYTES or 2 << 20), "cold": ROTATE_BYTES}
 
 
@@ -294,7 +294,10 @@ def main():
     parser.add_argument("--md", metavar="FILE", help="the table that is printed last")
     parser.add_argument("--png", help="a chart; needs matplotlib")
     parser.add_argument(
-        "--from", dest="source", metavar="FILE", help="a JSON to make --png and --md from; measures nothing"
+        "--from",
+        dest="source",
+        metavar="FILE",
+        help="a JSON to make --png and --md from; measures nothing",
     )
     args = parser.parse_args()
     if args.source:

@@ -39,7 +39,9 @@ def test_every_mode_in_every_state(tmp_path):
 def test_buffers_of_a_cell_do_not_overlap_and_begin_at_a_page(cpu):
     sets = cpu.Pools().buffers(5, 72, torch.float32, 3)
     starts = sorted(t.data_ptr() for s in sets for t in s)
-    assert all(later - start >= 5 * 72 * 4 for start, later in zip(starts, starts[1:], strict=False))
+    assert all(
+        later - start >= 5 * 72 * 4 for start, later in zip(starts, starts[1:], strict=False)
+    )
     for name in ("x", "other", "out", "total"):
         places = {getattr(s, name).data_ptr() % 4096 for s in sets}
         assert len(places) == 1

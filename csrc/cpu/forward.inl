@@ -75,8 +75,8 @@ INLINE const Tx* residual_row(const RmsNormForward& p, int64_t row) {
   return static_cast<const Tx*>(p.addends.residual) + p.addends.residual_rows.offset(row);
 }
 
-// Forms a row of x, and sums its squares; next_row, unless it is -1, is fetched meanwhile. kCols: as
-// of ForwardRows; an fp32 head takes a tenth less time so.
+// Forms a row of x, and sums its squares; next_row, unless it is -1, is fetched meanwhile. kCols:
+// as of ForwardRows; an fp32 head takes a tenth less time so.
 template <class Tin, class Tx, bool kRound, int kCols>
 Doubles add_and_sum(const RmsNormForward& p, int64_t row, int64_t next_row,
                     Isa::SmallElements& small) {

@@ -131,8 +131,8 @@ struct Isa : OptionalVerbs {
     const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(v.odd, v.even));
     return U32(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
   }
-  // Then both addends are below 2^-118, for a BFloat16 is a multiple of 2^-7 times its power of two:
-  // of neither is one of the upper four bits of the exponent set.
+  // Then both addends are below 2^-118, for a BFloat16 is a multiple of 2^-7 times its power of
+  // two: of neither is one of the upper four bits of the exponent set.
   static INLINE bool sum_may_be_denormal(U32 a, U32 b) {
     return _mm512_testn_epi16_mask(__m512i(a | b), _mm512_set1_epi16(0x7800)) != 0;
   }

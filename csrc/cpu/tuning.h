@@ -20,21 +20,21 @@ constexpr int64_t between(int64_t value, int64_t low, int64_t high) {
 
 // A backward that reads and writes so much finds its next row in memory rather than in a cache. Its
 // rows are fetched ahead, which in fp32 takes up to 15 % less time here and up to 11 % more below
-// it; 16-bit rows are always fetched: cold ones take 10 % less time, others as long (Emerald Rapids,
-// one core). And rows are not put in groups, which in fp32 take 5 % longer in memory and 10 % less
-// in a cache (32x4096).
+// it; 16-bit rows are always fetched: cold ones take 10 % less time, others as long (Emerald
+// Rapids, one core). And rows are not put in groups, which in fp32 take 5 % longer in memory and 10
+// % less in a cache (32x4096).
 constexpr int64_t kFarBytes = 8 << 20;
 
 // A row of so many bytes is long, see Prefetch.
 inline int64_t long_row_bytes() { return kCaches.l1 / 4; }
 
-// Rows that are summed as a group, see schedule_rows: a part of an L1 cache. The forward fetches the
-// row behind them ahead, wherever it may lie. One core of an Emerald Rapids, time over that of
+// Rows that are summed as a group, see schedule_rows: a part of an L1 cache. The forward fetches
+// the row behind them ahead, wherever it may lie. One core of an Emerald Rapids, time over that of
 // groups of 24 KiB that fetch nothing; data of the call before in the caches, and in memory: fp32
 // 32x4096 1.06 and 0.87, 1024x768 0.95 and 0.93, 512x512 0.89 and 0.88, 2048x64 1.01 and 0.89; bf16
-// 32x4096 1.03 and 0.79, 1024x768 0.89 and 0.82, 512x512 0.98 and 0.85, 2048x64 1.00 and 0.87. 2 KiB
-// take more in bf16 1024x768, 0.98 and 0.89; 4 KiB in a fused addition of fp32 1024x768, 1.08 where
-// 6 KiB take 0.99.
+// 32x4096 1.03 and 0.79, 1024x768 0.89 and 0.82, 512x512 0.98 and 0.85, 2048x64 1.00 and 0.87. 2
+// KiB take more in bf16 1024x768, 0.98 and 0.89; 4 KiB in a fused addition of fp32 1024x768, 1.08
+// where 6 KiB take 0.99.
 constexpr int64_t kGroupBytes = 6 << 10;
 
 // Rows that are normalized before they are put into 8 bits: half of an L1 cache.

@@ -82,6 +82,7 @@ struct OptionalVerbs {
   static constexpr bool kRoundsBFloat16 = false;
   static U32 round_pair(Pair v);
   static bool sum_may_be_denormal(U32 a, U32 b);  // of BFloat16
+
   struct SmallElements {  // was one of the BFloat16 below 2^kSmallExponent?
     INLINE void look(U32) {}
     INLINE bool any() const { return true; }

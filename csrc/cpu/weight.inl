@@ -36,8 +36,7 @@ struct TileWeight {
 class WeightTiles {
  public:
   static constexpr int64_t kTile = kWeightTile;
-  static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0,
-                "see add_products");
+  static_assert(kTile % kFold == 0 && kGradientTile % kFold == 0, "see add_products");
   static INLINE int64_t tile_end(int64_t begin, int64_t cols) {
     return begin + kTile < cols ? begin + kTile : cols;
   }

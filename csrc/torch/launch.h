@@ -12,10 +12,10 @@
 
 namespace rmsnorm {
 
-// A thread is worth waking for this many bytes read and written: 2 us of work for a core, while fork
-// and join cost 1 us hot and far more once the pool has gone to sleep. On an Emerald Rapids a fused
-// addition of bf16 8x4096, which is twice this, takes 5.2 us on one core and 4.3 on two; from memory
-// 16.5 and 10.5.
+// A thread is worth waking for this many bytes read and written: 2 us of work for a core, while
+// fork and join cost 1 us hot and far more once the pool has gone to sleep. On an Emerald Rapids a
+// fused addition of bf16 8x4096, which is twice this, takes 5.2 us on one core and 4.3 on two; from
+// memory 16.5 and 10.5.
 constexpr int64_t kGrainBytes = 128 << 10;
 inline int64_t grain(int64_t bytes_per_item) {
   return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item));

@@ -145,8 +145,8 @@ void check_forward(const Forward& f, Tensor& x, Tensor& w, Layout y_layout, cons
   }
 }
 
-// Around one vector, one block of 64 lanes, one fold (256), a tile of gradients (1024), and sizes of
-// models; around a tile of weights (8192).
+// Around one vector, one block of 64 lanes, one fold (256), a tile of gradients (1024), and sizes
+// of models; around a tile of weights (8192).
 const int64_t kSizes[] = {1,   2,   3,   4,   5,   7,    8,    9,    15,   16,   17,  31,
                           32,  33,  48,  63,  64,  65,   80,   96,   127,  128,  129, 191,
                           255, 256, 257, 319, 511, 1000, 1024, 1025, 4095, 4096, 4097};
@@ -609,7 +609,8 @@ struct NewMemory {
 
   // Whole pages of these rows, in bytes.
   int64_t whole_pages(int64_t row_begin, int64_t row_end) const {
-    return ((row_end * row_bytes + 192) / kPage - (row_begin * row_bytes + 192 + kPage - 1) / kPage) *
+    return ((row_end * row_bytes + 192) / kPage -
+            (row_begin * row_bytes + 192 + kPage - 1) / kPage) *
            kPage;
   }
   // Is no page there but those that these rows touch?
