@@ -58,8 +58,6 @@ L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sy
 # The bytes that a rotation has at least. Of an L3 cache that others use too, ROTATE_BYTES are more
 # than it keeps for us.
 ROTATIONS = {"warm": 0, "l2": 2 * (L2_BYTES or 2 << 20), "cold": ROTATE_BYTES}
-
-
 MOST_SETS = 1 << 14  # of tensors in Python
 
 
@@ -77,7 +75,7 @@ class Pools:
         self.memory = {}
 
     def buffers(self, rows, cols, dtype, count):
-        """`count` sets of buffers. Each begins at a page: none has a better place than others."""
+        """`count` sets of buffers, whole pages apart: none lies better in its page than others."""
         step = -(-rows * cols * dtype.itemsize // 4096) * 4096 // dtype.itemsize
         made = []
         for name in Buffers._fields:

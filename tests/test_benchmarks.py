@@ -36,7 +36,7 @@ def test_every_mode_in_every_state(tmp_path):
         assert f"without {peer}: no file of its kernels was named" in run.stdout
 
 
-def test_buffers_of_a_cell_do_not_overlap_and_begin_at_a_page(cpu):
+def test_buffers_of_a_cell_do_not_overlap_and_lie_alike_in_their_pages(cpu):
     sets = cpu.Pools().buffers(5, 72, torch.float32, 3)
     starts = sorted(t.data_ptr() for s in sets for t in s)
     assert all(
