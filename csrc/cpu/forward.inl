@@ -2,6 +2,22 @@
 #pragma once
 #include "weight.inl"
 
+// In which order a call works, from the length of its rows alone; no bit depends on it.
+struct RowSchedule {
+  int64_t group;   // rows that are summed before the first of them is scaled
+  int64_t ahead;   // how many rows behind the one that is summed one is fetched
+  bool in_halves;  // see Prefetch
+};
+
+// Short rows are summed a group ahead of the one that is scaled: their square roots and divisions
+// share instructions and are waited for less.
+template <class Tx>
+INLINE RowSchedule schedule_rows(int64_t cols) {
+  const int64_t row_bytes = cols * int64_t(sizeof(Tx));
+  return {between(kGroupBytes / row_bytes, 1, Isa::kGroupRows),
+          between(kAheadBytes / row_bytes, 1, kMostAhead), row_bytes >= long_row_bytes()};
+}
+
 // Of the sum of squares. kLook: the elements go by `small` too.
 template <class Tx, bool kLook>
 struct Squares {
@@ -33,12 +49,20 @@ struct SquaresOfSum {
   Tx* x;
   Isa::SmallElements& small;
   const Tin* next_input;  // nullptr: nothing to fetch
-  Prefetch<Tx> next_residual;
+  const Tx* next_residual;
+  bool in_halves;
 
-  // The input as a whole; the residual by halves, the other one in the second pass.
+  // A short row to the L1 cache. Of a long one the residual by halves, as Prefetch does it, and the
+  // input as a whole.
   INLINE void fetch(int64_t i) const {
-    next_residual.template along<false, kBlock>(i);
-    if (next_input) Prefetch<Tin>::template lines<kBlock, 2>(next_input + i);
+    if (!next_input) return;
+    if (in_halves) {
+      Prefetch<Tin>::template lines<kBlock, 2>(next_input + i);
+      Prefetch<Tx>::template lines<kBlock / 2, 2>(next_residual + i / 2);
+    } else {
+      Prefetch<Tin>::template lines<kBlock, 3>(next_input + i);
+      Prefetch<Tx>::template lines<kBlock, 3>(next_residual + i);
+    }
   }
   INLINE Factors operator()(int64_t i, int n) const {
     const V v = round_and_store(x + i, load(input + i, n) + load(residual + i, n), n);
@@ -70,34 +94,30 @@ struct SquaresOfSum {
   }
 };
 
-template <class Tx>
-INLINE const Tx* residual_row(const RmsNormForward& p, int64_t row) {
-  return static_cast<const Tx*>(p.addends.residual) + p.addends.residual_rows.offset(row);
-}
-
-// Forms a row of x, and sums its squares; next_row, unless it is -1, is fetched meanwhile. kCols:
+// Forms a row of x, and sums its squares. fetches: there is a row to fetch meanwhile. kCols:
 // as of ForwardRows; an fp32 head takes a tenth less time so.
 template <class Tin, class Tx, bool kRound, int kCols>
-Doubles add_and_sum(const RmsNormForward& p, int64_t row, int64_t next_row,
-                    Isa::SmallElements& small) {
+Doubles add_and_sum(const RmsNormForward& p, int64_t row, bool fetches, Isa::SmallElements& small) {
   const int64_t cols = kCols ? kCols : p.cols;
+  const Addends& a = p.addends;
   Tx* x = static_cast<Tx*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
   Doubles sum = {};
   if constexpr (kIsSame<Tin, double>) {
     add_row_fp64(p, row);
     add_products(sum, 0, cols, Squares<Tx, kRound>{x, small, {}});
   } else {
-    const auto input = [&](int64_t i) {
-      return static_cast<const Tin*>(p.addends.input) + p.addends.input_rows.offset(i);
-    };
-    const bool fetch = next_row >= 0;
+    const RowSchedule schedule = schedule_rows<Tx>(cols);
+    const Tin* input = static_cast<const Tin*>(a.input) + a.input_rows.offset(row);
+    const Tx* residual = static_cast<const Tx*>(a.residual) + a.residual_rows.offset(row);
+    const Tin* next = row_ahead(input, a.input_rows, schedule.ahead);
     const SquaresOfSum<Tin, Tx, kRound> squares{
-        input(row),
-        residual_row<Tx>(p, row),
+        input,
+        residual,
         x,
         small,
-        fetch ? input(next_row) : nullptr,
-        {fetch ? residual_row<Tx>(p, next_row) : nullptr, cols, /*in_halves=*/true}};
+        fetches ? next : nullptr,
+        row_ahead(residual, a.residual_rows, schedule.ahead),
+        schedule.in_halves};
     add_products(sum, 0, cols, squares);
   }
   return sum;
@@ -159,23 +179,6 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
   }
 }
 
-// In which order a call works, from the length of its rows alone; no bit depends on it.
-struct RowSchedule {
-  int64_t group;       // rows that are summed before the first of them is scaled
-  int64_t fetch_rows;  // how many rows ahead one is fetched
-  bool in_halves;      // see Prefetch
-};
-
-// Short rows are summed a group ahead of the one that is scaled: their square roots and divisions
-// share instructions and are waited for less.
-template <class Tx>
-INLINE RowSchedule schedule_rows(int64_t cols) {
-  const int64_t row_bytes = cols * int64_t(sizeof(Tx));
-  const int64_t group = between(kGroupBytes / row_bytes, 1, Isa::kGroupRows);
-  if (group > 1) return {group, group + Isa::kGroupRows / 2, false};
-  return {1, 1, row_bytes >= long_row_bytes()};
-}
-
 // Some rows of y. kStream: past the caches. kCols: the length of the rows where it is known to the
 // compiler, else 0. kRound: BFloat16 is rounded by Isa::round_pair in groups without small
 // elements; the caller has seen to the weight.
@@ -218,22 +221,27 @@ class ForwardRows {
   INLINE const Tx* row_of_x(int64_t row) const {
     return static_cast<const Tx*>(p.x) + p.x_rows.offset(row);
   }
-  INLINE Prefetch<Tx> prefetch(int64_t row) const {
-    const Tx* next = nullptr;
-    if (row < fetch_end) next = add_and_sum ? residual_row<Tx>(p, row) : row_of_x(row);
-    return {next, cols(), schedule.in_halves};
+  // A row so many ahead of this one; of a sum what SquaresOfSum leaves of the residual.
+  INLINE Prefetch<Tx> prefetch(const Tx* x, int64_t row, int64_t ahead) const {
+    if (row + ahead >= row_end || (add_and_sum && !schedule.in_halves)) return {};
+    if (!add_and_sum) return {row_ahead(x, p.x_rows, ahead), cols(), schedule.in_halves};
+    const Addends& a = p.addends;
+    const Tx* residual = static_cast<const Tx*>(a.residual) + a.residual_rows.offset(row + ahead);
+    return {residual, cols(), /*in_halves=*/true};
   }
 
   // sums[j]: of the row's squares, in double.
   INLINE void sum_row(int64_t row, int64_t j) {
     if (!add_and_sum) {
       Doubles sum = {};
-      const Prefetch<Tx> next = schedule.in_halves ? prefetch(row + 1) : Prefetch<Tx>{};
-      add_products(sum, 0, cols(), Squares<Tx, kRound>{row_of_x(row), small, next});
+      const Tx* x = row_of_x(row);
+      const Prefetch<Tx> next =
+          schedule.in_halves ? prefetch(x, row, schedule.ahead) : Prefetch<Tx>{};
+      add_products(sum, 0, cols(), Squares<Tx, kRound>{x, small, next});
       sums[j] = sum;
     } else {
       Isa::SmallElements seen = small;  // a copy, or this object would stay in memory
-      sums[j] = add_and_sum(p, row, row + 1 < fetch_end ? row + 1 : -1, seen);
+      sums[j] = add_and_sum(p, row, row + schedule.ahead < row_end, seen);
       small = seen;
     }
   }
@@ -279,10 +287,11 @@ class ForwardRows {
   }
 
   INLINE void write_row(int64_t row, double rstd_of_row, bool round) {
-    const Prefetch<Tx> next = prefetch(row + schedule.fetch_rows);
+    const Tx* x = row_of_x(row);
+    const Prefetch<Tx> next = prefetch(x, row, window);
     const auto scale = [&](auto rounds) INLINE_LAMBDA {
-      scale_row<kStream, rounds.value, Tx, kCast>(row_of_x(row), weight, row_of_y(row), cols(),
-                                                  rstd_of_row, next);
+      scale_row<kStream, rounds.value, Tx, kCast>(x, weight, row_of_y(row), cols(), rstd_of_row,
+                                                  next);
     };
     round ? scale(Constant<kRound>()) : scale(Constant<false>());
   }
@@ -301,9 +310,8 @@ class ForwardRows {
   const int64_t any_cols = p.cols;
   const double per_col = 1.0 / double(cols());
   const RowSchedule schedule = schedule_rows<Tx>(cols());
-  // Rows before it are fetched ahead; of a sum long ones only. bf16 rows of 8192 took 10 to 16 %
-  // longer without, one core of an Emerald Rapids; in a Zen 4 a plain loop lost up to 30 % by it.
-  const int64_t fetch_end = p.addends.input && !schedule.in_halves ? 0 : row_end;
+  // From the row that is scaled to the one that is fetched.
+  const int64_t window = schedule.ahead + (schedule.group > 1 ? schedule.group : 0);
   const AddAndSum add_and_sum = add_and_sum_of<Tx, kRound, kCols>(p);  // nullptr: x is there
   static_assert(Isa::kGroupRows % Isa::kTotals == 0);
   Doubles sums[Isa::kGroupRows];

@@ -80,6 +80,13 @@ INLINE void join(BFloat16* p, Pair v) {
   __builtin_memcpy(p, &pairs, sizeof pairs);
 }
 
+// So many rows ahead, to be fetched: exact where rows are evenly spaced. Where they are not, it is
+// right for most of them, and takes none of offset()'s divisions.
+template <class T>
+INLINE T* row_ahead(T* row, const Rows& rows, int64_t ahead) {
+  return row + ahead * rows.stride[rows.ndim - 1];
+}
+
 // May whole vectors of all rows be streamed?
 template <class T>
 INLINE bool streamable(const void* data, const Rows& rows) {

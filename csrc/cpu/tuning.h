@@ -25,17 +25,26 @@ constexpr int64_t between(int64_t value, int64_t low, int64_t high) {
 // % less in a cache (32x4096).
 constexpr int64_t kFarBytes = 8 << 20;
 
-// A row of so many bytes is long, see Prefetch.
+// A row of so many bytes is long, see Prefetch. That rows of a sum are fetched, which long ones of
+// fp32 were before, is, out of memory and in the caches: bf16 512x4096, 8 KiB, 0.81 and 1.01 times
+// the time, 1024x768 0.80 and 0.92, 16384x64 0.83 and 0.98; fp32 1024x768 0.81 and 0.95, 16384x64
+// 0.79 and 0.95 (one core of an Emerald Rapids; with AVX2 0.75 to 1.0 and 0.93 to 1.07).
 inline int64_t long_row_bytes() { return kCaches.l1 / 4; }
 
-// Rows that are summed as a group, see schedule_rows: a part of an L1 cache. The forward fetches
-// the row behind them ahead, wherever it may lie. One core of an Emerald Rapids, time over that of
+// Rows that are summed as a group, see schedule_rows: a part of an L1 cache. The next row is
+// fetched, wherever it may lie. One core of an Emerald Rapids, time over that of
 // groups of 24 KiB that fetch nothing; data of the call before in the caches, and in memory: fp32
 // 32x4096 1.06 and 0.87, 1024x768 0.95 and 0.93, 512x512 0.89 and 0.88, 2048x64 1.01 and 0.89; bf16
 // 32x4096 1.03 and 0.79, 1024x768 0.89 and 0.82, 512x512 0.98 and 0.85, 2048x64 1.00 and 0.87. 2
 // KiB take more in bf16 1024x768, 0.98 and 0.89; 4 KiB in a fused addition of fp32 1024x768, 1.08
 // where 6 KiB take 0.99.
 constexpr int64_t kGroupBytes = 6 << 10;
+
+// So many bytes, and rows at most, is one that is fetched ahead of one that is summed. One core of
+// an Emerald Rapids, out of memory, time over that of 4 rows: fused addition in fp32 16384x64 8
+// rows 0.90, 1 row 1.12; 4096x256 2 rows 1.03, 1 row 1.12; forward 16384x64 8 rows 0.82. In the
+// caches, 8 rows and 1: forward 1024x768 1.03 and 0.94, 2048x512 1.05 and 0.94.
+constexpr int64_t kAheadBytes = 3 << 10, kMostAhead = 8;
 
 // Rows that are normalized before they are put into 8 bits: half of an L1 cache.
 inline int64_t quant_bytes() { return kCaches.l1 / 2; }
