@@ -46,6 +46,7 @@ from benchmarks.common import (
     machine,
     measure,
     norms,
+    pyplot,
     quantized,
     training_step,
 )
@@ -58,6 +59,7 @@ L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sy
 # The bytes that a rotation has at least. Of an L3 cache that others use too, ROTATE_BYTES are more
 # than it keeps for us.
 ROTATIONS = {"warm": 0, "l2": 2 * (L2_BYTES or 2 << 20), "cold": ROTATE_BYTES}
+STATES = list(ROTATIONS)
 MOST_SETS = 1 << 14  # of tensors in Python
 
 
@@ -88,6 +90,10 @@ class Pools:
         return [Buffers(*fields) for fields in zip(*made, strict=True)]
 
 
+def of_x(run):
+    return lambda s: run(s.x)
+
+
 class Cell:
     """The tensors of one shape, pair of dtypes and state."""
 
@@ -97,13 +103,12 @@ class Cell:
         # Every mode reads or writes two of the four at least.
         count = -(-ROTATIONS[state] // (2 * self.bytes))
         self.sets = pools.buffers(rows, cols, dtype, min(max(count, 1), MOST_SETS))
-        self.weight = torch.randn(cols).to(weight_dtype)
+        # In place a sum grows by its norm with each call. A small weight keeps it in fp16's range, an
+        # even one its direction: by others few elements would become nearly all of a row.
+        self.weight = ((1 + torch.randn(cols) / 64) / 64).to(weight_dtype)
         self.bias = torch.zeros(cols, dtype=weight_dtype)
 
     def forward(self, compiled):
-        def of_x(run):
-            return lambda s: run(s.x)
-
         functions = norms(self.cols, self.weight, self.bias, compiled)
         runs = {name: of_x(norm) for name, (norm, _) in functions.items()}
         module = rmsnorm_cuda.RMSNorm(self.cols, EPS, dtype=self.weight.dtype).requires_grad_(False)
@@ -126,7 +131,6 @@ class Cell:
             return s.out.copy_(s.total)
 
         functions = fused_adds(self.cols, self.weight, compiled)
-        # In place the values drift, but stay numbers: the sum grows by a norm with each call.
         return {name: of_both(run) for name, run in functions.items()} | {
             "ours in place": lambda s: rmsnorm_cuda.fused_add_rms_norm_(
                 s.out, s.total, self.weight, EPS
@@ -135,9 +139,6 @@ class Cell:
         }
 
     def quantized(self, compiled):
-        def of_x(run):
-            return lambda s: run(s.x)
-
         count = self.bytes * (1 + self.dtype.itemsize) // (2 * self.dtype.itemsize)
 
         def floor(s):
@@ -271,6 +272,41 @@ def summary(results):
     return "\n".join(lines).rstrip()
 
 
+def chart_by_state(results, file, title):
+    """A line for each use and state, on it a dot for each cell and other library."""
+    plt = pyplot()
+    cells = [cell for cell in compared(results) if cell.use != "fused new"]  # no library has it
+    lines = sorted(
+        {(cell.use, cell.state) for cell in cells},
+        key=lambda line: (line[0], STATES.index(line[1])),
+    )
+    names = list(dict.fromkeys(name for cell in cells for name in cell.ratios))
+    fig, axis = plt.subplots(figsize=(9, 1.4 + 0.5 * len(lines)))
+    for number, name in enumerate(names):
+        points = []
+        for at, line in enumerate(lines):
+            ratios = [
+                c.ratios[name] for c in cells if (c.use, c.state) == line and name in c.ratios
+            ]
+            # Each library has a track of its own, in which dots spread.
+            track = at - 0.35 + 0.7 * number / max(len(names) - 1, 1)
+            points += [(ratio, track + 0.03 * (i % 3 - 1)) for i, ratio in enumerate(ratios)]
+        axis.plot(*zip(*points, strict=True), "o", markersize=3, alpha=0.6, label=name)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(lines)), [", ".join(line) for line in lines], fontsize=9)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{title}: time, ours = 1; a dot is a cell", fontsize=10)
+    fig.legend(fontsize=9, loc="lower center", ncols=len(names), frameon=False)
+    fig.tight_layout(rect=(0, 0.4 / fig.get_figheight(), 1, 1))
+    fig.savefig(file, dpi=90)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -338,7 +374,9 @@ def main():
 def report(results, isa, args):
     if args.md:
         Path(args.md).write_text(summary(results) + "\n")
-    if args.png:
+    if args.png and len({cell.get("state") for cell in results}) > 1:
+        chart_by_state(results, args.png, f"CPU, {isa}")
+    elif args.png:
         chart(results, args.png, f"CPU, {isa}", hidden=("floor", "empty_like"))
 
 
