@@ -352,7 +352,8 @@ void forward_typed(const RmsNormForward& p, int64_t row_begin, int64_t row_end, 
   }
   // A tile does not pay for one row. In long rows it takes the place of x or y in the L1 cache.
   if constexpr (!kIsFloat<Tx> && kIsSame<Tx, Ty>) {
-    const bool long_rows = Isa::kConverts16Bit && p.cols > kDirectCols;
+    const bool in_tile = kIsSame<Tx, Half> && !p.stream && p.cols <= half_tile_cols();
+    const bool long_rows = Isa::kConverts16Bit && p.cols > kDirectCols && !in_tile;
     if (p.w_dtype == p.x_dtype && p.weight_offset == 0 && (row_end - row_begin == 1 || long_rows)) {
       Weight<Tx> weight{static_cast<const Tx*>(p.weight)};
       if constexpr (kRound) {

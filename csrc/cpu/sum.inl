@@ -294,15 +294,28 @@ INLINE bool in_fast_range(double rstd) { return rstd >= kMinFastRstd && rstd <= 
 // of the sum, the row is summed again in double.
 constexpr double kDominant = 0.4;
 
+typedef double EightDoubles __attribute__((vector_size(64)));
+template <class Tx>
+INLINE void add_squares(EightDoubles& sum, const Tx* x) {
+  typedef Tx Eight __attribute__((vector_size(8 * sizeof(Tx))));
+  Eight eight;
+  __builtin_memcpy(&eight, x, sizeof eight);
+  const EightDoubles v = __builtin_convertvector(eight, EightDoubles);
+  sum += v * v;
+}
+
 template <class Tx>
 __attribute__((noinline)) double sum_squares_in_double(const Tx* x, int64_t cols) {
-  double lanes[8] = {}, four[4];
-  const auto add = [&](int lane, Tx v) INLINE_LAMBDA { lanes[lane] += double(v) * double(v); };
+  EightDoubles a = {}, b = {}, c = {}, d = {};  // that one addition need not wait for another
   int64_t i = 0;
-  for (; i + 8 <= cols; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) add(lane, x[i + lane]);
+  for (; i + 32 <= cols; i += 32) {
+    add_squares(a, x + i), add_squares(b, x + i + 8);
+    add_squares(c, x + i + 16), add_squares(d, x + i + 24);
   }
-  for (int lane = 0; i + lane < cols; ++lane) add(lane, x[i + lane]);
+  EightDoubles lanes = (a + b) + (c + d);
+  for (; i + 8 <= cols; i += 8) add_squares(lanes, x + i);
+  for (int lane = 0; i + lane < cols; ++lane) lanes[lane] += double(x[i + lane]) * x[i + lane];
+  double four[4];
   for (int lane = 0; lane < 4; ++lane) four[lane] = lanes[lane] + lanes[lane + 4];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
