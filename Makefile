@@ -88,12 +88,15 @@ $(VENV)/demo-ready: $(VENV)/ready
 RESULTS := benchmarks/results
 MACHINE := epyc-zen4-avx512
 STUDY := layernorm-vs-rmsnorm
-# $(call drawn,NAME,EXTENSIONS): from the JSON of that name, the files beside it.
+# $(call drawn,NAME,EXTENSIONS): from the JSON of that name, the files beside it. Of another machine:
+# $(call drawn_of,NAME-MACHINE,EXTENSIONS).
 result = $(RESULTS)/$(1)-$(MACHINE)
-drawn = --from $(result).json $(foreach kind,$(2),--$(kind) $(result).$(kind))
+drawn = $(call drawn_of,$(1)-$(MACHINE),$(2))
+drawn_of = --from $(RESULTS)/$(1).json $(foreach kind,$(2),--$(kind) $(RESULTS)/$(1).$(kind))
 figures: $(VENV)/demo-ready build
 	$(BIN)/python benchmarks/uses.py --png $(call result,uses).png
 	$(BIN)/python benchmarks/cpu.py $(call drawn,cpu,png)
+	$(BIN)/python benchmarks/cpu.py $(call drawn_of,cpu-peers-emerald-rapids-avx512,png md)
 	$(BIN)/python benchmarks/layernorm_vs_rmsnorm ops $(call drawn,$(STUDY)-ops,png md)
 	$(BIN)/python benchmarks/layernorm_vs_rmsnorm train $(call drawn,$(STUDY)-train,png md)
 	$(BIN)/python benchmarks/monitor.py $(call drawn,monitor,png)

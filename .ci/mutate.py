@@ -38,7 +38,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 FLAGS += ["-fno-math-errno", "-Wno-psabi"]
 DTYPES = {"BFloat16": "bf16", "Half": "fp16", "float": "fp32"}
 DTYPE_ENUM = {"BFloat16": "kBFloat16", "Half": "kFloat16", "float": "kFloat32"}
-FAMILIES = "forward", "backward", "quant"
+FAMILIES = "forward", "backward", "quant", "rope"
 # What of an instruction set is compiled, the quickest first; None: for all dtypes.
 STEPS = [("avx2", "BFloat16"), ("avx2", "float"), ("scalar", "float"), ("avx512", "BFloat16")]
 STEPS += [("avx2", None)]
@@ -173,11 +173,13 @@ def compile_family(folder, isa, family, to):
     for other in set(FAMILIES) - {family}:
         source = source.replace(f'#include "{other}.inl"\n', "")
     members = {
-        "forward": r"{\2, \3, nullptr, nullptr, nullptr}",
-        "backward": r"{\2, nullptr, \4, dweight, nullptr}",
-        "quant": r"{\2, nullptr, nullptr, nullptr, quantize}",
+        "forward": r"{\2, \3, nullptr, nullptr, nullptr, nullptr}",
+        "backward": r"{\2, nullptr, \4, dweight, nullptr, nullptr}",
+        "quant": r"{\2, nullptr, nullptr, nullptr, quantize, nullptr}",
+        "rope": r"{\2, nullptr, nullptr, nullptr, nullptr, rotate}",
     }
-    kernels = r"const Kernels (\w+) = \{(.*), (forward<\w+>), (backward<\w+>), dweight, quantize\};"
+    kernels = r"const Kernels (\w+) = \{(.*), (forward<\w+>), (backward<\w+>),"
+    kernels += r"\s+dweight,\s+quantize,\s+rotate\};"
     declared = rf"extern const Kernels mutant_\1;\nconst Kernels mutant_\1 = {members[family]};"
     source, count = re.subn(kernels, declared, source)
     assert count, f"{path}: no Kernels"

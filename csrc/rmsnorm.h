@@ -114,6 +114,48 @@ struct RmsNormBackward {
   bool stream, fresh;  // as above, of dx
 };
 
+// The rotary embedding of q or k: in the first 2 * pairs columns of a head, (a, b) becomes
+// (a * cos - b * sin, b * cos + a * sin) by the angles of the head's token.
+struct Rope {
+  static constexpr int kMostPairs = 256;
+  // [tokens, pairs] each, placed by angle_rows; or with positions a cache [positions, pairs] each,
+  // evenly spaced.
+  const void* cos;
+  const void* sin;
+  Rows angle_rows;
+  const int64_t* positions;  // [axis_count, tokens], dense; nullptr: angles are by token
+  int64_t tokens, pairs;
+  // Of several axes (time, height, width) pair i takes those of axes[i], which lie so many elements
+  // behind those of the first; or with positions are those of positions[axes[i]].
+  int64_t axis_stride;
+  int32_t axis_count;
+  DType dtype;
+  bool interleaved;  // a pair is two neighbours; else what lies `pairs` columns apart
+  // Norm, cos, sin and each product are rounded to the norm's dtype. Else the norm is in fp32, and
+  // the result rounded once. (Where one of the norm's tensors is fp64, all is fp64.)
+  bool round_each_step;
+  uint8_t axes[kMostPairs];
+
+  RMSNORM_HOST_DEVICE int64_t offset(int64_t token, int axis) const {
+    return positions ? positions[axis * tokens + token] * angle_rows.stride[0]
+                     : angle_rows.offset(token) + axis * axis_stride;
+  }
+};
+
+// The norm of q or k, and then its rotary embedding.
+struct RmsNormRope {
+  RmsNormForward norm;  // y: the result of both; x is no sum, and nothing is quantized
+  Rope rope;
+  int64_t rows_per_token;  // heads of a token, each of them a row of the norm; or 1
+  int64_t heads_per_row;   // 1; or those that lie side by side in a row, and are normalized as one
+};
+
+struct RmsNormRopeBackward {
+  RmsNormBackward norm;  // dy: of the result of both; without dresidual
+  Rope rope;
+  int64_t rows_per_token, heads_per_row;
+};
+
 // A row is done in fp32 while its rstd is in this range. Then mean(x^2) + eps is in [2^-60, 2^60],
 // and neither the sum of squares nor a product with rstd over- or underflows.
 constexpr float kMinFastRstd = 0x1p-30f;
@@ -139,6 +181,16 @@ struct BackwardPlan {
 BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p);
 void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
+
+// The same with the rotary embedding. workspace: as of the forward, of this call alone, and never
+// nullptr. Positions have been checked.
+void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_end,
+                           void* workspace);
+int64_t rms_norm_rope_workspace(const RmsNormRope& p);
+// With rms_norm_backward_plan(p.norm), and its second stage, rms_norm_backward_dweight(p.norm).
+void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
+                            void* workspace);
+int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward& p);
 
 // For `stream`: does writing so many bytes past the caches take less time? is_new: the memory was
 // allocated for this call.

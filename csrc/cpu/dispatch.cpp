@@ -53,7 +53,10 @@ const Kernels* best() {
       [](const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
         (p.x_dtype == DType::kFloat16 ? kAvx2 : *usual).forward(p, row_begin, row_end, y_begin);
       },
-      usual->backward, usual->dweight, usual->quantize};
+      usual->backward,
+      usual->dweight,
+      usual->quantize,
+      usual->rotate};
   if (count > 3 && __builtin_cpu_is("amdfam19h")) return &zen4;
 #endif
   return kTable[count - 1];
@@ -149,10 +152,6 @@ const Kernels& kernels_for(const P& p) {
   return has_fp64(p) ? kFp64 : kernels();
 }
 
-int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 // New memory of dense rows, whose pages may not be there before they are written.
 class FreshRows {
  public:
@@ -185,15 +184,18 @@ class FreshRows {
   int64_t row_bytes_;
 };
 
-int64_t quant_row_bytes(const RmsNormForward& p) { return p.cols * size_of(p.y_dtype); }
-int64_t quant_rows(const RmsNormForward& p) {
-  return std::max<int64_t>(1, quant_bytes() / quant_row_bytes(p));
+// Rows of a tile of y, which the step behind the norm reads.
+int64_t tile_rows(const RmsNormForward& p) {
+  return std::clamp<int64_t>(tile_bytes() / (p.cols * size_of(p.y_dtype)), 1, p.rows);
+}
+int64_t tile_bytes_of(const RmsNormForward& p) {
+  return tile_rows(p) * p.cols * size_of(p.y_dtype);
 }
 
 }  // namespace
 
 int64_t rms_norm_forward_workspace(const RmsNormForward& p) {
-  return p.quant.data && !p.y ? std::min(quant_rows(p), p.rows) * quant_row_bytes(p) : 0;
+  return p.quant.data && !p.y ? tile_bytes_of(p) : 0;
 }
 
 namespace {
@@ -207,7 +209,7 @@ void forward_and_quantize(const RmsNormForward& p, int64_t row_begin, int64_t ro
     part.y_rows = {1, {}, {p.cols}};
     part.stream = false;
   }
-  const int64_t rows = quant_rows(p);
+  const int64_t rows = tile_rows(p);
   for (int64_t row = row_begin; row < row_end; row += rows) {
     const int64_t end = std::min(row + rows, row_end), y_begin = p.y ? 0 : row;
     chosen.forward(part, row, end, y_begin);
@@ -258,6 +260,94 @@ void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t bl
 
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
   kernels_for(p).dweight(p, col_begin, col_end);
+}
+
+// ---------------------------------------------------------------- with rotary embedding
+
+namespace {
+
+template <class P>
+RotatedRows rotated_rows(const P& p) {
+  RotatedRows r{};
+  r.rows_per_token = p.rows_per_token;
+  r.heads_per_row = p.heads_per_row;
+  r.head_cols = p.norm.cols / p.heads_per_row;
+  return r;
+}
+
+template <class P>
+DType tile_type(const P& norm) {
+  return has_fp64(norm) ? DType::kFloat64 : DType::kFloat32;
+}
+
+// The norm alone, to a tile.
+RmsNormForward norm_to_tile(const RmsNormRope& p) {
+  RmsNormForward norm = p.norm;
+  if (!p.rope.round_each_step) norm.y_dtype = tile_type(norm);
+  norm.y_rows = {1, {}, {norm.cols}};
+  norm.stream = false;
+  return norm;
+}
+
+// The gradient alone, from a tile.
+RmsNormBackward gradient_from_tile(const RmsNormRopeBackward& p) {
+  RmsNormBackward norm = p.norm;
+  norm.dy_dtype = tile_type(norm);
+  norm.dy_rows = {1, {}, {norm.cols}};
+  return norm;
+}
+
+}  // namespace
+
+int64_t rms_norm_rope_workspace(const RmsNormRope& p) { return tile_bytes_of(norm_to_tile(p)); }
+
+void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_end,
+                           void* workspace) {
+  const Kernels& chosen = kernels_for(p.norm);
+  RmsNormForward norm = norm_to_tile(p);
+  norm.y = workspace;
+  RotatedRows rotated = rotated_rows(p);
+  rotated.from = workspace;
+  rotated.from_rows = norm.y_rows;
+  rotated.from_dtype = norm.y_dtype;
+  rotated.to = p.norm.y;
+  rotated.to_rows = p.norm.y_rows;
+  rotated.to_dtype = p.norm.y_dtype;
+  const int64_t rows = tile_rows(norm);
+  for (int64_t row = row_begin, end; row < row_end; row = end) {
+    end = std::min(row + rows, row_end);
+    chosen.forward(norm, row, end, row);
+    rotated.from_begin = row;
+    chosen.rotate(p.rope, rotated, row, end);
+  }
+}
+
+int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward& p) {
+  const RmsNormBackward norm = gradient_from_tile(p);
+  return rms_norm_backward_plan(norm).block_rows * norm.cols * size_of(norm.dy_dtype);
+}
+
+void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
+                            void* workspace) {
+  const Kernels& chosen = kernels_for(p.norm);
+  RmsNormBackward norm = gradient_from_tile(p);
+  const int64_t block_rows = rms_norm_backward_plan(norm).block_rows;
+  RotatedRows rotated = rotated_rows(p);
+  rotated.from = p.norm.dy;
+  rotated.from_rows = p.norm.dy_rows;
+  rotated.from_dtype = p.norm.dy_dtype;
+  rotated.to = workspace;
+  rotated.to_rows = norm.dy_rows;
+  rotated.to_dtype = norm.dy_dtype;
+  rotated.reversed = true;
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t row = block * block_rows, end = std::min(row + block_rows, norm.rows);
+    rotated.to_begin = row;
+    chosen.rotate(p.rope, rotated, row, end);
+    norm.dy = reinterpret_cast<const void*>(  // where row 0 would be
+        reinterpret_cast<uintptr_t>(workspace) - row * norm.cols * size_of(norm.dy_dtype));
+    chosen.backward(norm, block, block + 1);
+  }
 }
 
 }  // namespace rmsnorm::cpu

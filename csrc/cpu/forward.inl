@@ -389,12 +389,10 @@ void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_
     with_type(p.y_dtype, [&](auto y) {
       using Tx = decltype(x);
       using Ty = decltype(y);
-      // A residual in fp32 beside 16-bit activations, or a weight in fp32 beside them.
+      // A residual in fp32 beside 16-bit activations, a weight in fp32 beside them, or a tile.
       constexpr bool kSame = kIsSame<Tx, Ty>, kRoundTx = kRound && kSame && kIsBFloat16<Tx>;
-      if constexpr (kSame || kIsFloat<Tx>) {
-        if (!cast) return forward_typed<Tx, Ty, false, kRoundTx>(p, row_begin, row_end, y_begin);
-      }
       if constexpr (kSame || kIsFloat<Tx> || kIsFloat<Ty>) {
+        if (!cast) return forward_typed<Tx, Ty, false, kRoundTx>(p, row_begin, row_end, y_begin);
         forward_typed<Tx, Ty, true, kRoundTx>(p, row_begin, row_end, y_begin);
       }
     });

@@ -164,6 +164,37 @@ void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64
   kScalar.quantize(p, row_begin, row_end, y_begin);
 }
 
+// Angles of fp64 beside fp32 are rounded first.
+void rotate(const Rope& rope, const RotatedRows& r, int64_t row_begin, int64_t row_end) {
+  const bool fp64 = r.from_dtype == kDouble || r.to_dtype == kDouble;
+  const bool each = rope.round_each_step && !r.reversed;
+  const auto rounded = [&](double v) { return each ? round_to(r.to_dtype, v) : v; };
+  const int64_t cols = r.head_cols, pairs = rope.pairs, apart = rope.interleaved ? 1 : pairs;
+  for (int64_t i = row_begin * r.heads_per_row; i < row_end * r.heads_per_row; ++i) {
+    const int64_t row = i / r.heads_per_row, column = i % r.heads_per_row * cols;
+    const int64_t token = row / r.rows_per_token;
+    const int64_t from = r.from_rows.offset(row - r.from_begin) + column;
+    const int64_t to = r.to_rows.offset(row - r.to_begin) + column;
+    const auto x = [&](int64_t c) { return load(r.from, r.from_dtype, from + c); };
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t at = rope.offset(token, rope.axis_count == 1 ? 0 : rope.axes[pair]) + pair;
+      const auto angle = [&](const void* table) {
+        const double value = load(table, rope.dtype, at);
+        return rounded(fp64 ? value : double(float(value)));
+      };
+      const double cos = angle(rope.cos), sin = r.reversed ? -angle(rope.sin) : angle(rope.sin);
+      const int64_t c = rope.interleaved ? 2 * pair : pair;
+      const double a = x(c), b = x(c + apart);
+      const double turned[] = {rounded(a * cos) - rounded(b * sin),
+                               rounded(b * cos) + rounded(a * sin)};
+      store(r.to, r.to_dtype, to + c, 1, [&](int64_t) { return turned[0]; });
+      store(r.to, r.to_dtype, to + c + apart, 1, [&](int64_t) { return turned[1]; });
+    }
+    const int64_t rest = 2 * pairs;
+    store(r.to, r.to_dtype, to + rest, cols - rest, [&](int64_t c) { return x(rest + c); });
+  }
+}
+
 }  // namespace
 
 bool has_fp64(const RmsNormForward& p) {
@@ -219,6 +250,6 @@ void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial) {
 }
 template void backward_row_fp64(const RmsNormBackward&, int64_t, float*);
 
-const Kernels kFp64 = {"fp64", forward, backward, dweight, quantize};
+const Kernels kFp64 = {"fp64", forward, backward, dweight, quantize, rotate};
 
 }  // namespace rmsnorm::cpu

@@ -52,6 +52,8 @@ INLINE V in_order(__m256 v) {
 INLINE V evens(V low, V high) { return in_order(_mm256_shuffle_ps(low, high, 0x88)); }
 INLINE V odds(V low, V high) { return in_order(_mm256_shuffle_ps(low, high, 0xdd)); }
 
+INLINE V swap_pairs(V v) { return _mm256_permute_ps(v, 0xb1); }
+
 INLINE int32_t largest_lane(V v) {
   const __m256i eight = _mm256_castps_si256(v);
   const __m128i four =
@@ -109,10 +111,11 @@ struct Isa : OptionalVerbs {
 #include "backward.inl"
 #include "forward.inl"
 #include "quant.inl"
+#include "rope.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize};
+const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize, rotate};
 
 }  // namespace rmsnorm::cpu
 

@@ -61,6 +61,8 @@ INLINE V odds(V low, V high) {
   return _mm512_permutex2var_ps(low, odd, high);
 }
 
+INLINE V swap_pairs(V v) { return _mm512_permute_ps(v, 0xb1); }
+
 INLINE int32_t largest_lane(V v) { return _mm512_reduce_max_epi32(_mm512_castps_si512(v)); }
 
 struct Doubles {
@@ -157,11 +159,14 @@ struct Isa : OptionalVerbs {
 #include "backward.inl"
 #include "forward.inl"
 #include "quant.inl"
+#include "rope.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize};
-const Kernels kAvx512Bf16 = {Isa::kNames[1], forward<true>, backward<true>, dweight, quantize};
+const Kernels kAvx512 = {Isa::kNames[0], forward<false>, backward<false>,
+                         dweight,        quantize,       rotate};
+const Kernels kAvx512Bf16 = {Isa::kNames[1], forward<true>, backward<true>,
+                             dweight,        quantize,      rotate};
 
 }  // namespace rmsnorm::cpu
 

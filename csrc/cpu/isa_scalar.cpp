@@ -82,6 +82,7 @@ INLINE uint64_t narrow(V v, Half) {
 
 INLINE V evens(V low, V high) { return SHUFFLE(low, high, 0, 2, 4, 6); }
 INLINE V odds(V low, V high) { return SHUFFLE(low, high, 1, 3, 5, 7); }
+INLINE V swap_pairs(V v) { return SHUFFLE(v, v, 1, 0, 3, 2); }
 
 INLINE int32_t largest_lane(V v) {
   const I bits = I(v);
@@ -117,9 +118,11 @@ struct Isa : OptionalVerbs {
 #include "backward.inl"
 #include "forward.inl"
 #include "quant.inl"
+#include "rope.inl"
 
 }  // namespace
 
-const Kernels kScalar = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize};
+const Kernels kScalar = {Isa::kNames[0], forward<false>, backward<false>,
+                         dweight,        quantize,       rotate};
 
 }  // namespace rmsnorm::cpu

@@ -17,6 +17,10 @@
 
 namespace rmsnorm::cpu {
 
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 enum class Half : uint16_t {};
 enum class BFloat16 : uint16_t {};
 
@@ -28,6 +32,17 @@ constexpr int kMinWeightExponent = -70;
 // denormal.
 constexpr int kSmallExponent = -31;
 
+// Heads that are rotated on their way from one tensor, or a tile, to another.
+struct RotatedRows {
+  const void* from;
+  void* to;
+  Rows from_rows, to_rows;
+  int64_t from_begin, to_begin;  // the rows that they start with: 0, or the first one of a tile
+  int64_t rows_per_token, heads_per_row, head_cols;
+  DType from_dtype, to_dtype;
+  bool reversed;  // by the negative angles, as gradients are
+};
+
 // One instruction set.
 struct Kernels {
   const char* name;
@@ -36,6 +51,7 @@ struct Kernels {
   void (*backward)(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
   void (*dweight)(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
   void (*quantize)(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
+  void (*rotate)(const Rope& rope, const RotatedRows& rows, int64_t row_begin, int64_t row_end);
 };
 // The first: every row in double, of fp64 tensors too, which the others do not take.
 extern const Kernels kFp64, kScalar, kAvx2, kAvx512, kAvx512Bf16;

@@ -46,8 +46,8 @@ constexpr int64_t kGroupBytes = 6 << 10;
 // caches, 8 rows and 1: forward 1024x768 1.03 and 0.94, 2048x512 1.05 and 0.94.
 constexpr int64_t kAheadBytes = 3 << 10, kMostAhead = 8;
 
-// Rows that are normalized before they are put into 8 bits: half of an L1 cache.
-inline int64_t quant_bytes() { return kCaches.l1 / 2; }
+// Rows that are normalized before they are put into 8 bits, or rotated: half of an L1 cache.
+inline int64_t tile_bytes() { return kCaches.l1 / 2; }
 
 // An output of so many bytes is written past the caches, which would have to read every line first.
 // fp32, one core of a Zen 2 with 16 MiB of L3, us for an output of 4, 6, 8, 12 MiB: 240, 474, 959,

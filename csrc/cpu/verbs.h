@@ -30,6 +30,7 @@ VERB(Bits16, narrow(V(), Half()));    // rounded to nearest even
 VERB(Bits16, pack_upper(V()));        // the upper 16 bits of each lane
 VERB(V, evens(V(), V()));             // the elements 0, 2, 4, ... of two vectors
 VERB(V, odds(V(), V()));              // 1, 3, 5, ...
+VERB(V, swap_pairs(V()));             // 1, 0, 3, 2, 5, 4, ...
 VERB(int32_t, largest_lane(V()));     // of the lanes as integers
 VERB(bool, exceeds(Doubles(), 0.0));  // is one of the lanes larger?
 VERB(double, total(Doubles()));       // the sum of the lanes, by halving

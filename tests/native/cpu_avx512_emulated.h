@@ -207,6 +207,9 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 #define _mm512_cvtne2ps_pbh(a, b) emulated::to_bfloat16(a, b)
 #define _mm512_permutexvar_epi16(index, v) emulated::each(emulated::pick, index, v)
 #define _mm512_permutex2var_ps(a, index, b) emulated::pick(a, index, b)
+#define _mm512_permute_ps(v, order)                                              \
+  emulated::join<__m512>(_mm256_permute_ps(emulated::half<__m256>(v, 0), order), \
+                         _mm256_permute_ps(emulated::half<__m256>(v, 1), order))
 #define _mm512_load_si512(p) reinterpret_cast<__m512i>(emulated::load(p))
 #define _mm512_set1_epi16(a) emulated::set1_16(a)
 #define _mm512_add_epi16(a, b) emulated::each(emulated::sum, a, b)

@@ -3,7 +3,7 @@
 //   ./cpu_check
 // or with the objects of the build in place of csrc/cpu/*.cpp. Also with
 // -fsanitize=address,undefined. Every instruction set that the machine has is run. Silent but for
-// failures and the last line. Arguments choose: parts (choice, forward, quant, backward),
+// failures and the last line. Arguments choose: parts (choice, forward, quant, backward, rope),
 // instruction sets (avx2, ...) and the only dtypes (of=bf16, ...).
 #include <sys/syscall.h>
 
@@ -862,12 +862,304 @@ void check_backward_extremes() {
   check_backward(b, "one NaN");
 }
 
+// ---------------------------------------------------------------- rotary embedding
+
+// q or k of some tokens, and their angles, in one of the ways that they lie in.
+struct Rotary {
+  Forward f;
+  int64_t tokens, heads, cols, pairs;
+  bool across, interleaved, cached;  // across: one variance for all heads of a token
+  int axis_count;
+  DType angle_type;
+  Tensor x, w, cos, sin;
+  std::vector<int64_t> positions;
+  Rope rope{};
+
+  Rotary(const Forward& forward, int64_t tokens, int64_t heads, int64_t cols, int64_t pairs,
+         int turn)
+      : f(forward),
+        tokens(tokens),
+        heads(heads),
+        cols(cols),
+        pairs(pairs),
+        across(turn % 5 == 0),
+        interleaved(turn % 2),
+        cached(turn % 3 == 0),
+        axis_count(turn % 4 == 3 ? 3 : 1),
+        angle_type(turn % 7 < 4 ? f.y_type() : DType::kFloat32),
+        x(f.x_type, across ? tokens : tokens * heads, across ? heads * cols : cols,
+          kLayouts[turn % 4], kGuard),
+        w(f.w_type, 1, x.cols),
+        cos(angle_type, angle_rows(), pairs, angle_layout(turn)),
+        sin(angle_type, angle_rows(), pairs, angle_layout(turn)) {
+    fill_normal(x);
+    fill_normal(w, 0.5, f.offset != 0 ? 0 : 1);
+    fill_normal(cos, 0.5);
+    fill_normal(sin, 0.5);
+    rope.cos = cos.data();
+    rope.sin = sin.data();
+    rope.angle_rows = cos.place;
+    rope.tokens = tokens;
+    rope.pairs = pairs;
+    rope.axis_count = axis_count;
+    rope.axis_stride = cached ? 0 : tokens * cos.place.stride[0];
+    rope.dtype = angle_type;
+    rope.interleaved = interleaved;
+    for (int64_t i = 0; i < pairs; ++i) rope.axes[i] = uint8_t(i * 7 % axis_count);
+    for (int64_t i = 0; cached && i < axis_count * tokens; ++i)
+      positions.push_back((i * 5 + 3) % angle_rows());
+    if (cached) rope.positions = positions.data();
+  }
+
+  int64_t angle_rows() const { return cached ? 11 : axis_count * tokens; }
+  Layout angle_layout(int turn) const {
+    if (!cached && axis_count == 1 && turn % 6 == 1) return Layout::kExpanded;
+    if (!cached && axis_count == 1 && turn % 6 == 5) return Layout::kTwoDims;
+    return turn % 2 ? Layout::kDense : Layout::kStrided;
+  }
+  Tensor result() const {
+    return {f.y_type(), x.rows, x.cols, x.place.ndim > 1 ? Layout::kTwoDims : Layout::kStrided,
+            kGuard};
+  }
+  int64_t token_of(int64_t row) const { return across ? row : row / heads; }
+  // The row of cos and sin, of a pair.
+  int64_t angle_row(int64_t row, int64_t pair) const {
+    const int64_t axis = axis_count == 1 ? 0 : rope.axes[pair], token = token_of(row);
+    return cached ? positions[axis * tokens + token] : axis * tokens + token;
+  }
+  // f(row, column a, column b, cos, sin) for all pairs.
+  template <class F>
+  void for_each_pair(const F& f) {
+    for (int64_t row = 0; row < x.rows; ++row)
+      for (int64_t head = 0; head < x.cols; head += cols)
+        for (int64_t i = 0; i < pairs; ++i) {
+          const int64_t from = angle_row(row, i), a = head + (interleaved ? 2 * i : i);
+          f(row, a, interleaved ? a + 1 : a + pairs, cos.get(from, i), sin.get(from, i));
+        }
+  }
+  RmsNormRope params(Tensor& y, void* rstd) {
+    return {::params(f, x, w, y, rstd), rope, across ? 1 : heads, across ? heads : 1};
+  }
+  std::string name() const {
+    return f.name() + " angles=" + format(angle_type).name + " " + std::to_string(tokens) + "x" +
+           std::to_string(heads) + "x" + std::to_string(cols) + (across ? " across" : "") +
+           (interleaved ? " interleaved" : "") + (cached ? " cached" : "") +
+           (axis_count > 1 ? " axes" : "") + (rope.round_each_step ? " each step rounded" : "");
+  }
+};
+
+// In parts of `step` rows, the last first.
+void run(const RmsNormRope& p, int64_t step) {
+  const int64_t bytes = cpu::rms_norm_rope_workspace(p);
+  std::vector<unsigned char> space(bytes + 2 * kGuard, 0xa5);
+  for (int64_t begin = (p.norm.rows - 1) / step * step; begin >= 0; begin -= step)
+    cpu::rms_norm_rope_forward(p, begin, std::min(begin + step, p.norm.rows),
+                               space.data() + kGuard);
+  bool intact = true;
+  for (size_t i = 0; i < kGuard; ++i)
+    intact &= space[i] == 0xa5 && space[space.size() - 1 - i] == 0xa5;
+  check(intact, "rope: wrote outside of its workspace");
+}
+
+// Each step as it is rounded: from the norm of the same kernels.
+void rotate_in_steps(Rotary& r, Tensor& norm) {
+  const DType type = norm.dtype;
+  const auto product = [&](Real a, Real b) {
+    return type == DType::kFloat64 ? Real(double(a) * double(b)) : round_to(type, a * b);
+  };
+  r.for_each_pair([&](int64_t row, int64_t a, int64_t b, Real cos, Real sin) {
+    const Real c = round_to(type, cos), s = round_to(type, sin);
+    const Real left = norm.get(row, a), right = norm.get(row, b);
+    const Real sums[] = {product(left, c) - product(right, s),
+                         product(right, c) + product(left, s)};
+    norm.set(row, a, type == DType::kFloat64 ? Real(double(sums[0])) : sums[0]);
+    norm.set(row, b, type == DType::kFloat64 ? Real(double(sums[1])) : sums[1]);
+  });
+}
+
+// Half a unit of the result, and what is rounded before: the norm, of fp32 (twice), and a product.
+// A first rounding may fall to either side of a tie.
+void compare_rotated(Rotary& r, Tensor& y, const char* name) {
+  const Forward& f = r.f;
+  const Real unit = f.wide() ? 0x1p-50L : 0x1p-23L;
+  const Real tie =
+      f.cast && !f.wide() ? std::ldexp(1.0L, -format(f.x_type).fraction_bits) / unit : 0;
+  const Tensor& x = r.x;
+  std::vector<Real> want(x.rows * x.cols), size(x.rows * x.cols);
+  for (int64_t row = 0; row < x.rows; ++row) {
+    const Real rstd = reference_rstd(f, r.x, row);
+    for (int64_t i = 0; i < x.cols; ++i) {
+      Real xhat = r.x.get(row, i) * rstd;
+      if (f.cast) xhat = round_to(f.x_type, xhat);
+      want[row * x.cols + i] = xhat * f.weight(r.w, i);
+      size[row * x.cols + i] = std::fabs(want[row * x.cols + i]);
+    }
+  }
+  r.for_each_pair([&](int64_t row, int64_t a, int64_t b, Real cos, Real sin) {
+    Real* const v = &want[row * x.cols];
+    Real* const s = &size[row * x.cols];
+    const Real turned = v[a] * cos - v[b] * sin;
+    v[b] = v[b] * cos + v[a] * sin;
+    v[a] = turned;
+    const Real larger = s[a] * std::fabs(cos) + s[b] * std::fabs(sin);
+    s[b] = s[b] * std::fabs(cos) + s[a] * std::fabs(sin);
+    s[a] = larger;
+  });
+  bool close = true;
+  for (int64_t row = 0; row < x.rows; ++row)
+    for (int64_t i = 0; i < x.cols; ++i) {
+      const Real expected = want[row * x.cols + i], got = y.get(row, i);
+      if (std::isnan(expected) || std::isinf(expected)) {
+        close &= std::isnan(expected) == std::isnan(got) && (std::isnan(got) || got == expected);
+        continue;
+      }
+      const int exponent = expected == 0 ? -20000 : std::ilogb(expected);
+      const Real ulp = std::ldexp(
+          1.0L, std::max(exponent, 1 - format(y.dtype).bias()) - format(y.dtype).fraction_bits);
+      const Real bound = ulp * 0.5001L + unit * (2 + tie) * size[row * x.cols + i];
+      const bool ok = std::fabs(got - expected) <= bound;
+      if (!ok && close) std::printf("%s: [%ld][%ld] = %Lg, not %Lg\n", name, row, i, got, expected);
+      close &= ok;
+    }
+  check(close, "rope: %s", name);
+}
+
+void check_rope_forward(Rotary r) {
+  std::vector<Tensor> results;
+  for (const std::string& isa : instruction_sets()) {
+    use(isa);
+    for (const bool each : {false, true}) {
+      r.rope.round_each_step = each;
+      const std::string name = isa + " " + r.name();
+      Tensor y = r.result(), rstd(r.f.rstd_type(), 1, r.x.rows, Layout::kDense, kGuard);
+      Tensor norm(r.f.y_type(), r.x.rows, r.x.cols), norms_rstd = rstd;
+      run(r.params(y, rstd.data()), r.x.rows);
+      check(r.f.wide() || isa == cpu::last_isa(), "rope: ran %s", cpu::last_isa());
+      check(y.guards_intact() && rstd.guards_intact(), "rope: %s: wrote outside", name.c_str());
+      cpu::rms_norm_forward(params(r.f, r.x, r.w, norm, norms_rstd.data()), 0, r.x.rows);
+      check(rstd.same_bits(norms_rstd), "rope: %s: rstd", name.c_str());
+      if (each) {
+        rotate_in_steps(r, norm);
+        bool same = true;
+        for (int64_t row = 0; row < y.rows; ++row)
+          for (int64_t i = 0; i < y.cols; ++i)
+            same &= ulps(y.dtype, y.bits(row, i), norm.bits(row, i)) == 0;
+        check(same, "rope: %s: other bits than step by step", name.c_str());
+      } else {
+        compare_rotated(r, y, name.c_str());
+        if (isa == "avx512" && !results.empty())
+          check(y.same_bits(results.back()), "rope: %s: AVX-512 is not AVX2", name.c_str());
+        results.push_back(y);
+      }
+      Tensor parts = r.result();
+      run(r.params(parts, nullptr), 2);
+      check(parts.same_bits(y), "rope: %s: bits depend on the split", name.c_str());
+      if (r.f.y_type() != r.f.x_type) continue;
+      Rotary there = r;
+      there.rope.cos = there.cos.data(), there.rope.sin = there.sin.data();
+      if (there.cached) there.rope.positions = there.positions.data();
+      run(there.params(there.x, nullptr), r.x.rows);
+      check(there.x.same_bits(y) && there.x.guards_intact(), "rope: %s: in place", name.c_str());
+    }
+  }
+}
+
+void check_rope_backward(Rotary r, DType dy_type) {
+  Backward b(r.f, dy_type, r.x.rows, r.x.cols);
+  Backward turned(r.f, r.f.wide() || dy_type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32,
+                  r.x.rows, r.x.cols);
+  b.x = turned.x = r.x;
+  b.w = turned.w = r.w;
+  std::vector<Real> size(r.x.rows * r.x.cols);
+  fill(turned.dy, [&](int64_t row, int64_t i) {
+    size[row * r.x.cols + i] = std::fabs(b.dy.get(row, i));
+    return b.dy.get(row, i);
+  });
+  r.for_each_pair([&](int64_t row, int64_t a, int64_t b_col, Real cos, Real sin) {
+    const Real left = b.dy.get(row, a), right = b.dy.get(row, b_col);
+    turned.dy.set(row, a, left * cos + right * sin);
+    turned.dy.set(row, b_col, right * cos - left * sin);
+    size[row * r.x.cols + a] = std::fabs(left * cos) + std::fabs(right * sin);
+    size[row * r.x.cols + b_col] = std::fabs(right * cos) + std::fabs(left * sin);
+  });
+  BackwardReference reference(turned);
+  reference.unit = std::max(reference.unit, r.f.wide() ? 0 : 0x1p-23L);
+  for (int64_t row = 0; row < r.x.rows; ++row) {  // two roundings of what was turned
+    const Real rstd = reference_rstd(r.f, r.x, row);
+    Real mean = 0;
+    const auto of_x = [&](int64_t i) {
+      return 2 * size[row * r.x.cols + i] * std::fabs(r.x.get(row, i) * rstd);
+    };
+    const auto weight = [&](int64_t i) { return std::fabs(r.f.weight(r.w, i)); };
+    for (int64_t i = 0; i < r.x.cols; ++i) {
+      mean += of_x(i) * weight(i) / r.x.cols;
+      reference.dweight_size[i] += of_x(i);
+    }
+    for (int64_t i = 0; i < r.x.cols; ++i)
+      reference.dx_size[row * r.x.cols + i] += rstd * (2 * size[row * r.x.cols + i] * weight(i) +
+                                                       std::fabs(r.x.get(row, i) * rstd) * mean);
+  }
+  for (const std::string& isa : instruction_sets()) {
+    use(isa);
+    Tensor y(r.f.y_type(), r.x.rows, r.x.cols);
+    cpu::rms_norm_forward(params(b.f, b.x, b.w, y, b.rstd.data()), 0, b.x.rows);
+    std::vector<Gradients> results;
+    for (const int64_t step : {int64_t(1), int64_t(1000)}) {
+      Gradients& got = results.emplace_back(b);
+      RmsNormRopeBackward p = {params(b, got, true, true), r.rope, r.across ? 1 : r.heads,
+                               r.across ? r.heads : 1};
+      const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p.norm);
+      std::vector<double> sums(plan.workspace_bytes / 8 + 8);
+      p.norm.workspace = sums.data() + (64 - reinterpret_cast<uintptr_t>(sums.data()) % 64) / 8 % 8;
+      std::vector<unsigned char> tile(cpu::rms_norm_rope_backward_workspace(p) + 1, 0xa5);
+      for (int64_t begin = (plan.blocks - 1) / step * step; begin >= 0; begin -= step)
+        cpu::rms_norm_rope_backward(p, begin, std::min(begin + step, plan.blocks), tile.data());
+      check(tile.back() == 0xa5, "rope: gradient's workspace");
+      cpu::rms_norm_backward_dweight(p.norm, 0, p.norm.cols);
+    }
+    const std::string name = "rope " + isa + " " + r.name() + " dy=" + format(dy_type).name;
+    reference.compare(results[0], name.c_str());
+    check(results[0].same_bits(results[1]), "%s: bits depend on the split", name.c_str());
+  }
+}
+
+void check_rope() {
+  struct Shape {
+    int64_t tokens, heads, cols, pairs;
+  };
+  const Shape shapes[] = {{5, 4, 64, 32},   {3, 2, 128, 64}, {7, 1, 96, 48},
+                          {2, 3, 256, 32},  {9, 2, 32, 16},  {1, 8, 80, 40},
+                          {2, 1, 512, 256}, {3, 3, 10, 3},   {40, 3, 128, 64}};
+  int turn = 0;
+  std::vector<Forward> mixes = forward_mixes();
+  const DType f64 = DType::kFloat64, f32 = DType::kFloat32, bf16 = DType::kBFloat16;
+  for (const Forward& f : {Forward{f64, f64}, {f32, f64}, {bf16, f64, true, true}})
+    mixes.push_back(f);
+  for (const Forward& f : mixes)
+    for (int i = 0; i < 3; ++i) {
+      const Shape& s = shapes[turn % 9];
+      const int way = turn++;
+      if (!is_chosen({f.x_type, f.w_type})) continue;
+      const Rotary r(f, s.tokens, s.heads, s.cols, s.pairs, way);
+      check_rope_forward(r);
+      check_rope_backward(r, way % 4 ? f.y_type() : f32);
+    }
+  // What is no number, and rows out of the fast path's range.
+  for (const DType type : {f32, bf16, DType::kFloat16}) {
+    if (!is_chosen({type})) continue;
+    Rotary r({type, type}, 6, 2, 64, 32, 1);
+    for (const auto& [row, value] : {std::pair<int64_t, Real>{1, NAN}, {3, INFINITY}, {7, 1e30L}})
+      r.x.set(row, 5, value);
+    check_rope_forward(r);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   arguments.assign(argv + 1, argv + argc);
   const auto is_part = [](const char* name) {
-    return is_chosen(name, {"choice", "forward", "quant", "backward"});
+    return is_chosen(name, {"choice", "forward", "quant", "backward", "rope"});
   };
   if (is_part("choice")) {
     check_instruction_sets();
@@ -893,6 +1185,7 @@ int main(int argc, char** argv) {
     check_backward_sizes();
     check_backward_extremes();
   }
+  if (is_part("rope")) check_rope();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

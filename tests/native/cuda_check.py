@@ -125,7 +125,7 @@ P, I64 = ctypes.c_void_p, ctypes.c_int64
 def structs(header):
     """The types of rmsnorm.h for ctypes, by name. A member is a line indented by two spaces."""
     types = {"int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": I64, "bool": ctypes.c_bool}
-    types |= {"float": ctypes.c_float, "double": ctypes.c_double}
+    types |= {"float": ctypes.c_float, "double": ctypes.c_double, "uint8_t": ctypes.c_uint8}
     types |= dict.fromkeys(re.findall(r"enum class (\w+) : int", header), ctypes.c_int32)
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", header))
     member = r"^  (?:const )?(\w+)(\*?) (\w+(?:, \w+)*)(?:\[(\w+)\])?(?: = [^;(]+)?;"

@@ -18,6 +18,8 @@ bool is_of_mutant(const RmsNormForward& p) {
 bool is_of_mutant(const RmsNormBackward& p) {
   return is(p.x_dtype) && is(p.dy_dtype) && (!(p.weight || p.dweight) || is(p.w_dtype));
 }
+// From one dtype to another.
+bool is_of_mutant(const Rope&) { return ALL; }
 
 template <auto kKernel, class P, class... Range>
 void run(const P& p, Range... range) {
@@ -39,8 +41,12 @@ void quantize(const RmsNormForward& p, int64_t begin, int64_t end, int64_t y_beg
   run<&Kernels::quantize>(p, begin, end, y_begin);
 }
 
+void rotate(const Rope& rope, const RotatedRows& rows, int64_t begin, int64_t end) {
+  run<&Kernels::rotate, Rope, const RotatedRows&>(rope, rows, begin, end);
+}
+
 }  // namespace
 
-const Kernels ISA = {NAME, forward, backward, dweight, quantize};
+const Kernels ISA = {NAME, forward, backward, dweight, quantize, rotate};
 
 }  // namespace rmsnorm::cpu
