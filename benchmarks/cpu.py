@@ -103,8 +103,8 @@ class Cell:
         # Every mode reads or writes two of the four at least.
         count = -(-ROTATIONS[state] // (2 * self.bytes))
         self.sets = pools.buffers(rows, cols, dtype, min(max(count, 1), MOST_SETS))
-        # In place a sum grows by its norm with each call. A small weight keeps it in fp16's range, an
-        # even one its direction: by others few elements would become nearly all of a row.
+        # In place a sum grows by its norm with each call. A small weight keeps it in fp16's range,
+        # an even one its direction: by others few elements would become nearly all of a row.
         self.weight = ((1 + torch.randn(cols) / 64) / 64).to(weight_dtype)
         self.bias = torch.zeros(cols, dtype=weight_dtype)
 
