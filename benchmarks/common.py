@@ -205,6 +205,17 @@ def size_of(shape):
     return rows * cols
 
 
+def ratio_axis(axis):
+    """Across: multiples of our time, with a line where they are equal."""
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def chart(results, file, title, hidden=()):
     """Each contender's time as a multiple of ours: a panel for each mode, a line for each cell.
 
@@ -247,12 +258,7 @@ def chart(results, file, title, hidden=()):
             axis.plot(
                 [1, max(ratios(cell).values())], [place] * 2, color="#d8d8d8", linewidth=1, zorder=0
             )
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
-        axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        axis.minorticks_off()
+        ratio_axis(axis)
         threads = [
             f", {cell['threads']} thread" + "s" * (cell["threads"] > 1) if "threads" in cell else ""
             for cell in order
@@ -264,7 +270,6 @@ def chart(results, file, title, hidden=()):
         axis.set_yticks(places, labels, fontsize=8)
         axis.set_ylim(max(places) + 1, min(places) - 1)
         axis.set_title(f"{mode}: time, ours = 1", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
     handles = axes[0, 0].get_legend_handles_labels()
     fig.legend(*handles, fontsize=9, loc="lower center", ncols=len(names), frameon=False)
     fig.suptitle(title, fontsize=11)

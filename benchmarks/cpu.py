@@ -48,6 +48,7 @@ from benchmarks.common import (
     norms,
     pyplot,
     quantized,
+    ratio_axis,
     training_step,
 )
 from benchmarks.peers import runs_of_peers
@@ -275,7 +276,7 @@ def summary(results):
 def chart_by_state(results, file, title):
     """A line for each use and state, on it a dot for each cell and other library."""
     plt = pyplot()
-    cells = [cell for cell in compared(results) if cell.use != "fused new"]  # no library has it
+    cells = [cell for cell in compared(results) if cell.use != "fused new"]  # torch's alone
     lines = sorted(
         {(cell.use, cell.state) for cell in cells},
         key=lambda line: (line[0], STATES.index(line[1])),
@@ -292,15 +293,9 @@ def chart_by_state(results, file, title):
             track = at - 0.35 + 0.7 * number / max(len(names) - 1, 1)
             points += [(ratio, track + 0.03 * (i % 3 - 1)) for i, ratio in enumerate(ratios)]
         axis.plot(*zip(*points, strict=True), "o", markersize=3, alpha=0.6, label=name)
-    axis.axvline(1, color="black", linewidth=1)
-    axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= tick <= high]
-    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-    axis.minorticks_off()
+    ratio_axis(axis)
     axis.set_yticks(range(len(lines)), [", ".join(line) for line in lines], fontsize=9)
     axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(f"{title}: time, ours = 1; a dot is a cell", fontsize=10)
     fig.legend(fontsize=9, loc="lower center", ncols=len(names), frameon=False)
     fig.tight_layout(rect=(0, 0.4 / fig.get_figheight(), 1, 1))

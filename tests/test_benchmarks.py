@@ -1,5 +1,6 @@
 """The benchmark of the CPU: what it runs, and what it says of the figures."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def test_summary_compares_what_is_made_alike_and_names_the_losses(cpu):
     assert "| forward new, cold | 1.90 | 4.00 | 2.50 |" in text
     assert "Behind by more than 3 %: 1 of 4 cells." in text
     assert "- 0.90 vLLM: forward new fp32 1x1, 2 T, cold" in text
+
+
+def test_chart_has_a_dot_for_each_cell_and_library(cpu, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    us = {"ours": 10, "ours out=": 5, "vLLM": 9, "vLLM out=": 20, "F.rms_norm": 40, "floor": 4}
+    cell = {"mode": "forward", "dtype": "fp32", "shape": "1x1", "threads": 2, "us": us}
+    cells = [cell | {"state": state} for state in ("cold", "warm")]
+    cpu.report(cells, "avx2", argparse.Namespace(md=None, png=str(tmp_path / "chart.png")))
+    axis = plt.gcf().axes[0]
+    dots = {line.get_label(): sorted(line.get_xdata()) for line in axis.get_lines()[:2]}
+    assert dots == {"vLLM": [0.9, 0.9, 4, 4], "F.rms_norm": [4, 4]}
+    lines = [text.get_text() for text in axis.get_yticklabels()]
+    assert lines == [f"forward {kind}, {s}" for kind in ("new", "out=") for s in ("warm", "cold")]
+    assert (tmp_path / "chart.png").stat().st_size > 0
 
 
 def test_wrong_peer_is_found_before_it_is_timed(cpu):
