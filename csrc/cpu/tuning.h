@@ -25,10 +25,14 @@ constexpr int64_t between(int64_t value, int64_t low, int64_t high) {
 // % less in a cache (32x4096).
 constexpr int64_t kFarBytes = 8 << 20;
 
-// A row of so many bytes is long, see Prefetch. That rows of a sum are fetched, which long ones of
-// fp32 were before, is, out of memory and in the caches: bf16 512x4096, 8 KiB, 0.81 and 1.01 times
-// the time, 1024x768 0.80 and 0.92, 16384x64 0.83 and 0.98; fp32 1024x768 0.81 and 0.95, 16384x64
-// 0.79 and 0.95 (one core of an Emerald Rapids; with AVX2 0.75 to 1.0 and 0.93 to 1.07).
+// A row of so many bytes is long, see Prefetch. Time over that of this quarter of an L1 cache, data
+// of the call before in the caches and out of memory: with an eighth fp32 512x2048 1.06 and 0.99,
+// its fused addition 1.03 and 1.04, bf16 512x4096 0.90 and 0.94, its fused addition 1.03 and 1.04;
+// with a half fp32 512x4096 0.97 and 0.96, its fused addition 1.12 and 1.10, bf16 128x8192 1.14 and
+// 1.01, its fused addition 1.09 and 1.06. That rows of a sum are fetched, which long ones of fp32
+// were before, is, out of memory and in the caches: bf16 512x4096, 8 KiB, 0.81 and 1.01 times the
+// time, 1024x768 0.80 and 0.92, 16384x64 0.83 and 0.98; fp32 1024x768 0.81 and 0.95, 16384x64 0.79
+// and 0.95 (one core of an Emerald Rapids; with AVX2 0.75 to 1.0 and 0.93 to 1.07).
 inline int64_t long_row_bytes() { return kCaches.l1 / 4; }
 
 // Rows that are summed as a group, see schedule_rows: a part of an L1 cache. The next row is
