@@ -938,7 +938,7 @@ struct Rotary {
         }
   }
   RmsNormRope params(Tensor& y, void* rstd) {
-    return {::params(f, x, w, y, rstd), rope, across ? 1 : heads, across ? heads : 1};
+    return {::params(f, x, w, y, rstd), rope, across ? 1 : heads, across ? heads : 1, 1};
   }
   std::string name() const {
     return f.name() + " angles=" + format(angle_type).name + " " + std::to_string(tokens) + "x" +
@@ -1107,7 +1107,7 @@ void check_rope_backward(Rotary r, DType dy_type) {
     for (const int64_t step : {int64_t(1), int64_t(1000)}) {
       Gradients& got = results.emplace_back(b);
       RmsNormRopeBackward p = {params(b, got, true, true), r.rope, r.across ? 1 : r.heads,
-                               r.across ? r.heads : 1};
+                               r.across ? r.heads : 1, 1};
       const cpu::BackwardPlan plan = cpu::rms_norm_backward_plan(p.norm);
       std::vector<double> sums(plan.workspace_bytes / 8 + 8);
       p.norm.workspace = sums.data() + (64 - reinterpret_cast<uintptr_t>(sums.data()) % 64) / 8 % 8;
