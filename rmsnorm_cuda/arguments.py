@@ -46,8 +46,12 @@ def _converted(value, expected):
 
 _KINDS = {  # what each argument is expected to be
     **dict.fromkeys(("input", "residual", "weight", "scale", "out"), "a Tensor"),
+    **dict.fromkeys(("q", "k", "q_weight", "k_weight", "cos", "sin", "positions"), "a Tensor"),
     **dict.fromkeys(("eps", "scale_ub", "weight_offset"), "a number"),
     **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm"), "a bool"),
+    **dict.fromkeys(("interleaved", "interleaved_sections", "round_each_step"), "a bool"),
+    "heads_dim": "an int",
+    "sections": "an int or a tuple of ints",
     "normalized_shape": "an int or a tuple of ints",
     "block": "an int",
     "dtype": "a torch.dtype",

@@ -182,6 +182,153 @@ def fused_add_rms_norm_(
     _ops.fused_add_rms_norm_(*args.values(), **options)
 
 
+def rms_norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float | None = None,
+    *,
+    heads_dim: int = -2,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    sections: Sequence[int] | None = None,
+    interleaved_sections: bool = False,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    round_each_step: bool = False,
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    r"""The RMSNorm of the heads of q and k, and then their rotary position embedding, in one pass.
+
+    Each head of ``D`` elements is normalized as :func:`rms_norm` does. Then the pair ``(a, b)`` of
+    its first ``R`` elements is turned by the angle of the head's token; the others stay:
+
+    .. math::
+        a' = a \cdot \cos - b \cdot \sin, \quad b' = b \cdot \cos + a \cdot \sin
+
+    By default the norm is kept in fp32, as are cos, sin and the rotation, and the result is rounded
+    once: to the dtype that the norm has (fp64 if an argument of the norm is fp64). With
+    ``round_each_step`` it rounds where a model in eager mode does, to the same bits:
+
+    1. the norm, to its dtype ``T``, as :func:`rms_norm` returns it;
+    2. cos and sin, to ``T``;
+    3. the products ``a * cos``, ``b * sin``, ``b * cos`` and ``a * sin``, each to ``T``;
+    4. their difference and their sum, to ``T``.
+
+    Differentiable in q, k and the weights, where these roundings count as the identity; where cos
+    or sin require a gradient, by the formula in ATen ops. Su et al., "RoFormer: Enhanced
+    Transformer with Rotary Position Embedding", 2021.
+
+    Args:
+        q: ``(..., tokens, heads, D)``, or with ``heads_dim=-3`` ``(..., heads, tokens, D)``; fp32,
+            fp16, bf16 or fp64. D is even. Any strides with dense heads are read as they lie, such
+            as a slice of a fused projection.
+        k: the same with any number of heads and any of these dtypes; None: q alone.
+        q_weight, k_weight: ``(D,)``; of each head its own, ``(heads, D)``; or ``(heads * D,)``: all
+            heads of a token are normalized as one row. Any of these dtypes. None: no scale.
+        cos, sin: ``(..., tokens, R / 2)`` of one dtype and shape, that broadcasts to q's leading
+            dimensions and tokens; R <= D and R <= 512. Of the ``(batch, tokens, R)`` that models of
+            transformers make, whose halves are alike, ``cos[..., : R // 2]``. With ``positions`` a
+            cache ``(max_position, R / 2)``.
+        eps: added to the mean of the squares; None: the machine epsilon of the type computed in.
+        heads_dim: where the heads are, -2 or -3.
+        positions: ``(..., tokens)``, int64 or int32: rows of the cache. On the CPU they are
+            checked; on CUDA one that is out of range reads what it should not.
+        interleaved: pairs are neighbours, ``(x[2 * i], x[2 * i + 1])``, as of GPT-J. Else halves,
+            ``(x[i], x[i + R / 2])``, as of GPT-NeoX and Llama.
+        sections: of a multimodal embedding (time, height, width) how many pairs each axis has; cos
+            and sin, or positions, have a first dimension of the axes. The pairs of an axis are a
+            block, as in Qwen2-VL.
+        interleaved_sections: pair ``i`` has axis ``i % axes`` as long as that has pairs, else the
+            first, as in Qwen3-VL.
+        weight_offset, cast_before_weight: as of :func:`rms_norm`.
+        round_each_step: see above.
+        out: ``(q, k)`` to write to and return instead of new tensors, with dense rows. They may be
+            q and k. Refused where a gradient would be recorded.
+
+    Returns: ``(q, k)`` of q's and k's shapes, and of the dtypes that :func:`rms_norm` returns; k is
+        None if none was given. Contiguous, but for heads first with a weight across them.
+
+    Raises:
+        NotImplementedError: a dtype that is not one of the four.
+        TypeError: an argument is of the wrong Python type.
+        ValueError: ``heads_dim`` is another number; fewer than three dimensions; ``sections`` do
+            not add up to R / 2; ``eps`` or ``weight_offset`` out of range.
+        IndexError: a position that cos and sin do not have.
+        RuntimeError: D is odd; R > D; shapes, dtypes or devices do not match; ``out`` does not fit,
+            or overlaps what is read. Nothing is written when an error is raised.
+    """
+    options = heads_dim, interleaved, sections, interleaved_sections
+    options = *options, weight_offset, cast_before_weight, round_each_step
+    args = q, k, q_weight, k_weight, cos, sin, positions, eps
+    if not is_dynamo_compiling():
+        if out is None:
+            results = _C.rms_norm_rope(*args, *options)
+            if results is not None:
+                return results if k is not None else (results[0], None)
+        else:
+            check_out("rms_norm_rope", out, 2)
+            if _C.rms_norm_rope_out(*args, *options, *out):
+                return tuple(out)
+    args, options = _rope_arguments(args, options)
+    if out is None:
+        q_out, k_out = _call(_ops.rms_norm_rope, args, options, None)
+        return q_out, None if k is None else k_out
+    k_out = q.new_empty(0) if out[1] is None else out[1]
+    _call(_ops.rms_norm_rope, args, options, {"q_out": out[0], "k_out": k_out})
+    return tuple(out)
+
+
+def rms_norm_rope_(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float | None = None,
+    *,
+    heads_dim: int = -2,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    sections: Sequence[int] | None = None,
+    interleaved_sections: bool = False,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    round_each_step: bool = False,
+) -> None:
+    """:func:`rms_norm_rope` in place, for inference: q and k become the results.
+
+    They may be slices of one fused projection. Each head has to be dense; with a weight across
+    heads all heads of a token. Arguments as there.
+
+    Raises:
+        RuntimeError: one of the tensors requires grad; q and k share memory, or share it with what
+            is read; heads overlap or are not dense; a result would have another dtype
+            (``cast_before_weight`` beside a wider weight). Nothing is written then.
+    """
+    options = heads_dim, interleaved, sections, interleaved_sections
+    options = *options, weight_offset, cast_before_weight, round_each_step
+    args = q, k, q_weight, k_weight, cos, sin, positions, eps
+    if not is_dynamo_compiling() and _C.rms_norm_rope_(*args, *options):
+        return
+    args, options = _rope_arguments(args, options)
+    if not is_dynamo_compiling():
+        args, options = checked("rms_norm_rope_", args, options)
+    _ops.rms_norm_rope_(*args.values(), **options)
+
+
+def _rope_arguments(args, options):
+    """By the names of the schema."""
+    names = "q", "k", "q_weight", "k_weight", "cos", "sin", "positions", "eps"
+    flags = "heads_dim", "interleaved", "sections", "interleaved_sections"
+    flags = *flags, "weight_offset", "cast_before_weight", "round_each_step"
+    return dict(zip(names, args)), dict(zip(flags, options))
+
+
 def _call(packet, args, options, written):
     """A differentiable op, compiled or with other than plain arguments. `written` is what it writes
     to, by the names of the schema."""
@@ -193,7 +340,7 @@ def _call(packet, args, options, written):
         packet = getattr(_ops, f"{packet.__name__}_formula")
     # Of the packet's name nested tensors think that it is F.rms_norm. (The overload takes no number
     # of torch as eps. A proxy of torch.fx is nested neither way.)
-    is_nested = args["input"].is_nested is True
+    is_nested = next(iter(args.values())).is_nested is True
     return (packet.default if is_nested else packet)(*args.values(), **options)
 
 

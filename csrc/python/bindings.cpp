@@ -53,6 +53,11 @@ struct Columns {
   operator SymIntArrayRef() const { return count; }
 };
 
+// Sizes that are rarely there: torch.ops takes them.
+struct NoSizes {
+  operator at::OptionalIntArrayRef() const { return std::nullopt; }
+};
+
 // The C++ value of an argument of exactly the type that it mostly has; false: it is of another.
 bool parse(PyObject* object, bool& value) {
   value = object == Py_True;
@@ -67,7 +72,7 @@ bool parse(PyObject* object, int64_t& value) {
   if (!PyLong_CheckExact(object)) return false;
   int overflow = 0;
   value = PyLong_AsLongLongAndOverflow(object, &overflow);
-  return overflow == 0 && value >= 0;
+  return overflow == 0;
 }
 bool parse(PyObject* object, double& value) {
   value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
@@ -79,8 +84,9 @@ bool parse(PyObject* object, Columns& value) {
   const bool is_tuple = PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 1;
   const bool parsed = parse(is_tuple ? PyTuple_GET_ITEM(object, 0) : object, count);
   value.count = count;
-  return parsed;
+  return parsed && count >= 0;
 }
+bool parse(PyObject* object, NoSizes&) { return Py_IsNone(object); }
 template <class T>
 bool parse(PyObject* object, Borrowed<T>& value) {
   if (std::is_same_v<T, OptionalTensor> && Py_IsNone(object)) return true;
@@ -109,6 +115,10 @@ struct Parsed {
 template <>
 struct Parsed<SymIntArrayRef> {
   using type = Columns;
+};
+template <>
+struct Parsed<at::OptionalIntArrayRef> {
+  using type = NoSizes;
 };
 template <>
 struct Parsed<Tensor> {
@@ -166,6 +176,9 @@ PyMethodDef kEntryPoints[] = {
     method<ops::fused_add_rms_norm>("fused_add_rms_norm"),
     method<ops::fused_add_rms_norm_out>("fused_add_rms_norm_out"),
     method<ops::fused_add_rms_norm_>("fused_add_rms_norm_"),
+    method<ops::rms_norm_rope>("rms_norm_rope"),
+    method<ops::rms_norm_rope_out>("rms_norm_rope_out"),
+    method<ops::rms_norm_rope_>("rms_norm_rope_"),
     method<ops::rms_norm_quant>("rms_norm_quant"),
     method<ops::rms_norm_quant_out>("rms_norm_quant_out"),
     method<ops::fused_add_rms_norm_quant>("fused_add_rms_norm_quant"),

@@ -56,13 +56,15 @@ void refuse_tensors(const c10::OperatorHandle& op, c10::ArrayRef<const Tensor*> 
   std::string name = op.schema().name();  // as the function is called
   name.erase(0, name.find("::") + 2);
   if (const auto end = name.rfind("_forward"); end != std::string::npos) name.erase(end);
-  const Tensor& input = *tensors[*op.schema().argumentIndexWithName("input")];
+  const auto index = op.schema().argumentIndexWithName("input");
+  const size_t main = index ? *index : *op.schema().argumentIndexWithName("q");
+  const Tensor& input = *tensors[main];
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i] || !tensors[i]->defined()) continue;
     const Tensor& t = *tensors[i];
     TORCH_CHECK(t.device() == input.device(), name,
-                ": expected all tensors to be on the same device, but input is on ", input.device(),
-                " and ", arguments[i].name(), " is on ", t.device());
+                ": expected all tensors to be on the same device, but ", arguments[main].name(),
+                " is on ", input.device(), " and ", arguments[i].name(), " is on ", t.device());
     if (is_traced(t)) continue;
     TORCH_CHECK(t.unsafeGetTensorImpl()->storage_initialized(), name, ": expected ",
                 arguments[i].name(),
@@ -95,6 +97,10 @@ void check_norm(const char* op, const Tensor& input, SymIntArrayRef normalized_s
         ": expected weight to be of same shape as normalized_shape, but got weight of shape ",
         weight->sym_sizes(), " and normalized_shape=", normalized_shape);
   }
+  check_options(op, options);
+}
+
+void check_options(const char* op, const NormOptions& options) {
   const auto& [eps, weight_offset, cast_before_weight] = options;
   TORCH_CHECK_VALUE(!eps || (*eps >= 0 && std::isfinite(*eps)), op,
                     ": expected eps to be finite and not negative, but got ", *eps);

@@ -34,15 +34,17 @@ inline bool fits_storage(const at::Tensor& t) {
 // one device and have memory, which FSDP and offloading free until a tensor is gathered again.
 template <class Op>
 void check_tensors(std::initializer_list<const at::Tensor*> tensors) {
-  const at::Device device = (*tensors.begin())->device();
+  const at::Tensor* first = nullptr;
   for (const at::Tensor* t : tensors) {
-    const bool usual =
-        !t || !t->defined() || (t->device() == device && t->has_storage() && fits_storage(*t));
-    if (!usual) return refuse_tensors(Op::handle(), tensors);
+    if (!t || !t->defined()) continue;
+    if (!first) first = t;
+    if (t->device() == first->device() && t->has_storage() && fits_storage(*t)) continue;
+    return refuse_tensors(Op::handle(), tensors);
   }
 }
 
-// The arguments that all ops have.
+// What every norm is asked, and what those of trailing dimensions are.
+void check_options(const char* op, const NormOptions& options);
 void check_norm(const char* op, const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
                 const OptionalTensor& weight, const NormOptions& options);
 

@@ -38,14 +38,20 @@ Tensor row_factor(const Tensor& x, at::IntArrayRef dims, double eps) {
 Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
                  SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                  const NormOptions& options)
+    : Formula(name, rescaling, (check_norm(name, input, normalized_shape, weight, options), input),
+              static_cast<int64_t>(normalized_shape.size()),
+              static_cast<int64_t>(normalized_shape.size()), weight, options) {}
+
+Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
+                 int64_t normalized_dims, int64_t weight_dims, const OptionalTensor& weight,
+                 const NormOptions& options)
     : name_(name),
       input_(input),
       weight_(weight),
       options_(options),
       compute_(compute_type(input, weight)),
-      normalized_dims_(normalized_shape.size()) {
-  check_norm(name, input, normalized_shape, weight, options);
-  lead_dims_.resize(input.dim() - normalized_dims_.size());
+      normalized_dims_(normalized_dims) {
+  lead_dims_.resize(input.dim() - weight_dims);
   for (size_t i = 0; i < normalized_dims_.size(); ++i) {
     normalized_dims_[i] = -1 - static_cast<int64_t>(i);
   }
@@ -55,7 +61,8 @@ Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
   const auto mean_of_squares = [&] {
     return at::mean(x_ * x_, normalized_dims_, /*keepdim=*/true);
   };
-  const bool has_columns = std::none_of(normalized_shape.begin(), normalized_shape.end(),
+  const SymIntArrayRef normalized = input.sym_sizes().slice(input.dim() - normalized_dims);
+  const bool has_columns = std::none_of(normalized.begin(), normalized.end(),
                                         [](const auto& size) { return size == 0; });
   if (rescaling == Rescaling::kRescaled && has_columns) {
     const Tensor factor = row_factor(x_, normalized_dims_, eps);
@@ -72,10 +79,9 @@ Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
   gain_ = weight->to(compute_) + (offset == 0 ? -0.0 : offset);  // -0 + 0 would be 0
 }
 
-Tensor Formula::output() const {
-  const Tensor product = gain_.defined() ? normalized_ * gain_ : normalized_;
-  return product.to(output_type(input_, weight_, options_));
-}
+Tensor Formula::product() const { return gain_.defined() ? normalized_ * gain_ : normalized_; }
+
+Tensor Formula::output() const { return product().to(output_type(input_, weight_, options_)); }
 
 Tensor Formula::rstd() const {
   Tensor flat = rstd_;

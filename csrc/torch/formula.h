@@ -16,20 +16,25 @@ enum class Rescaling : bool { kPlain, kRescaled };
 
 class Formula {
  public:
-  // Checks its arguments as the op `name` does. It refers to the tensors: they outlive it.
+  // Checks its arguments as the op `name` does. It refers to the weight, which outlives it.
   Formula(const char* name, Rescaling rescaling, const Tensor& input,
           SymIntArrayRef normalized_shape, const OptionalTensor& weight,
           const NormOptions& options);
+  // The norm of the last dimension by a weight whose last `weight_dims` dimensions are input's:
+  // [D], or of each head its own, [heads, D]. That has been checked.
+  Formula(const char* name, Rescaling rescaling, const Tensor& input, int64_t normalized_dims,
+          int64_t weight_dims, const OptionalTensor& weight, const NormOptions& options);
 
-  Tensor output() const;  // in the op's dtype
-  Tensor rstd() const;    // as the forward ops return it
+  Tensor output() const;   // in the op's dtype
+  Tensor product() const;  // in the type that is computed in
+  Tensor rstd() const;     // as the forward ops return it
   // (grad_input, grad_weight): those of output_mask.
   std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, std::array<bool, 2> output_mask,
                                       const OptionalTensor& grad_residual) const;
 
  private:
   const char* name_;
-  const Tensor& input_;
+  const Tensor input_;
   const OptionalTensor& weight_;
   const NormOptions options_;
   const at::ScalarType compute_;

@@ -1,6 +1,5 @@
 #include "launch.h"
 
-#include <ATen/ops/empty.h>
 #include <unistd.h>
 
 namespace rmsnorm {
@@ -53,24 +52,11 @@ void ForwardLaunch::run() const {
   const int64_t y_bytes = p_.y_dtype == DType::kFloat64 ? 8 : p_.y_dtype == DType::kFloat32 ? 4 : 2;
   const int64_t row_elements = p_.cols * (p_.addends.input ? 2 : 1);
   const int64_t row_bytes = row_elements * (static_cast<int64_t>(x.element_size()) + y_bytes);
-  // A part of the rows for each thread, with a workspace that is there before anything is written.
-  const int64_t least_rows = grain(row_bytes), threads = at::get_num_threads();
-  const int64_t parts =
-      p_.rows * row_bytes <= kGrainBytes
-          ? 1
-          : std::clamp<int64_t>((p_.rows + least_rows - 1) / least_rows, 1, threads);
-  const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p_);
-  const Tensor workspace = workspace_bytes
-                               ? at::empty({parts * workspace_bytes}, x.options().dtype(at::kByte))
-                               : Tensor();
-  char* const memory = workspace_bytes ? static_cast<char*>(workspace.mutable_data_ptr()) : nullptr;
-  const auto part = [&](int64_t i) {
-    const int64_t begin = i * p_.rows / parts, end = (i + 1) * p_.rows / parts;
-    cpu::rms_norm_forward(p_, begin, end, memory ? memory + i * workspace_bytes : nullptr);
-  };
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) part(i);
-  });
+  in_parts(p_.rows, row_bytes, cpu::rms_norm_forward_workspace(p_), x,
+           [&](int64_t part, int64_t parts, void* workspace) {
+             cpu::rms_norm_forward(p_, part * p_.rows / parts, (part + 1) * p_.rows / parts,
+                                   workspace);
+           });
 }
 
 std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, int64_t lead,

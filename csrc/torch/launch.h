@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/DeviceGuard.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -30,6 +31,26 @@ template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= grain || !has_threads()) return f(int64_t{0}, count);
   at::parallel_for(0, count, grain, f);
+}
+
+// f(part, parts, memory) for each of the parts that `count` items of so many bytes are worth, in
+// several threads at once. Each has a workspace of its own, which is there before anything is
+// written, or nullptr.
+template <class F>
+void in_parts(int64_t count, int64_t item_bytes, int64_t workspace_bytes, const at::Tensor& like,
+              const F& f) {
+  const int64_t least = grain(item_bytes), threads = at::get_num_threads();
+  const int64_t parts = count * item_bytes <= kGrainBytes
+                            ? 1
+                            : std::clamp<int64_t>((count + least - 1) / least, 1, threads);
+  const at::Tensor workspace =
+      workspace_bytes ? at::empty({parts * workspace_bytes}, like.options().dtype(at::kByte))
+                      : at::Tensor();
+  char* const memory = workspace_bytes ? static_cast<char*>(workspace.mutable_data_ptr()) : nullptr;
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      f(i, parts, memory ? memory + i * workspace_bytes : nullptr);
+  });
 }
 
 // Runs `launch(stream)` on the device of `t`, on its current stream. c10's virtual guard instead of

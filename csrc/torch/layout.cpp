@@ -11,27 +11,27 @@ namespace rmsnorm {
 
 using at::Tensor;
 
-std::optional<Rows> rows_of(const Tensor& t, int64_t lead) {
+std::optional<Rows> rows_of(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t lead) {
   int64_t dense = 1;
-  for (int64_t d = t.dim() - 1; d >= lead; --d) {
-    if (t.size(d) != 1 && t.stride(d) != dense) return std::nullopt;
-    dense *= t.size(d);
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= lead; --d) {
+    if (sizes[d] != 1 && strides[d] != dense) return std::nullopt;
+    dense *= sizes[d];
   }
   Rows rows{1, {1}, {dense}};
   bool first = true;
   for (int64_t d = 0; d < lead; ++d) {
-    if (t.size(d) == 1) continue;
+    if (sizes[d] == 1) continue;
     const int last = rows.ndim - 1;
     if (first) {
-      rows.size[0] = t.size(d);
-      rows.stride[0] = t.stride(d);
+      rows.size[0] = sizes[d];
+      rows.stride[0] = strides[d];
       first = false;
-    } else if (rows.stride[last] == t.stride(d) * t.size(d)) {
-      rows.size[last] *= t.size(d);
-      rows.stride[last] = t.stride(d);
+    } else if (rows.stride[last] == strides[d] * sizes[d]) {
+      rows.size[last] *= sizes[d];
+      rows.stride[last] = strides[d];
     } else if (rows.ndim < Rows::kMaxDims) {
-      rows.size[rows.ndim] = t.size(d);
-      rows.stride[rows.ndim] = t.stride(d);
+      rows.size[rows.ndim] = sizes[d];
+      rows.stride[rows.ndim] = strides[d];
       ++rows.ndim;
     } else {
       return std::nullopt;
@@ -90,13 +90,18 @@ bool are_apart(const Tensor& a, const Tensor& b, int64_t lead, int64_t cols) {
   const auto [a_begin, a_end] = span_of(a);
   const auto [b_begin, b_end] = span_of(b);
   if (a_begin >= b_end || b_begin >= a_end) return true;
-  const auto rows = rows_of(a, lead);
-  if (cols == 0 || !rows || !same_layout(a, b)) return false;
-  int64_t extent = cols;  // of what repeats every rows->stride[0] elements
-  for (int d = 1; d < rows->ndim; ++d) extent += (rows->size[d] - 1) * rows->stride[d];
-  const int64_t size = static_cast<int64_t>(a.element_size()), period = rows->stride[0] * size;
+  const auto a_rows = rows_of(a, lead), b_rows = rows_of(b, lead);
+  const int64_t size = static_cast<int64_t>(a.element_size());
+  if (cols == 0 || !a_rows || !b_rows || size != b.element_size()) return false;
+  if (a_rows->stride[0] != b_rows->stride[0]) return false;
+  const auto extent = [&](const Rows& rows) {  // of what repeats every rows.stride[0] elements
+    int64_t elements = cols;
+    for (int d = 1; d < rows.ndim; ++d) elements += (rows.size[d] - 1) * rows.stride[d];
+    return elements * size;
+  };
+  const int64_t period = a_rows->stride[0] * size;
   const int64_t phase = period > 0 ? (((a_begin - b_begin) % period) + period) % period : 0;
-  return phase >= extent * size && period - phase >= extent * size;
+  return phase >= extent(*b_rows) && period - phase >= extent(*a_rows);
 }
 
 namespace {

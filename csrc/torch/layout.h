@@ -13,7 +13,10 @@ inline Rows dense_rows(int64_t cols) { return Rows{1, {1}, {cols}}; }
 
 // Where the rows of `t` start: its first `lead` dimensions, merged. nullopt: the other dimensions
 // are not dense, or too many dimensions are left after merging; then a dense copy is needed.
-std::optional<Rows> rows_of(const at::Tensor& t, int64_t lead);
+std::optional<Rows> rows_of(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t lead);
+inline std::optional<Rows> rows_of(const at::Tensor& t, int64_t lead) {
+  return rows_of(t.sizes(), t.strides(), lead);
+}
 
 // `t` itself, borrowed, if its rows can be walked as they lie, else a dense copy. (To own what only
 // Python holds costs two locks of the GIL: torch then counts Python's object too.)
@@ -32,7 +35,8 @@ inline c10::MaybeOwned<at::Tensor> dense(const std::optional<at::Tensor>& weight
 bool rows_overlap(const Rows& rows, int64_t cols);
 
 // Are a and b known to share no element? They may lie in the same memory if their rows alternate,
-// as two slices of one fused projection; then `cols` columns after `lead` dimensions are a row.
+// as two slices of one fused projection; then `cols` columns after `lead` dimensions are a row. Of
+// these slices one may be wider, as q beside k.
 bool are_apart(const at::Tensor& a, const at::Tensor& b, int64_t lead = 0, int64_t cols = 0);
 
 // The same elements in the same order at the same place.

@@ -169,7 +169,7 @@ struct Op<Name, Result(Args...)> {
     const auto* argument = handle().schema().arguments().data();
     for (const Tensor* t : {tensor_of(args)...}) {
       const auto* alias = argument++->alias_info();
-      if (alias && alias->isWrite()) t->unsafeGetTensorImpl()->bump_version();
+      if (t && alias && alias->isWrite()) t->unsafeGetTensorImpl()->bump_version();
     }
   }
 

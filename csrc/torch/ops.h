@@ -1,6 +1,6 @@
-// Every op by its C++ type, which is that of its schema. rms_norm.cpp, fused_add.cpp and quant.cpp
-// define them. Whoever calls ops::rms_norm::call(...) goes through the dispatcher. An alias of a
-// signature serves every op that has it.
+// Every op by its C++ type, which is that of its schema. rms_norm.cpp, fused_add.cpp, quant.cpp and
+// rope.cpp define them. Whoever calls ops::rms_norm::call(...) goes through the dispatcher. An
+// alias of a signature serves every op that has it.
 #pragma once
 #include "op.h"
 
@@ -35,6 +35,21 @@ template <class Result, class... Out>
 using FusedQuant = Result(const Tensor&, const Tensor&, const OptionalTensor&,
                           const OptionalTensor&, Eps, at::ScalarType, std::optional<int64_t>,
                           std::optional<double>, bool, bool, double, bool, Out...);
+// (q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved, sections,
+// interleaved_sections, weight_offset, cast_before_weight, round_each_step, ...)
+template <class Result, class... Out>
+using NormRope = Result(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                        const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                        Eps, int64_t, bool, at::OptionalIntArrayRef, bool, double, bool, bool,
+                        Out...);
+// (grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, positions, q_rstd, k_rstd, eps, output_mask,
+// and from heads_dim on the same)
+template <class Result>
+using NormRopeBackward = Result(const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                const Tensor&, Eps, std::array<bool, 4>, int64_t, bool,
+                                at::OptionalIntArrayRef, bool, double, bool, bool);
 
 #define RMSNORM_OP(type, op, overload_name, ...)                                        \
   struct type : Op<type, __VA_ARGS__> {                                                 \
@@ -56,5 +71,11 @@ RMSNORM_OP(rms_norm_quant_out, "rms_norm_quant", "out", Quant<void, Out, Out, Ou
 RMSNORM_OP(fused_add_rms_norm_quant, "fused_add_rms_norm_quant", "", FusedQuant<Tensors<4>>);
 RMSNORM_OP(fused_add_rms_norm_quant_out, "fused_add_rms_norm_quant", "out",
            FusedQuant<void, Out, Out, Out, Out>);
+// q_out, k_out, of the forward also q_rstd, k_rstd
+RMSNORM_OP(rms_norm_rope, "rms_norm_rope", "", NormRope<Tensors<2>>);
+RMSNORM_OP(rms_norm_rope_, "rms_norm_rope_", "", NormRope<void>);
+RMSNORM_OP(rms_norm_rope_out, "rms_norm_rope", "out", NormRope<void, Out, Out>);
+RMSNORM_OP(rms_norm_rope_forward, "rms_norm_rope_forward", "", NormRope<Tensors<4>>);
+RMSNORM_OP(rms_norm_rope_backward, "rms_norm_rope_backward", "", NormRopeBackward<Tensors<4>>);
 
 }  // namespace rmsnorm::ops
