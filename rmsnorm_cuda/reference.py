@@ -83,6 +83,43 @@ def rms_norm_backward_reference(
 
 
 @torch.no_grad()
+def rms_norm_rope_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float | None = None,
+    *,
+    heads_dim: int = -2,
+    interleaved: bool = False,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor:
+    """q or k of rms_norm_rope in fp64, not rounded at the end; cos and sin of each token."""
+    x64 = x.transpose(-3, -2) if heads_dim == -3 else x
+    heads, width = x64.shape[-2:]
+    if weight is not None and weight.dim() == 1 and len(weight) != width:
+        weight = weight.unflatten(0, (heads, width))
+        xhat = x64.double() * _rstd(x64.double(), [-2, -1], default_eps(x) if eps is None else eps)
+    else:
+        xhat = x64.double() * _rstd(x64.double(), [-1], default_eps(x) if eps is None else eps)
+    if cast_before_weight:
+        xhat = round_once(xhat, x.dtype).double()
+    norm = xhat
+    if weight is not None:
+        norm = xhat * gain_of(weight, compute_dtype(x, weight), weight_offset).double()
+    compute = compute_dtype(x, weight)
+    cos, sin = (t.to(compute).double().unsqueeze(-2) for t in (cos, sin))
+    pairs = cos.shape[-1]
+    turned, rest = norm.split([2 * pairs, width - 2 * pairs], -1)
+    a, b = turned.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
+    both = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack(both, -1).flatten(-2) if interleaved else torch.cat(both, -1)
+    result = torch.cat([turned, rest], -1)
+    return result.transpose(-3, -2) if heads_dim == -3 else result
+
+
+@torch.no_grad()
 def quantize_reference(
     norm: Tensor,
     dtype: torch.dtype,

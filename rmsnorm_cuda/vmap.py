@@ -201,6 +201,119 @@ def _quant_by_steps(op, info, front, weight, weight_dim, scale, scale_dim, eps, 
     return output, no_scale if static else scale, *total, norm
 
 
+def _by_formula(formula, in_dims, args, options):
+    """(results, where each has the samples) of a formula, whose ATen ops have batching rules of
+    their own. (torch.vmap() cannot begin within a rule.)
+    """
+    level = torch._C._functorch.peek_interpreter_stack().level()
+    args = [
+        torch._C._functorch._add_batch_dim(arg, dim, level) if isinstance(dim, int) else arg
+        for arg, dim in zip(args, in_dims)
+    ]
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    batched = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+    with torch._C._ForceDispatchKeyGuard(keys[0], keys[1] - batched):
+        # Past the dispatcher, which would look for a batching rule of the formula.
+        key = torch._C.DispatchKey.CompositeImplicitAutograd
+        results = formula._op_dk(key, *args, **options)
+    unwrap = torch._C._functorch._unwrap_batched
+    return tuple(zip(*((r, None) if r is None else unwrap(r, level) for r in results)))
+
+
+def _before(tensor, dim, dims, axes, size):
+    """Samples in front of the `dims` last dimensions, of which some may be missing, and behind
+    those of axes.
+    """
+    tensor = _front(tensor, dim, size)
+    ones = (1,) * (axes + dims + 1 - tensor.dim())
+    shape = *tensor.shape[: axes + 1], *ones, *tensor.shape[axes + 1 :]
+    return tensor.reshape(shape).movedim(0, axes)
+
+
+def _rope_args(info, in_dims, args, options, grads=0):
+    """(args, dims, whether it is the formula's turn) of an op whose arguments are so many
+    gradients, and then q, k, their weights, cos, sin and positions. The formula: where samples have
+    weights or a cache of their own, or each asks for its gradient of a weight. Else samples are in
+    front.
+    """
+    dims = [*in_dims, *(None,) * (len(args) - len(in_dims))]
+    args, size = list(args), info.batch_size
+    q, k, q_weight, k_weight, cos, sin, positions = range(grads, grads + 7)
+    while len(args) <= positions:
+        args.append(None), dims.append(None)
+    has_cache, own_angles = args[positions] is not None, (dims[cos], dims[sin]) != (None, None)
+    own_weights = (dims[q_weight], dims[k_weight]) != (None, None)
+    if own_weights or (has_cache and own_angles) or (grads and any(args[grads + 10][2:])):
+        return args, dims, True
+    axes = 0 if options.get("sections") is None else 1
+    tokens = args[q].dim() - (dims[q] is not None) - 2
+    if own_angles:
+        for i in (cos, sin):
+            args[i] = _before(args[i], dims[i], tokens + 1, axes, size)
+    if dims[positions] is not None:
+        args[positions] = _before(args[positions], dims[positions], tokens, axes, size)
+    for i in (*range(grads), q, k):
+        args[i] = _front(args[i], dims[i], size)
+    if grads:
+        for i, weight in ((positions + 1, q_weight), (positions + 2, k_weight)):
+            if args[k] is not None or weight == q_weight:
+                args[i] = _front(args[i], dims[i], size).movedim(0, _rstd_dim(args[weight]))
+            elif dims[i] is not None:
+                args[i] = _one(args[i], dims[i])
+    return args, dims, False
+
+
+def _rstd_dim(weight):
+    """Where the samples are: the rows of heads with weights of their own begin with the heads."""
+    return 1 if weight is not None and weight.dim() == 2 else 0
+
+
+def _rope(name, returns_rstd=False, grads=0):
+    op, formula = (getattr(_ops, n).default for n in (name, f"{name}_formula"))
+
+    def rule(info, in_dims, *args, **options):
+        args, dims, by_formula = _rope_args(info, in_dims, args, options, grads)
+        if by_formula:
+            return _by_formula(formula, dims, args, options)
+        results = op(*args, **options)
+        out_dims = [0] * len(results)
+        if returns_rstd:
+            out_dims[2:] = [_rstd_dim(args[2]), _rstd_dim(args[3])]
+        if not grads and args[1] is None:  # results of k have no elements, and no batch
+            no_k = [args[0].new_empty(0, dtype=r.dtype) for r in results]
+            results = [r if i % 2 == 0 else no_k[i] for i, r in enumerate(results)]
+            out_dims[1::2] = [None] * (len(results) // 2)
+        return tuple(results), tuple(out_dims)
+
+    return rule
+
+
+def _rms_norm_rope_(info, in_dims, *args, **options):
+    k = args[1]
+    if in_dims[0] is None or (k is not None and in_dims[1] is None):
+        raise RuntimeError(
+            "rms_norm_rope_: under vmap, q and k are overwritten by results for each sample, but "
+            "one of them is not batched; use rms_norm_rope"
+        )
+    given, dims, by_formula = _rope_args(info, in_dims, args, options)
+    if not by_formula:
+        _ops.rms_norm_rope_(*given, **options)
+        return None, None
+    sample = [_no_rows(t, dim) for t, dim in zip(args[:2], dims)]
+    _ops.rms_norm_rope_(*sample, *map(_one, given[2:], dims[2:]), **options)
+    tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    if any(starmap(torch._C._is_alias_of, combinations(tensors, 2))):
+        raise RuntimeError(
+            "rms_norm_rope_: under vmap over weights or a cache, expected all tensors to have "
+            "memory of their own, but two of them share theirs; use rms_norm_rope"
+        )
+    results, of = _by_formula(_ops.rms_norm_rope_formula.default, dims, given, options)
+    for t, dim, result, result_dim in zip(args[:2], dims, results, of):
+        if t is not None:
+            t.movedim(dim, 0).copy_(result.movedim(result_dim, 0))
+    return None, None
+
+
 RULES = {
     "rms_norm": _rms_norm,
     "rms_norm_forward": _rms_norm_forward,
@@ -208,6 +321,10 @@ RULES = {
     "fused_add_rms_norm": _fused_add_rms_norm,
     "fused_add_rms_norm_forward": _fused_add_rms_norm_forward,
     "fused_add_rms_norm_": _fused_add_rms_norm_,
+    "rms_norm_rope": _rope("rms_norm_rope"),
+    "rms_norm_rope_forward": _rope("rms_norm_rope_forward", returns_rstd=True),
+    "rms_norm_rope_backward": _rope("rms_norm_rope_backward", grads=2),
+    "rms_norm_rope_": _rms_norm_rope_,
     "rms_norm_quant": _quant(_ops.rms_norm_quant.default, 1),
     "fused_add_rms_norm_quant": _quant(_ops.fused_add_rms_norm_quant.default, 2),
 }

@@ -126,6 +126,38 @@ def quant_samples(*more):
         yield (*tensors, None, torch.tensor([0.1])), {"dtype": torch.float8_e5m2} | options
 
 
+def rope_samples():
+    cos, sin = random(5, 4).cos(), random(5, 4).sin()
+    q, k = random(2, 5, 3, 8), random(2, 5, 2, 8)
+    weights = random_weight(8, torch.float32), random_weight((2, 8), torch.float32)
+    yield (q, k, *weights, cos, sin), {}
+    yield (leaf(q.clone()), leaf(k.clone()), *(leaf(w.clone()) for w in weights), cos, sin), GEMMA
+    across = random_weight(24, torch.bfloat16)
+    first = q.bfloat16().transpose(1, 2), None, across, None, cos, sin, None, 1e-5
+    yield first, {"heads_dim": -3, "interleaved": True, "round_each_step": True}
+    positions = torch.randint(0, 5, (2, 2, 5))
+    leaves = leaf(q.clone()), leaf(k.bfloat16()), leaf(weights[0].clone()), None
+    yield (*leaves, cos, sin, positions, 1e-5), {"sections": [3, 1]} | LLAMA
+
+
+def rope_backward_samples():
+    for (q, k, q_weight, k_weight, cos, sin, *rest), options in rope_samples():
+        positions, eps = rest or (None, None)
+        tensors = [
+            t if t is None else t.detach() for t in (q, k, q_weight, k_weight, cos, sin, positions)
+        ]
+        *y, q_rstd, k_rstd = ops.rms_norm_rope_forward(*tensors, eps, **options)
+        grads = [random(*t.shape, dtype=t.dtype) if t.numel() else None for t in y]
+        for mask in ((True,) * 4, (False, True, True, False)):
+            yield (*grads, *tensors, q_rstd, k_rstd, eps, mask), options
+    yield (None, grads[1], *tensors, q_rstd, k_rstd, eps, (True,) * 4), options
+
+
+def without_grad(samples):
+    for args, options in samples:
+        yield tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args), options
+
+
 def with_out(op, samples, names):
     """The same with what `op` returns, to be written to; int8 only, since opcheck multiplies what
     an op may write.
@@ -149,6 +181,9 @@ DIFFERENTIABLE = {
     "rms_norm_backward": backward_samples,
     "fused_add_rms_norm": fused_samples,
     "fused_add_rms_norm_forward": fused_samples,
+    "rms_norm_rope": rope_samples,
+    "rms_norm_rope_forward": rope_samples,
+    "rms_norm_rope_backward": rope_backward_samples,
 }
 SAMPLES = [
     *(
@@ -168,6 +203,11 @@ SAMPLES = [
         for sample in with_out(
             ops.fused_add_rms_norm, list(fused_samples())[:-1], ("out", "residual_out")
         )
+    ),
+    *((ops.rms_norm_rope_.default, sample) for sample in list(without_grad(rope_samples()))[:2]),
+    *(
+        (ops.rms_norm_rope.out, sample)
+        for sample in with_out(ops.rms_norm_rope, without_grad(rope_samples()), ("q_out", "k_out"))
     ),
     *((ops.rms_norm_quant.default, sample) for sample in quant_samples()),
     *(

@@ -423,10 +423,14 @@ RmsNormRopeBackward head_of(const RmsNormRopeBackward& side, int64_t head) {
   return p;
 }
 
+// (A vector of std would be seen outside of this library.)
+template <class Params>
+using Sides = c10::SmallVector<Params, 2>;
+
 // q and k, and of each of them the heads that have a weight of their own.
 template <class Params>
-std::vector<Params> units_of(const std::vector<Params>& sides) {
-  std::vector<Params> units;
+Sides<Params> units_of(const Sides<Params>& sides) {
+  Sides<Params> units;
   for (const Params& side : sides) {
     if (side.weights == 1) {
       units.push_back(side);
@@ -438,7 +442,7 @@ std::vector<Params> units_of(const std::vector<Params>& sides) {
 }
 
 template <class Params>
-int64_t bytes_of(const std::vector<Params>& sides) {
+int64_t bytes_of(const Sides<Params>& sides) {
   int64_t bytes = 0;
   for (const Params& p : sides) {
     bytes += p.norm.rows * p.norm.cols * (p.norm.x_dtype == DType::kFloat32 ? 8 : 4);
@@ -451,7 +455,6 @@ class Launch {
  public:
   Launch(const char* op, const Call& call) : op_(op), call_(call), angles_(op, call) {
     held_.reserve(2);
-    sides_.reserve(2);
   }
 
   // y: as its rows lie. `is_new`: it was allocated for this call, and is dense.
@@ -475,7 +478,7 @@ class Launch {
       });
     }
     cpu::isa();  // throws outside the parallel region if the environment asks for what is not there
-    const std::vector<RmsNormRope> units = units_of(sides_);
+    const Sides<RmsNormRope> units = units_of(sides_);
     int64_t workspace_bytes = 0;
     for (const RmsNormRope& p : units) {
       workspace_bytes = std::max(workspace_bytes, cpu::rms_norm_rope_workspace(p));
@@ -496,7 +499,7 @@ class Launch {
   const Call& call_;
   const Angles angles_;
   std::vector<std::pair<Placed, c10::MaybeOwned<Tensor>>> held_;
-  std::vector<RmsNormRope> sides_;
+  Sides<RmsNormRope> sides_;
 };
 
 // A result that is not there: a compiler that writes into buffers of its own can only do so if each
@@ -655,8 +658,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rope_backward(const Backward
 
   std::vector<Placed> held;
   std::vector<c10::MaybeOwned<Tensor>> dense_tensors;
-  std::vector<RmsNormRopeBackward> params;
-  held.reserve(4), dense_tensors.reserve(4), params.reserve(2);
+  Sides<RmsNormRopeBackward> params;
+  held.reserve(4), dense_tensors.reserve(4);
   std::optional<Angles> angles;
   for (size_t i = 0; i < sides.size(); ++i) {
     if (!dx[i].defined() && !dweight[i].defined()) continue;
@@ -695,7 +698,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rope_backward(const Backward
     return results();
   }
   cpu::isa();  // as in the forward
-  std::vector<RmsNormRopeBackward> units = units_of(params);
+  Sides<RmsNormRopeBackward> units = units_of(params);
   std::vector<Tensor> sums;
   int64_t tile_bytes = 0, most_blocks = 0;
   std::vector<int64_t> blocks;
@@ -733,7 +736,8 @@ Tensor angles_of(const Tensor& table, const Call& call, const Tensor& like) {
   const OptionalTensor& positions = call.positions;
   const Tensor angles = positions ? at::index(table, {positions->to(at::kLong)}) : table;
   if (!options.sections) return angles.unsqueeze(-2).to(like.scalar_type());
-  const int64_t pairs = table.size(-1);
+  const int64_t pairs =
+      std::accumulate(options.sections->begin(), options.sections->end(), int64_t{0});
   std::vector<Tensor> parts;
   for (int64_t begin = 0, end = 0; begin < pairs; begin = end) {
     const int64_t axis = axis_of(options, begin);
@@ -748,14 +752,17 @@ Tensor rotated(const Tensor& t, const Call& call, bool reversed) {
   const Tensor cos = angles_of(call.cos, call, t);
   Tensor sin = angles_of(call.sin, call, t);
   if (reversed) sin = -sin;
-  const int64_t pairs = call.cos.size(-1);
-  const Tensor rest = t.narrow(-1, 2 * pairs, t.size(-1) - 2 * pairs);
+  const c10::SymInt pairs = call.cos.sym_size(-1);
+  const auto part = [&](const c10::SymInt& begin, const c10::SymInt& count) {
+    return t.narrow_symint(-1, begin, count);
+  };
+  const Tensor rest = part(pairs * 2, t.sym_size(-1) - pairs * 2);
   if (call.options.interleaved) {
-    const Tensor neighbours = t.narrow(-1, 0, 2 * pairs).unflatten(-1, {pairs, 2});
+    const Tensor neighbours = part(0, pairs * 2).unflatten_symint(-1, {pairs, 2});
     const Tensor a = neighbours.select(-1, 0), b = neighbours.select(-1, 1);
     return at::cat({at::stack({a * cos - b * sin, b * cos + a * sin}, -1).flatten(-2), rest}, -1);
   }
-  const Tensor a = t.narrow(-1, 0, pairs), b = t.narrow(-1, pairs, pairs);
+  const Tensor a = part(0, pairs), b = part(pairs, pairs);
   return at::cat({a * cos - b * sin, b * cos + a * sin, rest}, -1);
 }
 

@@ -13,6 +13,9 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from ..again import op_names
 
 _OF_ROWS = {"grad_output", "input", "residual", "grad_residual", "rstd", "out", "residual_out"}
+_OF_ROWS |= {"grad_q", "grad_k", "q", "k", "q_out", "k_out"}
+# Plain results: rstd of rotated rows, which may begin with the heads.
+_PLAIN = {"grad_weight", "grad_q_weight", "grad_k_weight", "q_rstd", "k_rstd"}
 
 
 def _on_values(cls, func, types, args, kwargs):
@@ -28,8 +31,18 @@ def _on_values(cls, func, types, args, kwargs):
                 f"{other._size} and {name} {first._size}"
             )
     normalized = len(given.get("normalized_shape", "1"))
-    for missing in _OF_ROWS - jagged.keys():
-        if given.get(missing) is not None:
+    rows = _OF_ROWS
+    if "q" in given:
+        rows = rows | ({"cos", "sin"} if given.get("positions") is None else {"positions"})
+        tokens = given["q"].dim() + (-3 if given.get("heads_dim", -2) == -2 else -2)
+        if "q" in jagged and given["q"]._ragged_idx != tokens:
+            raise RuntimeError(
+                f"{func}: expected the tokens of q to be what is ragged, but it has the sizes "
+                f"{given['q']._size}"
+            )
+    for missing in rows - jagged.keys():
+        value = given.get(missing)
+        if value is not None and value.numel():
             raise RuntimeError(
                 f"{func}: expected {missing} to be a nested tensor as {name} is, but got "
                 f"{type(given[missing]).__name__}"
@@ -44,7 +57,7 @@ def _on_values(cls, func, types, args, kwargs):
 
     def wrapped(result, what):
         # What was not asked for is None, or has no elements.
-        if not isinstance(result, Tensor) or what == "grad_weight":
+        if not isinstance(result, Tensor) or what in _PLAIN:
             return result
         has_rows = result.numel() or not first._values.numel()
         return NestedTensor(result, **layout) if has_rows else result
