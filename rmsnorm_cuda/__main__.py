@@ -21,6 +21,7 @@ from rmsnorm_cuda.reference import (
     quantize_reference,
     rms_norm_backward_reference,
     rms_norm_reference,
+    rms_norm_rope_reference,
     round_once,
     ulp_distance,
 )
@@ -116,6 +117,22 @@ def checks(device, generator):
                     eps = max(eps, torch.finfo(dtype).eps)
                 ulps = (error.amax() / want.abs().amax() / eps).item()
                 yield kind, f"rms_norm_backward {kind} {name}", ulps, 4
+
+    # The same, and what two products cancel.
+    for dtype, interleaved in itertools.product(DTYPES, (False, True)):
+        q, k = randn(5, 4, 64, dtype=dtype), randn(5, 2, 64, dtype=dtype)
+        weights = randn(64, dtype=dtype), randn(2 * 64, dtype=dtype)
+        angle = torch.randn(5, 32, generator=generator)
+        args = q, k, *weights, angle.cos(), angle.sin()
+        on_device = (t.to(device) for t in args)
+        results = rmsnorm_cuda.rms_norm_rope(*on_device, 1e-6, interleaved=interleaved)
+        for x, weight, got in zip((q, k), weights, results):
+            angles = angle.cos(), angle.sin()
+            want = rms_norm_rope_reference(x, weight, *angles, 1e-6, interleaved=interleaved)
+            error = (got.cpu().double() - round_once(want, dtype).double()).abs().amax()
+            ulps = (error / want.abs().amax() / torch.finfo(dtype).eps).item()
+            name = f"{str(dtype)[6:]} {'interleaved' if interleaved else 'halves'}"
+            yield "rotated", f"rms_norm_rope {name}", ulps, 1
 
     # What is fused has the bits of the steps.
     quant_dtypes = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8

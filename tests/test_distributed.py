@@ -5,6 +5,7 @@ The checks of a world share its processes, since those take seconds to import to
 test of its own.
 """
 
+import contextlib
 import datetime
 import itertools
 import textwrap
@@ -24,6 +25,8 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_quant,
     rms_norm,
     rms_norm_quant,
+    rms_norm_rope,
+    rms_norm_rope_,
 )
 
 pytestmark = pytest.mark.distributed
@@ -340,6 +343,65 @@ def gradient_of_the_sum_placed_otherwise(rank, world, folder):
             )
             assert all(same_bits(full(a), b) for a, b in zip(grads[:2], want[:2])), placements
             torch.testing.assert_close(full(grads[2]), want[2], rtol=1e-5, atol=1e-5)
+
+
+@check(2, 4)
+def rotated_heads(rank, world, folder):
+    """Heads, tokens or the batch may be sharded; with a weight across heads these are whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = mesh_of(world)
+    for weight_shape, heads_dim in (((16,), -2), ((8, 16), -3), ((16,), -3), ((128,), -2)):
+        heads = (4, 6, 8, 16), (4, 6, 4, 16)
+        q, k = (random(*shape) for shape in heads)
+        if heads_dim == -3:
+            q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
+        w, v, cos, sin = random_weight(weight_shape, FP32), random_weight(16, FP32), *angle(6, 8)
+        plain = [t.clone().requires_grad_() for t in (q, k, w, v)]
+        want = rms_norm_rope(*plain, cos, sin, 1e-6, heads_dim=heads_dim)
+        upstream = [random(*t.shape) for t in want]
+        wanted = torch.autograd.grad(want, plain, upstream)
+        for dim in (None, 0, 1, 2):
+            rows = Replicate() if dim is None else Shard(dim)
+            of_heads = dim == 4 + heads_dim
+            own = Shard(0) if of_heads and len(weight_shape) == 2 else Replicate()
+            placements = rows, rows, own, Replicate()
+            leaves = [
+                everywhere(t, mesh, p).requires_grad_() for t, p in zip((q, k, w, v), placements)
+            ]
+            tokens = Shard(0) if dim == (1 if heads_dim == -2 else 2) else Replicate()
+            angles = [everywhere(t, mesh, tokens) for t in (cos, sin)]
+            gathers = of_heads and weight_shape == (128,)
+            with contextlib.nullcontext() if gathers else no_communication():
+                got = rms_norm_rope(*leaves, *angles, 1e-6, heads_dim=heads_dim)
+            assert gathers or all(t.placements == (rows,) for t in got)
+            assert all(same_bits(full(a), b.detach()) for a, b in zip(got, want))
+            there = [everywhere(t, mesh, rows) for t in upstream]
+            grads = torch.autograd.grad(got, leaves, there)
+            assert all(same_bits(full(a), b) for a, b in zip(grads[:2], wanted))
+            for a, b in zip(grads[2:], wanted[2:]):
+                torch.testing.assert_close(full(a), b, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        x, cache = random(4, 6, 8, 16), angle(9, 8)
+        positions = torch.randint(0, 9, (2, 4, 6))
+        dx, whole = everywhere(x, mesh, Shard(0)), [everywhere(t, mesh, Replicate()) for t in cache]
+        by_row = everywhere(positions, mesh, Shard(1))
+        how = {"sections": [3, 5], "positions": by_row}
+        with no_communication():
+            got = rms_norm_rope(dx, None, None, None, *whole, 1e-6, **how)[0]
+        how["positions"] = positions
+        assert same_bits(full(got), rms_norm_rope(x, None, None, None, *cache, 1e-6, **how)[0])
+        again = everywhere(x, mesh, Shard(0))
+        rms_norm_rope_(again, None, None, None, *whole, 1e-6, sections=[3, 5], positions=by_row)
+        assert same_bits(full(again), full(got))
+        with pytest.raises(RuntimeError, match="k to be placed as q is"):
+            other = everywhere(x, mesh, Replicate())
+            rms_norm_rope_(again, other, None, None, *whole, sections=[3, 5], positions=by_row)
+
+
+def angle(*shape):
+    t = random(*shape)
+    return t.cos(), t.sin()
 
 
 @check(2)

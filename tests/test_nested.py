@@ -13,6 +13,7 @@ from rmsnorm_cuda import (
     replace_rms_norm,
     rms_norm,
     rms_norm_quant,
+    rms_norm_rope,
 )
 
 OFFSETS = torch.tensor([0, 3, 3, 12])
@@ -129,3 +130,32 @@ def test_override_is_handed_what_f_rms_norm_would():
         2,
         ["cast_before_weight", "eps", "weight", "weight_offset"],
     )
+
+
+@pytest.mark.parametrize("weight_shape", [(8,), (4, 8), (32,)])
+def test_rotated_heads(weight_shape):
+    """By angles of the tokens, which are as ragged, or by positions in a cache."""
+    q, k, w = values(4, 8), values(2, 8), torch.rand(weight_shape)
+    cos, sin = values(4).cos(), values(4).sin()
+    leaves = [[t.clone().requires_grad_() for t in (q, k, w)] for _ in range(2)]
+    want = rms_norm_rope(*leaves[0], None, cos, sin, 1e-6)
+    nested = jagged(leaves[1][0]), jagged(leaves[1][1]), leaves[1][2]
+    got = rms_norm_rope(*nested, None, jagged(cos), jagged(sin), 1e-6)
+    assert all(same_bits(a.values().detach(), b.detach()) for a, b in zip(got, want))
+    sum(t.sin().sum() for t in want).backward()
+    sum(t.values().sin().sum() for t in got).backward()
+    assert all(same_bits(a.grad, b.grad) for a, b in zip(*leaves))
+    positions = torch.randint(0, 12, (12,))
+    want = rms_norm_rope(q, None, None, None, cos, sin, positions=positions)[0]
+    got = rms_norm_rope(jagged(q), None, None, None, cos, sin, positions=jagged(positions))[0]
+    assert same_bits(got.values(), want)
+    with pytest.raises(RuntimeError, match="expected cos to be a nested tensor as q is"):
+        rms_norm_rope(jagged(q), None, None, None, cos, sin)
+    heads = torch.nested.nested_tensor_from_jagged(
+        q.transpose(0, 1).contiguous(), OFFSETS, jagged_dim=2
+    )
+    with pytest.raises(RuntimeError, match="the tokens of q to be what is ragged"):
+        rms_norm_rope(heads, None, None, None, jagged(cos), jagged(sin))
+    heads = rms_norm_rope(heads, None, None, None, jagged(cos), jagged(sin), heads_dim=-3)[0]
+    want = rms_norm_rope(q, None, None, None, cos, sin)[0]
+    assert same_bits(heads.values().transpose(0, 1), want)

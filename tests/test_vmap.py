@@ -12,6 +12,8 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_quant,
     rms_norm,
     rms_norm_quant,
+    rms_norm_rope,
+    rms_norm_rope_,
 )
 from rmsnorm_cuda.reference import ulp_distance
 from rmsnorm_cuda.vmap import RULES
@@ -510,3 +512,107 @@ def test_every_op_but_those_with_out_has_a_rule():
         torch.vmap(lambda x, out: rms_norm(x, 8, out=out))(
             random(SAMPLES, 4, 8), random(SAMPLES, 4, 8)
         )
+
+
+# ------------------------------------------------------------------------------------------- rope
+
+# of q, k, q_weight, k_weight and the angles
+ROPE_DIMS = [
+    (0, 0, None, None, None),
+    (1, 0, None, None, 0),
+    (0, None, None, None, 1),
+    (None, 0, 0, None, None),
+    (2, 1, None, 1, 0),
+    (None, None, None, None, 0),
+    (None, None, 0, 0, None),
+]
+ROPE_KINDS = [((8,), -2), ((4, 8), -3), ((32,), -2), ((32,), -3), ((4, 8), -2)]
+
+
+@pytest.mark.parametrize("in_dims, kind, options", pairs(ROPE_DIMS, ROPE_KINDS, OPTIONS), ids=name)
+def test_rope(in_dims, kind, options):
+    """Forward, gradients for each sample, the backward op, and in place."""
+    weight_shape, heads_dim = kind
+    shapes = [(2, 5, n, 8) if heads_dim == -2 else (2, n, 5, 8) for n in (4, 2)]
+    shapes += [weight_shape, (8,), (5, 3)]
+    args = [batched(s, dim, torch.float32) for s, dim in zip(shapes, in_dims)]
+    how = {"heads_dim": heads_dim, "interleaved": True} | options
+
+    def function(q, k, w, v, a):
+        return rms_norm_rope(q, k, w, v, a.cos(), a.sin(), 1e-5, **how)
+
+    def forward(q, k, w, v, a):
+        return ops.rms_norm_rope_forward(q, k, w, v, a.cos(), a.sin(), None, 1e-5, **how)
+
+    close = exact if in_dims[2:4] == (None, None) else ulps_apart_of_rotated
+    for each in (function, forward):
+        close(torch.vmap(each, in_dims)(*args), loop(each, in_dims, *args))
+
+    def loss(*args):
+        return sum((t.square() * torch.arange(8)).sum() for t in function(*args))
+
+    def gradients(*args):
+        return torch.func.grad(loss, (0, 1, 2, 3))(*args)
+
+    got, want = torch.vmap(gradients, in_dims)(*args), loop(gradients, in_dims, *args)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+    def backward(q, k, w, v, a, mask):
+        tensors = q, k, w, v, a.cos(), a.sin(), None
+        y, z, *rstd = ops.rms_norm_rope_forward(*tensors, 1e-5, **how)
+        grads = ops.rms_norm_rope_backward(y, z, *tensors, *rstd, 1e-5, mask, **how)
+        return tuple(g for g in grads if g is not None)
+
+    for mask in ([True] * 4, [True, True, False, False], [True, False, False, True]):
+        of = lambda *args: backward(*args, mask)  # noqa: B023, E731
+        for a, b in zip(torch.vmap(of, in_dims)(*args), loop(of, in_dims, *args), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+    def in_place(q, k, w, v, a):
+        rms_norm_rope_(q, k, w, v, a.cos(), a.sin(), 1e-5, **how)
+        return q.clone(), k.clone()
+
+    if None in in_dims[:2]:
+        with pytest.raises(RuntimeError, match="one of them is not batched; use rms_norm_rope"):
+            torch.vmap(in_place, in_dims)(*args)
+    elif weight_shape != (32,) or heads_dim == -2:
+        want = loop(function, in_dims, *args)
+        args[:2] = [t.clone() for t in args[:2]]
+        close(torch.vmap(in_place, in_dims)(*args), want)
+
+
+def ulps_apart_of_rotated(got, want):
+    """As above; a difference of two products is as far off as these are."""
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=4e-7, atol=2e-6)
+
+
+@pytest.mark.parametrize("dims", [(0, 0, None), (0, None, None), (None, 0, None), (0, 0, 0)])
+@pytest.mark.parametrize("sections", [None, [1, 3]])
+def test_rope_of_a_cache(dims, sections):
+    axes = () if sections is None else (2,)
+    q, cache = batched((5, 4, 8), dims[0], torch.float32), batched((11, 4), dims[2], torch.float32)
+    samples = () if dims[1] is None else (SAMPLES,)
+    positions = torch.randint(0, 11, (*samples, *axes, 5))
+
+    def function(q, positions, cache):
+        angles = cache.cos(), cache.sin()
+        how = {"positions": positions, "sections": sections}
+        return rms_norm_rope(q, None, None, None, *angles, 1e-5, **how)[:1]
+
+    got = torch.vmap(function, dims)(q, positions, cache)
+    want = loop(function, dims, q, positions, cache)
+    (exact if dims[2] is None else ulps_apart_of_rotated)(got, want)
+
+
+def test_rope_in_place_of_weights_for_each_sample_that_share_memory():
+    both = random(SAMPLES, 5, 6, 8)
+    q, k = both[:, :, :4], both[:, :, 4:]
+    angle = random(5, 4)
+
+    def function(q, k, w):
+        rms_norm_rope_(q, k, w, None, angle.cos(), angle.sin())
+
+    with pytest.raises(RuntimeError, match="two of them share theirs; use rms_norm_rope"):
+        torch.vmap(function)(q, k, random(SAMPLES, 8))

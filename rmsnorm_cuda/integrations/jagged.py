@@ -24,15 +24,20 @@ def _on_values(cls, func, types, args, kwargs):
     given = dict(zip([argument.name for argument in func._schema.arguments], args)) | kwargs
     jagged = {name: value for name, value in given.items() if isinstance(value, NestedTensor)}
     name, first = next(iter(jagged.items()))
+    is_rope = "q" in given
+
+    def lengths(t):  # heads may be in front of tokens, and cos has none
+        return (t._size[0], t._size[t._ragged_idx]) if is_rope else t._size[: t._ragged_idx + 1]
+
     for other_name, other in jagged.items():
-        if other._size[: other._ragged_idx + 1] != first._size[: first._ragged_idx + 1]:
+        if lengths(other) != lengths(first):
             raise RuntimeError(
                 f"{func}: expected nested tensors of the same lengths, but {other_name} has "
                 f"{other._size} and {name} {first._size}"
             )
     normalized = len(given.get("normalized_shape", "1"))
     rows = _OF_ROWS
-    if "q" in given:
+    if is_rope:
         rows = rows | ({"cos", "sin"} if given.get("positions") is None else {"positions"})
         tokens = given["q"].dim() + (-3 if given.get("heads_dim", -2) == -2 else -2)
         if "q" in jagged and given["q"]._ragged_idx != tokens:

@@ -212,7 +212,87 @@ ARGUMENTS = {
     "output_mask": chosen([True, True], [True, False], [False, True]),
 }
 # Found from the others when the call is made.
-DERIVED = {"rstd"}
+DERIVED = {"rstd", "q_rstd", "k_rstd"}
+HEAD_COLUMNS = st.sampled_from([2, 6, 8, 16, 30, 32, 48, 64, 66, 80, 96, 128, 192, 256, 512])
+
+
+@st.composite
+def rope_calls(draw, op):
+    """A call of an op that rotates q and k, whose arguments depend on each other."""
+    names = [a.name for a in op._schema.arguments]
+    cols, heads = draw(HEAD_COLUMNS), draw(st.sampled_from([1, 2, 3, 8]))
+    tokens = draw(st.sampled_from([0, 1, 2, 3, 5, 17, 40]))
+    tokens = min(tokens, SMALL // (cols * heads))
+    batch = draw(st.sampled_from([(), (1,), (2,)]))
+    heads_dim = draw(st.sampled_from([-2, -3]))
+    dtype = draw(st.sampled_from([FP32, BF16, FP16, FP32, BF16, FP64]))
+
+    def shape(heads):
+        return (*batch, tokens, heads, cols) if heads_dim == -2 else (*batch, heads, tokens, cols)
+
+    call = Call(
+        op._schema.name.split("::")[1],
+        shape(heads),
+        1,
+        dtype,
+        dtype,
+        None,
+        draw(st.integers(0, 2**31)),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor(shape, dtype, layouts, dense_from, kinds=("normal", "tiny", "constant", "mixed")):
+        placed = Placed(shape, dtype, draw(st.sampled_from(layouts)), dense_from)
+        kind = draw(st.sampled_from(kinds))
+        placed.tensor.copy_(values(kind, shape, dtype, generator))
+        return placed.tensor
+
+    layouts = ["dense", "dense", "padded", "transposed", "scattered"]
+    given = {"heads_dim": heads_dim}
+    for side in "qk":
+        count = heads if side == "q" else draw(st.sampled_from([None, 1, 2, heads]))
+        given[side] = given[f"{side}_weight"] = None
+        if count is None:
+            continue
+        of = dtype if side == "q" else draw(st.sampled_from([dtype, FP32]))
+        given[side] = tensor(shape(count), of, layouts, len(shape(count)) - 1)
+        weights = [None, (cols,), (cols,), (count, cols), (count * cols,)]
+        if weight := draw(st.sampled_from(weights)):
+            of = draw(st.sampled_from([dtype, FP32, BF16]))
+            given[f"{side}_weight"] = tensor(
+                weight, of, ["dense", "scattered"], 0, ["normal", "zero"]
+            )
+        if "grad_q" in names:
+            there = side == "q" or draw(st.booleans())
+            grad = tensor(shape(count), given[side].dtype, layouts, len(shape(count)) - 1)
+            given[f"grad_{side}"] = grad if there else None
+    given.setdefault("grad_k", None)
+    pairs = draw(st.sampled_from([cols // 2, cols // 2, cols // 4]))
+    sections = draw(st.sampled_from([None, None, (pairs,), (pairs // 2, pairs - pairs // 2)]))
+    axes = () if sections is None else (len(sections),)
+    given["sections"] = sections and list(sections)
+    given["interleaved_sections"] = bool(sections) and draw(st.booleans())
+    angle_dtype = draw(st.sampled_from([dtype, FP32]))
+    where = draw(st.sampled_from([(*batch, tokens), (tokens,), (1,)]))
+    given["positions"] = None
+    table = (*axes, *where)
+    if draw(st.booleans()):
+        table = (9,)
+        given["positions"] = torch.randint(0, 9, (*axes, *where), generator=generator)
+    angles = torch.randn((*table, pairs), generator=generator, dtype=FP64)
+    cos_sin = angles.cos(), angles.sin()
+    if draw(st.booleans()):  # side by side, as a cache is
+        cos_sin = torch.cat(cos_sin, -1).split([pairs, pairs], -1)
+    given["cos"], given["sin"] = (t.to(angle_dtype) for t in cos_sin)
+    for name in ("interleaved", "cast_before_weight", "round_each_step"):
+        given[name] = draw(st.booleans())
+    given["weight_offset"] = draw(st.sampled_from([0.0, 1.0, -0.37]))
+    given["eps"] = draw(st.sampled_from([None, 1e-6, 1e-5, 1.0]))
+    given["output_mask"] = draw(
+        st.sampled_from([[True] * 4, [True, True, False, False], [False, True, True, True]])
+    )
+    call.arguments = {name: given[name] for name in names if name not in DERIVED}
+    return call
 
 
 @st.composite
@@ -220,6 +300,8 @@ def calls(draw, op):
     """A call of an op that returns new tensors."""
     schema = op._schema
     names = [a.name for a in schema.arguments]
+    if "q" in names:
+        return draw(rope_calls(op))
     quant = "dtype" in names
     large = draw(st.integers(0, 999)) == 999
     most = LARGE if large else SMALL

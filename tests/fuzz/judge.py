@@ -202,6 +202,51 @@ class Norm:
         )
 
 
+def check_rotated(y, x, weight, cos, sin, heads_dim, interleaved, cast, weight_offset, eps):
+    """`y` is q or k of rms_norm_rope, rounded once; cos and sin are those of each token."""
+    x = x.transpose(-3, -2) if heads_dim == -3 else x
+    y = y.transpose(-3, -2) if heads_dim == -3 else y
+    heads, cols = x.shape[-2:]
+    across = weight is not None and weight.dim() == 1 and len(weight) != cols
+    norm = Norm(x.flatten(-2) if across else x, 1, None, eps)
+    xhat = norm.xhat.reshape(x.shape)
+    cast = cast and weight is not None
+    dtype = torch.promote_types(x.dtype, weight.dtype) if cast else x.dtype
+    assert y.dtype == dtype, (y.dtype, dtype)
+    computed = compute_dtype(x, weight)
+    error = np.abs(xhat) * 4 * SLACK[computed]
+    if cast:  # a near-tie may fall to either side
+        once = rounded(xhat, x.dtype)
+        sides = [rounded(xhat * (1 + s * SLACK[computed] * 4), x.dtype) for s in (-1, 1)]
+        xhat, error = once, np.abs(once) * 4 * SLACK[computed] + np.abs(sides[1] - sides[0])
+    if weight is not None:
+        # In the type computed in.
+        gain = exact(weight.to(computed) + torch.tensor(weight_offset, dtype=computed))
+        if not weight_offset:
+            gain = exact(weight)
+        gain = gain.reshape(heads, cols) if across else gain
+        xhat, error = xhat * gain, error * np.abs(gain)
+    # Each product and sum rounds once more.
+    error = error + np.abs(xhat) * 4 * SLACK[computed]
+    cos, sin = (exact(t.to(computed))[..., None, :] for t in (cos, sin))
+    pairs = cos.shape[-1]
+    a = (slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs),)
+    b = (slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs),)
+    want, bound = xhat.copy(), error.copy()
+    with np.errstate(all="ignore"):
+        for of, other, sign in ((a, b, -1), (b, a, 1)):
+            want[..., of[0]] = xhat[..., of[0]] * cos + sign * xhat[..., other[0]] * sin
+            bound[..., of[0]] = error[..., of[0]] * np.abs(cos) + error[..., other[0]] * np.abs(sin)
+        bound = bound + 4 * UNDERFLOW[computed]
+        low, high = rounded(want - bound, dtype), rounded(want + bound, dtype)
+    good = is_between(y, low, high) | ~np.isfinite(want)
+    at = None if good.all() else tuple(int(i) for i in np.argwhere(~good)[0])
+    assert at is None, (
+        f"{(~good).sum()} of {good.size} elements are wrong: at {at} {exact(y)[at]!r}, which is "
+        f"not in [{low[at]!r}, {high[at]!r}]"
+    )
+
+
 def check_codes(codes, scale, norm, dtype, given=None, block=None, scale_ub=None):
     """`codes` and `scale` are the norm in 8 bits, to the bit: see Quant in csrc/rmsnorm.h."""
     most = np.float32({torch.int8: 127, torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}[dtype])

@@ -13,7 +13,7 @@ import torch
 from calls import BF16, FP16, Placed, calls
 from cases import same_bits
 from hypothesis import strategies as st
-from judge import Norm, check_codes, exact, sum_of
+from judge import Norm, check_codes, check_rotated, exact, sum_of
 
 from rmsnorm_cuda import _C
 
@@ -76,7 +76,16 @@ def named(op, results):
     return {name: t for name, t in named.items() if t is not None}
 
 
+def main_of(arguments):
+    return arguments["q" if "q" in arguments else "input"]
+
+
 def with_derived(call, arguments):
+    if "grad_q" in arguments:
+        op = namespace.rms_norm_rope_forward.default
+        given = {a.name: arguments[a.name] for a in op._schema.arguments}
+        _, _, q_rstd, k_rstd = op(**given)
+        return {**arguments, "q_rstd": q_rstd, "k_rstd": k_rstd}
     if "grad_output" in arguments:
         forward = ["input", "normalized_shape", "weight", "eps", "weight_offset"]
         _, rstd = namespace.rms_norm_forward(
@@ -108,8 +117,122 @@ def as_float(t):
 # ------------------------------------------------------------------------------------ references
 
 
+def rope_options(arguments):
+    return {a: arguments[a] for a in ROPE_OPTIONS}
+
+
+ROPE_OPTIONS = ("cos", "sin", "positions", "eps", "heads_dim", "interleaved", "sections")
+ROPE_OPTIONS += ("interleaved_sections", "weight_offset", "cast_before_weight", "round_each_step")
+
+
+def angles_of(arguments):
+    """cos and sin of each token, from the steps that sections and positions stand for."""
+    positions, sections = arguments["positions"], arguments["sections"]
+    for table in (arguments["cos"], arguments["sin"]):
+        t = table if positions is None else table[positions]
+        if sections is not None:
+            axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+            if arguments["interleaved_sections"]:
+                n = len(sections)
+                axes = [i % n if i < sections[i % n] * n else 0 for i in range(len(axes))]
+            columns = [t[axis][..., i] for i, axis in enumerate(axes)]
+            t = torch.stack(columns, -1) if columns else t[0]
+        yield t
+
+
+def rotated_by_steps(norm, cos, sin, arguments):
+    """Each step in the norm's dtype, as eager code of a model; tokens, then heads."""
+    cos, sin = (t.to(norm.dtype).unsqueeze(-2) for t in (cos, sin))
+    pairs = cos.shape[-1]
+    turned, rest = norm[..., : 2 * pairs], norm[..., 2 * pairs :]
+    neighbours = arguments["interleaved"]
+    a, b = turned.unflatten(-1, (pairs, 2)).unbind(-1) if neighbours else turned.chunk(2, -1)
+    both = a * cos + -b * sin, b * cos + a * sin
+    turned = torch.stack(both, -1).flatten(-2) if neighbours else torch.cat(both, -1)
+    return torch.cat([turned, rest], -1)
+
+
+def check_rope(call, arguments, results):
+    if "grad_q" in arguments:
+        return check_rope_gradients(call, arguments, results)
+    cos, sin = angles_of(arguments)
+    names = ("weight_offset", "cast_before_weight")
+    options = {name: arguments[name] for name in names}
+    for side in "qk":
+        x, weight = arguments[side], arguments[f"{side}_weight"]
+        if x is None:
+            assert not results[f"{side}_out"].numel()
+            continue
+        y = results[f"{side}_out"]
+        assert y.shape == x.shape
+        if not x.numel():
+            continue
+        if not arguments["round_each_step"]:
+            how = arguments["heads_dim"], arguments["interleaved"], options["cast_before_weight"]
+            check_rotated(y, x, weight, cos, sin, *how, options["weight_offset"], arguments["eps"])
+            continue
+        x, y = (t.transpose(-3, -2) if arguments["heads_dim"] == -3 else t for t in (x, y))
+        cols = x.shape[-1]
+        if weight is not None and weight.dim() == 2:
+            each = zip(x.unbind(-2), weight)
+            norm = [namespace.rms_norm(a, [cols], w, arguments["eps"], **options) for a, w in each]
+            norm = torch.stack(norm, -2)
+        elif weight is not None and len(weight) != cols:
+            flat = x.flatten(-2)
+            norm = namespace.rms_norm(flat, [len(weight)], weight, arguments["eps"], **options)
+            norm = norm.view(x.shape)
+        else:
+            norm = namespace.rms_norm(x, [cols], weight, arguments["eps"], **options)
+        assert_same({side: y}, {side: rotated_by_steps(norm, cos, sin, arguments)}, "rotation")
+
+
+def check_rope_gradients(call, arguments, results):
+    """Those of the formula in ATen ops, in double. Bounds: see test_gradients in test_rope.py."""
+    mask, tensors = arguments["output_mask"], ("q", "k", "q_weight", "k_weight")
+    wanted = {}
+    for i, name in enumerate(tensors):
+        if arguments[name] is None or arguments[f"grad_{name[0]}"] is None or not mask[i]:
+            assert f"grad_{name}" not in results
+            continue
+        wanted[name] = arguments[name].double().clone().requires_grad_()
+    if not wanted or not arguments["q"].numel():
+        return
+    leaves = {n: None if arguments[n] is None else arguments[n].double() for n in tensors} | wanted
+    options = rope_options(arguments) | {"round_each_step": False}
+    for angles in ("cos", "sin"):
+        options[angles] = options[angles].double()
+    eps = options["eps"]
+    if eps is None:
+        options["eps"] = 2.0**-52 if arguments["q"].dtype == torch.float64 else 2.0**-23
+        if arguments["k"] is not None and arguments["k"].dtype != arguments["q"].dtype:
+            return
+    q, k = namespace.rms_norm_rope_formula(**leaves, **options)
+    pairs = [(q, arguments["grad_q"]), (k, arguments["grad_k"])]
+    pairs = [(y, dy.double()) for y, dy in pairs if dy is not None and y.requires_grad]
+    if not pairs:
+        return
+    ys, dys = zip(*pairs)
+    grads = torch.autograd.grad(ys, list(wanted.values()), dys, allow_unused=True)
+    for name, want in zip(wanted, grads):
+        got = results[f"grad_{name}"]
+        assert got.dtype == arguments[name].dtype and got.shape == arguments[name].shape
+        largest = torch.finfo(arguments[name].dtype).max / 4
+        if want is None or not want.isfinite().all() or want.abs().amax() > largest:
+            continue
+        dtype = arguments[name].dtype
+        coarse = arguments[name[0]].dtype if arguments["cast_before_weight"] else dtype
+        relative = 8 * max(torch.finfo(dtype).eps, torch.finfo(coarse).eps)
+        relative = max(relative, 2e-6 if torch.float64 != dtype else 0)
+        # A head, or a sum over all rows, in fp32.
+        scale = want.abs().amax()
+        error = (got.double() - want).abs() - torch.finfo(dtype).tiny
+        assert (error <= relative * (want.abs() + scale)).all(), (name, error.max(), scale)
+
+
 def check_results(call, arguments, results):
     """By the names of results. One with a new meaning needs a line here."""
+    if "q" in arguments:
+        return check_rope(call, arguments, results)
     x, options = arguments["input"], {}
     for name in ("weight", "eps", "weight_offset", "cast_before_weight"):
         options[name] = arguments[name]
@@ -160,17 +283,21 @@ def check_isas(call, op, arguments, results):
     """All are right; those with vectors agree in every bit, and plain C++ too where products of
     16-bit values are exact.
     """
-    x = "residual" if "residual" in arguments else "input"
-    weight = arguments["weight"]
-    narrow = all(t is None or t.dtype in (FP16, BF16) for t in (arguments[x], weight))
-    for isa in ISAS if arguments["input"].numel() < 1 << 17 else VECTOR_ISAS:
+    narrow = False
+    if "q" not in arguments:
+        x = "residual" if "residual" in arguments else "input"
+        read = arguments[x], arguments["weight"]
+        narrow = all(t is None or t.dtype in (FP16, BF16) for t in read)
+    for isa in ISAS if main_of(arguments).numel() < 1 << 17 else VECTOR_ISAS:
         got = on(isa, run, op, arguments)
-        check_results(call, arguments, got)
+        on(isa, check_results, call, arguments, got)
         if isa in VECTOR_ISAS or (isa == "scalar" and narrow and "grad_output" not in arguments):
             assert_same(got, results, isa)
 
 
 def check_row_alone(call, op, arguments, results):
+    if "q" in arguments:
+        return check_side_alone(call, op, arguments, results)
     rows = [range(n) for n in call.lead]
     if not all(rows):
         return
@@ -183,6 +310,16 @@ def check_row_alone(call, op, arguments, results):
     for name, value in results.items():
         if value.shape[: len(at)] == call.lead and value.numel() and name != "grad_weight":
             assert_same({name: got[name].reshape(value[at].shape)}, {name: value[at]}, "a batch")
+
+
+def check_side_alone(call, op, arguments, results):
+    """k as q."""
+    if arguments["k"] is None or "grad_q" in arguments:
+        return
+    alone = {"q": arguments["k"], "q_weight": arguments["k_weight"], "k": None, "k_weight": None}
+    got = run(op, {**arguments, **alone})
+    renamed = {name.replace("k", "q"): t for name, t in results.items() if name[0] == "k"}
+    assert_same(got, renamed, "the other side")
 
 
 def check_dense(call, op, arguments, results):
@@ -211,7 +348,7 @@ def check_steps(call, op, arguments, results):
 
 
 def check_threads(call, op, arguments, results):
-    if arguments["input"].nbytes < 1 << 18:
+    if main_of(arguments).nbytes < 1 << 18:
         return
     for threads in (2, 3):
         torch.set_num_threads(threads)
@@ -229,6 +366,8 @@ WRITTEN = {
     "residual_out": "residual_out",
     "input": "output",
     "residual": "residual_out",
+    **dict.fromkeys(("q", "q_out"), "q_out"),
+    **dict.fromkeys(("k", "k_out"), "k_out"),
 }
 
 
@@ -247,15 +386,24 @@ def written_calls(call, arguments, results):
         given, places = dict(arguments), {}
         for argument in written:
             result = results[WRITTEN[argument]]
+            if argument in arguments and arguments[argument] is None:
+                continue
             if argument in arguments and arguments[argument].dtype != result.dtype:
                 break  # the result cannot take its place
             column_major = argument == "scale_out" and arguments["column_major"]
             shape = result.movedim(-1, 0).shape if column_major else result.shape
             layout = "dense" if "quant" in name else ("dense", "padded")[call.seed % 2]
-            place = places[argument] = Placed(shape, result.dtype, layout, len(call.lead))
+            heads_first = "q" in arguments and arguments["heads_dim"] == -3 and result.dim() > 1
+            dense_from = len(call.lead)
+            if "q" in arguments:  # all heads of a token are dense where a weight is across them
+                shape = result.transpose(-3, -2).shape if heads_first else shape
+                dense_from = max(len(shape) - 2, 0)
+            place = places[argument] = Placed(shape, result.dtype, layout, dense_from)
             given[argument] = place.tensor.movedim(0, -1) if column_major else place.tensor
+            if heads_first:
+                given[argument] = place.tensor.transpose(-3, -2)
             if argument in arguments:
-                place.tensor.copy_(arguments[argument])
+                given[argument].copy_(arguments[argument])
         else:
             yield target, given, places
 
@@ -275,8 +423,33 @@ def check_written(call, op, arguments, results):
             assert place.guards_are_intact(), f"{target.name()} wrote beside {argument}"
 
 
+def check_rope_autograd(op, arguments, results):
+    """Those of the backward op, which has a test of its own."""
+    if "grad_q" in arguments or not arguments["q"].numel():
+        return
+    tensors = ("q", "k", "q_weight", "k_weight")
+    leaves = {n: arguments[n] for n in tensors if arguments[n] is not None}
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in leaves.items()}
+    got = run(op, {**arguments, **leaves})
+    assert_same({k: v.detach() for k, v in got.items()}, results, "recording")
+    ys = [got[f"{side}_out"] for side in "qk" if arguments[side] is not None]
+    dys = [torch.cos(y.detach().float()).to(y.dtype) for y in ys]
+    Counter.calls += 1
+    grads = torch.autograd.grad(ys, list(leaves.values()), dys, allow_unused=True)
+    given = {n: arguments[n] for n in tensors} | rope_options(arguments)
+    *_, q_rstd, k_rstd = namespace.rms_norm_rope_forward(**given)
+    given |= {"q_rstd": q_rstd, "k_rstd": k_rstd, "output_mask": [True] * 4}
+    given |= {"grad_q": dys[0], "grad_k": dys[1] if len(dys) > 1 else None}
+    want = run(namespace.rms_norm_rope_backward.default, given)
+    want = {name.removeprefix("grad_"): t for name, t in want.items()}
+    got = {n: g for n, g in zip(leaves, grads) if g is not None}
+    assert_same(got, {n: want[n] for n in got}, "autograd")
+
+
 def check_autograd(call, op, arguments, results):
     """The gradients that torch records."""
+    if "q" in arguments:
+        return check_rope_autograd(op, arguments, results)
     if not call.op.startswith(("rms_norm", "fused_add_rms_norm")) or (
         "quant" in call.op or "grad_output" in arguments or not arguments["input"].numel()
     ):
@@ -363,12 +536,31 @@ FAULTS = {
     "a negative eps": lambda a: {"eps": -1e-6},
     "eps that is no number": lambda a: {"eps": float("nan")},
     "an infinite offset": lambda a: {"weight_offset": float("inf")},
-    "a weight too long": lambda a: a["weight"] is not None and {"weight": longer(a["weight"])},
-    "a weight of integers": lambda a: a["weight"] is not None and {"weight": a["weight"].int()},
-    "an input of integers": lambda a: {"input": a["input"].int()},
+    "a weight too long": lambda a: a.get("weight") is not None and {"weight": longer(a["weight"])},
+    "a weight of integers": lambda a: a.get("weight") is not None and {"weight": a["weight"].int()},
+    "an input of integers": lambda a: "input" in a and {"input": a["input"].int()},
     "an input too long": lambda a: (
-        (a["weight"] is not None or {"normalized_shape", "residual"} & set(a))
+        (a.get("weight") is not None or {"normalized_shape", "residual"} & set(a))
         and {"input": longer(a["input"])}
+    ),
+    "heads of an odd length": lambda a: "q" in a and {"q": longer(a["q"])},
+    "heads of integers": lambda a: "q" in a and {"q": a["q"].int()},
+    "angles of integers": lambda a: "q" in a and {"cos": a["cos"].int()},
+    "too many pairs": lambda a: (
+        "q" in a and {n: longer(a[n], a["q"].shape[-1]) for n in ("cos", "sin")}
+    ),
+    "heads somewhere else": lambda a: "q" in a and {"heads_dim": -1},
+    "sections of fewer pairs": lambda a: (
+        a.get("sections") is not None
+        and len(a["sections"]) > 1
+        and {"sections": [a["sections"][0] + 1, *a["sections"][1:]]}
+    ),
+    "a position that is not there": lambda a: (
+        a.get("positions") is not None
+        and a["positions"].numel()
+        and a["q"].numel()
+        and ("grad_q" not in a or a["grad_q"] is not None and a["output_mask"][0])
+        and {"positions": torch.full_like(a["positions"], 9)}
     ),
     "another shape": lambda a: (
         "normalized_shape" in a and {"normalized_shape": [n + 1 for n in a["normalized_shape"]]}
@@ -376,7 +568,8 @@ FAULTS = {
     "no shape": lambda a: "normalized_shape" in a and {"normalized_shape": []},
     "a residual too long": lambda a: "residual" in a and {"residual": longer(a["residual"])},
     "a residual of integers": lambda a: "residual" in a and {"residual": a["residual"].int()},
-    "another device": lambda a: a["weight"] is not None and {"weight": a["weight"].to("meta")},
+    "another device": lambda a: a.get("weight") is not None and {"weight": a["weight"].to("meta")},
+    "angles of another device": lambda a: "q" in a and {"cos": a["cos"].to("meta")},
     "a gradient too long": lambda a: (
         "grad_output" in a and {"grad_output": longer(a["grad_output"])}
     ),
@@ -424,7 +617,7 @@ def test_refusals(painted, fuzz_seconds, fuzz_seed, record_property):
         call, fault, written_fault = example
         op = getattr(namespace, call.op).default
         arguments = with_derived(call, call.arguments)
-        if not arguments["input"].dim():
+        if not main_of(arguments).dim():
             return
         wrong = FAULTS[fault](arguments)
         overloads = getattr(namespace, call.op).overloads()
@@ -434,11 +627,12 @@ def test_refusals(painted, fuzz_seconds, fuzz_seed, record_property):
             target = getattr(namespace, call.op).out
             names = [a.name for a in target._schema.arguments if a.alias_info is not None]
             outs = {name: torch.full_like(results[WRITTEN[name]], 3) for name in names}
-            t = outs["out"]
+            first = names[0]
+            t = outs[first]
             if t.numel() and t.shape[-1] > 1 and (t.dim() > 1 and t.numel() > t.shape[-1]):
                 assert_refused(
                     target,
-                    {**arguments, **outs, "out": WRITTEN_FAULTS[written_fault](t)},
+                    {**arguments, **outs, first: WRITTEN_FAULTS[written_fault](t)},
                     written_fault,
                 )
         if wrong:
