@@ -1,0 +1,271 @@
+"""q and k: norm and rotary embedding in one pass, beside the steps and the kernels of others.
+
+    python benchmarks/rope.py [--threads 1,2] [--dtypes fp32,bf16] [--tokens 1,8,64,2048,8192]
+                              [--heads 32,8] [--width 128] [--no-compile] [--vllm FILE]
+                              [--sglang FILE] [--json FILE] [--md FILE] [--from FILE]
+
+q and k are slices of a projection [tokens, heads of q, k and v, width]; weights [width]; angles of
+all columns, in halves. "steps" are our norms and then transformers' apply_rotary_pos_emb in eager
+mode; "compile" is torch.compile of the whole formula; "two norms" leaves the rotation out. A copy
+of the same bytes is the floor. Calls of 1 MiB and more rotate over buffers of 256 MiB, as a model
+finds them: out of the caches. All are verified against fp64 first, then timed interleaved in one
+process; medians, in us. "training" is forward and backward, where the kernels of others have none.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import rmsnorm_cuda
+from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, llama, machine, measure
+from benchmarks.peers import Absent, loaded
+from rmsnorm_cuda import rms_norm, rms_norm_rope, rms_norm_rope_
+from rmsnorm_cuda.reference import rms_norm_rope_reference
+
+
+def rotate_half(x):
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
+def rotated(x, cos, sin):
+    """As transformers does, of cos and sin of all columns; heads behind the tokens."""
+    return x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)
+
+
+class Cell:
+    """Buffers of one size, and what runs on them."""
+
+    def __init__(self, tokens, heads, width, dtype, weight_dtype):
+        self.heads, self.width, self.dtype, self.tokens = heads, width, dtype, tokens
+        self.weights = [(torch.randn(width) + 1).to(weight_dtype) for _ in heads]
+        angle = torch.outer(torch.arange(tokens), 1e4 ** -torch.linspace(0, 1, width // 2))
+        self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        self.columns = [torch.cat([t, t], -1) for t in (self.cos, self.sin)]
+        self.cache, self.positions = torch.cat([self.cos, self.sin], -1), torch.arange(tokens)
+        size = tokens * sum(heads) * width * dtype.itemsize
+        self.bytes = 2 * size
+        sets = 1 if size < 1 << 20 else max(2, ROTATE_BYTES // self.bytes)
+        self.sets = [self.buffers() for _ in range(sets)]
+
+    def buffers(self):
+        q_heads, k_heads = self.heads
+        shape = self.tokens, q_heads + 2 * k_heads, self.width
+        q, k, _ = torch.randn(shape).to(self.dtype).split([q_heads, k_heads, k_heads], 1)
+        # Rows that are normalized again and again stay as they are.
+        dense = [t.contiguous() for t in (q, k)]
+        out = [torch.empty_like(t) for t in dense]
+        return SimpleNamespace(q=q, k=k, dense=dense, out=out)
+
+    def forward(self, compiled):
+        w, v = self.weights
+        cos, sin = self.columns
+        cache = self.cache.chunk(2, -1)
+
+        def steps(s):
+            return [
+                rotated(rms_norm(x, self.width, weight, EPS), cos, sin)
+                for x, weight in ((s.q, w), (s.k, v))
+            ]
+
+        def formula(q, k):
+            return [rotated(llama(x, weight), cos, sin) for x, weight in ((q, w), (k, v))]
+
+        runs = {
+            "ours": lambda s: rms_norm_rope(s.q, s.k, w, v, self.cos, self.sin, EPS),
+            "ours in place": lambda s: rms_norm_rope_(
+                s.q, s.k, w, v, *cache, EPS, positions=self.positions
+            ),
+            "ours out=": lambda s: rms_norm_rope(
+                s.q, s.k, w, v, self.cos, self.sin, EPS, out=tuple(s.out)
+            ),
+            "two norms": lambda s: [
+                rms_norm(s.q, self.width, w, EPS),
+                rms_norm(s.k, self.width, v, EPS),
+            ],
+            "steps": steps,
+            "copy": lambda s: [a.copy_(b) for a, b in zip(s.out, (s.q, s.k))],
+        }
+        if compiled:
+            torch._dynamo.reset()
+            whole = torch.compile(formula, dynamic=False)
+            runs["compile"] = lambda s: whole(s.q, s.k)
+        return runs
+
+    def training(self, compiled):
+        parameters = [t.clone().requires_grad_() for t in self.weights]
+        gradients = [torch.randn_like(t) for t in self.sets[0].dense]
+        cos, sin = self.columns
+
+        def step(function):
+            def run(s):
+                leaves = [t.detach().requires_grad_() for t in (s.q, s.k)]
+                results = function(*leaves)
+                return torch.autograd.grad(results, [*leaves, *parameters], gradients)
+
+            return run
+
+        def ours(q, k):
+            return rms_norm_rope(q, k, *parameters, self.cos, self.sin, EPS)
+
+        def steps(q, k):
+            return [
+                rotated(rms_norm(x, self.width, weight, EPS), cos, sin)
+                for x, weight in zip((q, k), parameters)
+            ]
+
+        def formula(q, k):
+            return [rotated(llama(x, weight), cos, sin) for x, weight in zip((q, k), parameters)]
+
+        runs = {"ours": step(ours), "steps": step(steps)}
+        if compiled:
+            torch._dynamo.reset()
+            runs["compile"] = step(torch.compile(formula, dynamic=False))
+        return runs
+
+    def verify(self, runs):
+        """The first buffers' results beside fp64; what rounds each step may be some eps off."""
+        for name, run in runs.items():
+            if name in ("copy", "two norms"):
+                continue
+            s = self.buffers()
+            want = [
+                rms_norm_rope_reference(x, weight, self.cos, self.sin, EPS)
+                for x, weight in zip((s.q, s.k), self.weights)
+            ]
+            got = run(s)
+            got = got if got is not None else (s.q, s.k)
+            for a, b in zip(got, want, strict=True):
+                a = a.double().view_as(b)
+                error = (a - b).abs().max() / b.abs().max() / torch.finfo(self.dtype).eps
+                assert error <= (1 if name.startswith("ours") else 4), f"{name}: {error:.2f}"
+
+
+# Each takes a cell and a file with kernels, and gives a run: norms in a dense copy of q and k, and
+# the rotation there.
+
+
+def vllm(cell, file):
+    ops = loaded("_C", file)
+    norm, rotary = ops.rms_norm.default, ops.rotary_embedding.default
+
+    def run(s):
+        for y, x, weight in zip(s.out, (s.q, s.k), cell.weights):
+            norm(y, x, weight, EPS)
+        q, k = (t.view(cell.tokens, -1) for t in s.out)
+        rotary(cell.positions, q, k, cell.width, cell.cache, True)
+        return s.out
+
+    return run
+
+
+def sglang(cell, file):
+    ops = loaded("sgl_kernel", file)
+    if cell.dtype == torch.float32:
+        raise Absent("no fp32")
+    norm, rotary = ops.rmsnorm_cpu.default, ops.rotary_embedding_cpu.default
+
+    def run(s):
+        rows = [t.view(-1, cell.width) for t in s.dense]
+        normed = [norm(x, weight, EPS) for x, weight in zip(rows, cell.weights)]
+        q, k = (t.view(cell.tokens, -1) for t in normed)
+        return rotary(cell.positions, q, k, cell.width, cell.cache, True)
+
+    return run
+
+
+PEERS = {"vLLM": vllm, "SGLang": sglang}
+
+
+def runs_of_peers(cell, files, report):
+    runs = {}
+    for name, peer in PEERS.items():
+        try:
+            runs[name] = peer(cell, files[name])
+        except Absent as reason:
+            report(name, str(reason))
+    return runs
+
+
+def summary(results):
+    """Markdown: medians, and the geometric means of times over ours."""
+    lines = []
+    for mode in dict.fromkeys(cell["mode"] for cell in results):
+        cells = [cell for cell in results if cell["mode"] == mode]
+        names = list(dict.fromkeys(name for cell in cells for name in cell["us"]))
+        lines += [f"{mode}, us:", "", f"| tokens | {' | '.join(names)} |"]
+        lines += ["|---" * (len(names) + 1) + "|"]
+        for cell in cells:
+            threads = f", {cell['threads']} threads" if cell["threads"] > 1 else ""
+            row = [f"{cell['us'][name]:.4g}" if name in cell["us"] else "" for name in names]
+            lines.append(f"| {cell['tokens']} {cell['dtype']}{threads} | {' | '.join(row)} |")
+        means = []
+        for name in names[1:]:
+            ratios = [cell["us"][name] / cell["us"]["ours"] for cell in cells if name in cell["us"]]
+            means.append(f"{name} {statistics.geometric_mean(ratios):.2f}")
+        lines += ["", f"Times over ours, geometric means: {', '.join(means)}.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--tokens", default="1,8,64,2048,8192")
+    parser.add_argument("--heads", default="32,8")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--modes", default="forward,training")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each contender in a cell")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--vllm", metavar="FILE", help="vLLM's kernels for the CPU")
+    parser.add_argument("--sglang", metavar="FILE", help="SGLang's")
+    parser.add_argument("--json")
+    parser.add_argument("--md", metavar="FILE", help="the table that is printed last")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="a JSON; measures nothing")
+    args = parser.parse_args()
+    if args.source:
+        results = json.loads(Path(args.source).read_text())["results"]
+    else:
+        results = measured(args)
+    print(summary(results))
+    if args.md:
+        Path(args.md).write_text(summary(results) + "\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(machine() | {"results": results}, indent=1))
+
+
+def measured(args):
+    results, absent, files = [], {}, {"vLLM": args.vllm, "SGLang": args.sglang}
+    heads = [int(n) for n in args.heads.split(",")]
+    for threads in map(int, args.threads.split(",")):
+        torch.set_num_threads(threads)
+        for dtype in args.dtypes.split(","):
+            for tokens in map(int, args.tokens.split(",")):
+                cell = Cell(tokens, heads, args.width, *DTYPES[dtype])
+                for mode in args.modes.split(","):
+                    runs = getattr(cell, mode)(not args.no_compile)
+                    if mode == "forward":
+                        runs |= runs_of_peers(cell, files, absent.setdefault)
+                        cell.verify(runs)
+                    us = measure(runs, cell.sets, args.seconds)
+                    where = {"mode": mode, "dtype": dtype, "tokens": tokens, "threads": threads}
+                    results.append(where | {"us": us})
+                    shown = ", ".join(f"{name} {t:.4g}" for name, t in us.items())
+                    print(f"{mode} {dtype} {tokens} tokens, {threads} threads: {shown}", flush=True)
+    for name, reason in absent.items():
+        print(f"without {name}: {reason}")
+    print(f"rmsnorm_cuda {rmsnorm_cuda.__version__}, {rmsnorm_cuda._C.isa()}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
