@@ -56,7 +56,8 @@ const Kernels* best() {
       usual->backward,
       usual->dweight,
       usual->quantize,
-      usual->rotate};
+      usual->rotate,
+      usual->rope_forward};
   if (count > 3 && __builtin_cpu_is("amdfam19h")) return &zen4;
 #endif
   return kTable[count - 1];
@@ -219,11 +220,12 @@ void forward_and_quantize(const RmsNormForward& p, int64_t row_begin, int64_t ro
 
 }  // namespace
 
-void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
-                      void* workspace) {
-  if (p.quant.data) return forward_and_quantize(p, row_begin, row_end, workspace);
-  const Kernels& chosen = kernels_for(p);
-  if (!p.fresh) return chosen.forward(p, row_begin, row_end, 0);
+namespace {
+
+// forward(row_begin, row_end): as many rows at a time as are mapped at once.
+template <class F>
+void map_and_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, F forward) {
+  if (!p.fresh) return forward(row_begin, row_end);
   const FreshRows y(p.y, p.rows, p.cols * size_of(p.y_dtype));
   const FreshRows x(p.addends.input ? p.x : nullptr, p.rows, p.cols * size_of(p.x_dtype));
   const int64_t rows = std::min(y.rows_at_once(), x.rows_at_once());
@@ -231,8 +233,18 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
     end = rows < row_end - row ? row + rows : row_end;
     y.map(row, end);
     x.map(row, end);
-    chosen.forward(p, row, end, 0);
+    forward(row, end);
   }
+}
+
+}  // namespace
+
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                      void* workspace) {
+  if (p.quant.data) return forward_and_quantize(p, row_begin, row_end, workspace);
+  const Kernels& chosen = kernels_for(p);
+  map_and_forward(p, row_begin, row_end,
+                  [&](int64_t begin, int64_t end) { chosen.forward(p, begin, end, 0); });
 }
 
 // A block of 32768 elements is some 10 us of work and enough rows to pay for its row of partial
@@ -301,9 +313,10 @@ RmsNormBackward gradient_from_tile(const RmsNormRopeBackward& p) {
 
 int64_t rms_norm_rope_workspace(const RmsNormRope& p) { return tile_bytes_of(norm_to_tile(p)); }
 
-void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_end,
-                           void* workspace) {
-  const Kernels& chosen = kernels_for(p.norm);
+namespace {
+
+void forward_and_rotate(const Kernels& chosen, const RmsNormRope& p, int64_t row_begin,
+                        int64_t row_end, void* workspace) {
   RmsNormForward norm = norm_to_tile(p);
   norm.y = workspace;
   RotatedRows rotated = rotated_rows(p);
@@ -320,6 +333,17 @@ void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_
     rotated.from_begin = row;
     chosen.rotate(p.rope, rotated, row, end);
   }
+}
+
+}  // namespace
+
+void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_end,
+                           void* workspace) {
+  const Kernels& chosen = kernels_for(p.norm);
+  map_and_forward(p.norm, row_begin, row_end, [&](int64_t begin, int64_t end) {
+    if (chosen.rope_forward && chosen.rope_forward(p, begin, end, workspace)) return;
+    forward_and_rotate(chosen, p, begin, end, workspace);
+  });
 }
 
 int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward& p) {

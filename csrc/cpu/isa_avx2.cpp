@@ -115,7 +115,8 @@ struct Isa : OptionalVerbs {
 
 }  // namespace
 
-const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize, rotate};
+const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>,    dweight,
+                       quantize,       rotate,         rope_forward<false>};
 
 }  // namespace rmsnorm::cpu
 

@@ -127,6 +127,14 @@ struct Isa : OptionalVerbs {
     _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b)));
   }
 
+  // Half a unit is added; where nothing is left below, that was a tie, and goes to even.
+  static INLINE V round_to_bfloat16(V v) {
+    const __m512i sum = _mm512_add_epi32(__m512i(v), _mm512_set1_epi32(0x8000));
+    const __mmask16 ties = _mm512_testn_epi32_mask(sum, _mm512_set1_epi32(0xffff));
+    const __m512i upper = _mm512_and_si512(sum, _mm512_set1_epi32(int(0xffff0000)));
+    return V(_mm512_mask_and_epi32(upper, ties, sum, _mm512_set1_epi32(int(0xfffe0000))));
+  }
+
   static constexpr bool kRoundsBFloat16 = true;
   static INLINE U32 round_pair(Pair v) {
     // 16 even elements, 16 odd ones.
@@ -163,10 +171,10 @@ struct Isa : OptionalVerbs {
 
 }  // namespace
 
-const Kernels kAvx512 = {Isa::kNames[0], forward<false>, backward<false>,
-                         dweight,        quantize,       rotate};
-const Kernels kAvx512Bf16 = {Isa::kNames[1], forward<true>, backward<true>,
-                             dweight,        quantize,      rotate};
+const Kernels kAvx512 = {Isa::kNames[0], forward<false>, backward<false>,    dweight,
+                         quantize,       rotate,         rope_forward<false>};
+const Kernels kAvx512Bf16 = {Isa::kNames[1], forward<true>, backward<true>,    dweight,
+                             quantize,       rotate,        rope_forward<true>};
 
 }  // namespace rmsnorm::cpu
 
