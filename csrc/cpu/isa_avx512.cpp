@@ -118,6 +118,10 @@ struct Isa : OptionalVerbs {
   }
   static INLINE void fence() { _mm_sfence(); }
 
+  static INLINE bool may_have_nan(Pair v) {
+    return _mm512_cmp_ps_mask(v.even, v.odd, _CMP_UNORD_Q) != 0;
+  }
+
   static constexpr bool kConverts16Bit = true, kUnrollsHeads = true;
 
   static constexpr int kGroupRows = 8, kTotals = 8;

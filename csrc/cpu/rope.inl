@@ -140,7 +140,7 @@ INLINE Pair swap_pairs(Pair v) {
 INLINE V canonical(V v) { return v == v ? v : set1(__builtin_nanf("")); }
 template <bool kStream, class T>
 INLINE void write_two(T* p, Pair v) {
-  v = {canonical(v.even), canonical(v.odd)};
+  if (__builtin_expect(Isa::may_have_nan(v), false)) v = {canonical(v.even), canonical(v.odd)};
   if constexpr (kIsBFloat16<T>) return join<kStream, false>(p, v);
   write<kStream>(p, v.even, kLanes);
   write<kStream>(p + kLanes, v.odd, kLanes);
