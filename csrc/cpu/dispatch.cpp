@@ -257,17 +257,29 @@ BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
   return {block_rows, blocks, p.dweight ? blocks * p.cols * int64_t(sizeof(double)) : 0};
 }
 
-void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-  const Kernels& chosen = kernels_for(p);
-  if (!p.fresh) return chosen.backward(p, block_begin, block_end);
+namespace {
+
+// backward(block_begin, block_end): as many blocks at a time as are mapped at once.
+template <class F>
+void map_and_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end,
+                      F backward) {
+  if (!p.fresh) return backward(block_begin, block_end);
   const int64_t block_rows = rms_norm_backward_plan(p).block_rows;
   const FreshRows dx(p.dx, p.rows, p.cols * size_of(p.x_dtype));
   const int64_t blocks = std::max<int64_t>(1, dx.rows_at_once() / block_rows);
   for (int64_t block = block_begin, end; block < block_end; block = end) {
     end = blocks < block_end - block ? block + blocks : block_end;
     dx.map(block * block_rows, std::min(end * block_rows, p.rows));
-    chosen.backward(p, block, end);
+    backward(block, end);
   }
+}
+
+}  // namespace
+
+void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
+  const Kernels& chosen = kernels_for(p);
+  map_and_backward(p, block_begin, block_end,
+                   [&](int64_t begin, int64_t end) { chosen.backward(p, begin, end); });
 }
 
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
@@ -351,8 +363,10 @@ int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward& p) {
   return rms_norm_backward_plan(norm).block_rows * norm.cols * size_of(norm.dy_dtype);
 }
 
-void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
-                            void* workspace) {
+namespace {
+
+void rotate_and_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
+                         void* workspace) {
   const Kernels& chosen = kernels_for(p.norm);
   RmsNormBackward norm = gradient_from_tile(p);
   const int64_t block_rows = rms_norm_backward_plan(norm).block_rows;
@@ -372,6 +386,15 @@ void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, i
         reinterpret_cast<uintptr_t>(workspace) - row * norm.cols * size_of(norm.dy_dtype));
     chosen.backward(norm, block, block + 1);
   }
+}
+
+}  // namespace
+
+void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
+                            void* workspace) {
+  map_and_backward(p.norm, block_begin, block_end, [&](int64_t begin, int64_t end) {
+    rotate_and_backward(p, begin, end, workspace);
+  });
 }
 
 }  // namespace rmsnorm::cpu

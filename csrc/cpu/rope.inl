@@ -30,7 +30,11 @@ void load_angles(Angles& angles, const Rope& rope, int64_t token, bool reversed,
       const int64_t offset = rope.offset(token, 0);
       return for_each_vector(0, rope.pairs, [&](int64_t i, int n) { put(i, n, offset); });
     }
-    for (int64_t i = 0; i < rope.pairs; ++i) put(i, 1, rope.offset(token, rope.axes[i]));
+    for (int64_t i = 0, n; i < rope.pairs; i += n) {  // a vector of one axis at a time
+      const int axis = rope.axes[i];
+      for (n = 1; n < kLanes && i + n < rope.pairs && rope.axes[i + n] == axis;) ++n;
+      put(i, int(n), rope.offset(token, axis));
+    }
   });
   const auto put_two = [&](int64_t i, Pair c, Pair s) INLINE_LAMBDA {
     store(angles.cos + i, c.even, kLanes), store(angles.cos + i + kLanes, c.odd, kLanes);
@@ -55,16 +59,18 @@ void load_angles(Angles& angles, const Rope& rope, int64_t token, bool reversed,
   }
 }
 
-// One NaN for all instruction sets, as of fill_with_nan().
+// One NaN for all instruction sets, as of fill_with_nan(). It is rare, and looked for in two
+// vectors at once.
+INLINE V canonical(V v) { return v == v ? v : set1(__builtin_nanf("")); }
+INLINE Pair canonical(Pair v) {
+  if (__builtin_expect(!Isa::may_have_nan(v), true)) return v;
+  return {canonical(v.even), canonical(v.odd)};
+}
+
 template <class To, bool kRoundEach>
 INLINE V sum_of_products(V a, V cos, V b, V sin) {
-  V sum;
-  if constexpr (kRoundEach) {
-    sum = round_to<To>(a * cos) + round_to<To>(b * sin);
-  } else {
-    sum = Isa::fma(a, cos, b * sin);
-  }
-  return sum == sum ? sum : set1(__builtin_nanf(""));
+  if constexpr (kRoundEach) return round_to<To>(a * cos) + round_to<To>(b * sin);
+  return Isa::fma(a, cos, b * sin);
 }
 
 template <class From, class To, bool kRoundEach>
@@ -74,14 +80,16 @@ INLINE void rotate_head(const From* from, To* to, int64_t cols, const Rope& rope
   if (rope.interleaved) {
     for_each_vector(0, 2 * pairs, [&](int64_t i, int n) INLINE_LAMBDA {
       const V v = load(from + i, n), cos = load(angles.cos + i, n), sin = load(angles.sin + i, n);
-      store(to + i, sum_of_products<To, kRoundEach>(v, cos, swap_pairs(v), sin), n);
+      store(to + i, canonical(sum_of_products<To, kRoundEach>(v, cos, swap_pairs(v), sin)), n);
     });
   } else {
     for_each_vector(0, pairs, [&](int64_t i, int n) INLINE_LAMBDA {
       const V a = load(from + i, n), b = load(from + pairs + i, n);
       const V cos = load(angles.cos + i, n), sin = load(angles.sin + i, n);
-      store(to + i, sum_of_products<To, kRoundEach>(a, cos, -b, sin), n);
-      store(to + pairs + i, sum_of_products<To, kRoundEach>(b, cos, a, sin), n);
+      const Pair turned = canonical(Pair{sum_of_products<To, kRoundEach>(a, cos, -b, sin),
+                                         sum_of_products<To, kRoundEach>(b, cos, a, sin)});
+      store(to + i, turned.even, n);
+      store(to + pairs + i, turned.odd, n);
     });
   }
   for_each_vector(2 * pairs, cols, [&](int64_t i, int n) { store(to + i, load(from + i, n), n); });
@@ -90,11 +98,13 @@ INLINE void rotate_head(const From* from, To* to, int64_t cols, const Rope& rope
 template <class From, class To, bool kRoundEach>
 void rotate_rows(const Rope& rope, const RotatedRows& rows, int64_t row_begin, int64_t row_end) {
   Angles angles;
-  int64_t of_token = -1;
+  int64_t token_end = row_begin;
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t token = row / rows.rows_per_token;
-    if (token != of_token) load_angles<To, kRoundEach>(angles, rope, token, rows.reversed, false);
-    of_token = token;
+    if (row == token_end) {
+      const int64_t token = row / rows.rows_per_token;
+      load_angles<To, kRoundEach>(angles, rope, token, rows.reversed, /*in_pairs=*/false);
+      token_end = (token + 1) * rows.rows_per_token;
+    }
     const From* from = static_cast<const From*>(rows.from);
     To* to = static_cast<To*>(rows.to);
     from += rows.from_rows.offset(row - rows.from_begin);
@@ -137,10 +147,8 @@ INLINE Pair swap_pairs(Pair v) {
   if constexpr (kIsBFloat16<T>) return {v.odd, v.even};
   return {swap_pairs(v.even), swap_pairs(v.odd)};
 }
-INLINE V canonical(V v) { return v == v ? v : set1(__builtin_nanf("")); }
 template <bool kStream, class T>
 INLINE void write_two(T* p, Pair v) {
-  if (__builtin_expect(Isa::may_have_nan(v), false)) v = {canonical(v.even), canonical(v.odd)};
   if constexpr (kIsBFloat16<T>) return join<kStream, false>(p, v);
   write<kStream>(p, v.even, kLanes);
   write<kStream>(p + kLanes, v.odd, kLanes);
@@ -191,7 +199,7 @@ void write_head(const Heads& heads, const float* weight, const T* x, T* y, doubl
     const Pair elements = load_two(x + i), g = w.pair(i);
     v = rounded_step<T, kRoundEach>(Pair{scale(elements.even, g.even), scale(elements.odd, g.odd)});
   };
-  const auto write = [&](int64_t i, Pair a, int64_t j, Pair b) INLINE_LAMBDA {
+  const auto write = [&](int64_t i, Pair a, int64_t j, Pair b, auto rotated) INLINE_LAMBDA {
     if constexpr (kRound) {
       const U32 pairs_of_a = Isa::round_pair(a), pairs_of_b = Isa::round_pair(b);
       Isa::SmallElements small;
@@ -203,25 +211,26 @@ void write_head(const Heads& heads, const float* weight, const T* x, T* y, doubl
         return;
       }
     }
-    write_two<kStream>(y + i, a);
-    write_two<kStream>(y + j, b);
+    write_two<kStream>(y + i, rotated.value ? canonical(a) : a);
+    write_two<kStream>(y + j, rotated.value ? canonical(b) : b);
   };
+  constexpr Constant<true> yes;
   Pair a, b;
   for (int64_t i = 0; !kInterleaved && i < pairs; i += kTwo) {
     norm(a, i), norm(b, i + pairs);
     const Pair c = cos.pair(i), s = sin.pair(i);
     write(i, two_products<T, kRoundEach, true>(a, c, b, s), i + pairs,
-          two_products<T, kRoundEach, false>(b, c, a, s));
+          two_products<T, kRoundEach, false>(b, c, a, s), yes);
   }
   for (int64_t i = 0; kInterleaved && i < 2 * pairs; i += 2 * kTwo) {
     const int64_t j = i + kTwo;
     norm(a, i), norm(b, j);
     write(i, two_products<T, kRoundEach, false>(a, cos.pair(i), swap_pairs<T>(a), sin.pair(i)), j,
-          two_products<T, kRoundEach, false>(b, cos.pair(j), swap_pairs<T>(b), sin.pair(j)));
+          two_products<T, kRoundEach, false>(b, cos.pair(j), swap_pairs<T>(b), sin.pair(j)), yes);
   }
   for (int64_t i = 2 * pairs; i < cols; i += 2 * kTwo) {
     norm(a, i), norm(b, i + kTwo);
-    write(i, a, i + kTwo, b);
+    write(i, a, i + kTwo, b, Constant<false>());
   }
 }
 
