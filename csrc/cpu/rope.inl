@@ -136,6 +136,10 @@ void rotate(const Rope& rope, const RotatedRows& rows, int64_t row_begin, int64_
 
 // ---------------------------------------------------------------- as they are normalized
 
+// Heads of whole blocks, in one pass. By way of a tile 2048 tokens of 40 heads of 128 columns take,
+// through the caches and past them: bf16 1.9 and 2.1 times as long, fp32 1.4 and 2.0; 1 token 2.0
+// and 1.3; with AVX2 64 tokens 2.0 and 1.4 (one core of an Emerald Rapids).
+
 // Two vectors of elements: of BFloat16 the even and the odd ones, else the first and the second.
 template <class T>
 INLINE Pair load_two(const T* p) {
@@ -188,7 +192,8 @@ struct Heads {
 };
 
 // One head of y, by two vectors here and two there at a time. kRound: by Isa::round_pair, unless a
-// result is small, which includes denormals, or NaN.
+// result is small, which includes denormals, or NaN. The steps of kRoundEach by it too, where no
+// denormal can matter, took longer than by Isa::round_to_bfloat16.
 template <class T, bool kRound, bool kCast, bool kRoundEach, bool kInterleaved, bool kStream>
 void write_head(const Heads& heads, const float* weight, const T* x, T* y, double rstd) {
   constexpr int kTwo = 2 * kLanes;
@@ -237,7 +242,8 @@ void write_head(const Heads& heads, const float* weight, const T* x, T* y, doubl
 template <class T>
 using WriteHead = void (*)(const Heads&, const float*, const T*, T*, double);
 
-// Looked up for a call, in the order of write_head's flags, and called for a head.
+// Looked up for a call, in the order of write_head's flags, and called for a head: so ForwardRows
+// is compiled once for all of them.
 template <class T, bool kRound, bool... kFlags>
 WriteHead<T> write_head_of(const bool* flags) {
   if constexpr (sizeof...(kFlags) < 3 + Isa::kStreams) {
@@ -268,6 +274,7 @@ class Rotation {
   INLINE void write_row(int64_t row, const T* x, T* y, int64_t cols, double rstd,
                         Prefetch<T> next) {
     if (row >= token_end) start_token(row / p.rows_per_token);
+    // All of it before the head: inside of write_head it takes 1.04 times as long.
     for (int64_t i = 0; i < cols; i += kBlock) next.template along<true, kBlock>(i);
     for (int64_t i = 0; i < cols; i += heads.cols) write(heads, weight + i, x + i, y + i, rstd);
   }
