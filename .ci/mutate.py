@@ -173,13 +173,13 @@ def compile_family(folder, isa, family, to):
     for other in set(FAMILIES) - {family}:
         source = source.replace(f'#include "{other}.inl"\n', "")
     members = {
-        "forward": r"{\2, \3, nullptr, nullptr, nullptr, nullptr}",
-        "backward": r"{\2, nullptr, \4, dweight, nullptr, nullptr}",
-        "quant": r"{\2, nullptr, nullptr, nullptr, quantize, nullptr}",
-        "rope": r"{\2, nullptr, nullptr, nullptr, nullptr, rotate}",
+        "forward": r"{\2, \3, nullptr, nullptr, nullptr, nullptr, nullptr}",
+        "backward": r"{\2, nullptr, \4, dweight, nullptr, nullptr, nullptr}",
+        "quant": r"{\2, nullptr, nullptr, nullptr, quantize, nullptr, nullptr}",
+        "rope": r"{\2, nullptr, nullptr, nullptr, nullptr, rotate, \5}",
     }
     kernels = r"const Kernels (\w+) = \{(.*), (forward<\w+>), (backward<\w+>),"
-    kernels += r"\s+dweight,\s+quantize,\s+rotate\};"
+    kernels += r"\s+dweight,\s+quantize,\s+rotate,\s+(rope_forward<\w+>)\};"
     declared = rf"extern const Kernels mutant_\1;\nconst Kernels mutant_\1 = {members[family]};"
     source, count = re.subn(kernels, declared, source)
     assert count, f"{path}: no Kernels"

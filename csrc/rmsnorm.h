@@ -142,14 +142,16 @@ struct Rope {
   }
 };
 
-// The norm of q or k, and then its rotary embedding.
+// The norm of q or k, and then its rotary embedding. On the CPU they are one pass where a head, and
+// what is rotated of it, are multiples of 64 columns, x and y are of one dtype, and a row has 8192
+// columns at most. Elsewhere norm.stream is ignored.
 struct RmsNormRope {
   RmsNormForward norm;  // y: the result of both; x is no sum, and nothing is quantized
   Rope rope;
   int64_t rows_per_token;  // heads of a token, each of them a row of the norm; or 1
   int64_t heads_per_row;   // 1; or those that lie side by side in a row, and are normalized as one
-  // 1. On CUDA also more: the weight is [weights, cols], row r has that of r / (rows / weights), and
-  // the token r % tokens; rows_per_token is 1.
+  // 1. On CUDA also more: the weight is [weights, cols], row r has that of r / (rows / weights),
+  // and the token r % tokens; rows_per_token is 1.
   int64_t weights;
 };
 

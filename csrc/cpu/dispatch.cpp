@@ -56,7 +56,8 @@ const Kernels* best() {
       usual->backward,
       usual->dweight,
       usual->quantize,
-      usual->rotate};
+      usual->rotate,
+      usual->rope_forward};
   if (count > 3 && __builtin_cpu_is("amdfam19h")) return &zen4;
 #endif
   return kTable[count - 1];
@@ -219,11 +220,12 @@ void forward_and_quantize(const RmsNormForward& p, int64_t row_begin, int64_t ro
 
 }  // namespace
 
-void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
-                      void* workspace) {
-  if (p.quant.data) return forward_and_quantize(p, row_begin, row_end, workspace);
-  const Kernels& chosen = kernels_for(p);
-  if (!p.fresh) return chosen.forward(p, row_begin, row_end, 0);
+namespace {
+
+// forward(row_begin, row_end): as many rows at a time as are mapped at once.
+template <class F>
+void map_and_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, F forward) {
+  if (!p.fresh) return forward(row_begin, row_end);
   const FreshRows y(p.y, p.rows, p.cols * size_of(p.y_dtype));
   const FreshRows x(p.addends.input ? p.x : nullptr, p.rows, p.cols * size_of(p.x_dtype));
   const int64_t rows = std::min(y.rows_at_once(), x.rows_at_once());
@@ -231,8 +233,18 @@ void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_en
     end = rows < row_end - row ? row + rows : row_end;
     y.map(row, end);
     x.map(row, end);
-    chosen.forward(p, row, end, 0);
+    forward(row, end);
   }
+}
+
+}  // namespace
+
+void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
+                      void* workspace) {
+  if (p.quant.data) return forward_and_quantize(p, row_begin, row_end, workspace);
+  const Kernels& chosen = kernels_for(p);
+  map_and_forward(p, row_begin, row_end,
+                  [&](int64_t begin, int64_t end) { chosen.forward(p, begin, end, 0); });
 }
 
 // A block of 32768 elements is some 10 us of work and enough rows to pay for its row of partial
@@ -245,17 +257,29 @@ BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
   return {block_rows, blocks, p.dweight ? blocks * p.cols * int64_t(sizeof(double)) : 0};
 }
 
-void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
-  const Kernels& chosen = kernels_for(p);
-  if (!p.fresh) return chosen.backward(p, block_begin, block_end);
+namespace {
+
+// backward(block_begin, block_end): as many blocks at a time as are mapped at once.
+template <class F>
+void map_and_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end,
+                      F backward) {
+  if (!p.fresh) return backward(block_begin, block_end);
   const int64_t block_rows = rms_norm_backward_plan(p).block_rows;
   const FreshRows dx(p.dx, p.rows, p.cols * size_of(p.x_dtype));
   const int64_t blocks = std::max<int64_t>(1, dx.rows_at_once() / block_rows);
   for (int64_t block = block_begin, end; block < block_end; block = end) {
     end = blocks < block_end - block ? block + blocks : block_end;
     dx.map(block * block_rows, std::min(end * block_rows, p.rows));
-    chosen.backward(p, block, end);
+    backward(block, end);
   }
+}
+
+}  // namespace
+
+void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
+  const Kernels& chosen = kernels_for(p);
+  map_and_backward(p, block_begin, block_end,
+                   [&](int64_t begin, int64_t end) { chosen.backward(p, begin, end); });
 }
 
 void rms_norm_backward_dweight(const RmsNormBackward& p, int64_t col_begin, int64_t col_end) {
@@ -301,9 +325,10 @@ RmsNormBackward gradient_from_tile(const RmsNormRopeBackward& p) {
 
 int64_t rms_norm_rope_workspace(const RmsNormRope& p) { return tile_bytes_of(norm_to_tile(p)); }
 
-void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_end,
-                           void* workspace) {
-  const Kernels& chosen = kernels_for(p.norm);
+namespace {
+
+void forward_and_rotate(const Kernels& chosen, const RmsNormRope& p, int64_t row_begin,
+                        int64_t row_end, void* workspace) {
   RmsNormForward norm = norm_to_tile(p);
   norm.y = workspace;
   RotatedRows rotated = rotated_rows(p);
@@ -322,13 +347,26 @@ void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_
   }
 }
 
+}  // namespace
+
+void rms_norm_rope_forward(const RmsNormRope& p, int64_t row_begin, int64_t row_end,
+                           void* workspace) {
+  const Kernels& chosen = kernels_for(p.norm);
+  map_and_forward(p.norm, row_begin, row_end, [&](int64_t begin, int64_t end) {
+    if (chosen.rope_forward && chosen.rope_forward(p, begin, end, workspace)) return;
+    forward_and_rotate(chosen, p, begin, end, workspace);
+  });
+}
+
 int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward& p) {
   const RmsNormBackward norm = gradient_from_tile(p);
   return rms_norm_backward_plan(norm).block_rows * norm.cols * size_of(norm.dy_dtype);
 }
 
-void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
-                            void* workspace) {
+namespace {
+
+void rotate_and_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
+                         void* workspace) {
   const Kernels& chosen = kernels_for(p.norm);
   RmsNormBackward norm = gradient_from_tile(p);
   const int64_t block_rows = rms_norm_backward_plan(norm).block_rows;
@@ -348,6 +386,15 @@ void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, i
         reinterpret_cast<uintptr_t>(workspace) - row * norm.cols * size_of(norm.dy_dtype));
     chosen.backward(norm, block, block + 1);
   }
+}
+
+}  // namespace
+
+void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
+                            void* workspace) {
+  map_and_backward(p.norm, block_begin, block_end, [&](int64_t begin, int64_t end) {
+    rotate_and_backward(p, begin, end, workspace);
+  });
 }
 
 }  // namespace rmsnorm::cpu

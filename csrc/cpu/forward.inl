@@ -135,13 +135,14 @@ AddAndSum add_and_sum_of(const RmsNormForward& p) {
   return result;
 }
 
-// One row of y. Fp32 forms its products to twice the precision: with the error of a short row's sum
-// on top, two roundings would make 2 ulps now and then.
-template <bool kStream, bool kRound, class Tx, bool kCast, class W, class Ty>
-INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, Prefetch<Tx> next) {
-  constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
+// x * rstd * weight. Fp32 forms its products to twice the precision: with the error of a short
+// row's sum on top, two roundings would make 2 ulps now and then.
+template <class Tx, bool kCast>
+struct Scale {
+  const double rstd;
   const V hi = set1(float(rstd)), lo = set1(float(rstd - float(rstd)));
-  const auto scaled = [&](auto v, auto g) INLINE_LAMBDA {
+
+  INLINE V operator()(V v, V g) const {
     if constexpr (!kIsFloat<Tx>) {
       return (kCast ? round_to<Tx>(v * hi) : v * hi) * g;
     } else if constexpr (!Isa::kFma) {
@@ -153,7 +154,14 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
       const V gr = g * hi;
       return Isa::fma(v, gr, v * Isa::fma(g, lo, Isa::fmsub(g, hi, gr)));
     }
-  };
+  }
+};
+
+// One row of y.
+template <bool kStream, bool kRound, class Tx, bool kCast, class W, class Ty>
+INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, Prefetch<Tx> next) {
+  constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
+  const Scale<Tx, kCast> scaled{rstd};
   for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
     const int64_t end = WeightTiles::tile_end(begin, cols);
     const auto w = weight.part(begin);
@@ -179,16 +187,25 @@ INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, 
   }
 }
 
-// Some rows of y. kStream: past the caches. kCols: the length of the rows where it is known to the
-// compiler, else 0. kRound: BFloat16 is rounded by Isa::round_pair in groups without small
-// elements; the caller has seen to the weight.
-template <bool kStream, class Tx, class Ty, bool kCast, bool kRound, int kCols, class W>
+// A row of y is x * rstd * weight, and no more.
+struct NoRotation {};
+
+// Some rows of y; or of what a Rotation makes of them. kStream: past the caches. kCols: the length
+// of the rows where it is known to the compiler, else 0. kRound: BFloat16 is rounded by
+// Isa::round_pair in groups without small elements; the caller has seen to the weight.
+template <bool kStream, class Tx, class Ty, bool kCast, bool kRound, int kCols, class W,
+          class Rotation>
 class ForwardRows {
  public:
   // weight_is_in_range: else every product might leave the fast path's range.
-  INLINE ForwardRows(const RmsNormForward& params, W& w, bool weight_is_in_range, int64_t end,
-                     int64_t first_row_of_y)
-      : p(params), weight(w), in_range(weight_is_in_range), row_end(end), y_begin(first_row_of_y) {}
+  INLINE ForwardRows(const RmsNormForward& params, W& w, Rotation& r, bool weight_is_in_range,
+                     int64_t end, int64_t first_row_of_y)
+      : p(params),
+        weight(w),
+        rotation(r),
+        in_range(weight_is_in_range),
+        row_end(end),
+        y_begin(first_row_of_y) {}
 
   INLINE void run(int64_t row_begin) {
     const int64_t group = schedule.group;
@@ -217,6 +234,8 @@ class ForwardRows {
   }
 
  private:
+  static constexpr bool kRotates = !kIsSame<Rotation, NoRotation>;
+
   INLINE int64_t cols() const { return kCols ? kCols : any_cols; }
   INLINE const Tx* row_of_x(int64_t row) const {
     return static_cast<const Tx*>(p.x) + p.x_rows.offset(row);
@@ -289,6 +308,9 @@ class ForwardRows {
   INLINE void write_row(int64_t row, double rstd_of_row, bool round) {
     const Tx* x = row_of_x(row);
     const Prefetch<Tx> next = prefetch(x, row, window);
+    if constexpr (kRotates) {
+      return rotation.write_row(row, x, row_of_y(row), cols(), rstd_of_row, next);
+    }
     const auto scale = [&](auto rounds) INLINE_LAMBDA {
       scale_row<kStream, rounds.value, Tx, kCast>(x, weight, row_of_y(row), cols(), rstd_of_row,
                                                   next);
@@ -297,12 +319,14 @@ class ForwardRows {
   }
 
   INLINE void write_uncommon_row(int64_t row, double rstd_of_row) {
-    if (rstd_of_row == rstd_of_row) return forward_row_fp64(p, row, y_begin);
-    fill_with_nan(row_of_y(row), 0, cols());
+    if (rstd_of_row != rstd_of_row) return fill_with_nan(row_of_y(row), 0, cols());
+    if constexpr (kRotates) return rotation.write_uncommon_row(row);
+    forward_row_fp64(p, row, y_begin);
   }
 
   const RmsNormForward& p;
   W& weight;
+  Rotation& rotation;
   const bool in_range;
   const int64_t row_end, y_begin;
   const uintptr_t y_address =  // where row 0 would be
@@ -319,24 +343,30 @@ class ForwardRows {
   Isa::SmallElements small;
 };
 
+// Calls run(Constant<kCols>()) for rows of that many columns.
+template <bool kConstant, class F>
+INLINE void with_cols(int64_t cols, F run) {
+  // Heads take a fifth less time without loops, and 2 to 4 % less again out of line.
+  const auto head = [&](auto constant) __attribute__((noinline)) { run(constant); };
+  if constexpr (Isa::kUnrollsHeads && kConstant) {
+    if (cols == 64) return head(Constant<64>());
+    if (cols == 128) return head(Constant<128>());
+  }
+  run(Constant<0>());
+}
+
 template <class Tx, class Ty, bool kCast, bool kRound, class W>
 void forward_rows(const RmsNormForward& p, W& weight, bool in_range, int64_t row_begin,
                   int64_t row_end, int64_t y_begin) {
-  const auto run = [&](auto stream, auto cols) INLINE_LAMBDA {
-    using Kernel = ForwardRows<stream.value, Tx, Ty, kCast, kRound, cols.value, W>;
-    Kernel(p, weight, in_range, row_end, y_begin).run(row_begin);
-  };
-  const auto with_cols = [&](auto stream) {
-    // Heads take a fifth less time without loops, and 2 to 4 % less again out of line.
-    const auto head = [&](auto cols) __attribute__((noinline)) { run(stream, cols); };
-    if constexpr (Isa::kUnrollsHeads && kIsSame<Tx, Ty>) {
-      if (p.cols == 64) return head(Constant<64>());
-      if (p.cols == 128) return head(Constant<128>());
-    }
-    run(stream, Constant<0>());
+  NoRotation none;
+  const auto run = [&](auto stream) {
+    with_cols<kIsSame<Tx, Ty>>(p.cols, [&](auto cols) INLINE_LAMBDA {
+      using Kernel = ForwardRows<stream.value, Tx, Ty, kCast, kRound, cols.value, W, NoRotation>;
+      Kernel(p, weight, none, in_range, row_end, y_begin).run(row_begin);
+    });
   };
   const bool streams = p.stream && streamable<Ty>(p.y, p.y_rows);
-  streams ? with_cols(Constant<Isa::kStreams>()) : with_cols(Constant<false>());
+  streams ? run(Constant<Isa::kStreams>()) : run(Constant<false>());
 }
 
 // Chooses how the weight is read.

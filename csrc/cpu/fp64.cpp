@@ -250,6 +250,6 @@ void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial) {
 }
 template void backward_row_fp64(const RmsNormBackward&, int64_t, float*);
 
-const Kernels kFp64 = {"fp64", forward, backward, dweight, quantize, rotate};
+const Kernels kFp64 = {"fp64", forward, backward, dweight, quantize, rotate, nullptr};
 
 }  // namespace rmsnorm::cpu

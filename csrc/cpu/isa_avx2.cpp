@@ -101,6 +101,10 @@ struct Isa : OptionalVerbs {
   }
   static INLINE void fence() { _mm_sfence(); }
 
+  static INLINE bool may_have_nan(Pair v) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(v.even, v.odd, _CMP_UNORD_Q)) != 0;
+  }
+
   static constexpr bool kConverts16Bit = true, kUnrollsHeads = true;
 
   static INLINE U32 interleave(U32 even, U32 odd) {
@@ -115,7 +119,8 @@ struct Isa : OptionalVerbs {
 
 }  // namespace
 
-const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>, dweight, quantize, rotate};
+const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>,    dweight,
+                       quantize,       rotate,         rope_forward<false>};
 
 }  // namespace rmsnorm::cpu
 

@@ -122,7 +122,7 @@ struct Isa : OptionalVerbs {
 
 }  // namespace
 
-const Kernels kScalar = {Isa::kNames[0], forward<false>, backward<false>,
-                         dweight,        quantize,       rotate};
+const Kernels kScalar = {Isa::kNames[0], forward<false>, backward<false>,    dweight,
+                         quantize,       rotate,         rope_forward<false>};
 
 }  // namespace rmsnorm::cpu

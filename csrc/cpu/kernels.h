@@ -52,6 +52,9 @@ struct Kernels {
   void (*dweight)(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
   void (*quantize)(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
   void (*rotate)(const Rope& rope, const RotatedRows& rows, int64_t row_begin, int64_t row_end);
+  // Norm and rotation of a row at once. False: that is not for these tensors, and nothing is done.
+  // tile: a row of it. nullptr: for none.
+  bool (*rope_forward)(const RmsNormRope& p, int64_t row_begin, int64_t row_end, void* tile);
 };
 // The first: every row in double, of fp64 tensors too, which the others do not take.
 extern const Kernels kFp64, kScalar, kAvx2, kAvx512, kAvx512Bf16;

@@ -42,7 +42,7 @@ INLINE void write(T* p, V v, int n) {
 template <class T>
 INLINE V round_to(V v) {
   if constexpr (kIsFloat<T>) return v;
-  if constexpr (kIsBFloat16<T>) return V(rounded(v) & 0xffff0000);
+  if constexpr (kIsBFloat16<T>) return Isa::round_to_bfloat16(v);
   if constexpr (kIsSame<T, Half>) return widen(narrow(v, T()), T());
 }
 

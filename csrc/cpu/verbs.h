@@ -76,6 +76,10 @@ struct OptionalVerbs {
   static constexpr int kGroupRows = 4, kTotals = 1;
   static INLINE void totals(const Doubles* d, double* sums) { *sums = total(*d); }
 
+  static INLINE bool may_have_nan(Pair) { return true; }
+
+  static INLINE V round_to_bfloat16(V v) { return V(rounded(v) & 0xffff0000); }
+
   // The upper halves of both.
   static INLINE U32 interleave(U32 even, U32 odd) { return even >> 16 | (odd & 0xffff0000); }
 

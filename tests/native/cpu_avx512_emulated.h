@@ -146,6 +146,25 @@ EMU unsigned none_common_16(__m512i a, __m512i b) {
   for (int i = 0; i < 32; ++i) mask |= unsigned(common[i] == 0) << i;
   return mask;
 }
+EMU unsigned none_common_32(__m512i a, __m512i b) {
+  const U32x16 both = reinterpret_cast<U32x16>(a & b);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= unsigned(both[i] == 0) << i;
+  return mask;
+}
+EMU __m512i masked_and(__m512i other, unsigned mask, __m512i a, __m512i b) {
+  const U32x16 both = reinterpret_cast<U32x16>(a & b);
+  U32x16 result = reinterpret_cast<U32x16>(other);
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) result[i] = both[i];
+  }
+  return reinterpret_cast<__m512i>(result);
+}
+EMU unsigned unordered(__m512 a, __m512 b) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= unsigned(a[i] != a[i] || b[i] != b[i]) << i;
+  return mask;
+}
 // Element i of the result is element place(i) of a and b together.
 template <class F>
 EMU __m512d gather(__m512d a, __m512d b, F place) {
@@ -214,5 +233,8 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 #define _mm512_set1_epi16(a) emulated::set1_16(a)
 #define _mm512_add_epi16(a, b) emulated::each(emulated::sum, a, b)
 #define _mm512_testn_epi16_mask(a, b) emulated::none_common_16(a, b)
+#define _mm512_testn_epi32_mask(a, b) emulated::none_common_32(a, b)
+#define _mm512_mask_and_epi32(other, mask, a, b) emulated::masked_and(other, mask, a, b)
+#define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
 
 #pragma GCC pop_options

@@ -45,8 +45,15 @@ void rotate(const Rope& rope, const RotatedRows& rows, int64_t begin, int64_t en
   run<&Kernels::rotate, Rope, const RotatedRows&>(rope, rows, begin, end);
 }
 
+bool rope_forward(const RmsNormRope& p, int64_t begin, int64_t end, void* tile) {
+  const bool is_mutants = MUTANT.rope_forward && is_of_mutant(p.norm);
+  const bool done = (is_mutants ? MUTANT : ORIGINAL).rope_forward(p, begin, end, tile);
+  set_last_isa(ISA.name);
+  return done;
+}
+
 }  // namespace
 
-const Kernels ISA = {NAME, forward, backward, dweight, quantize, rotate};
+const Kernels ISA = {NAME, forward, backward, dweight, quantize, rotate, rope_forward};
 
 }  // namespace rmsnorm::cpu
