@@ -16,9 +16,21 @@ INLINE V rounded_step(V v) {
   return v;
 }
 
+// f of a value of the type of the angles, which may be fp64 beside any norm.
+template <class F>
+INLINE void with_angle_type(DType dtype, F f) {
+  if (dtype == DType::kFloat64) return f(double());
+  with_type(dtype, f);
+}
+INLINE V load(const double* p, int n) {
+  V v{};
+  for (int i = 0; i < n; ++i) v[i] = float(p[i]);
+  return v;
+}
+
 template <class To, bool kRoundEach>
 void load_angles(Angles& angles, const Rope& rope, int64_t token, bool reversed, bool in_pairs) {
-  with_type(rope.dtype, [&](auto type) {
+  with_angle_type(rope.dtype, [&](auto type) {
     using T = decltype(type);
     const auto *cos = static_cast<const T*>(rope.cos), *sin = static_cast<const T*>(rope.sin);
     const auto put = [&](int64_t i, int n, int64_t offset) INLINE_LAMBDA {

@@ -886,7 +886,9 @@ struct Rotary {
         interleaved(turn % 2),
         cached(turn % 3 == 0),
         axis_count(turn % 4 == 3 ? 3 : 1),
-        angle_type(turn % 7 < 4 ? f.y_type() : DType::kFloat32),
+        angle_type(turn % 7 < 4   ? f.y_type()
+                   : turn % 7 < 6 ? DType::kFloat32
+                                  : DType::kFloat64),
         x(f.x_type, across ? tokens : tokens * heads, across ? heads * cols : cols,
           kLayouts[turn % 4], kGuard),
         w(f.w_type, 1, x.cols),
