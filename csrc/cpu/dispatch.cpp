@@ -307,6 +307,7 @@ DType tile_type(const P& norm) {
 // The norm alone, to a tile.
 RmsNormForward norm_to_tile(const RmsNormRope& p) {
   RmsNormForward norm = p.norm;
+  norm.cast_before_weight = norm.cast_before_weight && norm.weight;
   if (!p.rope.round_each_step) norm.y_dtype = tile_type(norm);
   norm.y_rows = {1, {}, {norm.cols}};
   norm.stream = false;

@@ -295,6 +295,7 @@ class Rotation {
   __attribute__((noinline)) void write_uncommon_row(int64_t row) {
     RmsNormForward norm = p.norm;
     norm.y = tile;
+    norm.cast_before_weight = norm.cast_before_weight && norm.weight;
     norm.y_rows = {1, {}, {norm.cols}};
     if (!p.rope.round_each_step) norm.y_dtype = DType::kFloat32;
     forward_row_fp64(norm, row, row);

@@ -73,7 +73,8 @@ Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
     rstd_ = inverse_rms_ = at::rsqrt(mean_of_squares() + eps);
   }
   normalized_ = x_ * inverse_rms_;
-  if (options.cast_before_weight) normalized_ = normalized_.to(input.scalar_type()).to(compute_);
+  if (options.cast_before_weight && weight)
+    normalized_ = normalized_.to(input.scalar_type()).to(compute_);
   if (!weight) return;
   const double offset = options.weight_offset;
   gain_ = weight->to(compute_) + (offset == 0 ? -0.0 : offset);  // -0 + 0 would be 0

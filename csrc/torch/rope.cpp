@@ -378,6 +378,7 @@ template <class Params>
 void set_side(Params& p, const Side& side, const Placed& x, const Tensor& weight, const Rope& rope,
               const NormOptions& options) {
   set_norm(p.norm, x, side.lead(), weight, options);
+  p.norm.cast_before_weight = options.cast_before_weight && weight.defined();
   const bool across = side.weights == Weights::kAcross, own = side.weights == Weights::kOwn;
   const int64_t heads = side.x.size(side.heads_dim());
   p.norm.cols = side.x.size(-1) * (across ? heads : 1);
@@ -738,6 +739,7 @@ Tensor angles_of(const Tensor& table, const Call& call, const Tensor& like) {
   if (!options.sections) return angles.unsqueeze(-2).to(like.scalar_type());
   const int64_t pairs =
       std::accumulate(options.sections->begin(), options.sections->end(), int64_t{0});
+  if (pairs == 0) return angles.select(0, 0).unsqueeze(-2).to(like.scalar_type());
   std::vector<Tensor> parts;
   for (int64_t begin = 0, end = 0; begin < pairs; begin = end) {
     const int64_t axis = axis_of(options, begin);
