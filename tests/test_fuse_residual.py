@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsnorm_cuda
 from rmsnorm_cuda import replace_rms_norm
-from rmsnorm_cuda.integrations import fuse_residual
+from rmsnorm_cuda.integrations import rewrite
 
 
 class PreNorm(nn.Module):
@@ -569,4 +569,4 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
 
 def test_code_that_differs_in_its_flags_alone():
     one, other = (lambda *x: x).__code__, (lambda **x: x).__code__
-    assert fuse_residual._same_code(one, one) and not fuse_residual._same_code(one, other)
+    assert rewrite._same_code(one, one) and not rewrite._same_code(one, other)

@@ -21,8 +21,9 @@ from torch import nn
 from ..again import is_a
 from ..modules import RMSNorm
 from .families import Family, give_back, twin
-from .fuse_residual import fuse, unfuse
+from .fuse_residual import fuse
 from .recognize import MODULE_ATTRIBUTES, Recognized, recognize
+from .rewrite import unfuse
 
 
 class Replaced(NamedTuple):
