@@ -471,6 +471,7 @@ FORMS = {
         "inside": "x = x * factor + len(more) + len(rest)",
     },
     "super": {"inside": "x = super().__getattr__('mlp')(x)"},
+    "method of what the module imports": {"inside": "x = nn.Identity()(x)"},
     "nested function": {"inside": "x = (lambda y: self.__twice(y))(x)"},
 }
 

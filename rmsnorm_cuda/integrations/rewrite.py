@@ -137,6 +137,9 @@ class _Source:
             around.append(f"{indent}class {owner}:\n")
         elif lines[0][:1].isspace():
             around.append(f"{indent}if True:\n")
+        # The compiler has another bytecode for a method of what the module imports.
+        if imported := _imported_names("".join(inspect.findsource(function)[0])):
+            around.insert(0, f"import {', '.join(imported)}\n")
         self.text, self.above = "".join(around + lines), len(around)
         self.tree()
 
@@ -156,6 +159,17 @@ class _Source:
         )
         module = compile(tree, self.code.co_filename, "exec", flags, dont_inherit=True)
         return next(code for code in _all_codes(module) if code.co_name == self.code.co_name)
+
+
+def _imported_names(text: str) -> list[str]:
+    """What a module imports at its top level, also in an `if` or a `try` there."""
+    names, nodes = set(), [ast.parse(text)]
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            nodes += ast.iter_child_nodes(node)
+    return sorted(names - {"*"})
 
 
 def _all_codes(code: types.CodeType):
