@@ -18,8 +18,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..again import is_a, same
-from ..modules import RMSNorm
+from ..again import is_a
 from .families import rebased
 
 
@@ -64,12 +63,6 @@ def has_hooks(norm: nn.Module) -> bool:
         or norm._backward_pre_hooks
         or _has_any_global_hook()
     )
-
-
-def is_ours(norm: nn.Module) -> bool:
-    """Whether it computes what RMSNorm.forward does, also under a monitor's class."""
-    cls = getattr(norm, "_original", type(norm))  # before a monitor gave it another
-    return cls is RMSNorm or same(cls, RMSNorm)
 
 
 class Forward:

@@ -1,0 +1,974 @@
+"""replace_rms_norm(fuse_rope=True): attentions whose norms rotate q and k compute what they did, or
+are left alone.
+"""
+
+import collections
+import contextlib
+import copy
+import importlib
+import inspect
+import pathlib
+import pickle
+import sys
+import warnings
+
+import pytest
+import torch
+from cases import same_bits
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rmsnorm_cuda
+from rmsnorm_cuda import replace_rms_norm
+from rmsnorm_cuda.integrations import fuse_rope
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+needs_transformers = pytest.mark.skipif(
+    transformers is None, reason="transformers is not installed"
+)
+
+WIDTH, HEADS, KV_HEADS, HEAD = 24, 3, 2, 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Attentions as they are written, and their rotary embeddings
+
+
+def rotate_half(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def rotate_one(x, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return x * cos + rotate_half(x) * sin
+
+
+def rotate_a_part(q, k, cos, sin):
+    width = cos.shape[-1]
+    rotated = apply_rotary(q[..., :width], k[..., :width], cos, sin)
+    return tuple(torch.cat((r, x[..., width:]), -1) for r, x in zip(rotated, (q, k)))
+
+
+def rotate_neighbours(q, k, cos, sin):
+    def rotate(x):
+        pairs = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        return x * cos.unsqueeze(1) + pairs * sin.unsqueeze(1)
+
+    return rotate(q), rotate(k)
+
+
+def rotate_by_first_half(q, k, cos, sin):
+    cos, sin = (t[..., : t.shape[-1] // 2].repeat_interleave(2, -1) for t in (cos, sin))
+    return rotate_neighbours(q, k, cos, sin)
+
+
+def rotate_by_single(q, k, cos, sin):
+    return apply_rotary(q, k, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+
+
+def rotate_in_fp32(q, k, cos, sin):
+    rotated = apply_rotary(q.float(), k.float(), cos.float(), sin.float())
+    return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
+
+
+def rotate_backwards(q, k, cos, sin):
+    return apply_rotary(q, k, cos, -sin)
+
+
+class RotaryEmbedding(nn.Module):
+    def __init__(self, layout="halves", width=HEAD, dtype=None):
+        super().__init__()
+        self.layout, self.dtype = layout, dtype
+        frequencies = 1 / 100 ** (torch.arange(0, width, 2) / width)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def forward(self, x, position_ids):
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        if self.layout == "halves":
+            angles = torch.cat((angles, angles), -1)
+        if self.layout == "pairs":
+            angles = angles.repeat_interleave(2, -1)
+        if self.layout == "odd":
+            angles = torch.cat((angles, 2 * angles), -1)
+        dtype = self.dtype or x.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Attention(nn.Module):
+    """As Qwen3's; its subclasses write it otherwise."""
+
+    def __init__(self, width=HEAD, k_width=None):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(WIDTH, HEADS * HEAD), nn.Linear(WIDTH, KV_HEADS * HEAD)
+        self.q_norm, self.k_norm = nn.RMSNorm(width, 1e-6), nn.RMSNorm(k_width or width, 1e-6)
+        self.rotates, self.use_norm = True, True
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class AfterTranspose(Attention):
+    """As Gemma 3's."""
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        query = self.q_proj(x).view(shape).transpose(1, 2)
+        key = self.k_proj(x).view(shape).transpose(1, 2)
+        query = self.q_norm(query)
+        key = self.k_norm(key)
+        query, key = apply_rotary(query, key, angles[0], angles[1])
+        return query, key
+
+
+class AfterTransposeOfAPart(AfterTranspose):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        query = self.q_proj(x).view(shape).transpose(1, 2)
+        key = self.k_proj(x).view(shape).transpose(1, 2)
+        query = self.q_norm(query)
+        key = self.k_norm(key)
+        query, key = rotate_a_part(query, key, angles[0], angles[1])
+        return query, key
+
+
+class AcrossHeads(Attention):
+    """As Olmo 2's."""
+
+    def __init__(self):
+        super().__init__(HEADS * HEAD, KV_HEADS * HEAD)
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x))
+        k = self.k_norm(self.k_proj(x))
+        q = q.view(shape).transpose(1, 2)
+        k = k.reshape(*shape).transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class OneByOne(Attention):
+    """As Gemma 3n's and 4's."""
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        cos, sin = angles
+        q = self.q_proj(x).view(shape)
+        q = self.q_norm(q)
+        q = rotate_one(q, cos, sin, unsqueeze_dim=2)
+        q = q.transpose(1, 2)
+        if self.rotates:
+            k = self.k_proj(x).view(shape)
+            k = self.k_norm(k)
+            k = rotate_one(k, cos, sin, unsqueeze_dim=2)
+            k = k.transpose(1, 2)
+        else:
+            k = q
+        return q, k
+
+
+class Neighbours(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = rotate_neighbours(q, k, cos, sin)
+        return q, k
+
+
+class FirstHalf(Attention):
+    """As GLM's."""
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = rotate_by_first_half(q, k, cos, sin)
+        return q, k
+
+
+class Single(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = rotate_by_single(q, k, cos, sin)
+        return q, k
+
+
+class Conditional(Attention):
+    """As Exaone 4's: not every layer rotates."""
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        if self.rotates:
+            cos, sin = angles
+            q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class ConditionalAcrossHeads(AcrossHeads):
+    """As Olmo Hybrid's."""
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x))
+        k = self.k_norm(self.k_proj(x))
+        q = q.view(shape).transpose(1, 2)
+        k = k.view(shape).transpose(1, 2)
+        if self.rotates:
+            cos, sin = angles
+            q, k = apply_rotary(q, k, cos, sin)
+        elif self.use_norm:
+            q = 2 * q
+        return q, k
+
+
+class Switch(Attention):
+    """As GLM 4.5's: not every configuration norms."""
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_proj(x).view(shape)
+        k = self.k_proj(x).view(shape)
+        if self.use_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+FUSED = {
+    Attention: "halves",
+    AfterTranspose: "halves",
+    AfterTransposeOfAPart: "halves",
+    AcrossHeads: "halves",
+    OneByOne: "halves",
+    Neighbours: "pairs",
+    FirstHalf: "halves",
+    Single: "single",
+    Conditional: "halves",
+    ConditionalAcrossHeads: "halves",
+    Switch: "halves",
+}
+
+
+class RopeFirst(Attention):
+    """As HunYuan's."""
+
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_proj(x).view(shape).transpose(1, 2)
+        k = self.k_proj(x).view(shape).transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return self.q_norm(q), self.k_norm(k)
+
+
+class ScaledBetween(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2) * 0.5
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class ReadBetween(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        scale = q.abs().amax()
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q * scale, k
+
+
+class ReadLater(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        rotated, k = apply_rotary(q, k, cos, sin)
+        return rotated + q, k
+
+
+class WrittenBetween(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        both = self.q_proj(x)
+        q = self.q_norm(both.view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        both.mul_(3)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class WrittenInTheCondition(WrittenBetween):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        both = self.q_proj(x)
+        q = self.q_norm(both.view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        if both.mul_(3) is not None:
+            cos, sin = angles
+            q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class ViewedAfterTranspose(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape))
+        k = self.k_norm(self.k_proj(x).view(shape))
+        q = q.transpose(1, 2).reshape(x.shape[0], -1, x.shape[1], HEAD)
+        k = k.transpose(1, 2).reshape(x.shape[0], -1, x.shape[1], HEAD)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class OneNorm(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_proj(x).view(shape).transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class SwitchOfOne(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        if self.rotates:
+            k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+            cos, sin = angles
+            q, k = apply_rotary(q, k, cos, sin)
+            return q, k
+        return q, q
+
+
+class ConditionReads(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        if q.abs().amax() > 0:
+            cos, sin = angles
+            q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class ReadByANestedFunction(Attention):
+    def forward(self, x, angles):
+        def size():
+            return q.abs().amax()
+
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        scale = size()
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q * scale, k
+
+
+class AnotherRotation(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = rotate_backwards(q, k, cos, sin)
+        return q, k
+
+
+class OfAnExpression(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2), k, cos, sin)
+        return q, k
+
+
+class LayerNorms(Attention):
+    def __init__(self):
+        super().__init__()
+        self.k_norm = nn.LayerNorm(HEAD)
+
+
+class CallsSuper(Attention):
+    def forward(self, x, angles):
+        q, k = super().forward(x, angles)
+        q, k = apply_rotary(q, k, *angles)
+        return q, k
+
+
+NOT_FUSED = {
+    RopeFirst: "apply_rotary is not given the result of a norm",
+    ScaledBetween: "apply_rotary is not given the result of a norm",
+    ReadBetween: "q has another use in front of apply_rotary",
+    ReadLater: "it does not call apply_rotary as `q, k = apply_rotary(q, k, cos, sin)`",
+    WrittenBetween: "between a norm and apply_rotary something is written to",
+    WrittenInTheCondition: "between a norm and apply_rotary something is written to",
+    ViewedAfterTranspose: "q is reshaped between its norm and apply_rotary",
+    OneNorm: "apply_rotary is not given the result of a norm",
+    SwitchOfOne: "apply_rotary is under a condition that one of its norms is under too",
+    ConditionReads: "the condition that apply_rotary is under reads q",
+    ReadByANestedFunction: "it does not call apply_rotary as",
+    AnotherRotation: "rotate_backwards computes no rotary embedding that is known",
+    OfAnExpression: "it does not call apply_rotary as",
+    LayerNorms: "its k_norm is no RMSNorm that was swapped, or has a hook",
+    CallsSuper: "it does not call apply_rotary as",
+}
+
+
+class Model(nn.Module):
+    def __init__(self, cls=Attention, layout="halves", width=HEAD, angles=None):
+        super().__init__()
+        self.layers = nn.ModuleList([cls(), cls()])
+        self.rotary_emb = RotaryEmbedding(layout, width, angles)
+
+    def forward(self, x):
+        angles = self.rotary_emb(x, torch.arange(x.shape[1])[None])  # for every sequence
+        return torch.stack([t.flatten() for layer in self.layers for t in layer(x, angles)[:1]])
+
+
+def build(cls=Attention, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = Model(cls, **options).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return model, torch.randn(2, 5, WIDTH).to(dtype)
+
+
+def both(model, x):
+    """q and k of all layers."""
+    angles = model.rotary_emb(x, torch.arange(x.shape[1])[None])
+    return [t.contiguous() for layer in model.layers for t in layer(x, angles)]
+
+
+class Record(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def fused_calls(model, x):
+    with torch.no_grad(), Record() as record:
+        both(model, x)
+    return sum("rms_norm_rope" in name for name in record.names)
+
+
+def alike(ours, theirs):
+    return len(ours) == len(theirs) and all(same_bits(a, b) for a, b in zip(ours, theirs))
+
+
+# What is fused
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls", FUSED)
+def test_rope_in_norms(cls, dtype):
+    layout, width = FUSED[cls], 4 if cls is AfterTransposeOfAPart else HEAD
+    model, x = build(cls, dtype, layout=layout, width=width)
+    with replace_rms_norm(model):
+        want = both(model, x)
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert [(entry.name, entry.norms) for entry in swap.fused] == [
+            ("layers.0", ("q_norm", "k_norm")),
+            ("layers.1", ("q_norm", "k_norm")),
+        ] and not swap.skipped
+        layer = model.layers[0]
+        assert type(layer) is type(model.layers[1]) and isinstance(layer, cls)
+        assert type(layer).__name__ == cls.__name__
+        assert alike(both(model, x), want)
+        assert fused_calls(model, x) == (4 if cls is OneByOne else 2)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for twin in twins:
+            assert alike(both(twin, x), want) and type(twin.layers[0]) is type(layer)
+        assert replace_rms_norm(model, fuse_rope=True).fused == []  # they are already
+    assert type(model.layers[0]) is cls and alike(both(twins[0], x), want)
+
+
+@pytest.mark.parametrize("cls", FUSED)
+def test_gradients(cls):
+    layout, width = FUSED[cls], 4 if cls is AfterTransposeOfAPart else HEAD
+    model, x = build(cls, layout=layout, width=width)
+
+    def gradients():
+        model.zero_grad()
+        sum((t.sin() * t).sum() for t in both(model, x)).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    want = gradients()
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert len(swap.fused) == 2
+        # fp32, a few roundings of sums of values of size 1
+        torch.testing.assert_close(gradients(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [Conditional, ConditionalAcrossHeads, Switch, OneByOne])
+def test_the_other_way_of_a_condition(cls):
+    model, x = build(cls)
+    replace_rms_norm(model, fuse_rope=True)
+    for switch in ("rotates", "use_norm"):
+        plain = copy.deepcopy(model)
+        for layer in (*model.layers, *plain.layers):
+            setattr(layer, switch, False)
+        for layer in plain.layers:
+            layer.__class__ = cls
+        assert alike(both(model, x), both(plain, x))
+
+
+def test_switch_that_is_off():
+    model, _ = build(Switch)
+    model.layers[1].use_norm = False
+    swap = replace_rms_norm(model, fuse_rope=True)
+    assert [entry.name for entry in swap.fused] == ["layers.0"]
+    assert "its use_norm is off" in swap.skipped[0].reason
+
+
+@pytest.mark.parametrize("cls", NOT_FUSED)
+def test_attentions_that_are_left_alone(cls):
+    model, x = build(cls)
+    want = both(model, x)
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert not swap.fused and type(model.layers[0]) is cls
+        assert [entry.name for entry in swap.skipped] == ["layers.0", "layers.1"]
+        assert all(NOT_FUSED[cls] in entry.reason for entry in swap.skipped), swap.skipped
+        torch.testing.assert_close(both(model, x), want)
+        assert fused_calls(model, x) == 0
+
+
+def test_nothing_to_do_is_not_reported():
+    """A layer with norms that does not rotate, and an attention without norms."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.other = nn.RMSNorm(4), nn.RMSNorm(4)
+
+        def forward(self, x):
+            return self.other(self.norm(x))
+
+    class WithoutNorms(nn.Module):
+        def forward(self, q, k, cos, sin):
+            q, k = apply_rotary(q, k, cos, sin)
+            return q, k
+
+    model = nn.Sequential(Layer(), WithoutNorms())
+    swap = replace_rms_norm(model, fuse_rope=True)
+    assert len(swap) == 2 and not swap.fused and not swap.skipped
+
+
+# The angles
+
+
+@pytest.mark.parametrize(
+    "cls, layout, reason",
+    [
+        (Attention, "odd", "RotaryEmbedding does not make cos and sin whose halves are alike"),
+        (Attention, "pairs", "RotaryEmbedding does not make cos and sin whose halves are alike"),
+        (Neighbours, "halves", "RotaryEmbedding does not make cos and sin whose neighbours"),
+        (FirstHalf, "odd", ""),  # the second half is not read
+    ],
+)
+def test_angles_that_do_not_lie_as_they_have_to(cls, layout, reason):
+    model, x = build(cls, layout=layout)
+    with replace_rms_norm(model):
+        want = both(model, x)
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert bool(swap.fused) == (not reason)
+        assert all(reason in entry.reason for entry in swap.skipped)
+        assert alike(both(model, x), want)
+
+
+def test_angles_that_cannot_be_tried():
+    class RotaryOfImages(nn.Module):
+        def forward(self, pixels):
+            return pixels, pixels
+
+    class RotaryWithAWeight(RotaryEmbedding):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+    class RotaryNumber(RotaryEmbedding):
+        def forward(self, x, position_ids):
+            return 1.0, 2.0
+
+    for embedding, reason in (
+        (RotaryOfImages(), "RotaryOfImages cannot be tried: TypeError"),
+        (RotaryWithAWeight(), "RotaryWithAWeight cannot be tried: ValueError: it has parameters"),
+        (RotaryNumber(), "RotaryNumber does not make cos and sin by token"),
+        (nn.Identity(), "no module is found beside it that makes its cos and sin"),
+    ):
+        model, _ = build()
+        model.rotary_emb = embedding
+        swap = replace_rms_norm(model, fuse_rope=True)
+        assert not swap.fused and reason in swap.skipped[0].reason, swap.skipped
+
+
+def test_nearest_angles_count():
+    """Those of an image tower, say, are not the text's."""
+    model, x = build()
+    outer = nn.Module()
+    outer.text, outer.rotary_emb = model, RotaryEmbedding("odd")
+    assert len(replace_rms_norm(outer, fuse_rope=True).fused) == 2
+
+
+def test_angles_of_each_kind_of_layer():
+    class RotaryOfKinds(RotaryEmbedding):
+        def __init__(self, second):
+            super().__init__()
+            self.register_buffer("local_inv_freq", self.inv_freq)
+            self.register_buffer("full_inv_freq", self.inv_freq)
+            self.second = second
+
+        def forward(self, x, position_ids, layer_type):
+            self.layout = "halves" if layer_type == "full" else self.second
+            return super().forward(x, position_ids)
+
+    for second in ("halves", "odd"):
+        model, _ = build()
+        model.rotary_emb = RotaryOfKinds(second)
+        swap = replace_rms_norm(model, fuse_rope=True)
+        assert len(swap.fused) == (2 if second == "halves" else 0)
+        assert model.rotary_emb.layout == "halves"  # a copy was tried
+
+
+def test_trial_leaves_the_embedding_alone():
+    model, _ = build()
+    with torch.device("meta"):
+        model.rotary_emb = RotaryEmbedding()
+    calls = []
+    model.rotary_emb.register_forward_hook(lambda *args: calls.append(args))
+    state, random = dict(vars(model.rotary_emb)), torch.get_rng_state()
+    assert len(replace_rms_norm(model, fuse_rope=True).fused) == 2
+    assert vars(model.rotary_emb) == state and not calls
+    assert model.rotary_emb.inv_freq.device.type == "meta"
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+# Rounding
+
+
+class InFp32(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        cos, sin = angles
+        q, k = rotate_in_fp32(q, k, cos, sin)
+        return q, k
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls, angles", [(InFp32, None), (Attention, torch.float32)])
+def test_rotation_in_fp32(cls, angles, dtype):
+    """Of norms that were rounded: in 16 bits nothing that the op does."""
+    model, x = build(cls, dtype, angles=angles)
+    with replace_rms_norm(model):
+        want = both(model, x)
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert len(swap.fused) == (2 if dtype == torch.float32 else 0)
+        assert all("in 16 bits it rotates the rounded norms" in s.reason for s in swap.skipped)
+        assert alike(both(model, x), want)
+
+
+def test_model_that_is_rounded_after_the_swap():
+    """It keeps what it computes, without the op."""
+    model, x = build(InFp32)
+    replace_rms_norm(model, fuse_rope=True)
+    plain = copy.deepcopy(model)
+    for layer in plain.layers:
+        layer.__class__ = InFp32
+    assert fused_calls(model, x) == 2
+    model, plain, x = model.bfloat16(), plain.bfloat16(), x.bfloat16()
+    assert fused_calls(model, x) == 0 and alike(both(model, x), both(plain, x))
+
+
+# What happens to a fused attention later: it computes what its plain twin would
+
+
+def fused_and_plain(cls=Attention, dtype=torch.float32):
+    model, x = build(cls, dtype)
+    assert len(replace_rms_norm(model, fuse_rope=True).fused) == 2
+    plain = copy.deepcopy(model)
+    for layer in plain.layers:
+        layer.__class__ = cls
+    return model, plain, x
+
+
+def other_eps(model):
+    model.layers[0].k_norm.eps = 0.5
+
+
+def other_norm(model):
+    model.layers[0].q_norm = nn.RMSNorm(HEAD, 0.1)
+
+
+def other_norm_of_ours(model):
+    model.layers[0].k_norm = rmsnorm_cuda.RMSNorm(HEAD, 1e-6, weight_offset=1.0)
+
+
+def no_norm(model):
+    model.layers[0].q_norm = nn.Identity()
+
+
+def forward_of_the_instance(model):
+    norm = model.layers[0].q_norm
+    norm.forward = lambda x, forward=norm.forward: 2 * forward(x)
+
+
+def fp64(model):
+    model.double()
+
+
+LATER = [other_eps, other_norm, other_norm_of_ours, no_norm, forward_of_the_instance, fp64]
+
+
+@pytest.mark.parametrize("change", LATER, ids=lambda change: change.__name__)
+def test_norms_that_change_later(change):
+    model, plain, x = fused_and_plain()
+    change(model), change(plain)
+    plain.load_state_dict(model.state_dict())
+    x = x.double() if change is fp64 else x
+    assert fused_calls(model, x) == (0 if change is fp64 else 1)
+    assert alike(both(model, x), both(plain, x))
+
+
+def test_norm_without_a_weight():
+    model, plain, x = fused_and_plain()
+    for each in (model, plain):
+        for layer in each.layers:
+            layer.q_norm = rmsnorm_cuda.RMSNorm(HEAD, 1e-6, elementwise_affine=False)
+    assert fused_calls(model, x) == 2 and alike(both(model, x), both(plain, x))
+
+
+def test_a_weight_of_another_width():
+    """Two heads are a row: its norm has to be taken where it was."""
+    model, plain, x = fused_and_plain(AcrossHeads)
+    norm = nn.Sequential(
+        nn.Unflatten(-1, (-1, 2 * HEAD)), nn.RMSNorm(2 * HEAD, 1e-6), nn.Flatten(-2)
+    )
+    for each in (model, plain):
+        each.layers[0].q_proj, each.layers[0].q_norm = nn.Linear(WIDTH, 4 * HEAD), norm
+    plain.load_state_dict(model.state_dict())
+    assert fused_calls(model, x) == 1 and alike(both(model, x), both(plain, x))
+
+
+def test_rotation_that_is_patched_later(monkeypatch):
+    """As Liger does."""
+    model, plain, x = fused_and_plain()
+    monkeypatch.setattr(sys.modules[__name__], "apply_rotary", rotate_backwards_of(apply_rotary))
+    assert fused_calls(model, x) == 0 and alike(both(model, x), both(plain, x))
+    again, _ = build()  # fused now, it is another function
+    swap = replace_rms_norm(again, fuse_rope=True)
+    assert not swap.fused and "apply_rotary computes no rotary embedding" in swap.skipped[0].reason
+
+
+def rotate_backwards_of(function):
+    return lambda q, k, cos, sin: function(q, k, cos, -sin)
+
+
+def test_a_function_that_kernels_made_a_module_of(monkeypatch):
+    class Function(nn.Module):
+        def forward(self, *args):
+            return original(*args)
+
+    original, function = apply_rotary, Function()
+    monkeypatch.setattr(sys.modules[__name__], "apply_rotary", function)
+    model, plain, x = fused_and_plain()
+    assert fused_calls(model, x) == 2 and alike(both(model, x), both(plain, x))
+    function.forward = rotate_backwards_of(original)  # what kernelize() does
+    assert fused_calls(model, x) == 0 and alike(both(model, x), both(plain, x))
+    assert not replace_rms_norm(build()[0], fuse_rope=True).fused
+
+
+def test_inputs_that_the_op_does_not_take():
+    model, plain, x = fused_and_plain()
+    layer, other = model.layers[0], plain.layers[0]
+    angles = model.rotary_emb(x, torch.arange(10).view(2, 5))
+    cases = {
+        "other dtype": tuple(t.bfloat16() for t in angles),
+        "one token's": tuple(t[:, :1] for t in angles),
+        "the batch's first": tuple(t[:1] for t in angles),
+        "of a part": tuple(t[..., :4] for t in angles),
+        "two dimensions": tuple(t[0] for t in angles),
+    }
+    for name, given in cases.items():
+        try:
+            want = other(x, given)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                layer(x, given)
+            continue
+        assert alike(layer(x, given), want), name
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = layer(x, angles), other(x, angles)
+    assert alike(got, want)
+
+
+# Hooks and monitors see each norm
+
+
+@pytest.mark.parametrize("cls", [Attention, AfterTranspose, AcrossHeads, OneByOne])
+def test_hooks_of_a_fused_norm(cls):
+    def run(model):
+        seen = []
+        handle = model.layers[0].k_norm.register_forward_hook(
+            lambda norm, args, y: seen.append((args[0].shape, args[0].stride(), y.clone()))
+        )
+        results = both(model, x)
+        handle.remove()
+        return results, seen
+
+    model, plain, x = fused_and_plain(cls)
+    (got, mine), (want, theirs) = run(model), run(plain)
+    assert alike(got, want) and len(mine) == len(theirs) == 1
+    assert mine[0][:2] == theirs[0][:2] and torch.equal(mine[0][2], theirs[0][2])
+    assert fused_calls(model, x) == (4 if cls is OneByOne else 2)  # the hook is gone
+
+
+def test_hooks_before_and_replaced_forwards():
+    model, x = build()
+    model.layers[0].q_norm.register_forward_hook(lambda module, args, output: output * 2)
+    model.layers[1].forward = lambda *args: Attention.forward(model.layers[1], *args)
+    with replace_rms_norm(model):
+        want = both(model, x)
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert not swap.fused and alike(both(model, x), want)
+        assert "(q_norm has hooks)" in swap.skipped[0].reason
+        assert "replaced on this instance" in swap.skipped[1].reason
+
+
+def test_monitor_sees_the_rows():
+    model, plain, x = fused_and_plain()
+    with rmsnorm_cuda.monitor(model) as watch:
+        got = both(model, x)
+        assert watch is not None and fused_calls(model, x) == 0
+    assert alike(got, both(plain, x)) and fused_calls(model, x) == 2
+
+
+# The rest of the module
+
+
+def test_compiles_in_one_graph():
+    torch._dynamo.reset()
+    for cls in (Attention, AcrossHeads, OneByOne, Conditional, Switch):
+        model, x = build(cls)
+        replace_rms_norm(model, fuse_rope=True)
+        graphs = []
+        compiled = torch.compile(
+            model, backend=lambda module, _: graphs.append(module) or module, fullgraph=True
+        )
+        assert torch.equal(compiled(x), model(x)) and len(graphs) == 1
+        called = sum("rms_norm_rope" in str(node.target) for node in graphs[0].graph.nodes)
+        assert called == (4 if cls is OneByOne else 2)
+
+
+def test_beside_fused_residuals():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.RMSNorm(WIDTH, 1e-6), nn.RMSNorm(WIDTH, 1e-6)
+            self.attention, self.out = Attention(), nn.Linear(HEADS * HEAD, WIDTH)
+
+        def forward(self, x, angles):
+            residual = x
+            x = self.first(x)
+            x, _ = self.attention(x, angles)
+            x = self.out(x.transpose(1, 2).flatten(2))
+            x = residual + x
+            residual = x
+            x = self.second(x)
+            return residual + x, x
+
+    model, x = build(Layer, torch.bfloat16)
+    with replace_rms_norm(model):
+        want = model(x)
+    with replace_rms_norm(model, fuse_residual=True, fuse_rope=True) as swap:
+        assert [(entry.name, *entry.norms) for entry in swap.fused] == [
+            ("layers.0", "second"),
+            ("layers.1", "second"),
+            ("layers.0.attention", "q_norm", "k_norm"),
+            ("layers.1.attention", "q_norm", "k_norm"),
+        ]
+        assert torch.equal(model(x), want)
+    assert type(model.layers[0]) is Layer and type(model.layers[0].attention) is Attention
+
+
+def test_an_error_leaves_the_model_as_it_was(monkeypatch):
+    model, x = build()
+    want, classes = both(model, x), [type(m) for m in model.modules()]
+    fuse, calls = fuse_rope._fuse, []
+
+    def failing(layer, angles):
+        calls.append(layer)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return fuse(layer, angles)
+
+    monkeypatch.setattr(fuse_rope, "_fuse", failing)
+    with pytest.raises(KeyboardInterrupt):
+        replace_rms_norm(model, fuse_rope=True)
+    assert [type(m) for m in model.modules()] == classes and alike(both(model, x), want)
+
+
+def test_file_has_changed_since(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = f"""
+import torch
+from torch import nn
+from {__name__} import Attention as Base, apply_rotary
+
+class Attention(Base):
+{inspect.getsource(Attention.forward)}
+"""
+    file = tmp_path / "attention_of_a_file.py"
+    file.write_text(text)
+    importlib.invalidate_caches()
+    module = importlib.import_module("attention_of_a_file")
+    assert len(replace_rms_norm(build(module.Attention)[0], fuse_rope=True).fused) == 2
+    file.write_text(text.replace("cos, sin = angles", "cos, sin = angles[:2]"))
+    fuse_rope._fused_class.cache_clear()
+    swap = replace_rms_norm(build(module.Attention)[0], fuse_rope=True)
+    assert not swap.fused and "its forward is not what its source says" in swap.skipped[0].reason
