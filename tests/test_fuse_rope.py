@@ -7,10 +7,11 @@ import contextlib
 import copy
 import importlib
 import inspect
+import logging
 import pathlib
 import pickle
+import re
 import sys
-import warnings
 
 import pytest
 import torch
@@ -783,6 +784,14 @@ def test_norm_without_a_weight():
     assert fused_calls(model, x) == 2 and alike(both(model, x), both(plain, x))
 
 
+def test_norm_of_more_dimensions():
+    model, plain, x = fused_and_plain(AfterTranspose)
+    norm = rmsnorm_cuda.RMSNorm((x.shape[1], HEAD), 1e-6, elementwise_affine=False)
+    for each in (model, plain):
+        each.layers[0].q_norm = norm
+    assert fused_calls(model, x) == 1 and alike(both(model, x), both(plain, x))
+
+
 def test_a_weight_of_another_width():
     """Two heads are a row: its norm has to be taken where it was."""
     model, plain, x = fused_and_plain(AcrossHeads)
@@ -845,6 +854,19 @@ def test_inputs_that_the_op_does_not_take():
     with torch.autocast("cpu", torch.bfloat16):
         got, want = layer(x, angles), other(x, angles)
     assert alike(got, want)
+
+
+def test_sharded_tensors_take_the_steps():
+    """What a DTensor does is test_distributed.py's; here one counts the ops."""
+
+    class Sharded(torch.Tensor):
+        placements = ()
+
+    model, plain, x = fused_and_plain()
+    for each in (model, plain):
+        for layer in each.layers:
+            layer.q_proj.register_forward_hook(lambda m, args, y: y.as_subclass(Sharded))
+    assert fused_calls(model, x) == 0 and alike(both(model, x), both(plain, x))
 
 
 # Hooks and monitors see each norm
@@ -972,3 +994,356 @@ class Attention(Base):
     fuse_rope._fused_class.cache_clear()
     swap = replace_rms_norm(build(module.Attention)[0], fuse_rope=True)
     assert not swap.fused and "its forward is not what its source says" in swap.skipped[0].reason
+
+
+# The models of transformers
+
+
+TINY = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    vocab_size=128,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+# architecture: (calls of the op in two layers by dtype of 16 bits and of fp32, more of its config)
+MODELS = {
+    "Qwen3": (2, 2, {}),
+    "Qwen3Moe": (2, 2, EXPERTS),
+    "Gemma3Text": (2, 2, {"layer_types": ["sliding_attention", "full_attention"]}),
+    "Glm4Moe": (
+        2,
+        2,
+        {
+            "use_qk_norm": True,
+            "partial_rotary_factor": 0.5,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    # Its second layer does not rotate.
+    "Exaone4": (1, 1, {"sliding_window_pattern": 2, "sliding_window": 4}),
+    "Apertus": (2, 2, {}),
+    "Lfm2": (1, 1, {"layer_types": ["full_attention", "conv"], "head_dim": 12}),
+    "MiniMaxM2": (2, 2, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen3Next": (1, 1, EXPERTS | {"layer_types": ["linear_attention", "full_attention"]}),
+    # They rotate rounded norms in fp32.
+    "Olmo2": (0, 2, {}),
+    "Olmo3": (0, 2, {}),
+    # They rotate first.
+    "HunYuanDenseV1": (0, 0, {}),
+    "NanoChat": (0, 0, {}),
+}
+
+
+def build_model(name, dtype):
+    torch.manual_seed(0)
+    if name == "Qwen3VL":
+        vision = dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48
+        )
+        scaling = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
+        text = TINY | {"rope_parameters": scaling}
+        config = transformers.Qwen3VLConfig(
+            text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]}
+        )
+        model = transformers.Qwen3VLForConditionalGeneration(config).to(dtype)
+    else:
+        config = getattr(transformers, f"{name}Config")(**TINY | MODELS[name][2])
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for key, parameter in model.named_parameters():
+        if "norm" in key:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) / 4)
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+    return model.eval(), ids
+
+
+def ops_called(model, ids):
+    with torch.no_grad(), Record() as record:
+        model(ids)
+    return sum("rms_norm_rope" in name for name in record.names)
+
+
+@needs_transformers
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*MODELS, "Qwen3VL"])
+def test_models(name, dtype):
+    """The logits have the bits of the model that is swapped, and generate() gives the tokens of
+    transformers' own.
+    """
+    short, whole, _ = MODELS.get(name, (2, 2, {}))
+    calls = whole if dtype == torch.float32 else short
+    model, ids = build_model(name, dtype)
+    options = dict(do_sample=False, max_new_tokens=24, min_new_tokens=24)
+    options |= {"attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        tokens = model.generate(ids, **options)
+        with replace_rms_norm(model):
+            want = model(ids).logits
+        with replace_rms_norm(model, fuse_rope=True) as swap:
+            unfused = [entry for entry in swap.skipped if "do not rotate" in entry.reason]
+            assert len(swap.fused) == (2 if name == "Exaone4" else calls)
+            assert ops_called(model, ids) == calls and bool(unfused) == (calls == 0)
+            assert same_bits(model(ids).logits, want)
+            assert torch.equal(model.generate(ids, **options), tokens)
+        with replace_rms_norm(model, fuse_rope=True, fuse_residual=True):
+            assert torch.equal(model.generate(ids, **options), tokens)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma3Text", "Olmo2", "Glm4Moe", "Qwen3VL"])
+def test_gradients_of_models(name):
+    model, ids = build_model(name, torch.float32)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert swap.fused
+        got = gradients()
+    assert got.keys() == want.keys()
+    for key, gradient in want.items():
+        # fp32, a few roundings of sums of values of size 1
+        torch.testing.assert_close(got[key], gradient, rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma3Text"])
+def test_gradients_of_models_in_bfloat16(name):
+    """As near to those in fp32 as transformers' own."""
+    exact, ids = build_model(name, torch.float32)
+    model = copy.deepcopy(exact).bfloat16()
+
+    def gradients(model):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads = (p.grad for p in model.parameters() if p.grad is not None)
+        return torch.cat([grad.flatten().float() for grad in grads])
+
+    want, theirs = gradients(exact), gradients(model)
+    with replace_rms_norm(model, fuse_rope=True) as swap:
+        assert len(swap.fused) == 2
+        ours = gradients(model)
+    assert (ours - want).norm() <= 1.1 * (theirs - want).norm()
+
+
+TAKEN = (
+    "qwen3.Qwen3Attention",
+    "qwen3_moe.Qwen3MoeAttention",
+    "qwen3_next.Qwen3NextAttention",
+    "qwen3_vl.Qwen3VLTextAttention",
+    "gemma3.Gemma3Attention",
+    "gemma4.Gemma4TextAttention",
+    "olmo2.Olmo2Attention",
+    "olmo3.Olmo3Attention",
+    "glm4_moe.Glm4MoeAttention",
+    "minimax_m2.MiniMaxM2Attention",
+    "exaone4.Exaone4Attention",
+    "lfm2.Lfm2Attention",
+)
+REFUSED = {
+    "hunyuan_v1_dense.HunYuanDenseV1Attention": "is not given the result of a norm",
+    "nanochat.NanoChatAttention": "is not given the result of a norm",
+    "muse_spark.MuseSparkTextAttention": "is not given the result of a norm",
+    "olmoe.OlmoeAttention": "has another use in front of",
+    "deepseek_v3.DeepseekV3Attention": "has another use in front of",
+    "llama4.Llama4TextAttention": "it does not call apply_rotary_emb as",
+}
+
+
+def configs(module):
+    """Of what a modeling file builds, tiny where that is a word of theirs, and those in them."""
+    package, _, name = module.__name__.rpartition(".")
+    file = f"{package}.{name.replace('modeling', 'configuration')}"
+    for cls in vars(importlib.import_module(file)).values():
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedConfig)):
+            continue
+        for options in (TINY, {"head_dim": 12}, {}):
+            with contextlib.suppress(Exception):
+                config = cls(**options)
+                for each in (config, getattr(config, "text_config", None)):
+                    if each is not None:
+                        each._attn_implementation = "eager"
+                        if hasattr(each, "use_qk_norm"):
+                            each.use_qk_norm = True
+                        yield each
+
+
+def built(cls, held):
+    """A module of the first config that does, and that; or why there is none, and None."""
+    reason = "it takes no config of its file"
+    parameters = inspect.signature(cls.__init__).parameters
+    options = {"layer_idx": 0} if "layer_idx" in parameters else {}
+    for config in held:
+        if "config" in parameters:
+            try:
+                return cls(config=config, **options), config
+            except Exception as error:
+                line = next(iter(str(error).splitlines()), "")
+                reason = f"it is not built: {type(error).__name__}: {line}"
+    return reason, None
+
+
+def attentions():
+    """Each class of transformers whose forward calls a rotary embedding: its name, a module of it
+    with the rotary embeddings of its file beside it, and the config; or its name and why not."""
+    folder = pathlib.Path(transformers.__file__).parent / "models"
+    for path in sorted(folder.glob("*/modeling_*.py")):
+        try:
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+        except ImportError:
+            continue  # of another library, which is not installed
+        classes = [
+            cls
+            for cls in vars(module).values()
+            if isinstance(cls, type) and issubclass(cls, nn.Module)
+            if cls.__module__ == module.__name__
+        ]
+        rotating = [cls for cls in classes if fuse_rope._rotations(cls.forward)]
+        held = [*configs(module)] if rotating else []
+        for cls in rotating:
+            name = f"{path.stem.removeprefix('modeling_')}.{cls.__name__}"
+            attention, config = built(cls, held)
+            if config is None:
+                yield name, attention, None
+                continue
+            model = nn.Module()
+            model.attention = attention
+            for i, embedding in enumerate(classes):
+                if fuse_rope._may_rotate(embedding.__name__) and embedding not in rotating:
+                    made, _ = built(embedding, [config])
+                    if isinstance(made, nn.Module):
+                        model.add_module(f"embedding_{i}", made)
+            yield name, model, config
+
+
+def runs(model, config):
+    """q, k and all that follows of one attention in a batch of 2; None if it wants other arguments.
+
+    The same numbers each time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width = getattr(config, "hidden_size", TINY["hidden_size"])
+    x = torch.randn(2, 5, width, generator=generator)
+    positions = torch.arange(5)[None]
+    kind = getattr(model.attention, "layer_type", None) or "full_attention"
+    for name, embedding in model.named_children():
+        for more in ((), (kind,)) if name != "attention" else ():
+            for options in ({}, {"shared_kv_states": {}}):
+                with contextlib.suppress(Exception), torch.no_grad():
+                    angles = embedding(x, positions, *more)
+                    options |= {"position_embeddings": angles, "attention_mask": None}
+                    return model.attention(hidden_states=x, **options)[0]
+    return None
+
+
+def examples():
+    page = pathlib.Path(rmsnorm_cuda.__file__).parent / "integrations" / "README.md"
+    if not page.exists():
+        pytest.skip("there are no sources")
+    code = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [text for text in code if "rope" in text and "MyNorm" not in text]
+
+
+@needs_transformers
+def test_example_of_the_page(capsys):
+    names = {}
+    exec(examples()[0], names)
+    assert names["tokens"].shape == (1, 11)
+    assert "q_norm, k_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("rotated", [HEAD, 4])
+def test_servers_functions_of_the_page(is_neox, rotated):
+    """Of vLLM's and SGLang's arguments what the functions with results compute."""
+    servers = {}
+    exec(examples()[1], servers)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(5, 7 * HEAD, generator=generator).bfloat16()
+    weights = torch.randn(2, HEAD, generator=generator).bfloat16()
+    angles = torch.rand(30, rotated // 2, generator=generator) * 6
+    cache, positions = torch.cat((angles.cos(), angles.sin()), -1), torch.tensor([3, 1, 4, 1, 29])
+    q, k, v = qkv.clone().view(5, 7, HEAD).split((3, 2, 2), 1)
+    cos, sin = (t[positions] for t in cache.chunk(2, -1))
+    q, k = rmsnorm_cuda.rms_norm_rope(q, k, *weights, cos, sin, 1e-5, interleaved=not is_neox)
+    want = torch.cat((q, k, v), 1).flatten(1)
+    ours = qkv.clone()
+    result = servers["fused_qk_norm_rope"](
+        ours, 3, 2, 2, HEAD, 1e-5, *weights, cache, is_neox, positions
+    )
+    assert result is None and same_bits(ours, want)
+    ours = qkv.clone()
+    q, k, v = ours.view(5, 7, HEAD).split((3, 2, 2), 1)
+    servers["fused_inplace_qknorm_rope"](
+        q, k, *weights, cache, positions.int(), is_neox=is_neox, eps=1e-5
+    )
+    assert same_bits(ours, want)
+
+
+@pytest.mark.slow
+@needs_transformers
+@pytest.mark.filterwarnings("ignore")
+def test_which_attentions_of_transformers_are_fused(capsys, monkeypatch):
+    """Each that is fused gives the same bits, where a call by the usual arguments runs."""
+    fused, reasons, run = [], collections.defaultdict(list), 0
+    unbuilt, without = [], 0
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+    for name, model, config in attentions():
+        if config is None:
+            unbuilt.append(f"{name}: {model}")
+            continue
+        torch.manual_seed(0)
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                with torch.no_grad():
+                    parameter.copy_(1 + torch.randn_like(parameter) / 4)
+        with replace_rms_norm(model) as swap:
+            has_norms = any(entry.name.startswith("attention.") for entry in swap)
+            want = runs(model, config)
+        with replace_rms_norm(model, fuse_rope=True) as swap:
+            if swap.fused:
+                fused.append(name)
+                got = runs(model, config)
+                assert (want is None) == (got is None), name
+                if got is not None:
+                    with Record() as record:
+                        runs(model, config)
+                    run += any("rms_norm_rope" in op for op in record.names)
+                    assert same_bits(got, want), name
+            elif has_norms:
+                (reason,) = (entry.reason for entry in swap.skipped if entry.name == "attention")
+                reasons[reason].append(name)
+            else:
+                without += 1
+    refused = sum(map(len, reasons.values()))
+    with capsys.disabled():
+        print(f"\ntransformers {transformers.__version__}, attentions with a rotary embedding:")
+        print(f"{len(fused)} are fused, {run} of them were run: {' '.join(fused)}")
+        print(f"{without} have no RMSNorm")
+        print(f"{refused} have one and stay:")
+        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+            print(f"  {reason}: {' '.join(names)}")
+        print(f"{len(unbuilt)} could not be built here:", *unbuilt, sep="\n  ")
+    assert run >= 30 and {*TAKEN} <= {*fused}
+    for name, words in REFUSED.items():
+        (reason,) = (reason for reason, names in reasons.items() if name in names)
+        assert words in reason
+    page = pathlib.Path(rmsnorm_cuda.__file__).parent / "integrations" / "README.md"
+    if transformers.__version__ == "5.24.0" and page.exists():
+        assert f"It fuses {len(fused)}, and says why {refused} others stay." in page.read_text()

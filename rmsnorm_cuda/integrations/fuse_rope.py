@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -98,8 +99,9 @@ def _rotations(forward: Callable) -> frozenset[tuple[str, Callable]]:
 
 
 def _may_rotate(name: str) -> bool:
-    """Others are not called to see what they do."""
-    return "rot" in name.lower() or "rope" in name.lower()
+    """Others are not called to see what they do: rotary, rotate, RoPE, but not SolarOpen."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name.replace("RoPE", "Rope"))
+    return any(word.lower().startswith(("rot", "rope")) for word in words)
 
 
 def _reason(layer: nn.Module, site: _Site, angles: list[Angles | str]) -> str:
@@ -158,14 +160,17 @@ class _RotatesInNorms(Rewritten):
     ) -> tuple[Tensor, ...]:
         """The norms of q and k, or of one of them, and their rotary embedding."""
         site = self._sites[index]
-        if function is site.function and _fits(site, norms, heads, cos, sin):
-            rotation, norm = site.rotation, norms[0]
+        weights = None
+        if function is site.function:
+            weights = _weights_if_it_fits(site, norms, heads, cos, sin)
+        if weights is not None:
+            rotation, norm, has_k = site.rotation, norms[0], len(heads) == 2
             part = rotation.layout.part(cos.shape[-1])
             results = rms_norm_rope(
                 heads[0],
-                heads[1] if len(heads) == 2 else None,
-                norm.weight,
-                norms[1].weight if len(heads) == 2 else None,
+                heads[1] if has_k else None,
+                weights[0],
+                weights[1] if has_k else None,
                 cos[..., part],
                 sin[..., part],
                 norm.eps,
@@ -175,7 +180,7 @@ class _RotatesInNorms(Rewritten):
                 cast_before_weight=norm.cast_before_weight,
                 round_each_step=True,
             )
-            return results[: len(heads)]
+            return results if has_k else results[:1]
         normed = (
             self._norm_before_rope(index, i, norm, x)
             for i, (norm, x) in enumerate(zip(norms, heads))
@@ -210,10 +215,15 @@ def _is_plain(norm: nn.Module | None) -> bool:
     """
     return (
         _is_ours(type(norm))
-        and not hasattr(norm, "_original")
+        and not hasattr(type(norm), "_original")
         and "forward" not in vars(norm)
         and not has_hooks(norm)
     )
+
+
+def _is_whole(t: object) -> bool:
+    """A DTensor has placements, and the op no rule for it."""
+    return type(t) is Tensor or (isinstance(t, Tensor) and not hasattr(t, "placements"))
 
 
 def _is_replaced(function: Callable) -> bool:
@@ -226,55 +236,60 @@ def _width(norm: nn.Module) -> int | None:
     return weight.numel() if isinstance(weight, Tensor) else None
 
 
-def _fits(
+def _weights_if_it_fits(
     site: _Site,
-    norms: tuple[nn.Module, ...],
+    norms: tuple[nn.Module | None, ...],
     heads: tuple[Tensor, ...],
     cos: Tensor,
     sin: Tensor,
-) -> bool:
-    """Whether the op computes what the norms and the function do."""
-    if _is_replaced(site.function):
-        return False
-    if not all(isinstance(t, Tensor) for t in (*heads, cos, sin)):
-        return False
-    if len({"view" in steps for steps in site.steps}) == 2:  # one of all heads, and one of each
-        return False
-    rotation, x, norm = site.rotation, heads[0], norms[0]
-    rotated, batch, columns = rotation.layout.rotated(cos.shape[-1]), x.shape[0], x.shape[-1]
-    if (
-        x.dtype not in rotation.dtypes
-        or any(t.dtype != x.dtype for t in (*heads, cos, sin))
-        or any(t.dim() != 4 for t in heads)
-        or cos.dim() != 3
-        or cos.shape != sin.shape
-        or cos.shape[0] not in (1, batch)
-        or columns % 2
-        or rotated > min(columns, LARGEST)
-        or (rotated != columns and not rotation.is_partial)
-        or x.device.type not in _DEVICES
-        or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
-    ):
-        return False
-    tokens_dim = 1 if rotation.heads_dim == -2 else 2
-    for one, t, steps in zip(norms, heads, site.steps):
-        if not _is_plain(one):
-            return False
-        width = t.shape[rotation.heads_dim] * columns if "view" in steps else columns
-        weight = one.weight
-        if (
-            t.shape[0] != batch
-            or t.shape[tokens_dim] != cos.shape[1]
-            or t.shape[-1] != columns
-            or (weight is None and "view" in steps)
-            or (weight is not None and weight.shape != (width,))
-            or (weight is not None and one.cast_before_weight and weight.dtype != x.dtype)
-            or one.eps != norm.eps
-            or one.weight_offset != norm.weight_offset
-            or one.cast_before_weight != norm.cast_before_weight
-        ):
-            return False
-    return True
+) -> list[Tensor | None] | None:
+    """The norms' weights, if the op computes what the norms and the function do."""
+    rotation, x, weights = site.rotation, heads[0], []
+    if _is_replaced(site.function) or not (_is_whole(x) and _is_whole(cos) and _is_whole(sin)):
+        return None
+    dtype, shape, angles, device = x.dtype, x.shape, cos.shape, x.device.type
+    if len(shape) != 4 or len(angles) != 3 or dtype not in rotation.dtypes:
+        return None
+    if cos.dtype != dtype or sin.dtype != dtype or sin.shape != angles:
+        return None
+    if device not in _DEVICES or (device != "meta" and torch.is_autocast_enabled(device)):
+        return None
+    batch, columns, rotated = shape[0], shape[3], rotation.layout.rotated(angles[2])
+    if angles[0] not in (1, batch) or columns % 2 or rotated > min(columns, LARGEST):
+        return None
+    if rotated != columns and not rotation.is_partial:
+        return None
+    heads_dim = rotation.heads_dim + 4
+    for norm, t, steps in zip(norms, heads, site.steps):
+        if not _is_plain(norm) or not _is_whole(t) or t.dtype != dtype:
+            return None
+        shape = t.shape
+        if len(shape) != 4 or shape[0] != batch or shape[3] != columns:
+            return None
+        if shape[3 - heads_dim] != angles[1]:
+            return None
+        across = "view" in steps
+        width, weight = (shape[heads_dim] * columns if across else columns,), norm.weight
+        if norm.normalized_shape not in (None, width):  # None: any, without a weight
+            return None
+        if weight is None:
+            if across:
+                return None
+        elif weight.shape != width or not _is_whole(weight):
+            return None
+        elif norm.cast_before_weight and weight.dtype != dtype:
+            return None
+        weights.append(weight)
+    if len(norms) == 2:
+        q, k = norms
+        if q.eps != k.eps or q.weight_offset != k.weight_offset:
+            return None
+        # Of all heads as one, or of each.
+        if ("view" in site.steps[0]) != ("view" in site.steps[1]):
+            return None
+        if q.cast_before_weight != k.cast_before_weight:
+            return None
+    return weights
 
 
 @functools.cache  # one class for all layers of a model: torch.compile compiles its forward once
