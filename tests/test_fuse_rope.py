@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rmsnorm_cuda
 from rmsnorm_cuda import replace_rms_norm
 from rmsnorm_cuda.integrations import fuse_rope
+from rmsnorm_cuda.integrations.recognize_rope import recognize_angles
 
 try:
     import transformers
@@ -1189,8 +1190,9 @@ def built(cls, held):
     reason = "it takes no config of its file"
     parameters = inspect.signature(cls.__init__).parameters
     options = {"layer_idx": 0} if "layer_idx" in parameters else {}
-    for config in held:
-        if "config" in parameters:
+    kind = parameters["config"].annotation if "config" in parameters else None
+    for config in sorted(held, key=lambda config: type(config) is not kind):
+        if kind is not None:
             try:
                 return cls(config=config, **options), config
             except Exception as error:
@@ -1225,10 +1227,15 @@ def attentions():
             model = nn.Module()
             model.attention = attention
             for i, embedding in enumerate(classes):
-                if fuse_rope._may_rotate(embedding.__name__) and embedding not in rotating:
-                    made, _ = built(embedding, [config])
-                    if isinstance(made, nn.Module):
-                        model.add_module(f"embedding_{i}", made)
+                if not fuse_rope._may_rotate(embedding.__name__) or embedding in rotating:
+                    continue
+                kind = inspect.signature(embedding.__init__).parameters.get("config")
+                if kind is None or kind.annotation in (inspect.Parameter.empty, type(config)):
+                    made = (built(embedding, [each])[0] for each in (config, *held))
+                    good = (each for each in made if isinstance(each, nn.Module))
+                    tried = [(isinstance(recognize_angles(each), str), each) for each in good]
+                    if tried:  # one that can be called, say of a config with all kinds of layers
+                        model.add_module(f"embedding_{i}", min(tried, key=lambda t: t[0])[1])
             yield name, model, config
 
 

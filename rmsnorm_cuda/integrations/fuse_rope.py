@@ -113,13 +113,14 @@ def _reason(layer: nn.Module, site: _Site, angles: list[Angles | str]) -> str:
             return f"its {switch} is off"
     layout = site.rotation.layout
     known = [each for each in angles if isinstance(each, Angles)]
-    if layout.has_to_be_shown:
+    if layout.has_to_be_shown or not site.rotation.is_partial:
         if not angles:
             return "no module is found beside it that makes its cos and sin"
         if len(known) < len(angles):
             return next(each for each in angles if isinstance(each, str))
-        if others := [each.made_by for each in known if layout.name not in each.layouts]:
-            return f"{others[0]} does not make cos and sin {layout.words}"
+    others = [each.made_by for each in known if layout.name not in each.layouts]
+    if layout.has_to_be_shown and others:
+        return f"{others[0]} does not make cos and sin {layout.words}"
     rotated = {layout.rotated(width) for each in known for width in each.widths}
     weight = layer._modules[site.norms[0]].weight
     columns = None if weight is None or "view" in site.steps[0] else weight.numel()
