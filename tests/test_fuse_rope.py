@@ -1229,8 +1229,8 @@ def attentions():
             for i, embedding in enumerate(classes):
                 if not fuse_rope._may_rotate(embedding.__name__) or embedding in rotating:
                     continue
-                kind = inspect.signature(embedding.__init__).parameters.get("config")
-                if kind is None or kind.annotation in (inspect.Parameter.empty, type(config)):
+                part = [word in cls.__name__ for word in ("Vision", "Audio")]
+                if part == [word in embedding.__name__ for word in ("Vision", "Audio")]:
                     made = (built(embedding, [each])[0] for each in (config, *held))
                     good = (each for each in made if isinstance(each, nn.Module))
                     tried = [(isinstance(recognize_angles(each), str), each) for each in good]
