@@ -357,6 +357,51 @@ class ViewedAfterTranspose(Attention):
         return q, k
 
 
+class AcrossTokens(AcrossHeads):
+    """A norm of what is a head in the view."""
+
+    def forward(self, x, angles):
+        q = self.q_norm(self.q_proj(x))
+        k = self.k_norm(self.k_proj(x))
+        q = q.view(x.shape[0], HEADS, x.shape[1], HEAD)
+        k = k.view(x.shape[0], KV_HEADS, x.shape[1], HEAD)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class Starred(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(*[self.q_proj(x).view(shape)]).transpose(1, 2)
+        k = self.k_norm(*[self.k_proj(x).view(shape)]).transpose(1, 2)
+        cos, sin = angles
+        q, k = apply_rotary(q, k, cos, sin)
+        return q, k
+
+
+class StarredAngles(Attention):
+    def forward(self, x, angles):
+        shape = (*x.shape[:-1], -1, HEAD)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        q, k = apply_rotary(q, k, angles[0], *angles[1:])
+        return q, k
+
+
+class InANestedFunction(Attention):
+    def forward(self, x, angles):
+        def rotated(x):
+            shape = (*x.shape[:-1], -1, HEAD)
+            q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+            k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+            q, k = apply_rotary(q, k, angles[0], angles[1])
+            return q, k
+
+        q, k = rotated(x)
+        return apply_rotary(q, k, angles[0], angles[1])
+
+
 class OneNorm(Attention):
     def forward(self, x, angles):
         shape = (*x.shape[:-1], -1, HEAD)
@@ -444,6 +489,10 @@ NOT_FUSED = {
     WrittenBetween: "between a norm and apply_rotary something is written to",
     WrittenInTheCondition: "between a norm and apply_rotary something is written to",
     ViewedAfterTranspose: "q is reshaped between its norm and apply_rotary",
+    AcrossTokens: "q is reshaped between its norm and apply_rotary",
+    Starred: "its q_norm is no RMSNorm",
+    StarredAngles: "it does not call apply_rotary as",
+    InANestedFunction: "its forward does not read `q, k = rotated(q, k, cos, sin)`",
     OneNorm: "apply_rotary is not given the result of a norm",
     SwitchOfOne: "apply_rotary is under a condition that one of its norms is under too",
     ConditionReads: "the condition that apply_rotary is under reads q",
@@ -783,6 +832,17 @@ def test_norm_without_a_weight():
         for layer in each.layers:
             layer.q_norm = rmsnorm_cuda.RMSNorm(HEAD, 1e-6, elementwise_affine=False)
     assert fused_calls(model, x) == 2 and alike(both(model, x), both(plain, x))
+
+
+def test_weights_in_fp32_beside_a_model_in_16_bits():
+    for cls, layout in ((Attention, "halves"), (AcrossHeads, "halves")):
+        model, x = build(cls, torch.bfloat16, layout=layout)
+        for layer in model.layers:
+            layer.q_norm.float(), layer.k_norm.float()
+        with replace_rms_norm(model):
+            want = both(model, x)
+        with replace_rms_norm(model, fuse_rope=True):
+            assert fused_calls(model, x) == 2 and alike(both(model, x), want)
 
 
 def test_norm_of_more_dimensions():

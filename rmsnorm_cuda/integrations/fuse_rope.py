@@ -223,7 +223,7 @@ def _is_plain(norm: nn.Module | None) -> bool:
 
 
 def _is_whole(t: object) -> bool:
-    """A DTensor has placements, and the op no rule for it."""
+    """A DTensor has placements. The op takes none beside a whole cos or weight."""
     return type(t) is Tensor or (isinstance(t, Tensor) and not hasattr(t, "placements"))
 
 
@@ -361,9 +361,10 @@ class _Rewriter:
                     block[i] = self._fuse(block, i, outside)
                 except LeftAlone as error:
                     self.reason = self.reason or str(error)
+            is_scope = isinstance(statement, (ast.FunctionDef, ast.ClassDef))
             for field in ("body", "orelse", "finalbody"):
                 inner = getattr(statement, field, None)
-                if isinstance(inner, list):
+                if isinstance(inner, list) and not is_scope:
                     is_body = isinstance(statement, ast.If) and field == "body"
                     self._block(inner, (block, i) if is_body else None)
 
@@ -389,6 +390,7 @@ class _Rewriter:
             or len(keywords) != len(call.keywords)
             or None in keywords
             or self.shared & {*names}
+            or any(isinstance(argument, ast.Starred) for argument in arguments)
             or any(set(names) & _names(argument) for argument in arguments[-2:])
         ):
             raise LeftAlone(f"it does not call {function} as `q, k = {function}(q, k, cos, sin)`")
@@ -400,6 +402,10 @@ class _Rewriter:
         rotation = recognize_rotation(self.functions[function], options, len(names))
         if isinstance(rotation, str):
             raise LeftAlone(f"{function} {rotation}")
+        for name, each in zip(names, normed):
+            # A norm of all heads: they lie side by side where the view is.
+            if "view" in each.steps and ("transpose" in each.steps) != (rotation.heads_dim == -3):
+                raise LeftAlone(f"{name} is reshaped between its norm and {function}")
         rows = ((each.steps, each.call.func.attr, each.switch) for each in normed)
         index = len(self.sites)
         self.sites.append(_Site(self.functions[function], options, rotation, *zip(*rows)))
@@ -453,7 +459,9 @@ class _Rewriter:
             match value:
                 case ast.Name(again) if again == name and not switch:
                     continue
-                case ast.Call(ast.Attribute(ast.Name("self"), norm), [_], []) if norm in self.norms:
+                case ast.Call(ast.Attribute(ast.Name("self"), norm), [x], []) if (
+                    norm in self.norms and not isinstance(x, ast.Starred)
+                ):
                     if tuple(steps) not in _KNOWN_STEPS:
                         raise LeftAlone(f"{name} is reshaped between its norm and {function}")
                     return _Normed(statement, value, tuple(steps), under, switch)
@@ -506,9 +514,9 @@ def _writes(node: ast.AST) -> bool:
                 return True
             case ast.Subscript(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()):
                 return True
-            case ast.Call(ast.Attribute(_, method)) if method.endswith("_"):
+            case ast.Call(ast.Attribute(_, name) | ast.Name(name)) if name.endswith("_"):
                 return True
-            case ast.keyword("out"):
+            case ast.keyword("out" | "inplace"):
                 return True
     return False
 
