@@ -143,7 +143,7 @@ def _without_warning() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """Puts the process's generators back if somebody has drawn from them. Held for one call only:
     others draw meanwhile, too.
     """
@@ -191,7 +191,7 @@ def _function_of(copied: nn.Module) -> _Function:
         copied.training = training
         if weight is not None:
             copied._parameters["weight"] = weight
-        with _random_state_kept():
+        with random_state_kept():
             return type(copied).forward(copied, x)
 
     return call

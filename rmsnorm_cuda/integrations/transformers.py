@@ -21,8 +21,10 @@ from torch import nn
 from ..again import is_a
 from ..modules import RMSNorm
 from .families import Family, give_back, twin
-from .fuse_residual import fuse, unfuse
+from .fuse_residual import fuse
+from .fuse_rope import fuser
 from .recognize import MODULE_ATTRIBUTES, Recognized, recognize
+from .rewrite import unfuse
 
 
 class Replaced(NamedTuple):
@@ -35,7 +37,7 @@ class Replaced(NamedTuple):
 class Fused(NamedTuple):
     name: str
     layer: nn.Module
-    norms: tuple[str, ...]  # the attributes of the layer that take the residual now
+    norms: tuple[str, ...]  # the attributes of the layer that take the residual now, or rotate
 
     def __repr__(self) -> str:  # without all that the layer holds
         return f"<{self.name}, a {type(self.layer).__name__}: {', '.join(self.norms)}>"
@@ -54,9 +56,10 @@ class Replacement(list):
     """The swaps that were made, a list of Replaced, and in `.skipped` the RMSNorm look-alikes left
     alone.
 
-    `.fused` are the layers whose residual additions happen in our norms. restore() undoes all of
-    it, as does leaving a `with` block. Old and new module share their parameters, hooks and
-    training flag, so what happened to one in the meantime holds for the other.
+    `.fused` are the layers whose residual additions or rotary embeddings happen in our norms.
+    restore() undoes all of it, as does leaving a `with` block. Old and new module share their
+    parameters, hooks and training flag, so what happened to one in the meantime holds for the
+    other.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,6 +100,7 @@ def replace_rms_norm(
     match: Callable[[str, nn.Module], bool] | None = None,
     *,
     fuse_residual: bool = False,
+    fuse_rope: bool = False,
 ) -> Replacement:
     """Swaps, in place, the norms of `model` for rmsnorm_cuda.RMSNorm with the same parameters and
     rounding order.
@@ -120,6 +124,11 @@ def replace_rms_norm(
             same bits in the forward, two passes over memory less; in the backward both gradients of
             the sum are added before they are rounded, once instead of twice. A layer whose forward
             has no such place is listed in `.skipped`.
+        fuse_rope: also let the norms of q and k do the rotary embedding, where an attention's
+            forward is seen to norm both and then to call ``apply_rotary_pos_emb(q, k, cos, sin)``.
+            One call of :func:`rms_norm_rope` for all of it. The same bits in the forward; in the
+            backward the gradient between the two steps is not rounded. An attention of another
+            form, or whose rotary embedding rounds otherwise, is listed in `.skipped`.
 
         swap = replace_rms_norm(model)        # or: with replace_rms_norm(model): ...
         swap.restore()
@@ -133,14 +142,18 @@ def replace_rms_norm(
         )
     result = Replacement(model)
     try:
-        _swap(model, match, fuse_residual, result)
+        _swap(model, match, result)
+        if fuse_residual:
+            _fuse(model, lambda _, layer: fuse(layer), result)
+        if fuse_rope:
+            _fuse(model, fuser(model), result)
     except BaseException:
         result.restore()
         raise
     return result
 
 
-def _swap(model, match, fuse_residual: bool, result: Replacement) -> None:
+def _swap(model, match, result: Replacement) -> None:
     new_of: dict[nn.Module, RMSNorm] = {}
     known: dict[tuple, Recognized | str] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -165,13 +178,15 @@ def _swap(model, match, fuse_residual: bool, result: Replacement) -> None:
             result.append(Replaced(name, module, new_of[module], found.family))
         elif match or _named_rms_norm(module):
             result.skipped.append(Skipped(name, module, found))
-    if fuse_residual:
-        for name, layer in model.named_modules():
-            fused = fuse(layer)
-            if isinstance(fused, str):
-                result.skipped.append(Skipped(name, layer, fused))
-            elif fused:
-                result.fused.append(Fused(name, layer, fused))
+
+
+def _fuse(model: nn.Module, fuse_it: Callable, result: Replacement) -> None:
+    for name, layer in model.named_modules():
+        fused = fuse_it(name, layer)
+        if isinstance(fused, str):
+            result.skipped.append(Skipped(name, layer, fused))
+        elif fused:
+            result.fused.append(Fused(name, layer, fused))
 
 
 @contextlib.contextmanager
