@@ -273,6 +273,11 @@ const char* error_string(int error);
 int rms_norm_forward(const RmsNormForward& p, void* stream);
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p);
 int rms_norm_backward(const RmsNormBackward& p, void* stream);
+// One or two (q and k), in one launch where x has one dtype and both are plain or both are not.
+// The backward's workspace, of all of them, is that of sides[0].norm.
+int rms_norm_rope_forward(const RmsNormRope* sides, int count, void* stream);
+int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward* sides, int count);
+int rms_norm_rope_backward(const RmsNormRopeBackward* sides, int count, void* stream);
 Plan last_plan();  // of what this thread launched last; its kernel is "" before the first
 
 }  // namespace cuda

@@ -14,6 +14,9 @@ const char* error_string(int) {
 int rms_norm_forward(const RmsNormForward&, void*) { return kNotBuilt; }
 int64_t rms_norm_backward_workspace(const RmsNormBackward&) { return 0; }
 int rms_norm_backward(const RmsNormBackward&, void*) { return kNotBuilt; }
+int rms_norm_rope_forward(const RmsNormRope*, int, void*) { return kNotBuilt; }
+int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward*, int) { return 0; }
+int rms_norm_rope_backward(const RmsNormRopeBackward*, int, void*) { return kNotBuilt; }
 Plan last_plan() { return {}; }
 
 }  // namespace rmsnorm::cuda

@@ -223,8 +223,7 @@ struct PartialSums {
   DType dtype;
 };
 
-// Each of at most two dweights as the sum of its partial sums, in one launch.
-constexpr int kMostSides = 2;
+// Each of at most kMostSides dweights as the sum of its partial sums, in one launch.
 int sum_partials(const PartialSums* sums, int count, cudaStream_t stream);
 
 }  // namespace rmsnorm::cuda

@@ -36,6 +36,10 @@ enum KernelIndex {
   kBackwardSharedRows,
   kBackwardLongStats,
   kBackwardLongStrips,
+  kRopeRows,
+  kRopeAnyRows,
+  kRopeBackwardRows,
+  kRopeBackwardAnyRows,
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
@@ -56,6 +60,10 @@ constexpr KernelLimits kLimits[] = {
     {"backward_shared_rows", 768, 80, 80},
     {"backward_long_stats", 384, 80, 80},
     {"backward_long_strips", 256, 120, 120},
+    {"rope_rows", 128, 72, 80},
+    {"rope_any_rows", 512, 128, 128},
+    {"rope_backward_rows", 256, 128, 128},
+    {"rope_backward_any_rows", 256, 120, 120},
     {nullptr, 0, 0, 0},
 };
 
