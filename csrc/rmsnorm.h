@@ -260,8 +260,9 @@ struct KernelLimits {
   const char* kernel;
   int threads;
   int registers;        // of a thread
-  int mixed_registers;  // where a residual is added or not all is plain (forward), or where dy has
-                        // another dtype (backward)
+  int mixed_registers;  // where a residual is added or not all is plain (forward), where dy has
+                        // another dtype (backward), or where other threads have the other half of a
+                        // pair (rope)
 };
 const KernelLimits* kernel_limits(int arch);
 

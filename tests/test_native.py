@@ -218,7 +218,7 @@ def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
     if not any(found):
         pytest.skip("no cuobjdump, neither on PATH nor of the package nvidia-cuda-cuobjdump")
     count = 0
-    for name in ("forward", "quant", "backward"):
+    for name in ("forward", "quant", "backward", "rope_forward", "rope_backward"):
         text = run([next(filter(None, found)), "-sass", cuda_build / f"csrc/cuda/{name}.cu.o"])
         for function, code in re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", text, re.S):
             if "_rows" not in function and "_strips" not in function:

@@ -2,9 +2,10 @@
 // share.
 //
 // Plain kernels have a row in the registers of a group of lanes, two chunks each: i and i + lanes.
-// Of a head that is rotated as a whole these are the two halves of its pairs; of others the partner
-// of a chunk is in another lane, or a row ends within the second chunks. All other launches go to
-// kernels that read a row twice, the second time pair by pair.
+// Of a head that is rotated as a whole these are the two halves of its pairs. Others have the
+// kernels' second form: the partner of a chunk is in another lane, or pairs are neighbours, or they
+// are of several axes. All other launches go to kernels that read a row twice, the second time in
+// units of pairs.
 #pragma once
 #include "launch.h"
 #include "reduce.cuh"
@@ -109,26 +110,49 @@ __device__ float2 turned(float2 own, float2 other, float2 cos, float2 sin) {
 
 __device__ inline float2 negative(float2 v) { return {-v.x, -v.y}; }
 
-// cos and sin of a plain row, from pair `first` on.
-template <typename X, int kElems>
+// cos and sin of a plain row, from pair `first` on. kAxes: they may be of several axes.
+template <typename X, int kCount>
 struct Angles {
-  Chunk<float, kElems> cos, sin;
+  Chunk<float, kCount> cos, sin;
 
-  template <bool kEach>
+  template <bool kEach, bool kAxes>
   __device__ void load(const RopeArgs& a, const HeadIndex& index, int first) {
     const Rope& r = a.rope;
-    const int64_t offset = first + (r.positions ? r.positions[index.token] * r.angle_rows.stride[0]
-                                                : index.offset(a.angles));
+    const auto of_token = [&](int axis) {
+      if (r.positions == nullptr) return index.offset(a.angles) + axis * r.axis_stride;
+      return r.positions[axis * r.tokens + index.token] * r.angle_rows.stride[0];
+    };
+    const int64_t offset = first + of_token(0);
     with_type(r.dtype, [&](auto type) {
       using T = decltype(type);
-      const auto c = load_whole<T, kElems>(static_cast<const T*>(r.cos) + offset, 0);
-      const auto s = load_whole<T, kElems>(static_cast<const T*>(r.sin) + offset, 0);
-      cos = c.template to<float>();
-      sin = s.template to<float>();
+      const T *const c = static_cast<const T*>(r.cos), *const s = static_cast<const T*>(r.sin);
+      if (kAxes && r.axis_count > 1) {
+        unrolled<kCount>([&](int i) {
+          const int64_t at = first + i + of_token(r.axes[first + i]);
+          cos.word[i] = __float_as_uint(static_cast<float>(c[at]));
+          sin.word[i] = __float_as_uint(static_cast<float>(s[at]));
+        });
+      } else {
+        const auto cos_there = load_whole<T, kCount>(c + offset, 0);
+        const auto sin_there = load_whole<T, kCount>(s + offset, 0);
+        cos = cos_there.template to<float>();
+        sin = sin_there.template to<float>();
+      }
       if constexpr (kEach && !std::is_same_v<T, X>) {
         cos = cos.template to<X>().template to<float>();
         sin = sin.template to<X>().template to<float>();
       }
+    });
+  }
+
+  // A chunk of pairs of neighbours, rotated.
+  template <bool kEach>
+  __device__ void turn_neighbours(Chunk<float, 2 * kCount>& v, bool back) const {
+    unrolled<kCount>([&](int i) {
+      const float2 pair = v.get(i);
+      const float c = __uint_as_float(cos.word[i]), s = __uint_as_float(sin.word[i]);
+      const float2 sines = back ? float2{s, -s} : float2{-s, s};
+      v.set(i, turned<X, kEach>(pair, {pair.y, pair.x}, {c, c}, sines));
     });
   }
 };
@@ -337,9 +361,10 @@ inline int plain_lanes(int64_t cols, DType x) {
   return lanes;
 }
 
-// Are the partners of a row's chunks in other lanes?
-inline bool is_apart(int64_t cols, int64_t pairs, DType x) {
-  return 2 * pairs != cols || 2 * plain_lanes(cols, x) != cols / vector_elems(x);
+// Do plain rows take the second form of their kernel?
+inline bool is_apart(const Rope& r, int64_t cols, DType x) {
+  return r.interleaved || r.axis_count > 1 || 2 * r.pairs != cols ||
+         2 * plain_lanes(cols, x) != cols / vector_elems(x);
 }
 
 // What does not follow from a plan.
@@ -395,8 +420,8 @@ void place_rows(RopeArgs& a, const P& p, const Rows* const (&rows)[kCount],
 template <typename P>
 bool is_plain(const P& p, const RopeArgs& a) {
   const Rope& r = p.rope;
-  return a.is_placed && a.angles_aligned && p.heads_per_row == 1 && !r.interleaved &&
-         r.axis_count == 1 && has_plain_rows(p.norm.cols, r.pairs, p.norm.x_dtype);
+  return a.is_placed && a.angles_aligned && p.heads_per_row == 1 &&
+         has_plain_rows(p.norm.cols, r.pairs, p.norm.x_dtype);
 }
 
 // One of the sides of a call: its kernel, arguments and plan.

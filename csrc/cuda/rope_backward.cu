@@ -11,7 +11,7 @@ struct RopeBackwardArgs : BackwardArgs, RopeArgs {
   bool shares_sums;  // those for dweight are in shared memory until the end
 };
 
-// Plain rows: see rope.cuh. kApart: partners are in other lanes, and read from memory.
+// Plain rows: see rope.cuh. kApart: the second form. Partners in other lanes are read from memory.
 template <typename X, bool kCast, bool kApart>
 ROW_KERNEL(kRopeBackwardRows, false)
 rope_backward_rows(const __grid_constant__ Sides<RopeBackwardArgs> sides) {
@@ -47,7 +47,7 @@ rope_backward_rows(const __grid_constant__ Sides<RopeBackwardArgs> sides) {
       if (count <= 0) return;
       x[k] = load_whole<X, kElems>(x_row, col);
       dy[k] = load_whole<X, kElems>(dy_row, col);
-      if (kApart && col < 2 * pairs) {
+      if (kApart && !a.rope.interleaved && col < 2 * pairs) {
         others[k] = load_whole<X, kElems>(dy_row, col < pairs ? col + pairs : col - pairs);
       }
     });
@@ -58,7 +58,12 @@ rope_backward_rows(const __grid_constant__ Sides<RopeBackwardArgs> sides) {
       each_chunk([&](int k, int col, int) {
         turned_dy[k] = dy[k].template to<float>();
         if (col >= 2 * pairs) return;
-        angles.template load<false>(a, index, col < pairs ? col : col - pairs);
+        if (a.rope.interleaved) {
+          Angles<X, kElems / 2> angles;
+          angles.template load<false, true>(a, index, col / 2);
+          return angles.template turn_neighbours<false>(turned_dy[k], true);
+        }
+        angles.template load<false, true>(a, index, col < pairs ? col : col - pairs);
         unrolled<kElems / 2>([&](int i) {
           const float2 sin = angles.sin.get(i);
           turned_dy[k].set(i, turned<X, false>(dy[k].get(i), others[k].get(i), angles.cos.get(i),
@@ -66,7 +71,7 @@ rope_backward_rows(const __grid_constant__ Sides<RopeBackwardArgs> sides) {
         });
       });
     } else {
-      angles.template load<false>(a, index, lane * kElems);
+      angles.template load<false, false>(a, index, lane * kElems);
       unrolled<kElems / 2>([&](int i) {
         const float2 left = dy[0].get(i), right = dy[1].get(i);
         const float2 cos = angles.cos.get(i), sin = angles.sin.get(i);
@@ -288,7 +293,7 @@ Side<RopeBackwardArgs> side_of(const RmsNormRopeBackward& r, double share, void*
       return 0;
     }
     return with_flag(p.cast_before_weight, [&](auto cast) {
-      return with_flag(is_apart(p.cols, r.rope.pairs, p.x_dtype), [&](auto apart) {
+      return with_flag(is_apart(r.rope, p.cols, p.x_dtype), [&](auto apart) {
         side.kernel = rope_backward_rows<X, decltype(cast)::value, decltype(apart)::value>;
         return 0;
       });

@@ -9,8 +9,8 @@ struct RopeForwardArgs : NormArgs, RopeArgs {
   Place x_place, y_place;
 };
 
-// Plain rows: see rope.cuh. kEach: each step is rounded. kApart: partners are in other lanes; their
-// angles come late then, which takes fewer registers.
+// Plain rows: see rope.cuh. kEach: each step is rounded. kApart: the second form. Its angles come
+// late, which takes fewer registers.
 template <typename X, bool kCast, bool kEach, bool kApart>
 ROW_KERNEL(kRopeRows, kApart)
 rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
@@ -38,20 +38,23 @@ rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
     // Lanes without a row take part in the shuffles, with what is there of the last one.
     const bool is_there = first + lanes.slot < rows;
     const unsigned row = is_there ? first + lanes.slot : rows - 1;
+    typename N::XChunk x[2] = {};
+    Angles<X, kElems> angles;
     const HeadIndex index(a, row);
     const X* const x_row = static_cast<const X*>(a.x.data) + index.offset(a.x_place);
-    typename N::XChunk x[2] = {};
     each_chunk([&](int k, int col, int count) {
       if (count > 0) x[k] = load_whole<X, kElems>(x_row, col);
     });
-    Angles<X, kElems> angles;
-    if (!kApart) angles.template load<kEach>(a, index, lane * kElems);
+    if (!kApart) angles.template load<kEach, false>(a, index, lane * kElems);
     if (is_first) load_weights<true>(a, 0, each_chunk, w);
     const auto sum = sum_of_group(N::sum_of_squares(x), a.lanes);
     Scale s;
-    if (!fast_scale(sum, a.mean, s)) s = rescued_scale(x_row, a.cols, a.eps, a.lanes);
+    const HeadIndex again(a, recomputed(row));  // fewer registers over the sum
+    if (!fast_scale(sum, a.mean, s)) {
+      s = rescued_scale(static_cast<const X*>(a.x.data) + again.offset(a.x_place), a.cols, a.eps,
+                        a.lanes);
+    }
     if (a.rstd != nullptr && lane == 0 && is_there) static_cast<float*>(a.rstd)[row] = s.hi * s.pre;
-    X* const y_row = static_cast<X*>(const_cast<void*>(a.y.data)) + index.offset(a.y_place);
     unrolled<2>([&](int k) { x[k].stay_packed(); });
     const auto norm = [&](int k, int i, const Scale& s) {
       const float2 v = normalized<X, kCast>(x[k].get(i), w[k].get(i), s);
@@ -73,19 +76,27 @@ rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
         unrolled<2>(
             [&](int k) { unrolled<kElems / 2>([&](int i) { n[k].set(i, norm(k, i, s)); }); });
       });
-      // Chunks that are rotated meet their partners in shared memory, of their warp alone.
-      __shared__ uint4 kept[kThreads<kRopeRows> * 2 * NormChunk::kVectors];
-      constexpr int kWarpChunks = 2 * kWarp;
-      const int in_warp = warp_lane();
-      uint4* const warp_kept = kept + threadIdx.x / kWarp * (kWarpChunks * NormChunk::kVectors);
-      __syncwarp();  // the row before has been read
-      each_chunk([&](int k, int col, int) {
-        if (col < 2 * pairs) put_chunk(warp_kept, kWarpChunks, k * kWarp + in_warp, n[k]);
-      });
-      __syncwarp();
-      each_chunk([&](int k, int col, int) {
-        if (col < 2 * pairs) {
-          angles.template load<kEach>(a, index, col < pairs ? col : col - pairs);
+      if (a.rope.interleaved) {
+        each_chunk([&](int k, int col, int) {
+          if (col >= 2 * pairs) return;
+          Angles<X, kElems / 2> angles;
+          angles.template load<kEach, true>(a, again, col / 2);
+          angles.template turn_neighbours<kEach>(n[k], false);
+        });
+      } else {
+        // Chunks that are rotated meet their partners in shared memory, of their warp alone.
+        __shared__ uint4 kept[kThreads<kRopeRows> * 2 * NormChunk::kVectors];
+        constexpr int kWarpChunks = 2 * kWarp;
+        const int in_warp = warp_lane();
+        uint4* const warp_kept = kept + threadIdx.x / kWarp * (kWarpChunks * NormChunk::kVectors);
+        __syncwarp();  // the row before has been read
+        each_chunk([&](int k, int col, int) {
+          if (col < 2 * pairs) put_chunk(warp_kept, kWarpChunks, k * kWarp + in_warp, n[k]);
+        });
+        __syncwarp();
+        each_chunk([&](int k, int col, int) {
+          if (col >= 2 * pairs) return;
+          angles.template load<kEach, true>(a, again, col < pairs ? col : col - pairs);
           const int partner = (col < pairs ? col + pairs : col - pairs) / kElems;
           const int of_lane = partner & (a.lanes - 1), of_k = partner >= a.lanes;
           const auto other =
@@ -95,11 +106,12 @@ rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
             n[k].set(i, turned<X, kEach>(n[k].get(i), other.get(i), angles.cos.get(i),
                                          col < pairs ? negative(sin) : sin));
           });
-        }
-        y[k] = n[k].template to<X>();
-      });
+        });
+      }
+      unrolled<2>([&](int k) { y[k] = n[k].template to<X>(); });
     }
     if (!is_there) continue;
+    X* const y_row = static_cast<X*>(const_cast<void*>(a.y.data)) + again.offset(a.y_place);
     each_chunk([&](int k, int col, int count) {
       if (count > 0) store_whole(y_row, col, y[k]);
     });
@@ -203,7 +215,7 @@ Side<RopeForwardArgs> side_of(const RmsNormRope& r, double share, const Device& 
     const KernelLimits& kernel = tuning.limits[kRopeRows];
     plan = {kernel.kernel, Keep::kRegisters, 2, plain_lanes(p.cols, p.x_dtype), kernel.threads};
     plan.registers =
-        is_apart(p.cols, r.rope.pairs, p.x_dtype) ? kernel.mixed_registers : kernel.registers;
+        is_apart(r.rope, p.cols, p.x_dtype) ? kernel.mixed_registers : kernel.registers;
     plan.bytes_in_flight = 32;
     plan.cluster = 1;
     plan.slice = p.cols;
@@ -232,7 +244,7 @@ Side<RopeForwardArgs> side_of(const RmsNormRope& r, double share, const Device& 
     }
     return with_flag(p.cast_before_weight, [&](auto cast) {
       return with_flag(r.rope.round_each_step, [&](auto each) {
-        return with_flag(is_apart(p.cols, r.rope.pairs, p.x_dtype), [&](auto apart) {
+        return with_flag(is_apart(r.rope, p.cols, p.x_dtype), [&](auto apart) {
           side.kernel =
               rope_rows<X, decltype(cast)::value, decltype(each)::value, decltype(apart)::value>;
           return 0;
