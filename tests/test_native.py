@@ -135,7 +135,12 @@ def test_kernels_that_were_not_built(tmp_path):
         #include "rmsnorm.h"
         int main() {
           const rmsnorm::RmsNormBackward p{};
+          const rmsnorm::RmsNormRope q{};
+          const rmsnorm::RmsNormRopeBackward dq{};
           if (rmsnorm::cuda::rms_norm_backward_workspace(p) != 0) return 1;
+          if (rmsnorm::cuda::rms_norm_rope_backward_workspace(&dq, 1) != 0) return 1;
+          if (rmsnorm::cuda::rms_norm_rope_forward(&q, 1, nullptr) == 0) return 1;
+          if (rmsnorm::cuda::rms_norm_rope_backward(&dq, 1, nullptr) == 0) return 1;
           return rmsnorm::cuda::rms_norm_backward(p, nullptr) == 0;
         }
     """

@@ -138,11 +138,14 @@ struct Angles {
         cos = cos_there.template to<float>();
         sin = sin_there.template to<float>();
       }
-      if constexpr (kEach && !std::is_same_v<T, X>) {
-        cos = cos.template to<X>().template to<float>();
-        sin = sin.template to<X>().template to<float>();
-      }
+      if constexpr (kEach && !std::is_same_v<T, X>) round();
     });
+  }
+
+  // To X.
+  __device__ void round() {
+    cos = cos.template to<X>().template to<float>();
+    sin = sin.template to<X>().template to<float>();
   }
 
   // A chunk of pairs of neighbours, rotated.
@@ -215,10 +218,10 @@ struct AnyRow {
   }
 
   // `count` cosines and sines from a pair on.
-  template <int kCount>
-  __device__ void load_angles(int pair, int count, Chunk<float, kCount>& cos,
-                              Chunk<float, kCount>& sin) const {
+  template <typename Y, int kCount>
+  __device__ void load_angles(int pair, int count, Angles<Y, kCount>& angles) const {
     const Rope& r = a.rope;
+    auto &cos = angles.cos, &sin = angles.sin;
     with_any_type(r.dtype, [&](auto type) {
       using T = decltype(type);
       const T *const c = static_cast<const T*>(r.cos), *const s = static_cast<const T*>(r.sin);
@@ -240,6 +243,16 @@ struct AnyRow {
   }
 };
 
+// f(std::true_type()) or f(std::false_type()): a choice ahead of a loop, not in it.
+template <typename F>
+__device__ void with_choice(bool flag, const F& f) {
+  if (flag) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
 // Both chunks of a unit, or the one that is all of it, rotated by its angles, or back by them.
 // load(column) gives a chunk, each(column, chunk) takes one.
 template <typename Y, int kElems, typename Load, typename Each>
@@ -247,34 +260,33 @@ __device__ void turn_unit(const AnyRow& row, const typename Units<kElems>::Unit&
                           bool each_step, bool back, const Load& load, const Each& each) {
   using C = Chunk<float, kElems>;
   const Rope& r = row.a.rope;
-  const C own = load(unit.col);
+  C own = load(unit.col);
   if (unit.pair < 0) return each(unit.col, own);
-  const auto turn = [&](float2 v, float2 other, float2 cos, float2 sin) {
-    if (!each_step) return turned<Y, false>(v, other, cos, sin);
-    return turned<Y, true>(v, other, round_to<Y>(cos), round_to<Y>(sin));
-  };
-  C result;
   if (r.interleaved) {
-    Chunk<float, kElems / 2> cos = {}, sin = {};
-    row.load_angles(unit.pair, unit.count / 2, cos, sin);
-    unrolled<kElems / 2>([&](int i) {
-      const float2 v = own.get(i);
-      const float c = __uint_as_float(cos.word[i]), s = __uint_as_float(sin.word[i]);
-      const float signed_sin = back ? -s : s;
-      result.set(i, turn(v, {v.y, v.x}, {c, c}, {-signed_sin, signed_sin}));
+    Angles<Y, kElems / 2> angles = {};
+    row.load_angles(unit.pair, unit.count / 2, angles);
+    with_choice(each_step, [&](auto each) {
+      constexpr bool kEach = decltype(each)::value;
+      if constexpr (kEach) angles.round();
+      angles.template turn_neighbours<kEach>(own, back);
     });
-    return each(unit.col, result);
+    return each(unit.col, own);
   }
-  const C other = load(unit.col + r.pairs);
-  C cos = {}, sin = {}, second;
-  row.load_angles(unit.pair, unit.count, cos, sin);
-  unrolled<kElems / 2>([&](int i) {
-    const float2 s = back ? negative(sin.get(i)) : sin.get(i);
-    result.set(i, turn(own.get(i), other.get(i), cos.get(i), negative(s)));
-    second.set(i, turn(other.get(i), own.get(i), cos.get(i), s));
+  C other = load(unit.col + r.pairs);
+  Angles<Y, kElems> angles = {};
+  row.load_angles(unit.pair, unit.count, angles);
+  with_choice(each_step, [&](auto each) {
+    constexpr bool kEach = decltype(each)::value;
+    if constexpr (kEach) angles.round();
+    unrolled<kElems / 2>([&](int i) {
+      const float2 left = own.get(i), right = other.get(i), cos = angles.cos.get(i);
+      const float2 sin = back ? negative(angles.sin.get(i)) : angles.sin.get(i);
+      own.set(i, turned<Y, kEach>(left, right, cos, negative(sin)));
+      other.set(i, turned<Y, kEach>(right, left, cos, sin));
+    });
   });
-  each(unit.col, result);
-  each(unit.col + r.pairs, second);
+  each(unit.col, own);
+  each(unit.col + r.pairs, other);
 }
 
 // `count` elements of a row of any alignment, from column col on.
@@ -435,6 +447,7 @@ struct Side {
 // In one launch if they have a kernel and a shape of block in common.
 template <typename Args>
 int launch_sides(const Side<Args>* sides, int count, cudaStream_t stream) {
+  static_assert(sizeof(Sides<Args>) <= 4096, "more than every toolkit takes as arguments");
   const auto launch_them = [&](const Side<Args>* first, int together) {
     Sides<Args> args{{}, static_cast<unsigned>(first->plan.blocks)};
     Plan plan = first->plan;

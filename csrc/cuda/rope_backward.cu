@@ -141,7 +141,7 @@ rope_backward_any_rows(const __grid_constant__ Sides<RopeBackwardArgs> sides) {
         const auto dy = [&](int64_t col) {
           return load_floats<kElems>(a.dy, place.right, col, unit.count);
         };
-        turn_unit<float, kElems>(
+        turn_unit<X, kElems>(
             place, unit, false, true, dy, [&](int64_t col, const Chunk<float, kElems>& d) {
               const auto x = load_at<X, kElems>(a.x, place.left, col, unit.count);
               f(col, unit.count, x, d, load_weight<kElems>(a, weight, col, unit.count));

@@ -174,11 +174,12 @@ rope_any_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
           const auto x = load(col, unit.count);
           const auto w = load_weight<kElems>(a, weight, col, unit.count);
           NormChunk n;
-          unrolled<kElems / 2>([&](int i) {
-            const float2 v = a.cast_before_weight ? normalized<X, true>(x.get(i), w.get(i), s)
-                                                  : normalized<X, false>(x.get(i), w.get(i), s);
-            n.set(i, each ? round_to<Y>(v) : v);
+          with_choice(a.cast_before_weight, [&](auto cast) {
+            unrolled<kElems / 2>([&](int i) {
+              n.set(i, normalized<X, decltype(cast)::value>(x.get(i), w.get(i), s));
+            });
           });
+          if (each) n = n.template to<Y>().template to<float>();
           return n;
         };
         turn_unit<Y, kElems>(place, unit, each, false, norm, [&](int64_t col, const NormChunk& y) {

@@ -1450,7 +1450,7 @@ def rope(gpu, rng, quick):
     )
     turn = 0
     # Plain: halves in a thread's chunks; then partial ones and lengths that are no power of two.
-    shapes = [(32, 16), (64, 32), (128, 64), (256, 128)]
+    shapes = [(16, 8), (32, 16), (64, 32), (128, 64), (256, 128)]
     shapes += [(128, 32), (256, 32), (256, 64), (96, 48), (80, 40), (192, 96), (64, 8), (160, 48)]
     for xt, types in ((BF16, (BF16, F32, F16)), (F16, (F16, F32, BF16)), (F32, (F32, BF16, F16))):
         for each, cast in ((False, False), (True, True), (True, False), (False, True)):
