@@ -262,8 +262,9 @@ struct KernelLimits {
   const char* kernel;
   int threads;
   int registers;        // of a thread
-  int mixed_registers;  // where a residual is added or not all is plain (forward), or where dy has
-                        // another dtype (backward)
+  int mixed_registers;  // where a residual is added or not all is plain (forward), where dy has
+                        // another dtype (backward), or where other threads have the other half of a
+                        // pair (rope)
 };
 const KernelLimits* kernel_limits(int arch);
 
@@ -275,7 +276,8 @@ const char* error_string(int error);
 int rms_norm_forward(const RmsNormForward& p, void* stream);
 int64_t rms_norm_backward_workspace(const RmsNormBackward& p);
 int rms_norm_backward(const RmsNormBackward& p, void* stream);
-// `sides`: q and k, or one of them. The workspace is that of the first.
+// One or two (q and k), in one launch where x has one dtype and both are plain or both are not.
+// The backward's workspace, of all of them, is that of sides[0].norm.
 int rms_norm_rope_forward(const RmsNormRope* sides, int count, void* stream);
 int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward* sides, int count);
 int rms_norm_rope_backward(const RmsNormRopeBackward* sides, int count, void* stream);

@@ -135,7 +135,12 @@ def test_kernels_that_were_not_built(tmp_path):
         #include "rmsnorm.h"
         int main() {
           const rmsnorm::RmsNormBackward p{};
+          const rmsnorm::RmsNormRope q{};
+          const rmsnorm::RmsNormRopeBackward dq{};
           if (rmsnorm::cuda::rms_norm_backward_workspace(p) != 0) return 1;
+          if (rmsnorm::cuda::rms_norm_rope_backward_workspace(&dq, 1) != 0) return 1;
+          if (rmsnorm::cuda::rms_norm_rope_forward(&q, 1, nullptr) == 0) return 1;
+          if (rmsnorm::cuda::rms_norm_rope_backward(&dq, 1, nullptr) == 0) return 1;
           return rmsnorm::cuda::rms_norm_backward(p, nullptr) == 0;
         }
     """
@@ -218,7 +223,7 @@ def test_cuda_kernels_move_16_bytes_at_a_time(cuda_build):
     if not any(found):
         pytest.skip("no cuobjdump, neither on PATH nor of the package nvidia-cuda-cuobjdump")
     count = 0
-    for name in ("forward", "quant", "backward"):
+    for name in ("forward", "quant", "backward", "rope_forward", "rope_backward"):
         text = run([next(filter(None, found)), "-sass", cuda_build / f"csrc/cuda/{name}.cu.o"])
         for function, code in re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", text, re.S):
             if "_rows" not in function and "_strips" not in function:

@@ -28,6 +28,52 @@ __device__ double weight_at(const P& p, int64_t col) {
   return load_any(p.weight, p.w_dtype, col) + addend_of(p.weight_offset);
 }
 
+// What the kernels have in common with rotary embedding and without.
+__device__ const RmsNormBackward& norm_of(const RmsNormBackward& p) { return p; }
+__device__ const RmsNormBackward& norm_of(const RmsNormRopeBackward& p) { return p.norm; }
+RMSNORM_HOST_DEVICE int64_t weights_of(const RmsNormBackward&) { return 1; }
+template <typename P>
+RMSNORM_HOST_DEVICE int64_t weights_of(const P& rope) {
+  return rope.weights;
+}
+
+// Where a row's weight begins.
+template <typename P>
+__device__ int64_t weight_begin(const P& p, int64_t rows, int64_t cols, int64_t row) {
+  return weights_of(p) > 1 ? row / (rows / weights_of(p)) * cols : 0;
+}
+
+// Column `col` of a row with rotary embedding: f(its pair, the column's partner, is it the second?)
+// or, of one that is not rotated, rest().
+template <typename P, typename F, typename Rest>
+__device__ double of_pair(const P& p, int64_t col, const F& f, const Rest& rest) {
+  const Rope& r = p.rope;
+  const int64_t in_head = col % (p.norm.cols / p.heads_per_row);
+  if (in_head >= 2 * r.pairs) return rest();
+  const bool second = r.interleaved ? in_head % 2 : in_head >= r.pairs;
+  const int64_t pair = r.interleaved ? in_head / 2 : in_head - (second ? r.pairs : 0);
+  const int64_t apart = r.interleaved ? 1 : r.pairs;
+  return f(pair, second ? col - apart : col + apart, second);
+}
+
+struct Angle {
+  double cos, sin;
+};
+// narrow: all is rounded to a narrower type, to which fp64 comes by way of fp32.
+template <typename P>
+__device__ Angle angle_of(const P& p, int64_t row, int64_t pair, bool narrow) {
+  const Rope& r = p.rope;
+  const int64_t token = p.rows_per_token > 1 ? row / p.rows_per_token : row % r.tokens;
+  const int axis = r.axis_count == 1 ? 0 : r.axes[pair];
+  const int64_t first = r.positions ? r.positions[axis * r.tokens + token] * r.angle_rows.stride[0]
+                                    : row_offset(r.angle_rows, token) + axis * r.axis_stride;
+  const auto load = [&](const void* table) {
+    const double v = load_any(table, r.dtype, first + pair);
+    return narrow ? static_cast<float>(v) : v;
+  };
+  return {load(r.cos), load(r.sin)};
+}
+
 struct Normalized {
   double r, pre;  // 1 / sqrt(mean(x^2) + eps) = r * pre
   __device__ double operator()(double x) const { return x * pre * r; }
@@ -64,6 +110,45 @@ __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
   }
 }
 
+// The same, and then the rotary embedding. The lane of a pair's first column has the pair.
+__global__ void rope_forward_double(const __grid_constant__ RmsNormRope r) {
+  sync_dependent_launch();
+  const RmsNormForward& p = r.norm;
+  const bool each = r.rope.round_each_step;
+  const auto rounded = [&](double v) { return each ? round_any(p.y_dtype, v) : v; };
+  for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
+    const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
+    const int64_t weight = weight_begin(r, p.rows, p.cols, row);
+    const Normalized normalized = normalize(p, x_offset);
+    if (p.rstd != nullptr && threadIdx.x == 0) {
+      store_any(p.rstd, p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, row,
+                normalized.r * normalized.pre);
+    }
+    const auto norm = [&](int64_t col) {
+      double n = normalized(load_any(p.x, p.x_dtype, x_offset + col));
+      if (p.cast_before_weight) n = round_any(p.x_dtype, n);
+      return rounded(n * weight_at(p, weight + col));
+    };
+    __syncwarp();
+    for (int64_t col = threadIdx.x; col < p.cols; col += kWarp) {
+      const auto store = [&](int64_t at, double v) {
+        store_any(p.y, p.y_dtype, y_offset + at, v);
+        return v;
+      };
+      const auto turn = [&](int64_t pair, int64_t partner, bool second) {
+        if (second) return 0.0;
+        const Angle angle = angle_of(r, row, pair, each && p.y_dtype != DType::kFloat64);
+        const double a = norm(col), b = norm(partner);
+        const double cos = rounded(angle.cos), sin = rounded(angle.sin);
+        const auto product = [&](double v, double w) { return rounded(__dmul_rn(v, w)); };
+        store(col, __dsub_rn(product(a, cos), product(b, sin)));
+        return store(partner, __dadd_rn(product(b, cos), product(a, sin)));
+      };
+      of_pair(r, col, turn, [&] { return store(col, norm(col)); });
+    }
+  }
+}
+
 // x as the sum of its addends.
 __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
   sync_dependent_launch();
@@ -84,12 +169,29 @@ __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
   }
 }
 
+// dy, or what it was before the rotary embedding.
+__device__ double gradient(const RmsNormBackward& p, int64_t, int64_t dy_offset, int64_t col) {
+  return load_any(p.dy, p.dy_dtype, dy_offset + col);
+}
+__device__ double gradient(const RmsNormRopeBackward& p, int64_t row, int64_t dy_offset,
+                           int64_t col) {
+  const auto dy = [&](int64_t at) { return gradient(p.norm, row, dy_offset, at); };
+  const auto turn = [&](int64_t pair, int64_t partner, bool second) {
+    const Angle angle = angle_of(p, row, pair, false);
+    return dy(col) * angle.cos + (second ? -dy(partner) : dy(partner)) * angle.sin;
+  };
+  return of_pair(p, col, turn, [&] { return dy(col); });
+}
+
 // dx, and what the sums over columns need of each row: the workspace, if there is one.
-__global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
+template <typename P>
+__global__ void backward_double(const __grid_constant__ P all) {
   sync_dependent_launch();
+  const RmsNormBackward& p = norm_of(all);
   const int lane = threadIdx.x;
   for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
     const int64_t x_offset = row_offset(p.x_rows, row), dy_offset = row_offset(p.dy_rows, row);
+    const int64_t weight = weight_begin(all, p.rows, p.cols, row);
     const Normalized normalized = normalize(p, x_offset);
     if (p.workspace != nullptr && lane == 0)
       static_cast<Normalized*>(p.workspace)[row] = normalized;
@@ -98,7 +200,7 @@ __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
       return normalized(load_any(p.x, p.x_dtype, x_offset + col));
     };
     const auto g = [&](int64_t col) {
-      return load_any(p.dy, p.dy_dtype, dy_offset + col) * weight_at(p, col);
+      return gradient(all, row, dy_offset, col) * weight_at(p, weight + col);
     };
     DoubleSum products;
     for (int64_t col = lane; col < p.cols; col += kWarp) products.add(g(col), xhat(col));
@@ -114,17 +216,22 @@ __global__ void backward_double(const __grid_constant__ RmsNormBackward p) {
   }
 }
 
-__global__ void dweight_double(const __grid_constant__ RmsNormBackward p) {
+// A thread for each column of each weight.
+template <typename P>
+__global__ void dweight_double(const __grid_constant__ P all) {
   sync_dependent_launch();
-  for (int64_t col = first_item(); col < p.cols; col += items_apart()) {
+  const RmsNormBackward& p = norm_of(all);
+  const int64_t rows = p.rows / weights_of(all);
+  for (int64_t item = first_item(); item < weights_of(all) * p.cols; item += items_apart()) {
+    const int64_t begin = item / p.cols * rows, col = item % p.cols;
     DoubleSum products;
-    for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t row = begin; row < begin + rows; ++row) {
       double xhat = static_cast<const Normalized*>(p.workspace)[row](
           load_any(p.x, p.x_dtype, row_offset(p.x_rows, row) + col));
       if (p.cast_before_weight) xhat = round_any(p.x_dtype, xhat);
-      products.add(load_any(p.dy, p.dy_dtype, row_offset(p.dy_rows, row) + col), xhat);
+      products.add(gradient(all, row, row_offset(p.dy_rows, row), col), xhat);
     }
-    store_any(p.dweight, p.w_dtype, col, products.sum);
+    store_any(p.dweight, p.w_dtype, item, products.sum);
   }
 }
 
@@ -138,15 +245,34 @@ int forward_in_double(const RmsNormForward& p, cudaStream_t stream) {
   return launch(forward_double, plan_items("forward_double", p.rows, kWarp), p, stream);
 }
 
+int forward_in_double(const RmsNormRope& p, cudaStream_t stream) {
+  return launch(rope_forward_double, plan_items("rope_forward_double", p.norm.rows, kWarp), p,
+                stream);
+}
+
 int64_t backward_in_double_workspace(const RmsNormBackward& p) {
   return p.dweight != nullptr ? p.rows * static_cast<int64_t>(sizeof(Normalized)) : 0;
 }
 
-int backward_in_double(const RmsNormBackward& p, cudaStream_t stream) {
+namespace {
+
+template <typename P>
+int launch_backward(const P& all, const RmsNormBackward& p, cudaStream_t stream) {
   const int error =
-      launch(backward_double, plan_items("backward_double", p.rows, kWarp), p, stream);
+      launch(backward_double<P>, plan_items("backward_double", p.rows, kWarp), all, stream);
   if (error != 0 || p.dweight == nullptr) return error;
-  return launch(dweight_double, plan_items("dweight_double", p.cols, 1), p, stream);
+  const int64_t sums = weights_of(all) * p.cols;
+  return launch(dweight_double<P>, plan_items("dweight_double", sums, 1), all, stream);
+}
+
+}  // namespace
+
+int backward_in_double(const RmsNormBackward& p, cudaStream_t stream) {
+  return launch_backward(p, p, stream);
+}
+
+int backward_in_double(const RmsNormRopeBackward& p, cudaStream_t stream) {
+  return launch_backward(p, p.norm, stream);
 }
 
 }  // namespace rmsnorm::cuda

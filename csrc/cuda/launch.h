@@ -22,6 +22,8 @@ int add_any(const RmsNormForward& p, cudaStream_t stream);
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream);
 int64_t backward_in_double_workspace(const RmsNormBackward& p);
 int backward_in_double(const RmsNormBackward& p, cudaStream_t stream);
+int forward_in_double(const RmsNormRope& p, cudaStream_t stream);
+int backward_in_double(const RmsNormRopeBackward& p, cudaStream_t stream);
 
 // Are kernels launched so that they may overlap with the one ahead of them (programmatic dependent
 // launch)?
@@ -175,6 +177,9 @@ __device__ void load_weights(const RowArgs& a, int64_t begin, const Each& each,
     });
   });
 }
+
+// The most calls of one launch: q and k.
+constexpr int kMostSides = 2;
 
 // f(std::true_type()) or f(std::false_type()).
 template <typename F>

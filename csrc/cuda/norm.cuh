@@ -1,4 +1,4 @@
-// From x to its scale and its norm: what forward.cu and quant.cu share.
+// From x to its scale and its norm: what forward.cu, quant.cu and rope_forward.cu share.
 #pragma once
 #include "launch.h"
 #include "reduce.cuh"

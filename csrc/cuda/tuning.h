@@ -36,6 +36,10 @@ enum KernelIndex {
   kBackwardSharedRows,
   kBackwardLongStats,
   kBackwardLongStrips,
+  kRopeRows,
+  kRopeAnyRows,
+  kRopeBackwardRows,
+  kRopeBackwardAnyRows,
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
@@ -44,8 +48,7 @@ enum KernelIndex {
 // where it is alone, and half of them where two fit.
 constexpr KernelLimits kLimits[] = {
     // kernel, threads, registers, and those of launches that take more: with a residual or not
-    // plain
-    // (forward), with dy of another dtype (backward)
+    // plain (forward), with dy of another dtype (backward), with pairs of several lanes (rope)
     {"forward_rows", 256, 80, 128},
     {"forward_shared_rows", 512, 64, 128},
     {"forward_long_rows", 512, 128, 128},
@@ -56,6 +59,10 @@ constexpr KernelLimits kLimits[] = {
     {"backward_shared_rows", 768, 80, 80},
     {"backward_long_stats", 384, 80, 80},
     {"backward_long_strips", 256, 120, 120},
+    {"rope_rows", 128, 80, 96},
+    {"rope_any_rows", 512, 128, 128},
+    {"rope_backward_rows", 256, 128, 128},
+    {"rope_backward_any_rows", 256, 120, 120},
     {nullptr, 0, 0, 0},
 };
 

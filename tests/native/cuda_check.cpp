@@ -1,10 +1,10 @@
 // The CUDA kernels against the formula in long double, without torch and without Python: one shape
-// or more of every kernel. For a GPU, and compute-sanitizer:
+// or more of every kernel but those with rotary embedding. For a GPU, and compute-sanitizer:
 //   nvcc -std=c++17 -O3 -lineinfo -arch=native '-DRMSNORM_CUDA_ARCHS="native"'
 //   tests/native/cuda_check.cpp csrc/cuda/*.cu -o cuda_check
 //   ./cuda_check && compute-sanitizer --tool racecheck ./cuda_check
 // For a simulator of the runtime: -cudart shared, and the library of cuda_check.py for
-// csrc/cuda/*.cu. More dtypes, lengths and layouts are in cuda_check.py.
+// csrc/cuda/*.cu. More dtypes, lengths and layouts, and rotary embedding, are in cuda_check.py.
 #include <cuda_runtime.h>
 
 #include "check.h"

@@ -161,7 +161,9 @@ class Gpu:
         )
         self.k.plan.restype = self.k.last_plan.restype = Plan
         self.k.device.restype = Device
-        for which, name in enumerate(("RmsNormForward", "RmsNormBackward", "Device", "Plan")):
+        self.k.rope_workspace.restype = I64
+        names = ("RmsNormForward", "RmsNormBackward", "Device", "Plan")
+        for which, name in enumerate((*names, "RmsNormRope", "RmsNormRopeBackward")):
             assert self.k.sizes(which) == ctypes.sizeof(STRUCTS[name]), (
                 f"{name} was read wrong from rmsnorm.h"
             )
@@ -189,6 +191,10 @@ class Gpu:
         self.rt.cusim_stats_json.restype = ctypes.c_char_p
         self.rt.cusim_stats_json.argtypes = [ctypes.c_longlong]
         return json.loads(self.rt.cusim_stats_json(-1))
+
+    def launches(self):
+        """How many the simulator has seen."""
+        return self.rt.cusim_launch_count() if self.simulated else 0
 
     def traffic(self):
         """Bytes that the last launch asked of global memory: loaded and stored."""
@@ -630,6 +636,308 @@ def compare(name, raw, dtype, want, slack):
     assert (worst <= 1).all(), (
         f"{name} is off by {np.nanmax(worst):.3g} of its tolerance, {np.isnan(worst).sum()} NaN"
     )
+
+
+class Rotary:
+    """q or k: its tensors and angles, the same in fp64, and how a call gets them."""
+
+    def __init__(self, rng, tokens, heads, cols, pairs, xt, wt, **options):
+        how = {"at": xt, "across": False, "interleaved": False, "cached": False, "axes": 1}
+        how |= {"weights": 1, "each": False, "cast": False, "offset": 0.0, "eps": 1e-6}
+        how |= {"layout": "dense", "shift": 0, "scale": 1.0, "in_place": False, "batches": 1}
+        self.__dict__.update(how | options)
+        self.xt, self.wt, self.pairs, self.tokens = xt, xt if wt is None else wt, pairs, tokens
+        self.yt = promoted(xt, self.wt) if self.cast else xt
+        self.exact = F64 in (xt, self.wt)
+        self.cols, self.heads_per_row = (heads * cols, heads) if self.across else (cols, 1)
+        self.rows = tokens if self.across else tokens * heads
+        self.rows_per_token = 1 if self.across or self.weights > 1 else heads
+        row = np.arange(self.rows)
+        self.token = row % tokens if self.rows_per_token == 1 else row // heads
+        self.weight_of = row // (self.rows // self.weights)
+        self.x = random_values(rng, (self.rows, self.cols), xt, self.scale)
+        shape = (self.weights, self.cols)
+        self.w = None if wt is None else random_values(rng, shape, wt)
+        self.heads = heads
+        # Angles, of no unit circle: an error in one of them shows.
+        count = 11 if self.cached else self.axes * tokens
+        self.cos, self.sin = (random_values(rng, (count, pairs), self.at, 0.5) for _ in range(2))
+        self.axis_of = np.arange(pairs) * 7 % self.axes
+        self.positions = (np.arange(self.axes * tokens, dtype=np.int64) * 5 + 3) % count
+        axis_rows = self.positions if self.cached else np.arange(self.axes * tokens)
+        index = axis_rows.reshape(self.axes, tokens)[self.axis_of][:, self.token].T
+        self.angles = [
+            wide(table, self.at)[index, np.arange(pairs)] for table in (self.cos, self.sin)
+        ]
+        first = 0 if self.interleaved else pairs
+        head = np.arange(heads if self.across else 1)[:, None] * cols
+        a = np.arange(pairs) * (2 if self.interleaved else 1)
+        self.a = (head + a).reshape(-1)
+        self.b = self.a + (1 if self.interleaved else first)
+
+    def place(self, kind):
+        r, c, h = self.rows, self.cols, self.heads
+        n = r // h // self.batches
+        if kind == "dense" or (self.across or self.weights > 1) and kind != "odd":
+            return dense(r, c)
+        if kind == "odd":
+            return Layout([r], [c + 3], c)
+        if kind == "fused":  # beside others of a token
+            return Layout([r // h, h], [c * (h + 2), c], c)
+        return Layout([self.batches, n, h], [h * n * c, c, n * c], c)  # heads first
+
+    def rotate(self, v, back=False, rounded=None):
+        """Rotated, and the sum of magnitudes; rounded(values): of each step."""
+        step = rounded or (lambda values: values)
+        cos, sin = (np.tile(step(t), self.heads_per_row) for t in self.angles)
+        sin = -sin if back else sin
+        a, b = v[:, self.a], v[:, self.b]
+        result, size = v.copy(), np.abs(v)
+        result[:, self.a] = step(a * cos) - step(b * sin)
+        result[:, self.b] = step(b * cos) + step(a * sin)
+        size[:, self.a] = np.abs(a * cos) + np.abs(b * sin)
+        size[:, self.b] = np.abs(b * cos) + np.abs(a * sin)
+        return result, size
+
+    def rope(self, gpu, keep):
+        keep += [Buffer(gpu, self.cos, self.shift), Buffer(gpu, self.sin, self.shift)]
+        cos, sin = keep[-2:]
+        n = self.tokens // self.batches
+        rows = dense(len(self.cos), self.pairs).rows
+        if self.batches > 1 and not self.cached and self.axes == 1:
+            rows = Layout([self.batches, n], [n * self.pairs, self.pairs], self.pairs).rows
+        p = STRUCTS["Rope"](
+            cos=cos.address,
+            sin=sin.address,
+            angle_rows=rows,
+            tokens=self.tokens,
+            pairs=self.pairs,
+            axis_stride=self.tokens * self.pairs,
+            axis_count=self.axes,
+            dtype=self.at,
+            interleaved=self.interleaved,
+            round_each_step=self.each,
+        )
+        p.axes[: self.pairs] = [int(axis) for axis in self.axis_of]
+        if self.cached:
+            keep.append(Buffer(gpu, self.positions))
+            p.positions = keep[-1].address
+        return p
+
+    def call(self, gpu, kind, norm, keep):
+        return STRUCTS[kind](
+            norm=norm,
+            rope=self.rope(gpu, keep),
+            rows_per_token=self.rows_per_token,
+            heads_per_row=self.heads_per_row,
+            weights=self.weights,
+        )
+
+    def norm(self):
+        """The norm of the norm's own kernels, and its rstd."""
+        results = []
+        for i in range(self.weights):
+            rows = self.weight_of == i
+            results.append(
+                run_forward(
+                    GPU[0],
+                    self.x[rows],
+                    self.xt,
+                    None if self.w is None else self.w[i],
+                    self.wt,
+                    eps=self.eps,
+                    offset=self.offset,
+                    cast=self.cast,
+                )
+            )
+        return (np.concatenate([r[i] for r in results]) for i in (0, 1))
+
+    def exact_norm(self):
+        parts = []
+        for i in range(self.weights):
+            rows, w = self.weight_of == i, None if self.w is None else self.w[i]
+            parts.append(
+                reference_forward(
+                    self.x[rows], self.xt, w, self.wt, self.eps, self.offset, self.cast
+                )
+            )
+        return (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+
+    def check_forward(self, y, rstd):
+        norm, norms_rstd = self.norm()
+        assert (ulps(rstd, norms_rstd, F64 if self.xt == F64 else F32) == 0).all(), "rstd"
+        if self.each:
+            number = np.float64 if self.yt == F64 else np.float32
+
+            def step(v):
+                return decode(encode(v, self.yt), self.yt).astype(number)
+
+            with np.errstate(all="ignore"):
+                want, _ = self.rotate(decode(norm, self.yt).astype(number), rounded=step)
+            off = ulps(y, encode(want, self.yt), self.yt)
+            assert (off == 0).all(), f"other bits than step by step: {(off != 0).sum()}"
+            return
+        with np.errstate(all="ignore"):
+            exact, _ = self.exact_norm()
+            want, size = self.rotate(exact)
+            unit = 2.0**-50 if self.exact else 2.0**-23
+            tie = 2.0 ** (1 - BITS[self.xt]) / unit if self.cast and not self.exact else 0
+            compare("y", y, self.yt, want, unit * (2 + tie) * size)
+
+
+GPU = []  # the one that all is run on
+
+
+def run_rope(gpu, sides, want_rstd=True):
+    """[(y, rstd)] of sides, in one call."""
+    keep, calls, results = [], [], []
+    for s in sides:
+        x_layout, wb = s.place(s.layout), None
+        y_layout = x_layout if s.in_place else s.place("odd" if s.layout == "odd" else "dense")
+        xb = Buffer(gpu, x_layout.place(s.x, nan_of(s.xt)), s.shift)
+        if s.w is not None:
+            keep.append(wb := Buffer(gpu, s.w, s.shift))
+        painted = np.full(y_layout.elements, nan_of(s.yt), RAW[s.yt])
+        yb = xb if s.in_place else Buffer(gpu, painted, s.shift)
+        rt = F64 if s.xt == F64 else F32
+        rb = Buffer(gpu, np.full(s.rows, nan_of(rt), RAW[rt])) if want_rstd else None
+        norm = STRUCTS["RmsNormForward"](
+            x=xb.address,
+            weight=wb and wb.address,
+            y=yb.address,
+            rstd=rb and rb.address,
+            x_rows=x_layout.rows,
+            y_rows=y_layout.rows,
+            rows=s.rows,
+            cols=s.cols,
+            eps=s.eps,
+            weight_offset=s.offset,
+            cast_before_weight=s.cast,
+            x_dtype=s.xt,
+            w_dtype=s.wt,
+            y_dtype=s.yt,
+        )
+        calls.append(s.call(gpu, "RmsNormRope", norm, keep))
+        results.append((xb, yb, y_layout, rb))
+    array = (STRUCTS["RmsNormRope"] * len(calls))(*calls)
+    before = gpu.launches()
+    gpu.check(gpu.k.rope_forward(array, len(calls), None))
+    gpu.rope_plan = gpu.k.last_plan()
+    gpu.rope_launches = gpu.launches() - before if gpu.simulated else None
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    for buffer in keep:
+        assert (buffer.read() == buffer.like).all(), "an argument was written"
+    found = []
+    for s, (xb, yb, y_layout, rb) in zip(sides, results):
+        flat = yb.read()
+        if not s.in_place:
+            assert (xb.read() == xb.like).all(), "x was written"
+        y = flat[y_layout.index]
+        flat[y_layout.index] = nan_of(s.yt)
+        assert (flat == nan_of(s.yt)).all(), "written between the rows"
+        found.append((y, rb.read() if rb else None))
+    return found
+
+
+def check_rope(gpu, *sides):
+    found = run_rope(gpu, sides)
+    for s, (y, rstd) in zip(sides, found):
+        s.check_forward(y, rstd)
+    return found
+
+
+def run_rope_backward(gpu, sides, dys, dyt, want=(True, True)):
+    """[(dx, dweight)] of sides, in one call."""
+    keep, calls, results = [], [], []
+    for s, dy in zip(sides, dys):
+        x_layout, dy_layout = s.place(s.layout), s.place("odd" if s.layout == "odd" else "dense")
+        _, r = s.exact_norm()
+        wb = None
+        xb = Buffer(gpu, x_layout.place(s.x, nan_of(s.xt)), s.shift)
+        dyb = Buffer(gpu, dy_layout.place(dy, nan_of(dyt)), s.shift)
+        rb = Buffer(gpu, encode(r, F64 if s.xt == F64 else F32))
+        keep += [xb, dyb, rb]
+        if s.w is not None:
+            keep.append(wb := Buffer(gpu, s.w, s.shift))
+        dxb = Buffer(gpu, np.full(s.x.shape, nan_of(s.xt), RAW[s.xt]), s.shift) if want[0] else None
+        shape = (s.weights, s.cols)
+        dwb = Buffer(gpu, np.full(shape, nan_of(s.wt), RAW[s.wt])) if want[1] else None
+        norm = STRUCTS["RmsNormBackward"](
+            dy=dyb.address,
+            x=xb.address,
+            weight=wb and wb.address,
+            rstd=rb.address,
+            dx=dxb and dxb.address,
+            dweight=dwb and dwb.address,
+            dy_rows=dy_layout.rows,
+            x_rows=x_layout.rows,
+            rows=s.rows,
+            cols=s.cols,
+            eps=s.eps,
+            weight_offset=s.offset,
+            cast_before_weight=s.cast,
+            dy_dtype=dyt,
+            x_dtype=s.xt,
+            w_dtype=s.wt,
+        )
+        calls.append(s.call(gpu, "RmsNormRopeBackward", norm, keep))
+        results.append((dxb, dwb))
+    array = (STRUCTS["RmsNormRopeBackward"] * len(calls))(*calls)
+    size = gpu.k.rope_workspace(array, len(calls))
+    space = Buffer(gpu, np.full(size, 0xFF, np.uint8)) if size else None
+    array[0].norm.workspace = space and space.address
+    before = gpu.launches()
+    gpu.check(gpu.k.rope_backward(array, len(calls), None))
+    gpu.rope_plan = gpu.k.last_plan()
+    gpu.rope_launches = gpu.launches() - before if gpu.simulated else None
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    for buffer in keep:
+        assert (buffer.read() == buffer.like).all(), "an argument was written"
+    if space:
+        space.read()
+    return [tuple(b.read() if b else None for b in pair) for pair in results]
+
+
+def check_rope_backward(gpu, rng, dyt, *sides):
+    dys = [random_values(rng, s.x.shape, dyt) for s in sides]
+    found = run_rope_backward(gpu, sides, dys, dyt)
+    for s, dy, (dx, dw) in zip(sides, dys, found):
+        exact = s.exact or dyt == F64
+        unit = 2.0**-50 if exact else 2.0**-24
+        with np.errstate(all="ignore"):
+            turned, size = s.rotate(wide(dy, dyt), back=True)
+            _, r = s.exact_norm()
+            gains = [
+                gain(None if s.w is None else w, s.wt, s.xt, s.cols, s.offset, exact)
+                for w in (s.w if s.w is not None else [None] * s.weights)
+            ]
+            g = np.array(gains)[s.weight_of]
+            xhat, r = wide(s.x, s.xt) * r[:, None], r[:, None]
+            products, sizes = turned * g * xhat, size * np.abs(g * xhat)
+            mean, of_sizes = products.mean(1, keepdims=True), sizes.mean(1, keepdims=True)
+            want = r * (turned * g - xhat * mean)
+            slack = 12 * (
+                np.abs(turned * g) + np.abs(xhat) * np.abs(products).mean(1, keepdims=True)
+            )
+            slack = slack + 4 * (size * np.abs(g) + np.abs(xhat) * of_sizes)
+            compare("dx", dx, s.xt, want, unit * np.abs(r) * slack)
+            seen = wide(encode(xhat, s.xt), s.xt) if s.cast else xhat
+            for i in range(s.weights):
+                rows = s.weight_of == i
+                terms = np.abs(turned * seen)[rows]
+                slack = (10 + np.sqrt(len(terms))) * unit * terms.sum(0)
+                slack = slack + 4 * unit * (size * np.abs(seen))[rows].sum(0)
+                if s.cast:
+                    slack = slack + 2.0 ** (1 - BITS[s.xt]) * terms.max(0)
+                compare("dweight", dw[i], s.wt, (turned * seen)[rows].sum(0), slack)
+    again = run_rope_backward(gpu, sides, dys, dyt)
+    for (dx, dw), (dx2, dw2) in zip(found, again):
+        assert (dx == dx2).all() and (dw == dw2).all(), "other bits in a second run"
+    dx_alone = run_rope_backward(gpu, sides, dys, dyt, want=(True, False))
+    dw_alone = run_rope_backward(gpu, sides, dys, dyt, want=(False, True))
+    for (dx, dw), (dx2, _), (_, dw2) in zip(found, dx_alone, dw_alone):
+        assert (dx == dx2).all() and (dw == dw2).all(), "other bits of one alone"
+    return found
 
 
 # What is checked
@@ -1116,6 +1424,106 @@ def quantized(gpu, rng, quick):
                         assert (codes == want).all(), f"{(codes != want).sum()} codes differ"
 
 
+def rope(gpu, rng, quick):
+    """q and k in one call: plain rows of each form, then all that the others are for."""
+    GPU[:] = [gpu]
+
+    def both(kernel, backward_kernel, dyt, tokens, heads, *shape, **how):
+        with Case(op="rope", tokens=tokens, heads=heads, shape=shape, dy=dyt, **how):
+            sides = [Rotary(rng, tokens, n, *shape, **how) for n in heads]
+            found = check_rope(gpu, *sides)
+            together = gpu.rope_plan
+            assert not kernel or together.kernel.decode() == kernel, f"{together.kernel} ran"
+            assert not kernel or gpu.rope_launches in (1, None), "more than one launch"
+            for s, (y, _) in zip(sides, found):  # alone, and in place
+                s.in_place = s.yt == s.xt
+                ((alone, _),) = run_rope(gpu, [s])
+                assert (ulps(alone, y, s.yt) == 0).all(), "other bits alone"
+            check_rope_backward(gpu, rng, dyt, *sides)
+            ran = gpu.rope_plan.kernel.decode()
+            assert not backward_kernel or ran == backward_kernel, f"{ran} ran"
+            assert not backward_kernel or gpu.rope_launches in (1, 2, None), "too many launches"
+
+    plain, any_rows = (
+        ("rope_rows", "rope_backward_rows"),
+        ("rope_any_rows", "rope_backward_any_rows"),
+    )
+    turn = 0
+    # Plain: halves in a thread's chunks; then partial ones and lengths that are no power of two.
+    shapes = [(16, 8), (32, 16), (64, 32), (128, 64), (256, 128)]
+    shapes += [(128, 32), (256, 32), (256, 64), (96, 48), (80, 40), (192, 96), (64, 8), (160, 48)]
+    for xt, types in ((BF16, (BF16, F32, F16)), (F16, (F16, F32, BF16)), (F32, (F32, BF16, F16))):
+        for each, cast in ((False, False), (True, True), (True, False), (False, True)):
+            for cols, pairs in shapes if not quick else sample(rng, shapes, 4):
+                turn += 1
+                how = {"layout": ("dense", "fused", "heads")[turn % 3], "each": each, "cast": cast}
+                how |= {"batches": 1 + turn % 2, "cached": turn % 4 == 0, "at": types[turn // 2 % 3]}
+                how |= {"offset": 1.0 if turn % 5 == 0 else 0.0, "interleaved": turn % 6 == 5}
+                how |= {"axes": 3 if turn % 7 in (1, 5) else 1}
+                heads, tokens = (
+                    ((4, 1), (3, 2), (8, 2), (1, 1))[turn % 4],
+                    (2, 6, 34)[turn // 4 % 3],
+                )
+                both(*plain, xt, tokens, heads, cols, pairs, xt, (xt, None)[turn % 7 == 0], **how)
+    both(*plain, BF16, 4, (2, 1), 512, 256, BF16, BF16)
+    both(*plain, F32, 4, (2,), 256, 128, F32, F32, cached=True)
+    # All others.
+    for n in range(24 if quick else 96):
+        xt = (BF16, F32, F16)[n % 3]
+        cols, pairs = ((64, 32), (10, 3), (128, 64), (33, 16), (96, 20), (7, 2), (512, 256))[n % 7]
+        how = {"interleaved": n % 2 == 1, "cached": n % 3 == 1, "axes": (1, 3)[n % 5 == 2]}
+        how |= {"across": n % 4 == 2, "each": n // 2 % 2 == 1, "cast": n // 3 % 2 == 1}
+        how |= {"at": (xt, F32, BF16, F64)[n // 4 % 4], "shift": (0, 8)[n % 11 == 5]}
+        how |= {"layout": ("dense", "odd", "fused", "heads")[n // 5 % 4], "batches": 1 + n // 7 % 2}
+        how |= {"weights": 2 if n % 6 == 1 else 1, "offset": 1.0 if n % 7 == 3 else 0.0}
+        wt = (xt, F32, None, BF16)[n // 2 % 4]
+        how["across"] = how["across"] and how["weights"] == 1
+        both(
+            None, None, (xt, F32)[n % 2], (2, 6, 10)[n // 3 % 3], (4, 2), cols, pairs, xt, wt, **how
+        )
+    both(*any_rows, BF16, 6, (4, 2), 64, 32, BF16, BF16, interleaved=True, at=F64)
+    both(*any_rows, F32, 6, (6, 6), 64, 32, BF16, BF16, weights=6)
+    both(*any_rows, BF16, 5, (32, 32), 128, 64, BF16, BF16, across=True, interleaved=True)
+    both(
+        *any_rows, BF16, 2, (70,), 128, 64, BF16, BF16, across=True
+    )  # in shared memory, by the norm
+    both(*any_rows, F32, 2, (160,), 128, 64, F32, F32, across=True)  # of a cluster
+    both(*any_rows, F32, 4, (2, 2), 512, 256, F32, F32)
+    for xt, wt, at in ((F64, F64, F64), (F32, F64, F32), (F64, F32, BF16), (BF16, F64, F64)):
+        for n in range(2 if quick else 6):
+            how = {"interleaved": n % 2 == 0, "each": n % 3 == 1, "cast": n % 2 == 1, "at": at}
+            how |= {"across": n == 4, "weights": 2 if n == 1 else 1, "axes": 1 + n % 3}
+            both(None, None, (xt, F64)[n % 2], 6, (2, 4), 40, 12, xt, wt, **how)
+    # Two sides of kernels that differ, in dtype or in layout.
+    for other in ({"xt": F32}, {"interleaved": True}, {"cols": 256}, {"cols": 96, "pairs": 48}):
+        with Case(op="rope", other=other):
+            shape = {"cols": 128, "pairs": 64, "xt": BF16, "wt": BF16}
+            sides = [Rotary(rng, 6, 4, **shape), Rotary(rng, 6, 2, **(shape | other))]
+            check_rope(gpu, *sides)
+            if "xt" not in other:
+                check_rope_backward(gpu, rng, BF16, *sides)
+    # Rows out of the fast path's range, and what is no number.
+    for xt, scale in ((BF16, 1e25), (BF16, 1e-25), (F32, 1e30), (F32, 1e-30), (F16, 1e-6)):
+        for how in ({}, {"interleaved": True}, {"pairs": 16}, {"pairs": 16, "each": True}):
+            with Case(op="rope", x=NAMES[xt], scale=scale, **how):
+                s = Rotary(rng, 6, 4, **({"cols": 64, "pairs": 32, "xt": xt, "wt": xt} | how))
+                s.eps = 0.0
+                for row in (1, 2, 23):
+                    s.x[row] = encode(decode(s.x[row], xt) * scale, xt)
+                if not quick or xt != BF16:
+                    check_rope_backward(gpu, rng, xt, s)
+                s.x[5, 3], s.x[6, 9] = encode(np.array([np.nan, np.inf]), xt)
+                check_rope(gpu, s)
+    # More rows than the grid holds.
+    for how in ({}, {"interleaved": True}, {"pairs": 32}):
+        with Case(op="rope", many=True, **how):
+            shape = {"cols": 128, "pairs": 64, "xt": BF16, "wt": BF16} | how
+            tokens = 400 if quick else 1501
+            sides = [Rotary(rng, tokens, 4, **shape), Rotary(rng, tokens, 1, **shape)]
+            check_rope(gpu, *sides)
+            check_rope_backward(gpu, rng, BF16, *sides)
+
+
 def traffic(gpu, rng, quick):
     """A row is read once and written once, with few instructions and without bank conflicts."""
     if not gpu.simulated:
@@ -1245,6 +1653,7 @@ def main():
         many_rows,
         shared_rows,
         quantized,
+        rope,
         traffic,
     ):
         if args.only and args.only not in part.__name__:

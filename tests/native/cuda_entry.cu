@@ -8,7 +8,7 @@ using namespace rmsnorm;
 
 ENTRY int sizes(int which) {
   const size_t sizes[] = {sizeof(RmsNormForward), sizeof(RmsNormBackward), sizeof(cuda::Device),
-                          sizeof(cuda::Plan)};
+                          sizeof(cuda::Plan), sizeof(RmsNormRope), sizeof(RmsNormRopeBackward)};
   return static_cast<int>(sizes[which]);
 }
 
@@ -20,6 +20,18 @@ ENTRY int64_t workspace(const RmsNormBackward* p) { return cuda::rms_norm_backwa
 
 ENTRY int backward(const RmsNormBackward* p, void* stream) {
   return cuda::rms_norm_backward(*p, stream);
+}
+
+ENTRY int rope_forward(const RmsNormRope* sides, int count, void* stream) {
+  return cuda::rms_norm_rope_forward(sides, count, stream);
+}
+
+ENTRY int64_t rope_workspace(const RmsNormRopeBackward* sides, int count) {
+  return cuda::rms_norm_rope_backward_workspace(sides, count);
+}
+
+ENTRY int rope_backward(const RmsNormRopeBackward* sides, int count, void* stream) {
+  return cuda::rms_norm_rope_backward(sides, count, stream);
 }
 
 ENTRY const char* error_string(int error) { return cuda::error_string(error); }

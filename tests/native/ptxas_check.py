@@ -68,8 +68,8 @@ def parse_ptxas(text: str) -> list[Kernel]:
 
 
 def registers_allowed(kernel: Kernel, limits: dict[str, tuple[int, int, int]]) -> int:
-    """By `limits`, from _C.cuda_limits: more for a residual (the last flag), for a forward that is
-    not plain (the Form), and for dy of another dtype.
+    """By `limits`, from _C.cuda_limits: more for a residual or partners in other lanes (the last
+    flag), for a forward that is not plain (the Form), and for dy of another dtype.
     """
     name, *arguments = re.findall(r"\w+", kernel.name.removeprefix("void "))
     if name not in limits:
@@ -77,8 +77,9 @@ def registers_allowed(kernel: Kernel, limits: dict[str, tuple[int, int, int]]) -
     _, registers, mixed_registers = limits[name]
     if name.startswith("backward"):
         return mixed_registers if arguments[0] != arguments[1] else registers
-    adds = [a for a in arguments if a in ("true", "false")][-1] == "true"
-    return mixed_registers if adds or arguments[1:3] == ["Form", "2"] else registers
+    flags = [a for a in arguments if a in ("true", "false")]
+    takes_more = flags[-1:] == ["true"] or arguments[1:3] == ["Form", "2"]
+    return mixed_registers if takes_more else registers
 
 
 def failures(kernels: list[Kernel]) -> list[Kernel]:
