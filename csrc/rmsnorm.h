@@ -148,8 +148,8 @@ struct RmsNormRope {
   Rope rope;
   int64_t rows_per_token;  // heads of a token, each of them a row of the norm; or 1
   int64_t heads_per_row;   // 1; or those that lie side by side in a row, and are normalized as one
-  // 1. On CUDA also more: the weight is [weights, cols], row r has that of r / (rows / weights), and
-  // the token r % tokens; rows_per_token is 1.
+  // 1. On CUDA also more: the weight is [weights, cols], row r has that of r / (rows / weights),
+  // and the token r % tokens; rows_per_token is 1.
   int64_t weights;
 };
 

@@ -1457,7 +1457,11 @@ def rope(gpu, rng, quick):
             for cols, pairs in shapes if not quick else sample(rng, shapes, 4):
                 turn += 1
                 how = {"layout": ("dense", "fused", "heads")[turn % 3], "each": each, "cast": cast}
-                how |= {"batches": 1 + turn % 2, "cached": turn % 4 == 0, "at": types[turn // 2 % 3]}
+                how |= {
+                    "batches": 1 + turn % 2,
+                    "cached": turn % 4 == 0,
+                    "at": types[turn // 2 % 3],
+                }
                 how |= {"offset": 1.0 if turn % 5 == 0 else 0.0, "interleaved": turn % 6 == 5}
                 how |= {"axes": 3 if turn % 7 in (1, 5) else 1}
                 heads, tokens = (
