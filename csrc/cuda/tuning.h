@@ -45,7 +45,8 @@ enum KernelIndex {
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
 // memory: two blocks fit in the forward, 64 KiB are then in flight, above the 20 to 50 KiB that
 // bandwidth times latency asks for on H100 and B200. In the backward a block has so many threads
-// where it is alone, and half of them where two fit.
+// where it is alone, and half of them where two fit. With rotary embedding a thread has two vectors
+// of x: six blocks of rope_rows have 24 KiB in flight, five of its second form 20 KiB.
 constexpr KernelLimits kLimits[] = {
     // kernel, threads, registers, and those of launches that take more: with a residual or not
     // plain (forward), with dy of another dtype (backward), with pairs of several lanes (rope)

@@ -7,8 +7,9 @@ using namespace rmsnorm;
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
 ENTRY int sizes(int which) {
-  const size_t sizes[] = {sizeof(RmsNormForward), sizeof(RmsNormBackward), sizeof(cuda::Device),
-                          sizeof(cuda::Plan), sizeof(RmsNormRope), sizeof(RmsNormRopeBackward)};
+  const size_t sizes[] = {sizeof(RmsNormForward), sizeof(RmsNormBackward),
+                          sizeof(cuda::Device),   sizeof(cuda::Plan),
+                          sizeof(RmsNormRope),    sizeof(RmsNormRopeBackward)};
   return static_cast<int>(sizes[which]);
 }
 
