@@ -63,7 +63,7 @@ constexpr KernelLimits kLimits[] = {
     {"rope_rows", 128, 80, 96},
     {"rope_any_rows", 512, 128, 128},
     {"rope_backward_rows", 256, 128, 128},
-    {"rope_backward_any_rows", 256, 120, 120},
+    {"rope_backward_any_rows", 256, 128, 128},
     {nullptr, 0, 0, 0},
 };
 
