@@ -83,7 +83,11 @@ def assert_near(got, x, weight, cos, sin, dtype, **options):
     ),
     ids=name,
 )
-def test_values(device, dtypes, options, kinds, width, share, interleaved, heads_dim):
+def test_values(
+    device, torch_kernels, dtypes, options, kinds, width, share, interleaved, heads_dim
+):
+    if "across" in kinds and heads_dim == -3:
+        torch_kernels(device)  # all heads of a token are put side by side
     dtype, other = dtypes
     q, k = (
         heads_of(n, width, t, heads_dim=heads_dim) for n, t in ((Q_HEADS, dtype), (K_HEADS, dtype))
@@ -146,7 +150,8 @@ def same(results, wanted):
     return all(same_bits(a, b) for a, b in zip(results, wanted, strict=True))
 
 
-def test_angles_are_broadcast_and_may_have_any_strides(device):
+def test_angles_are_broadcast_and_may_have_any_strides(device, torch_kernels):
+    torch_kernels(device)  # some are copied
     args, (cos, sin) = plain_call()
     args = [t.to(device) for t in args]
 
@@ -168,15 +173,18 @@ def test_angles_are_broadcast_and_may_have_any_strides(device):
 
 @pytest.mark.parametrize("positions_dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_positions_are_rows_of_a_cache(device, positions_dtype, interleaved):
+def test_positions_are_rows_of_a_cache(device, torch_kernels, positions_dtype, interleaved):
     args, _ = plain_call()
     cache = torch.cat(angles(11, 16), -1)  # as vLLM keeps it
     positions = torch.randint(0, 11, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
-    of_tokens = [t.to(device) for t in cache[positions].chunk(2, -1)]
+    of_tokens = [t.contiguous().to(device) for t in cache[positions].chunk(2, -1)]
     args, cos_sin = [t.to(device) for t in args], cache.to(device).chunk(2, -1)
     want = rms_norm_rope(*args, *of_tokens, EPS, interleaved=interleaved)
+    if positions_dtype == torch.int32:
+        torch_kernels(device)  # they are converted
     given = positions.to(positions_dtype).to(device)
     assert same(rms_norm_rope(*args, *cos_sin, EPS, positions=given, interleaved=interleaved), want)
+    torch_kernels(device)  # those for all of a batch are spread
     one_for_all = [t[:1] for t in of_tokens]
     want = rms_norm_rope(*args, *one_for_all, EPS)
     assert same(rms_norm_rope(*args, *cos_sin, EPS, positions=given[0]), want)
@@ -233,8 +241,10 @@ def test_slices_of_a_fused_projection(device, dtype, kind):
     cos, sin = (t.to(device) for t in angles(TOKENS, 16))
     weights = [weight_of(kind, n, width, FP32, device) for n in (Q_HEADS, K_HEADS)]
     qkv = fused.to(device)
-    q, k, v = qkv.split([Q_HEADS, K_HEADS, K_HEADS], -2)
-    want = rms_norm_rope(q.contiguous(), k.contiguous(), *weights, cos, sin, EPS)
+    q, k, _ = qkv.split([Q_HEADS, K_HEADS, K_HEADS], -2)
+    parts = fused.split([Q_HEADS, K_HEADS, K_HEADS], -2)[:2]
+    dense = [t.contiguous().to(device) for t in parts]
+    want = rms_norm_rope(*dense, *weights, cos, sin, EPS)
     assert same(rms_norm_rope(q, k, *weights, cos, sin, EPS), want)
     if kind != "across":
         turned = rms_norm_rope(
@@ -243,7 +253,8 @@ def test_slices_of_a_fused_projection(device, dtype, kind):
         assert all(t.is_contiguous() for t in turned)
         assert same([t.transpose(1, 2) for t in turned], want)
     assert rms_norm_rope_(q, k, *weights, cos, sin, EPS) is None
-    assert same((q, k), want) and same_bits(v, fused[..., -K_HEADS:, :])
+    *written, v = qkv.cpu().split([Q_HEADS, K_HEADS, K_HEADS], -2)
+    assert same(written, want) and same_bits(v, fused[..., -K_HEADS:, :])
 
 
 def test_heads_first_across():
@@ -372,9 +383,11 @@ def gradients(function, leaves, upstream):
     ),
     ids=name,
 )
-def test_gradients(device, dtype, kinds, options, width, interleaved, heads_dim):
+def test_gradients(device, torch_kernels, dtype, kinds, options, width, interleaved, heads_dim):
     """Against the same function of fp64 tensors, which gradcheck has seen. Terms: a dot product of
     a head, or of a sum over tokens and heads, in fp32, and one rounding."""
+    if "across" in kinds and heads_dim == -3:
+        torch_kernels(device)
     q, k = (heads_of(n, width, dtype, heads_dim=heads_dim) for n in (Q_HEADS, K_HEADS))
     weights = [weight_of(*of, width, dtype) for of in zip(kinds, (Q_HEADS, K_HEADS))]
     cos, sin = angles(TOKENS, width // 4)
