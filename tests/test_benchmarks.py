@@ -96,3 +96,26 @@ def test_wrong_peer_is_found_before_it_is_timed(cpu):
     cpu.verify(cell, "fused", fused)
     with pytest.raises(AssertionError, match="wrong"):
         cpu.verify(cell, "fused", fused | {"wrong in place": lambda s: s.out.mul_(1.01)})
+
+
+def test_rope():
+    """Each contender gives what fp64 gives, and a wrong one is seen."""
+    from benchmarks import rope
+
+    cell = rope.Cell(3, [2, 1], 64, torch.bfloat16, torch.float32)
+    runs = cell.forward(compiled=())
+    cell.verify(runs)
+    shifted = {"shifted": lambda s: [t + 0.25 for t in runs["ours"](s)]}
+    with pytest.raises(AssertionError, match="shifted"):
+        cell.verify(shifted)
+    training = cell.training(compiled=())
+    grads = {name: run(cell.sets[0]) for name, run in training.items()}
+    for ours, steps in zip(grads["ours"], grads["steps"], strict=True):
+        torch.testing.assert_close(ours, steps, rtol=0.05, atol=0.1)
+    us = {"ours": 2.0, "steps": 8.0}
+    cells = [
+        {"mode": "forward", "dtype": "bf16", "tokens": n, "threads": n, "us": us} for n in (1, 2)
+    ]
+    told = rope.summary(cells)
+    assert "| 1 bf16 | 2 | 8 |" in told and "| 2 bf16, 2 threads |" in told
+    assert "geometric means: steps 4.00." in told
