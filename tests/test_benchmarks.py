@@ -98,8 +98,9 @@ def test_wrong_peer_is_found_before_it_is_timed(cpu):
         cpu.verify(cell, "fused", fused | {"wrong in place": lambda s: s.out.mul_(1.01)})
 
 
-def test_rope():
+def test_rope(monkeypatch):
     """Each contender gives what fp64 gives, and a wrong one is seen."""
+    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import rope
 
     cell = rope.Cell(3, [2, 1], 64, torch.bfloat16, torch.float32)
