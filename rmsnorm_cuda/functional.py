@@ -211,7 +211,8 @@ def rms_norm_rope(
 
     By default the norm is kept in fp32, as are cos, sin and the rotation, and the result is rounded
     once: to the dtype that the norm has (fp64 if an argument of the norm is fp64). With
-    ``round_each_step`` it rounds where a model in eager mode does, to the same bits:
+    ``round_each_step`` it rounds where eager code does, to the same bits, in models whose cos has
+    q's dtype and with ``cast_before_weight`` as their norm has it (Llama's and Qwen's: True):
 
     1. the norm, to its dtype ``T``, as :func:`rms_norm` returns it;
     2. cos and sin, to ``T``;
@@ -230,9 +231,10 @@ def rms_norm_rope(
         q_weight, k_weight: ``(D,)``; of each head its own, ``(heads, D)``; or ``(heads * D,)``: all
             heads of a token are normalized as one row. Any of these dtypes. None: no scale.
         cos, sin: ``(..., tokens, R / 2)`` of one dtype and shape, that broadcasts to q's leading
-            dimensions and tokens; R <= D and R <= 512. Of the ``(batch, tokens, R)`` that models of
-            transformers make, whose halves are alike, ``cos[..., : R // 2]``. With ``positions`` a
-            cache ``(max_position, R / 2)``.
+            dimensions and tokens; R <= D and R <= 512. Models of transformers make ``(batch,
+            tokens, R)``: take one of the halves that are alike, ``cos[..., : R // 2]``, or of
+            neighbours that are ``cos[..., ::2]``. (All of a partial one cannot be told from a
+            larger R.) With ``positions`` a cache ``(max_position, R / 2)``.
         eps: added to the mean of the squares; None: the machine epsilon of the type computed in.
         heads_dim: where the heads are, -2 or -3.
         positions: ``(..., tokens)``, int64 or int32: rows of the cache. On the CPU they are
@@ -241,9 +243,9 @@ def rms_norm_rope(
             ``(x[i], x[i + R / 2])``, as of GPT-NeoX and Llama.
         sections: of a multimodal embedding (time, height, width) how many pairs each axis has; cos
             and sin, or positions, have a first dimension of the axes. The pairs of an axis are a
-            block, as in Qwen2-VL.
-        interleaved_sections: pair ``i`` has axis ``i % axes`` as long as that has pairs, else the
-            first, as in Qwen3-VL.
+            block, as in Qwen2-VL. (What a model of transformers makes is composed of them by now.)
+        interleaved_sections: axis ``a`` has ``sections[a]`` pairs ``a``, ``a + axes``, ``a + 2 *
+            axes``, ...; the first axis has all others, as in Qwen3-VL.
         weight_offset, cast_before_weight: as of :func:`rms_norm`.
         round_each_step: see above.
         out: ``(q, k)`` to write to and return instead of new tensors, with dense rows. They may be
@@ -256,7 +258,8 @@ def rms_norm_rope(
         NotImplementedError: a dtype that is not one of the four.
         TypeError: an argument is of the wrong Python type.
         ValueError: ``heads_dim`` is another number; fewer than three dimensions; ``sections`` do
-            not add up to R / 2; ``eps`` or ``weight_offset`` out of range.
+            not add up to R / 2, or are not given beside ``interleaved_sections``; ``eps`` or
+            ``weight_offset`` out of range.
         IndexError: a position that cos and sin do not have.
         RuntimeError: D is odd; R > D; shapes, dtypes or devices do not match; ``out`` does not fit,
             or overlaps what is read. Nothing is written when an error is raised.

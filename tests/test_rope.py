@@ -611,6 +611,11 @@ BAD = {
     "sections below 0": (
         {"cos": torch.ones(2, 5, 4), "sin": torch.ones(2, 5, 4), "sections": [5, -1]},
         ValueError, "sections that are not negative"),
+    "interleaved sections that are not given": ({"interleaved_sections": True}, ValueError,
+                                                "expected these to be given too"),
+    "interleaved sections that do not fit": (
+        {"cos": torch.ones(2, 5, 4), "sin": torch.ones(2, 5, 4), "sections": [1, 3],
+         "interleaved_sections": True}, ValueError, "that of axis 1 in [1, 3] is 5"),
     "no sections": ({"sections": []}, ValueError, "sections of one axis at least"),
     "another count of axes": (
         {"cos": torch.ones(3, 5, 4), "sin": torch.ones(3, 5, 4), "sections": [2, 2]},

@@ -33,6 +33,9 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
   at::parallel_for(0, count, grain, f);
 }
 
+// Bytes that a call of one part has on its stack, where a tensor would take longer to come by.
+constexpr int64_t kSmallWorkspace = 8 << 10;
+
 // f(part, parts, memory) for each of the parts that `count` items of so many bytes are worth, in
 // several threads at once. Each has a workspace of its own, which is there before anything is
 // written, or nullptr.
@@ -43,6 +46,10 @@ void in_parts(int64_t count, int64_t item_bytes, int64_t workspace_bytes, const 
   const int64_t parts = count * item_bytes <= kGrainBytes
                             ? 1
                             : std::clamp<int64_t>((count + least - 1) / least, 1, threads);
+  if (parts == 1 && workspace_bytes <= kSmallWorkspace) {
+    alignas(64) char memory[kSmallWorkspace];
+    return f(int64_t{0}, parts, workspace_bytes ? memory : nullptr);
+  }
   const at::Tensor workspace =
       workspace_bytes ? at::empty({parts * workspace_bytes}, like.options().dtype(at::kByte))
                       : at::Tensor();

@@ -213,9 +213,11 @@ void check_angles(const char* op, const Call& call) {
   const c10::SymInt pairs = cos.sym_size(-1);
   TORCH_SYM_CHECK((pairs * 2).sym_le(q.sym_size(-1)), op, ": expected cos and sin of at most ",
                   q.sym_size(-1) / 2, " pairs, half the elements of a head, but got shape ",
-                  cos.sym_sizes());
+                  cos.sym_sizes(), " (of transformers' cos and sin, whose halves are alike: one)");
   TORCH_SYM_CHECK(pairs.sym_le(Rope::kMostPairs), op, ": expected cos and sin of at most ",
                   int64_t{Rope::kMostPairs}, " pairs, but got shape ", cos.sym_sizes());
+  TORCH_CHECK_VALUE(sections || !options.interleaved_sections, op,
+                    ": interleaved_sections is of sections; expected these to be given too");
   if (!sections) return;
   int64_t sum = 0;
   for (const int64_t size : *sections) {
@@ -226,6 +228,13 @@ void check_angles(const char* op, const Call& call) {
   TORCH_CHECK_VALUE(sections->size() <= 255 && equal(pairs, sum), op,
                     ": expected sections that add up to the ", pairs,
                     " pairs of cos and sin, but got ", *sections);
+  if (!options.interleaved_sections) return;
+  const int64_t count = static_cast<int64_t>(sections->size());
+  for (int64_t axis = 1; axis < count; ++axis) {
+    const int64_t last = axis + ((*sections)[axis] - 1) * count;
+    TORCH_CHECK_VALUE(last < sum, op, ": expected interleaved sections whose last pairs are among ",
+                      sum, ", but that of axis ", axis, " in ", *sections, " is ", last);
+  }
 }
 
 // Checks all arguments, and says what each side's weight is.
@@ -248,8 +257,7 @@ std::vector<Side> checked_sides(const char* op, const Call& call) {
       alike = d == q.dim() + heads_dim || equal(k->sym_size(d), q.sym_size(d));
     }
     TORCH_CHECK(alike, op, ": expected k of q's shape ", q.sym_sizes(),
-                ", of any number of heads, "
-                "but got ",
+                ", of any number of heads (dimension ", heads_dim, ", by heads_dim), but got ",
                 k->sym_sizes());
     sides.push_back(
         {"k", *k, k_weight, heads_first, weights_of(op, "k_weight", *k, heads_dim, k_weight)});
@@ -295,7 +303,7 @@ class Angles {
     rope_.dtype = dtype(cos);
     rope_.interleaved = options.interleaved;
     rope_.round_each_step = options.round_each_step;
-    for (int64_t i = 0; i < rope_.pairs; ++i) rope_.axes[i] = axis_of(options, i);
+    for (int64_t i = 0; sections && i < rope_.pairs; ++i) rope_.axes[i] = axis_of(options, i);
     if (!try_rows(tokens, positions.has_value())) {
       cos_ = own(cos.contiguous());
       sin_ = own(sin.contiguous());

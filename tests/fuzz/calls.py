@@ -268,7 +268,7 @@ def rope_calls(draw, op):
             given[f"grad_{side}"] = grad if there else None
     given.setdefault("grad_k", None)
     pairs = draw(st.sampled_from([cols // 2, cols // 2, cols // 4]))
-    sections = draw(st.sampled_from([None, None, (pairs,), (pairs // 2, pairs - pairs // 2)]))
+    sections = draw(st.sampled_from([None, None, (pairs,), (pairs - pairs // 2, pairs // 2)]))
     axes = () if sections is None else (len(sections),)
     given["sections"] = sections and list(sections)
     given["interleaved_sections"] = bool(sections) and draw(st.booleans())
