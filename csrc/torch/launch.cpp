@@ -49,7 +49,7 @@ void ForwardLaunch::run() const {
     return run_cuda(op_, x, [&](void* stream) { return cuda::rms_norm_forward(p_, stream); });
   }
   cpu::isa();  // throws outside the parallel region if the environment asks for what is not there
-  const int64_t y_bytes = p_.y_dtype == DType::kFloat64 ? 8 : p_.y_dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t y_bytes = size_of(p_.y_dtype);
   const int64_t row_elements = p_.cols * (p_.addends.input ? 2 : 1);
   const int64_t row_bytes = row_elements * (static_cast<int64_t>(x.element_size()) + y_bytes);
   in_parts(p_.rows, row_bytes, cpu::rms_norm_forward_workspace(p_), x,

@@ -33,6 +33,10 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
   at::parallel_for(0, count, grain, f);
 }
 
+inline int64_t size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
 // Bytes that a call of one part has on its stack, where a tensor would take longer to come by.
 constexpr int64_t kSmallWorkspace = 8 << 10;
 

@@ -8,7 +8,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/index.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/zeros.h>
 
 #include <numeric>
 #include <vector>
@@ -399,8 +398,7 @@ void set_side(Params& p, const Side& side, const Placed& x, const Tensor& weight
 
 // Of a side of weights of their own the rows of one head, for the CPU.
 const void* behind(const void* p, int64_t elements, DType type) {
-  const int64_t size = type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
-  return p ? static_cast<const char*>(p) + elements * size : nullptr;
+  return p ? static_cast<const char*>(p) + elements * size_of(type) : nullptr;
 }
 void* behind(void* p, int64_t elements, DType type) {
   return const_cast<void*>(behind(const_cast<const void*>(p), elements, type));
@@ -454,7 +452,7 @@ template <class Params>
 int64_t bytes_of(const Sides<Params>& sides) {
   int64_t bytes = 0;
   for (const Params& p : sides) {
-    bytes += p.norm.rows * p.norm.cols * (p.norm.x_dtype == DType::kFloat32 ? 8 : 4);
+    bytes += 2 * p.norm.rows * p.norm.cols * size_of(p.norm.x_dtype);
   }
   return bytes;
 }

@@ -45,7 +45,7 @@ def _on_values(cls, func, types, args, kwargs):
                 f"{func}: expected the tokens of q to be what is ragged, but it has the sizes "
                 f"{given['q']._size}"
             )
-    for missing in rows - jagged.keys():
+    for missing in sorted(rows - jagged.keys()):
         value = given.get(missing)
         if value is not None and value.numel():
             raise RuntimeError(
