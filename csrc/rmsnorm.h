@@ -131,14 +131,19 @@ struct Rope {
   int32_t axis_count;
   DType dtype;
   bool interleaved;  // a pair is two neighbours; else what lies `pairs` columns apart
-  // Norm, cos, sin and each product are rounded to the norm's dtype. Else the norm is in fp32, and
-  // the result rounded once. (Where one of the norm's tensors is fp64, all is fp64.)
+  // The norm is rounded to y's dtype, and each product to step_dtype(). Else the norm is in fp32,
+  // and the result rounded once. (Where one of the norm's tensors is fp64, all is fp64.)
   bool round_each_step;
   uint8_t axes[kMostPairs];
 
   RMSNORM_HOST_DEVICE int64_t offset(int64_t token, int axis) const {
     return positions ? positions[axis * tokens + token] * angle_rows.stride[0]
                      : angle_rows.offset(token) + axis * axis_stride;
+  }
+  // Of norms of dtype y: that of an operator on one and cos, which of fp64 is rounded to fp32
+  // first.
+  RMSNORM_HOST_DEVICE DType step_dtype(DType y) const {
+    return y == dtype || y == DType::kFloat64 ? y : DType::kFloat32;
   }
 };
 

@@ -211,13 +211,14 @@ def rms_norm_rope(
 
     By default the norm is kept in fp32, as are cos, sin and the rotation, and the result is rounded
     once: to the dtype that the norm has (fp64 if an argument of the norm is fp64). With
-    ``round_each_step`` it rounds where eager code does, to the same bits, in models whose cos has
-    q's dtype and with ``cast_before_weight`` as their norm has it (Llama's and Qwen's: True):
+    ``round_each_step`` it rounds where eager code does, to the same bits, with
+    ``cast_before_weight`` as the model's norm has it (Llama's and Qwen's: True):
 
     1. the norm, to its dtype ``T``, as :func:`rms_norm` returns it;
-    2. cos and sin, to ``T``;
-    3. the products ``a * cos``, ``b * sin``, ``b * cos`` and ``a * sin``, each to ``T``;
-    4. their difference and their sum, to ``T``.
+    2. the products ``a * cos``, ``b * sin``, ``b * cos`` and ``a * sin``, each to ``S``: cos' dtype
+       if that is ``T``, as in most models; else fp32, as in Olmo 2, whose cos is in fp32 (fp64 if
+       ``T`` is fp64);
+    3. their difference and their sum, to ``S``, and then to ``T``.
 
     Differentiable in q, k and the weights, where these roundings count as the identity; where cos
     or sin require a gradient, by the formula in ATen ops. Su et al., "RoFormer: Enhanced
@@ -264,19 +265,27 @@ def rms_norm_rope(
         RuntimeError: D is odd; R > D; shapes, dtypes or devices do not match; ``out`` does not fit,
             or overlaps what is read. Nothing is written when an error is raised.
     """
-    options = heads_dim, interleaved, sections, interleaved_sections
-    options = *options, weight_offset, cast_before_weight, round_each_step
-    args = q, k, q_weight, k_weight, cos, sin, positions, eps
     if not is_dynamo_compiling():
+        # As in rms_norm: tuples of them would take a sixth of a call on one token.
         if out is None:
-            results = _C.rms_norm_rope(*args, *options)
+            results = _C.rms_norm_rope(
+                q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved,
+                sections, interleaved_sections, weight_offset, cast_before_weight, round_each_step,
+            )  # fmt: skip
             if results is not None:
                 return results if k is not None else (results[0], None)
         else:
             check_out("rms_norm_rope", out, 2)
-            if _C.rms_norm_rope_out(*args, *options, *out):
+            if _C.rms_norm_rope_out(
+                q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved,
+                sections, interleaved_sections, weight_offset, cast_before_weight, round_each_step,
+                out[0], out[1],
+            ):  # fmt: skip
                 return tuple(out)
-    args, options = _rope_arguments(args, options)
+    args, options = _rope_arguments(
+        q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved,
+        sections, interleaved_sections, weight_offset, cast_before_weight, round_each_step,
+    )  # fmt: skip
     if out is None:
         q_out, k_out = _call(_ops.rms_norm_rope, args, options, None)
         return q_out, None if k is None else k_out
@@ -313,23 +322,27 @@ def rms_norm_rope_(
             is read; heads overlap or are not dense; a result would have another dtype
             (``cast_before_weight`` beside a wider weight). Nothing is written then.
     """
-    options = heads_dim, interleaved, sections, interleaved_sections
-    options = *options, weight_offset, cast_before_weight, round_each_step
-    args = q, k, q_weight, k_weight, cos, sin, positions, eps
-    if not is_dynamo_compiling() and _C.rms_norm_rope_(*args, *options):
-        return
-    args, options = _rope_arguments(args, options)
+    if not is_dynamo_compiling():
+        if _C.rms_norm_rope_(
+            q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved,
+            sections, interleaved_sections, weight_offset, cast_before_weight, round_each_step,
+        ):  # fmt: skip
+            return
+    args, options = _rope_arguments(
+        q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved,
+        sections, interleaved_sections, weight_offset, cast_before_weight, round_each_step,
+    )  # fmt: skip
     if not is_dynamo_compiling():
         args, options = checked("rms_norm_rope_", args, options)
     _ops.rms_norm_rope_(*args.values(), **options)
 
 
-def _rope_arguments(args, options):
-    """By the names of the schema."""
+def _rope_arguments(*values):
+    """By the names of the schema: arguments and options."""
     names = "q", "k", "q_weight", "k_weight", "cos", "sin", "positions", "eps"
     flags = "heads_dim", "interleaved", "sections", "interleaved_sections"
     flags = *flags, "weight_offset", "cast_before_weight", "round_each_step"
-    return dict(zip(names, args)), dict(zip(flags, options))
+    return dict(zip(names, values)), dict(zip(flags, values[len(names) :]))
 
 
 def _call(packet, args, options, written):

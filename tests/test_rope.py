@@ -101,18 +101,26 @@ def test_values(
         assert_near(got, x, weight, cos, sin, result_dtype(x, weight, options), **how)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
-@pytest.mark.parametrize("kind", ["shared", "own", "across"])
+@pytest.mark.parametrize(
+    "dtypes, turned, interleaved, options, kind",
+    pairs(
+        [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP16, BF16)],
+        [48, 64],
+        [False, True],
+        OPTIONS,
+        ["shared", "own", "across"],
+    ),
+    ids=name,
+)
 def test_each_step_rounded_has_the_bits_of_the_steps(
-    device, torch_kernels, dtype, interleaved, options, kind
+    device, torch_kernels, dtypes, turned, interleaved, options, kind
 ):
-    """Our norm, and then what transformers' apply_rotary_pos_emb does."""
+    """Our norm, and then what transformers' apply_rotary_pos_emb does; Olmo 2's cos is in fp32."""
     torch_kernels(device)
-    width, pairs = 64, 24
+    width, pairs = 64, turned // 2
+    dtype, angle_dtype = dtypes
     q, k = (heads_of(n, width, dtype, device) for n in (Q_HEADS, K_HEADS))
-    cos, sin = angles(BATCH, TOKENS, pairs, dtype=dtype, device=device)
+    cos, sin = angles(BATCH, TOKENS, pairs, dtype=angle_dtype, device=device)
     weights = [weight_of(kind, n, width, dtype, device) for n in (Q_HEADS, K_HEADS)]
     how = {"interleaved": interleaved, "round_each_step": True} | options
     for x, weight, got in zip((q, k), weights, rms_norm_rope(q, k, *weights, cos, sin, EPS, **how)):
@@ -133,7 +141,7 @@ def test_each_step_rounded_has_the_bits_of_the_steps(
         else:
             half = torch.cat([-turned[..., pairs:], turned[..., :pairs]], -1)
         turned = turned * c.unsqueeze(-2) + half * s.unsqueeze(-2)
-        assert same_bits(got, torch.cat([turned, rest], -1))
+        assert same_bits(got, torch.cat([turned.to(dtype), rest], -1))
 
 
 # ----------------------------------------------------------------------------------- which angles

@@ -168,7 +168,8 @@ void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64
 void rotate(const Rope& rope, const RotatedRows& r, int64_t row_begin, int64_t row_end) {
   const bool fp64 = r.from_dtype == kDouble || r.to_dtype == kDouble;
   const bool each = rope.round_each_step && !r.reversed;
-  const auto rounded = [&](double v) { return each ? round_to(r.to_dtype, v) : v; };
+  const DType step = rope.step_dtype(r.to_dtype);
+  const auto rounded = [&](double v) { return each ? round_to(step, v) : v; };
   const int64_t cols = r.head_cols, pairs = rope.pairs, apart = rope.interleaved ? 1 : pairs;
   for (int64_t i = row_begin * r.heads_per_row; i < row_end * r.heads_per_row; ++i) {
     const int64_t row = i / r.heads_per_row, column = i % r.heads_per_row * cols;
@@ -180,13 +181,13 @@ void rotate(const Rope& rope, const RotatedRows& r, int64_t row_begin, int64_t r
       const int64_t at = rope.offset(token, rope.axis_count == 1 ? 0 : rope.axes[pair]) + pair;
       const auto angle = [&](const void* table) {
         const double value = load(table, rope.dtype, at);
-        return rounded(fp64 ? value : double(float(value)));
+        return fp64 ? value : double(float(value));
       };
       const double cos = angle(rope.cos), sin = r.reversed ? -angle(rope.sin) : angle(rope.sin);
       const int64_t c = rope.interleaved ? 2 * pair : pair;
       const double a = x(c), b = x(c + apart);
-      const double turned[] = {rounded(a * cos) - rounded(b * sin),
-                               rounded(b * cos) + rounded(a * sin)};
+      const double turned[] = {rounded(rounded(a * cos) - rounded(b * sin)),
+                               rounded(rounded(b * cos) + rounded(a * sin))};
       store(r.to, r.to_dtype, to + c, 1, [&](int64_t) { return turned[0]; });
       store(r.to, r.to_dtype, to + c + apart, 1, [&](int64_t) { return turned[1]; });
     }

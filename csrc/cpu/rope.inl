@@ -9,11 +9,25 @@ struct Angles {
   alignas(kLine) float cos[2 * Rope::kMostPairs], sin[2 * Rope::kMostPairs];
 };
 
-// kRoundEach: the angles are rounded to To, and so is each product.
-template <class To, bool kRoundEach>
-INLINE V rounded_step(V v) {
-  if constexpr (kRoundEach) return round_to<To>(v);
+// What each product is rounded to, which is no step of its own where only the result is rounded.
+struct Unrounded {};
+template <class Step>
+constexpr bool kRoundsEach = !kIsSame<Step, Unrounded>;
+
+template <class To, bool kRounds>
+INLINE V rounded_if(V v) {
+  if constexpr (kRounds) return round_to<To>(v);
   return v;
+}
+
+// f of the type that products are rounded to, where y is of type T.
+template <class T, class F>
+INLINE auto with_step(const Rope& rope, DType y, F f) {
+  if (!rope.round_each_step) return f(Unrounded());
+  if constexpr (!kIsFloat<T>) {
+    if (rope.step_dtype(y) == y) return f(T());
+  }
+  return f(float());
 }
 
 // f of a value of the type of the angles, which may be fp64 beside any norm.
@@ -28,14 +42,14 @@ INLINE V load(const double* p, int n) {
   return v;
 }
 
-template <class To, bool kRoundEach>
-void load_angles(Angles& angles, const Rope& rope, int64_t token, bool reversed, bool in_pairs) {
+inline void load_angles(Angles& angles, const Rope& rope, int64_t token, bool reversed,
+                        bool in_pairs) {
   with_angle_type(rope.dtype, [&](auto type) {
     using T = decltype(type);
     const auto *cos = static_cast<const T*>(rope.cos), *sin = static_cast<const T*>(rope.sin);
     const auto put = [&](int64_t i, int n, int64_t offset) INLINE_LAMBDA {
-      const V s = rounded_step<To, kRoundEach>(load(sin + offset + i, n));
-      store(angles.cos + i, rounded_step<To, kRoundEach>(load(cos + offset + i, n)), n);
+      const V s = load(sin + offset + i, n);
+      store(angles.cos + i, load(cos + offset + i, n), n);
       store(angles.sin + i, reversed ? -s : s, n);
     };
     if (rope.axis_count == 1) {
@@ -79,27 +93,27 @@ INLINE Pair canonical(Pair v) {
   return {canonical(v.even), canonical(v.odd)};
 }
 
-template <class To, bool kRoundEach>
+template <class Step>
 INLINE V sum_of_products(V a, V cos, V b, V sin) {
-  if constexpr (kRoundEach) return round_to<To>(a * cos) + round_to<To>(b * sin);
+  if constexpr (kRoundsEach<Step>) return round_to<Step>(a * cos) + round_to<Step>(b * sin);
   return Isa::fma(a, cos, b * sin);
 }
 
-template <class From, class To, bool kRoundEach>
+template <class From, class To, class Step>
 INLINE void rotate_head(const From* from, To* to, int64_t cols, const Rope& rope,
                         const Angles& angles) {
   const int64_t pairs = rope.pairs;
   if (rope.interleaved) {
     for_each_vector(0, 2 * pairs, [&](int64_t i, int n) INLINE_LAMBDA {
       const V v = load(from + i, n), cos = load(angles.cos + i, n), sin = load(angles.sin + i, n);
-      store(to + i, canonical(sum_of_products<To, kRoundEach>(v, cos, swap_pairs(v), sin)), n);
+      store(to + i, canonical(sum_of_products<Step>(v, cos, swap_pairs(v), sin)), n);
     });
   } else {
     for_each_vector(0, pairs, [&](int64_t i, int n) INLINE_LAMBDA {
       const V a = load(from + i, n), b = load(from + pairs + i, n);
       const V cos = load(angles.cos + i, n), sin = load(angles.sin + i, n);
-      const Pair turned = canonical(Pair{sum_of_products<To, kRoundEach>(a, cos, -b, sin),
-                                         sum_of_products<To, kRoundEach>(b, cos, a, sin)});
+      const Pair turned = canonical(
+          Pair{sum_of_products<Step>(a, cos, -b, sin), sum_of_products<Step>(b, cos, a, sin)});
       store(to + i, turned.even, n);
       store(to + pairs + i, turned.odd, n);
     });
@@ -107,14 +121,14 @@ INLINE void rotate_head(const From* from, To* to, int64_t cols, const Rope& rope
   for_each_vector(2 * pairs, cols, [&](int64_t i, int n) { store(to + i, load(from + i, n), n); });
 }
 
-template <class From, class To, bool kRoundEach>
+template <class From, class To, class Step>
 void rotate_rows(const Rope& rope, const RotatedRows& rows, int64_t row_begin, int64_t row_end) {
   Angles angles;
   int64_t token_end = row_begin;
   for (int64_t row = row_begin; row < row_end; ++row) {
     if (row == token_end) {
       const int64_t token = row / rows.rows_per_token;
-      load_angles<To, kRoundEach>(angles, rope, token, rows.reversed, /*in_pairs=*/false);
+      load_angles(angles, rope, token, rows.reversed, /*in_pairs=*/false);
       token_end = (token + 1) * rows.rows_per_token;
     }
     const From* from = static_cast<const From*>(rows.from);
@@ -123,7 +137,7 @@ void rotate_rows(const Rope& rope, const RotatedRows& rows, int64_t row_begin, i
     to += rows.to_rows.offset(row - rows.to_begin);
     for (int64_t head = 0; head < rows.heads_per_row; ++head) {
       const int64_t column = head * rows.head_cols;
-      rotate_head<From, To, kRoundEach>(from + column, to + column, rows.head_cols, rope, angles);
+      rotate_head<From, To, Step>(from + column, to + column, rows.head_cols, rope, angles);
     }
   }
 }
@@ -136,11 +150,13 @@ void rotate(const Rope& rope, const RotatedRows& rows, int64_t row_begin, int64_
       using To = decltype(to);
       if constexpr (kIsSame<From, To>) {
         if (rope.round_each_step && !rows.reversed) {
-          return rotate_rows<From, To, true>(rope, rows, row_begin, row_end);
+          return with_step<To>(rope, rows.to_dtype, [&](auto step) {
+            rotate_rows<From, To, decltype(step)>(rope, rows, row_begin, row_end);
+          });
         }
       }
       if constexpr (kIsFloat<From> || kIsFloat<To>) {
-        rotate_rows<From, To, false>(rope, rows, row_begin, row_end);
+        rotate_rows<From, To, Unrounded>(rope, rows, row_begin, row_end);
       }
     });
   });
@@ -175,24 +191,24 @@ INLINE void write_pairs(BFloat16* p, U32 pairs) {
   __builtin_memcpy(p, &pairs, sizeof pairs);
 }
 
-// v, or with kRoundEach rounded to T.
-template <class T, bool kRoundEach>
-INLINE Pair rounded_step(Pair v) {
-  return {rounded_step<T, kRoundEach>(v.even), rounded_step<T, kRoundEach>(v.odd)};
+template <class To, bool kRounds>
+INLINE Pair rounded_if(Pair v) {
+  return {rounded_if<To, kRounds>(v.even), rounded_if<To, kRounds>(v.odd)};
 }
 INLINE Pair product(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
 
 // a * b + c * d, or with kMinus the difference.
-template <class T, bool kRoundEach, bool kMinus>
+template <class Step, bool kMinus>
 INLINE Pair two_products(Pair a, Pair b, Pair c, Pair d) {
-  const Pair q = rounded_step<T, kRoundEach>(product(c, d));
-  if constexpr (!kRoundEach && Isa::kFma) {
+  constexpr bool kEach = kRoundsEach<Step>;
+  const Pair q = rounded_if<Step, kEach>(product(c, d));
+  if constexpr (!kEach && Isa::kFma) {
     if constexpr (kMinus) {
       return {Isa::fmsub(a.even, b.even, q.even), Isa::fmsub(a.odd, b.odd, q.odd)};
     }
     return {Isa::fma(a.even, b.even, q.even), Isa::fma(a.odd, b.odd, q.odd)};
   }
-  const Pair p = rounded_step<T, kRoundEach>(product(a, b));
+  const Pair p = rounded_if<Step, kEach>(product(a, b));
   if constexpr (kMinus) return {p.even - q.even, p.odd - q.odd};
   return {p.even + q.even, p.odd + q.odd};
 }
@@ -204,9 +220,9 @@ struct Heads {
 };
 
 // One head of y, by two vectors here and two there at a time. kRound: by Isa::round_pair, unless a
-// result is small, which includes denormals, or NaN. The steps of kRoundEach by it too, where no
+// result is small, which includes denormals, or NaN. The steps of kRoundsEach by it too, where no
 // denormal can matter, took longer than by Isa::round_to_bfloat16.
-template <class T, bool kRound, bool kCast, bool kRoundEach, bool kInterleaved, bool kStream>
+template <class T, bool kRound, class Step, bool kCast, bool kInterleaved, bool kStream>
 void write_head(const Heads& heads, const float* weight, const T* x, T* y, double rstd) {
   constexpr int kTwo = 2 * kLanes;
   const int64_t cols = heads.cols, pairs = heads.pairs;
@@ -214,7 +230,8 @@ void write_head(const Heads& heads, const float* weight, const T* x, T* y, doubl
   const Scale<T, kCast> scale{rstd};
   const auto norm = [&](Pair& v, int64_t i) INLINE_LAMBDA {
     const Pair elements = load_two(x + i), g = w.pair(i);
-    v = rounded_step<T, kRoundEach>(Pair{scale(elements.even, g.even), scale(elements.odd, g.odd)});
+    v = {scale(elements.even, g.even), scale(elements.odd, g.odd)};
+    v = rounded_if<T, kRoundsEach<Step>>(v);
   };
   const auto write = [&](int64_t i, Pair a, int64_t j, Pair b, auto rotated) INLINE_LAMBDA {
     if constexpr (kRound) {
@@ -236,14 +253,14 @@ void write_head(const Heads& heads, const float* weight, const T* x, T* y, doubl
   for (int64_t i = 0; !kInterleaved && i < pairs; i += kTwo) {
     norm(a, i), norm(b, i + pairs);
     const Pair c = cos.pair(i), s = sin.pair(i);
-    write(i, two_products<T, kRoundEach, true>(a, c, b, s), i + pairs,
-          two_products<T, kRoundEach, false>(b, c, a, s), yes);
+    write(i, two_products<Step, true>(a, c, b, s), i + pairs, two_products<Step, false>(b, c, a, s),
+          yes);
   }
   for (int64_t i = 0; kInterleaved && i < 2 * pairs; i += 2 * kTwo) {
     const int64_t j = i + kTwo;
     norm(a, i), norm(b, j);
-    write(i, two_products<T, kRoundEach, false>(a, cos.pair(i), swap_pairs<T>(a), sin.pair(i)), j,
-          two_products<T, kRoundEach, false>(b, cos.pair(j), swap_pairs<T>(b), sin.pair(j)), yes);
+    write(i, two_products<Step, false>(a, cos.pair(i), swap_pairs<T>(a), sin.pair(i)), j,
+          two_products<Step, false>(b, cos.pair(j), swap_pairs<T>(b), sin.pair(j)), yes);
   }
   for (int64_t i = 2 * pairs; i < cols; i += 2 * kTwo) {
     norm(a, i), norm(b, i + kTwo);
@@ -256,15 +273,15 @@ using WriteHead = void (*)(const Heads&, const float*, const T*, T*, double);
 
 // Looked up for a call, in the order of write_head's flags, and called for a head: so ForwardRows
 // is compiled once for all of them.
-template <class T, bool kRound, bool... kFlags>
+template <class T, bool kRound, class Step, bool... kFlags>
 WriteHead<T> write_head_of(const bool* flags) {
-  if constexpr (sizeof...(kFlags) < 3 + Isa::kStreams) {
-    return *flags ? write_head_of<T, kRound, kFlags..., true>(flags + 1)
-                  : write_head_of<T, kRound, kFlags..., false>(flags + 1);
-  } else if constexpr (sizeof...(kFlags) < 4) {
-    return write_head<T, kRound, kFlags..., false>;
+  if constexpr (sizeof...(kFlags) < 2 + Isa::kStreams) {
+    return *flags ? write_head_of<T, kRound, Step, kFlags..., true>(flags + 1)
+                  : write_head_of<T, kRound, Step, kFlags..., false>(flags + 1);
+  } else if constexpr (sizeof...(kFlags) < 3) {
+    return write_head<T, kRound, Step, kFlags..., false>;
   } else {
-    return write_head<T, kRound, kFlags...>;
+    return write_head<T, kRound, Step, kFlags...>;
   }
 }
 
@@ -277,9 +294,11 @@ class Rotation {
     const RmsNormForward& norm = p.norm;
     heads.cols = norm.cols / p.heads_per_row;
     heads.pairs = p.rope.pairs;
-    const bool flags[] = {norm.cast_before_weight && norm.weight, p.rope.round_each_step,
-                          p.rope.interleaved, norm.stream && streamable<T>(norm.y, norm.y_rows)};
-    write = write_head_of<T, kRound>(flags);
+    const bool flags[] = {norm.cast_before_weight && norm.weight, p.rope.interleaved,
+                          norm.stream && streamable<T>(norm.y, norm.y_rows)};
+    write = with_step<T>(p.rope, norm.y_dtype, [&](auto step) {
+      return write_head_of<T, kRound, decltype(step)>(flags);
+    });
   }
 
   // Rows come in their order. cols: of the row.
@@ -310,8 +329,7 @@ class Rotation {
  private:
   __attribute__((noinline)) void start_token(int64_t token) {
     token_end = (token + 1) * p.rows_per_token;
-    const auto load = p.rope.round_each_step ? load_angles<T, true> : load_angles<T, false>;
-    load(heads.angles, p.rope, token, /*reversed=*/false, /*in_pairs=*/kIsBFloat16<T>);
+    load_angles(heads.angles, p.rope, token, /*reversed=*/false, /*in_pairs=*/kIsBFloat16<T>);
   }
 
   const RmsNormRope& p;

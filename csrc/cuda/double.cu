@@ -115,7 +115,8 @@ __global__ void rope_forward_double(const __grid_constant__ RmsNormRope r) {
   sync_dependent_launch();
   const RmsNormForward& p = r.norm;
   const bool each = r.rope.round_each_step;
-  const auto rounded = [&](double v) { return each ? round_any(p.y_dtype, v) : v; };
+  const auto rounded = [&](DType to, double v) { return each ? round_any(to, v) : v; };
+  const auto step = [&](double v) { return rounded(r.rope.step_dtype(p.y_dtype), v); };
   for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
     const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
     const int64_t weight = weight_begin(r, p.rows, p.cols, row);
@@ -127,7 +128,7 @@ __global__ void rope_forward_double(const __grid_constant__ RmsNormRope r) {
     const auto norm = [&](int64_t col) {
       double n = normalized(load_any(p.x, p.x_dtype, x_offset + col));
       if (p.cast_before_weight) n = round_any(p.x_dtype, n);
-      return rounded(n * weight_at(p, weight + col));
+      return rounded(p.y_dtype, n * weight_at(p, weight + col));
     };
     __syncwarp();
     for (int64_t col = threadIdx.x; col < p.cols; col += kWarp) {
@@ -139,10 +140,9 @@ __global__ void rope_forward_double(const __grid_constant__ RmsNormRope r) {
         if (second) return 0.0;
         const Angle angle = angle_of(r, row, pair, each && p.y_dtype != DType::kFloat64);
         const double a = norm(col), b = norm(partner);
-        const double cos = rounded(angle.cos), sin = rounded(angle.sin);
-        const auto product = [&](double v, double w) { return rounded(__dmul_rn(v, w)); };
-        store(col, __dsub_rn(product(a, cos), product(b, sin)));
-        return store(partner, __dadd_rn(product(b, cos), product(a, sin)));
+        const auto product = [&](double v, double w) { return step(__dmul_rn(v, w)); };
+        store(col, step(__dsub_rn(product(a, angle.cos), product(b, angle.sin))));
+        return store(partner, step(__dadd_rn(product(b, angle.cos), product(a, angle.sin))));
       };
       of_pair(r, col, turn, [&] { return store(col, norm(col)); });
     }

@@ -41,8 +41,9 @@ struct RopeArgs {
   int64_t heads_per_row, head_cols;
   int64_t weight_rows;  // rows that share a weight, of several
   bool angles_aligned;
-  unsigned blocks;  // (clusters) of each weight
-  bool is_placed;   // rows and angles are, by what follows; else by their Rows
+  bool steps_in_fp32;  // of round_each_step: products, of a norm that is rounded to y's dtype
+  unsigned blocks;     // (clusters) of each weight
+  bool is_placed;      // rows and angles are, by what follows; else by their Rows
   Divisor heads, tokens;
   Place angles;
 };
@@ -96,26 +97,47 @@ __device__ T sum_of_group(T v, int lanes) {
   return v;
 }
 
-// own * cos + other * sin, rounded once, or with kEach each of the products to Y, as the sum will
-// be. sin has the sign that belongs to own.
-template <typename Y, bool kEach>
+// What each product is rounded to, which is no step of its own where only the result is rounded.
+struct Unrounded {};
+
+// f of it, where y is of type Y.
+template <typename Y, bool kEach, typename F>
+__device__ void with_step(bool in_fp32, const F& f) {
+  if constexpr (!kEach) {
+    f(Unrounded());
+  } else if (std::is_same_v<Y, float> || in_fp32) {
+    f(float());
+  } else {
+    f(Y());
+  }
+}
+template <typename Y, typename F>
+__device__ void with_step(bool each_step, bool in_fp32, const F& f) {
+  each_step ? with_step<Y, true>(in_fp32, f) : with_step<Y, false>(in_fp32, f);
+}
+
+// own * cos + other * sin. sin has the sign that belongs to own.
+template <typename Step>
 __device__ float2 turned(float2 own, float2 other, float2 cos, float2 sin) {
-  if constexpr (!kEach) return multiply_add(own, cos, other * sin);
-  const auto product = [](float2 a, float2 b) {
-    return round_to<Y>(float2{__fmul_rn(a.x, b.x), __fmul_rn(a.y, b.y)});
-  };
-  const float2 left = product(own, cos), right = product(other, sin);
-  return {__fadd_rn(left.x, right.x), __fadd_rn(left.y, right.y)};
+  if constexpr (std::is_same_v<Step, Unrounded>) {
+    return multiply_add(own, cos, other * sin);
+  } else {
+    const auto product = [](float2 a, float2 b) {
+      return round_to<Step>(float2{__fmul_rn(a.x, b.x), __fmul_rn(a.y, b.y)});
+    };
+    const float2 left = product(own, cos), right = product(other, sin);
+    return {__fadd_rn(left.x, right.x), __fadd_rn(left.y, right.y)};
+  }
 }
 
 __device__ inline float2 negative(float2 v) { return {-v.x, -v.y}; }
 
 // cos and sin of a plain row, from pair `first` on. kAxes: they may be of several axes.
-template <typename X, int kCount>
+template <int kCount>
 struct Angles {
   Chunk<float, kCount> cos, sin;
 
-  template <bool kEach, bool kAxes>
+  template <bool kAxes>
   __device__ void load(const RopeArgs& a, const HeadIndex& index, int first) {
     const Rope& r = a.rope;
     const auto of_token = [&](int axis) {
@@ -138,24 +160,17 @@ struct Angles {
         cos = cos_there.template to<float>();
         sin = sin_there.template to<float>();
       }
-      if constexpr (kEach && !std::is_same_v<T, X>) round();
     });
   }
 
-  // To X.
-  __device__ void round() {
-    cos = cos.template to<X>().template to<float>();
-    sin = sin.template to<X>().template to<float>();
-  }
-
   // A chunk of pairs of neighbours, rotated.
-  template <bool kEach>
+  template <typename Step>
   __device__ void turn_neighbours(Chunk<float, 2 * kCount>& v, bool back) const {
     unrolled<kCount>([&](int i) {
       const float2 pair = v.get(i);
       const float c = __uint_as_float(cos.word[i]), s = __uint_as_float(sin.word[i]);
       const float2 sines = back ? float2{s, -s} : float2{-s, s};
-      v.set(i, turned<X, kEach>(pair, {pair.y, pair.x}, {c, c}, sines));
+      v.set(i, turned<Step>(pair, {pair.y, pair.x}, {c, c}, sines));
     });
   }
 };
@@ -218,8 +233,8 @@ struct AnyRow {
   }
 
   // `count` cosines and sines from a pair on.
-  template <typename Y, int kCount>
-  __device__ void load_angles(int pair, int count, Angles<Y, kCount>& angles) const {
+  template <int kCount>
+  __device__ void load_angles(int pair, int count, Angles<kCount>& angles) const {
     const Rope& r = a.rope;
     auto &cos = angles.cos, &sin = angles.sin;
     with_any_type(r.dtype, [&](auto type) {
@@ -263,26 +278,22 @@ __device__ void turn_unit(const AnyRow& row, const typename Units<kElems>::Unit&
   C own = load(unit.col);
   if (unit.pair < 0) return each(unit.col, own);
   if (r.interleaved) {
-    Angles<Y, kElems / 2> angles = {};
+    Angles<kElems / 2> angles = {};
     row.load_angles(unit.pair, unit.count / 2, angles);
-    with_choice(each_step, [&](auto each) {
-      constexpr bool kEach = decltype(each)::value;
-      if constexpr (kEach) angles.round();
-      angles.template turn_neighbours<kEach>(own, back);
-    });
+    with_step<Y>(each_step, row.a.steps_in_fp32,
+                 [&](auto step) { angles.template turn_neighbours<decltype(step)>(own, back); });
     return each(unit.col, own);
   }
   C other = load(unit.col + r.pairs);
-  Angles<Y, kElems> angles = {};
+  Angles<kElems> angles = {};
   row.load_angles(unit.pair, unit.count, angles);
-  with_choice(each_step, [&](auto each) {
-    constexpr bool kEach = decltype(each)::value;
-    if constexpr (kEach) angles.round();
+  with_step<Y>(each_step, row.a.steps_in_fp32, [&](auto step) {
+    using Step = decltype(step);
     unrolled<kElems / 2>([&](int i) {
       const float2 left = own.get(i), right = other.get(i), cos = angles.cos.get(i);
       const float2 sin = back ? negative(angles.sin.get(i)) : angles.sin.get(i);
-      own.set(i, turned<Y, kEach>(left, right, cos, negative(sin)));
-      other.set(i, turned<Y, kEach>(right, left, cos, sin));
+      own.set(i, turned<Step>(left, right, cos, negative(sin)));
+      other.set(i, turned<Step>(right, left, cos, sin));
     });
   });
   each(unit.col, own);

@@ -53,30 +53,30 @@ rope_backward_rows(const __grid_constant__ Sides<RopeBackwardArgs> sides) {
     });
     const float rstd = a.rstd[row];
     typename B::DYChunk turned_dy[2];
-    Angles<X, kElems> angles;
+    Angles<kElems> angles;
     if constexpr (kApart) {
       each_chunk([&](int k, int col, int) {
         turned_dy[k] = dy[k].template to<float>();
         if (col >= 2 * pairs) return;
         if (a.rope.interleaved) {
-          Angles<X, kElems / 2> angles;
-          angles.template load<false, true>(a, index, col / 2);
-          return angles.template turn_neighbours<false>(turned_dy[k], true);
+          Angles<kElems / 2> angles;
+          angles.template load<true>(a, index, col / 2);
+          return angles.template turn_neighbours<Unrounded>(turned_dy[k], true);
         }
-        angles.template load<false, true>(a, index, col < pairs ? col : col - pairs);
+        angles.template load<true>(a, index, col < pairs ? col : col - pairs);
         unrolled<kElems / 2>([&](int i) {
           const float2 sin = angles.sin.get(i);
-          turned_dy[k].set(i, turned<X, false>(dy[k].get(i), others[k].get(i), angles.cos.get(i),
-                                               col < pairs ? sin : negative(sin)));
+          turned_dy[k].set(i, turned<Unrounded>(dy[k].get(i), others[k].get(i), angles.cos.get(i),
+                                                col < pairs ? sin : negative(sin)));
         });
       });
     } else {
-      angles.template load<false, false>(a, index, lane * kElems);
+      angles.template load<false>(a, index, lane * kElems);
       unrolled<kElems / 2>([&](int i) {
         const float2 left = dy[0].get(i), right = dy[1].get(i);
         const float2 cos = angles.cos.get(i), sin = angles.sin.get(i);
-        turned_dy[0].set(i, turned<X, false>(left, right, cos, sin));
-        turned_dy[1].set(i, turned<X, false>(right, left, cos, negative(sin)));
+        turned_dy[0].set(i, turned<Unrounded>(left, right, cos, sin));
+        turned_dy[1].set(i, turned<Unrounded>(right, left, cos, negative(sin)));
       });
     }
     if (is_first) load_weights<true>(a, 0, each_chunk, w);

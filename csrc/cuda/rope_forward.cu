@@ -39,13 +39,13 @@ rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
     const bool is_there = first + lanes.slot < rows;
     const unsigned row = is_there ? first + lanes.slot : rows - 1;
     typename N::XChunk x[2] = {};
-    Angles<X, kElems> angles;
+    Angles<kElems> angles;
     const HeadIndex index(a, row);
     const X* const x_row = static_cast<const X*>(a.x.data) + index.offset(a.x_place);
     each_chunk([&](int k, int col, int count) {
       if (count > 0) x[k] = load_whole<X, kElems>(x_row, col);
     });
-    if (!kApart) angles.template load<kEach, false>(a, index, lane * kElems);
+    if (!kApart) angles.template load<false>(a, index, lane * kElems);
     if (is_first) load_weights<true>(a, 0, each_chunk, w);
     const auto sum = sum_of_group(N::sum_of_squares(x), a.lanes);
     Scale s;
@@ -63,11 +63,14 @@ rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
     typename N::XChunk y[2];
     if constexpr (!kApart) {
       with_scale<true>(s, [&](const Scale& s) {
-        unrolled<kElems / 2>([&](int i) {
-          const float2 left = norm(0, i, s), right = norm(1, i, s);
-          const float2 cos = angles.cos.get(i), sin = angles.sin.get(i);
-          y[0].set(i, turned<X, kEach>(left, right, cos, negative(sin)));
-          y[1].set(i, turned<X, kEach>(right, left, cos, sin));
+        with_step<X, kEach>(a.steps_in_fp32, [&](auto step) {
+          using Step = decltype(step);
+          unrolled<kElems / 2>([&](int i) {
+            const float2 left = norm(0, i, s), right = norm(1, i, s);
+            const float2 cos = angles.cos.get(i), sin = angles.sin.get(i);
+            y[0].set(i, turned<Step>(left, right, cos, negative(sin)));
+            y[1].set(i, turned<Step>(right, left, cos, sin));
+          });
         });
       });
     } else {
@@ -79,9 +82,11 @@ rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
       if (a.rope.interleaved) {
         each_chunk([&](int k, int col, int) {
           if (col >= 2 * pairs) return;
-          Angles<X, kElems / 2> angles;
-          angles.template load<kEach, true>(a, again, col / 2);
-          angles.template turn_neighbours<kEach>(n[k], false);
+          Angles<kElems / 2> angles;
+          angles.template load<true>(a, again, col / 2);
+          with_step<X, kEach>(a.steps_in_fp32, [&](auto step) {
+            angles.template turn_neighbours<decltype(step)>(n[k], false);
+          });
         });
       } else {
         // Chunks that are rotated meet their partners in shared memory, of their warp alone.
@@ -96,15 +101,17 @@ rope_rows(const __grid_constant__ Sides<RopeForwardArgs> sides) {
         __syncwarp();
         each_chunk([&](int k, int col, int) {
           if (col >= 2 * pairs) return;
-          angles.template load<kEach, true>(a, again, col < pairs ? col : col - pairs);
+          angles.template load<true>(a, again, col < pairs ? col : col - pairs);
           const int partner = (col < pairs ? col + pairs : col - pairs) / kElems;
           const int of_lane = partner & (a.lanes - 1), of_k = partner >= a.lanes;
           const auto other =
               get_chunk<NormChunk>(warp_kept, kWarpChunks, of_k * kWarp + in_warp - lane + of_lane);
-          unrolled<kElems / 2>([&](int i) {
-            const float2 sin = angles.sin.get(i);
-            n[k].set(i, turned<X, kEach>(n[k].get(i), other.get(i), angles.cos.get(i),
-                                         col < pairs ? negative(sin) : sin));
+          with_step<X, kEach>(a.steps_in_fp32, [&](auto step) {
+            unrolled<kElems / 2>([&](int i) {
+              const float2 sin = angles.sin.get(i);
+              n[k].set(i, turned<decltype(step)>(n[k].get(i), other.get(i), angles.cos.get(i),
+                                                 col < pairs ? negative(sin) : sin));
+            });
           });
         });
       }
@@ -203,6 +210,7 @@ Side<RopeForwardArgs> side_of(const RmsNormRope& r, double share, const Device& 
   a.y = view_of(p, p.y, p.y_dtype, p.y_rows);
   a.rstd = p.rstd;
   a.mean = mean_of(p.cols, p.eps);
+  a.steps_in_fp32 = r.rope.step_dtype(p.y_dtype) == DType::kFloat32;
   align_weights(a, r);
 
   const Tuning& tuning = tuning_for(here);

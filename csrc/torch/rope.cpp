@@ -246,6 +246,7 @@ std::vector<Side> checked_sides(const char* op, const Call& call) {
   check_heads(op, "q", q);
   const bool heads_first = heads_dim == -3;
   std::vector<Side> sides;
+  sides.reserve(2);
   sides.push_back(
       {"q", q, q_weight, heads_first, weights_of(op, "q_weight", q, heads_dim, q_weight)});
   TORCH_CHECK(k || !k_weight, op, ": k_weight is of k; expected k to be given too");
@@ -321,8 +322,13 @@ class Angles {
     if (!positions) return;
     c10::DimVector shape(tokens);
     if (sections) shape.insert(shape.begin(), rope_.axis_count);
-    positions_ = expanded(positions->to(at::kLong), shape, sections.has_value()).contiguous();
-    rope_.positions = positions_.const_data_ptr<int64_t>();
+    positions_ = borrow(*positions);
+    if (positions->scalar_type() != at::kLong || positions->sizes() != at::IntArrayRef(shape) ||
+        !positions->is_contiguous()) {
+      const Tensor spread = expanded(positions->to(at::kLong), shape, sections.has_value());
+      positions_ = own(spread.contiguous());
+    }
+    rope_.positions = positions_->const_data_ptr<int64_t>();
     if (q.is_cpu()) check_positions(op, cos.size(0));
   }
   const Rope& rope() const { return rope_; }
@@ -368,15 +374,14 @@ class Angles {
 
   void check_positions(const char* op, int64_t count) const {
     const int64_t* const begin = rope_.positions;
-    const int64_t* const end = begin + positions_.numel();
+    const int64_t* const end = begin + positions_->numel();
     const int64_t* const wrong = std::find_if(
         begin, end, [&](int64_t position) { return position < 0 || position >= count; });
     TORCH_CHECK_INDEX(wrong == end, op, ": expected positions from 0 to ", count - 1,
                       ", what cos and sin have, but got ", *wrong);
   }
 
-  Held cos_, sin_;
-  Tensor positions_;
+  Held cos_, sin_, positions_;
   Rope rope_{};
 };
 
@@ -460,9 +465,7 @@ int64_t bytes_of(const Sides<Params>& sides) {
 // A forward of the sides, which may be none. All outlive it.
 class Launch {
  public:
-  Launch(const char* op, const Call& call) : op_(op), call_(call), angles_(op, call) {
-    held_.reserve(2);
-  }
+  Launch(const char* op, const Call& call) : op_(op), call_(call), angles_(op, call) {}
 
   // y: as its rows lie. `is_new`: it was allocated for this call, and is dense.
   void add(const Side& side, const Tensor& y, const Rows& y_rows, bool is_new, const Tensor& rstd) {
@@ -485,7 +488,10 @@ class Launch {
       });
     }
     cpu::isa();  // throws outside the parallel region if the environment asks for what is not there
-    const Sides<RmsNormRope> units = units_of(sides_);
+    const bool is_split = std::any_of(sides_.begin(), sides_.end(),
+                                      [](const RmsNormRope& p) { return p.weights > 1; });
+    const Sides<RmsNormRope> heads = is_split ? units_of(sides_) : Sides<RmsNormRope>();
+    const Sides<RmsNormRope>& units = is_split ? heads : sides_;
     int64_t workspace_bytes = 0;
     for (const RmsNormRope& p : units) {
       workspace_bytes = std::max(workspace_bytes, cpu::rms_norm_rope_workspace(p));
@@ -505,7 +511,7 @@ class Launch {
   const char* op_;
   const Call& call_;
   const Angles angles_;
-  std::vector<std::pair<Placed, c10::MaybeOwned<Tensor>>> held_;
+  c10::SmallVector<std::pair<Placed, c10::MaybeOwned<Tensor>>, 2> held_;
   Sides<RmsNormRope> sides_;
 };
 
@@ -737,28 +743,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rope_backward(const Backward
 
 // ------------------------------------------------------------------------------------- formula
 
-// cos and sin of each token and pair, with a dimension of one head.
-Tensor angles_of(const Tensor& table, const Call& call, const Tensor& like) {
+// cos or sin of each token and pair, with a dimension of one head.
+Tensor angles_of(const Tensor& table, const Call& call) {
   const Options& options = call.options;
   const OptionalTensor& positions = call.positions;
   const Tensor angles = positions ? at::index(table, {positions->to(at::kLong)}) : table;
-  if (!options.sections) return angles.unsqueeze(-2).to(like.scalar_type());
+  if (!options.sections) return angles.unsqueeze(-2);
   const int64_t pairs =
       std::accumulate(options.sections->begin(), options.sections->end(), int64_t{0});
-  if (pairs == 0) return angles.select(0, 0).unsqueeze(-2).to(like.scalar_type());
+  if (pairs == 0) return angles.select(0, 0).unsqueeze(-2);
   std::vector<Tensor> parts;
   for (int64_t begin = 0, end = 0; begin < pairs; begin = end) {
     const int64_t axis = axis_of(options, begin);
     while (end < pairs && axis_of(options, end) == axis) ++end;
     parts.push_back(angles.select(0, axis).narrow(-1, begin, end - begin));
   }
-  return at::cat(parts, -1).unsqueeze(-2).to(like.scalar_type());
+  return at::cat(parts, -1).unsqueeze(-2);
 }
 
-// t [..., tokens, heads, D] is rotated by each pair's angle, each product in t's dtype.
+// t [..., tokens, heads, D] is rotated by each pair's angle; products have the wider dtype.
 Tensor rotated(const Tensor& t, const Call& call, bool reversed) {
-  const Tensor cos = angles_of(call.cos, call, t);
-  Tensor sin = angles_of(call.sin, call, t);
+  const bool in_fp64 = t.scalar_type() == at::kDouble;
+  const auto angles = [&](const Tensor& table) {
+    const Tensor angles = angles_of(table, call);
+    return angles.scalar_type() == at::kDouble && !in_fp64 ? angles.to(at::kFloat) : angles;
+  };
+  const Tensor cos = angles(call.cos);
+  Tensor sin = angles(call.sin);
   if (reversed) sin = -sin;
   const c10::SymInt pairs = call.cos.sym_size(-1);
   const auto part = [&](const c10::SymInt& begin, const c10::SymInt& count) {

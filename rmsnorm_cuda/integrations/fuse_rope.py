@@ -127,9 +127,10 @@ def _reason(layer: nn.Module, site: _Site, angles: list[Angles | str]) -> str:
     if columns and rotated and columns not in rotated and not site.rotation.is_partial:
         return f"it rotates {max(rotated)} of {columns} columns in a way of its own"
     dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)
-    in_fp32 = dtype not in site.rotation.dtypes or not all(each.in_dtype for each in known)
-    if dtype in (torch.bfloat16, torch.float16) and in_fp32:
-        return "in 16 bits it rotates the rounded norms in fp32, which the op does not"
+    of_cos = {torch.float32 if each.in_fp32 else dtype for each in known} or {dtype}
+    unknown = {(dtype, each) for each in of_cos} - site.rotation.cos_dtypes.keys()
+    if unknown and dtype in (torch.bfloat16, torch.float16):
+        return "in 16 bits it rounds in other places than the op does"
     return ""
 
 
@@ -167,13 +168,14 @@ class _RotatesInNorms(Rewritten):
         if weights is not None:
             rotation, norm, has_k = site.rotation, norms[0], len(heads) == 2
             part = rotation.layout.part(cos.shape[-1])
+            dtype = rotation.cos_dtypes[heads[0].dtype, cos.dtype]
             results = rms_norm_rope(
                 heads[0],
                 heads[1] if has_k else None,
                 weights[0],
                 weights[1] if has_k else None,
-                cos[..., part],
-                sin[..., part],
+                cos[..., part].to(dtype),
+                sin[..., part].to(dtype),
                 norm.eps,
                 heads_dim=rotation.heads_dim,
                 interleaved=rotation.interleaved,
@@ -249,9 +251,9 @@ def _weights_if_it_fits(
     if _is_replaced(site.function) or not (_is_whole(x) and _is_whole(cos) and _is_whole(sin)):
         return None
     dtype, shape, angles, device = x.dtype, x.shape, cos.shape, x.device.type
-    if len(shape) != 4 or len(angles) != 3 or dtype not in rotation.dtypes:
+    if len(shape) != 4 or len(angles) != 3 or (dtype, cos.dtype) not in rotation.cos_dtypes:
         return None
-    if cos.dtype != dtype or sin.dtype != dtype or sin.shape != angles:
+    if sin.dtype != cos.dtype or sin.shape != angles:
         return None
     if device not in _DEVICES or (device != "meta" and torch.is_autocast_enabled(device)):
         return None

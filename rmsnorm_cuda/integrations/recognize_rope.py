@@ -59,14 +59,15 @@ class Rotation(NamedTuple):
     interleaved: bool
     heads_dim: int
     is_partial: bool  # does it leave the columns that the angles do not reach?
-    dtypes: frozenset[torch.dtype]  # in which it rounds each step
+    # For q's dtype and that of cos, in which the op with each step rounded has to be given cos.
+    cos_dtypes: dict[tuple[torch.dtype, torch.dtype], torch.dtype]
 
 
 class Angles(NamedTuple):
     made_by: str
     layouts: frozenset[str]
     widths: frozenset[int]
-    in_dtype: bool  # of the input
+    in_fp32: bool  # or in the input's dtype
 
 
 @cache
@@ -84,31 +85,47 @@ def recognize_rotation(
 def _try_rotation(function: Callable, keywords: dict[str, object], count: int) -> Rotation | str:
     for layout, interleaved, heads_dim in product(LAYOUTS, (False, True), (-3, -2)):
 
-        def is_this(dtype, rotated):
+        def is_this(dtypes, given, rotated=16):
             form = layout, interleaved, heads_dim
-            return _rotates(function, keywords, count, *form, dtype, rotated)
+            return _rotates(function, keywords, count, *form, dtypes, given, rotated)
 
-        if is_this(torch.float32, 16):
-            dtypes = frozenset(dtype for dtype in _DTYPES if is_this(dtype, 16))
-            partial = all(is_this(dtype, 8) for dtype in dtypes)
-            return Rotation(layout, interleaved, heads_dim, partial, dtypes)
+        if is_this((torch.float32, torch.float32), torch.float32):
+            cos_dtypes = {}
+            for dtype in _DTYPES:
+                for of_cos, given in product((dtype, torch.float32), repeat=2):
+                    if (dtype, of_cos) not in cos_dtypes and is_this((dtype, of_cos), given):
+                        cos_dtypes[dtype, of_cos] = given
+            partial = all(is_this(dtypes, given, 8) for dtypes, given in cos_dtypes.items())
+            return Rotation(layout, interleaved, heads_dim, partial, cos_dtypes)
     return "computes no rotary embedding that is known"
 
 
 def _rotates(
-    function, keywords, count, layout: Layout, interleaved: bool, heads_dim: int, dtype, rotated
+    function,
+    keywords,
+    count,
+    layout: Layout,
+    interleaved: bool,
+    heads_dim: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    given_cos: torch.dtype,
+    rotated: int,
 ) -> bool:
-    """Whether it gives the bits of the formula. With 16 columns each of the vectors and their rest
-    is used.
+    """Whether it gives the bits of the formula with a cos of dtype `given_cos`, where q and cos
+    have `dtypes`. With 16 columns each of the vectors and their rest is used.
     """
+    dtype, cos_dtype = dtypes
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, heads, 16) for heads in (3, 2)[:count]]
     given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    if heads_dim == -3:
-        given = [x.transpose(1, 2) for x in given]
     angles = torch.rand(2, 5, rotated // 2, generator=generator) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    # Of the first head products cancel: what is left of them tells how they were rounded.
+    a, b = _pairs(given[0][:, :, 0].float(), rotated // 2, interleaved)
+    cos = torch.where(a.abs() * 2 > b.abs(), sin * b / a, cos)
+    cos, sin = cos.to(cos_dtype), sin.to(cos_dtype)
     dim = 1 if heads_dim == -3 else 2
+    given = [x.transpose(1, 2) if dim == 1 else x for x in given]
     theirs, ours = ([x.clone().requires_grad_() for x in given] for _ in range(2))
     spread = layout.spread(cos), layout.spread(sin)
     try:
@@ -120,7 +137,8 @@ def _rotates(
     if not isinstance(results, tuple) or len(results) != count:
         return False
     for x, mine, result in zip(theirs, ours, results):
-        want = _formula(mine, cos.unsqueeze(dim), sin.unsqueeze(dim), interleaved)
+        ours_cos, ours_sin = (t.to(given_cos).unsqueeze(dim) for t in (cos, sin))
+        want = _formula(mine, ours_cos, ours_sin, interleaved)
         if not (isinstance(result, Tensor) and result.requires_grad):
             return False
         if result.dtype != dtype or not torch.equal(result, want) or not torch.equal(x, mine):
@@ -133,13 +151,18 @@ def _rotates(
     return True
 
 
+def _pairs(x: Tensor, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    rotated = x[..., : 2 * pairs]
+    return (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, -1)
+
+
 def _formula(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """With each step rounded."""
+    """With each step rounded, and the result to x's dtype."""
     rotated, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), -1)
-    a, b = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, -1)
+    a, b = _pairs(rotated, cos.shape[-1], interleaved)
     pair = a * cos - b * sin, b * cos + a * sin
     rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat((rotated, rest), -1)
+    return torch.cat((rotated.to(x.dtype), rest), -1)
 
 
 def recognize_angles(module: nn.Module) -> Angles | str:
@@ -165,7 +188,7 @@ def _try_angles(module: nn.Module) -> Angles | str:
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
         return f"{name} cannot be tried: {type(error).__name__}: {line}"
-    halves = pairs = in_dtype = True
+    halves = pairs = in_dtype = in_fp32 = True
     for dtype, angles in made:
         for each in angles:
             if not isinstance(each, Tensor) or each.shape[:-1] != (2, 5) or each.shape[-1] % 2:
@@ -174,9 +197,12 @@ def _try_angles(module: nn.Module) -> Angles | str:
             halves = halves and torch.equal(first, second)
             pairs = pairs and torch.equal(each[..., ::2], each[..., 1::2])
             in_dtype = in_dtype and each.dtype == dtype
+            in_fp32 = in_fp32 and each.dtype == torch.float32
+    if not in_dtype and not in_fp32:
+        return f"{name} makes cos and sin neither in its input's dtype nor in fp32"
     layouts = [layout for layout, holds in (("halves", halves), ("pairs", pairs)) if holds]
     widths = (each.shape[-1] for _, angles in made for each in angles)
-    return Angles(name, frozenset(layouts), frozenset(widths), in_dtype)
+    return Angles(name, frozenset(layouts), frozenset(widths), in_fp32)
 
 
 def _angles(module: nn.Module, dtype: torch.dtype, kind: dict[str, str]):

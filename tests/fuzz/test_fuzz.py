@@ -141,15 +141,17 @@ def angles_of(arguments):
 
 
 def rotated_by_steps(norm, cos, sin, arguments):
-    """Each step in the norm's dtype, as eager code of a model; tokens, then heads."""
-    cos, sin = (t.to(norm.dtype).unsqueeze(-2) for t in (cos, sin))
+    """As eager code of a model rounds; tokens, then heads."""
+    if norm.dtype != torch.float64:
+        cos, sin = (t.float() if t.dtype == torch.float64 else t for t in (cos, sin))
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     pairs = cos.shape[-1]
     turned, rest = norm[..., : 2 * pairs], norm[..., 2 * pairs :]
     neighbours = arguments["interleaved"]
     a, b = turned.unflatten(-1, (pairs, 2)).unbind(-1) if neighbours else turned.chunk(2, -1)
     both = a * cos + -b * sin, b * cos + a * sin
     turned = torch.stack(both, -1).flatten(-2) if neighbours else torch.cat(both, -1)
-    return torch.cat([turned, rest], -1)
+    return torch.cat([turned.to(norm.dtype), rest], -1)
 
 
 def check_rope(call, arguments, results):

@@ -965,17 +965,20 @@ void run(const RmsNormRope& p, int64_t step) {
 
 // Each step as it is rounded: from the norm of the same kernels.
 void rotate_in_steps(Rotary& r, Tensor& norm) {
-  const DType type = norm.dtype;
-  const auto product = [&](Real a, Real b) {
-    return type == DType::kFloat64 ? Real(double(a) * double(b)) : round_to(type, a * b);
+  const bool fp64 = norm.dtype == DType::kFloat64;
+  const DType type = fp64 || r.angle_type == norm.dtype ? norm.dtype : DType::kFloat32;
+  // In fp64 by its own operators: by way of Real it would be rounded twice.
+  const auto product = [&](Real v, Real w) {
+    return fp64 ? Real(double(v) * double(w)) : round_to(type, v * w);
+  };
+  const auto sum = [&](Real v, Real w) {
+    return fp64 ? Real(double(v) + double(w)) : round_to(type, v + w);
   };
   r.for_each_pair([&](int64_t row, int64_t a, int64_t b, Real cos, Real sin) {
-    const Real c = round_to(type, cos), s = round_to(type, sin);
+    const Real c = fp64 ? cos : Real(float(cos)), s = fp64 ? sin : Real(float(sin));
     const Real left = norm.get(row, a), right = norm.get(row, b);
-    const Real sums[] = {product(left, c) - product(right, s),
-                         product(right, c) + product(left, s)};
-    norm.set(row, a, type == DType::kFloat64 ? Real(double(sums[0])) : sums[0]);
-    norm.set(row, b, type == DType::kFloat64 ? Real(double(sums[1])) : sums[1]);
+    norm.set(row, a, sum(product(left, c), -product(right, s)));
+    norm.set(row, b, sum(product(right, c), product(left, s)));
   });
 }
 

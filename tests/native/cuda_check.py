@@ -686,10 +686,10 @@ class Rotary:
             return Layout([r // h, h], [c * (h + 2), c], c)
         return Layout([self.batches, n, h], [h * n * c, c, n * c], c)  # heads first
 
-    def rotate(self, v, back=False, rounded=None):
+    def rotate(self, v, back=False, rounded=None, number=np.float64):
         """Rotated, and the sum of magnitudes; rounded(values): of each step."""
         step = rounded or (lambda values: values)
-        cos, sin = (np.tile(step(t), self.heads_per_row) for t in self.angles)
+        cos, sin = (np.tile(t.astype(number), self.heads_per_row) for t in self.angles)
         sin = -sin if back else sin
         a, b = v[:, self.a], v[:, self.b]
         result, size = v.copy(), np.abs(v)
@@ -768,12 +768,14 @@ class Rotary:
         assert (ulps(rstd, norms_rstd, F64 if self.xt == F64 else F32) == 0).all(), "rstd"
         if self.each:
             number = np.float64 if self.yt == F64 else np.float32
+            step_type = self.yt if self.yt in (self.at, F64) else F32
 
             def step(v):
-                return decode(encode(v, self.yt), self.yt).astype(number)
+                return decode(encode(v.astype(number), step_type), step_type).astype(number)
 
             with np.errstate(all="ignore"):
-                want, _ = self.rotate(decode(norm, self.yt).astype(number), rounded=step)
+                norm = decode(norm, self.yt).astype(number)
+                want, _ = self.rotate(norm, rounded=step, number=number)
             off = ulps(y, encode(want, self.yt), self.yt)
             assert (off == 0).all(), f"other bits than step by step: {(off != 0).sum()}"
             return
