@@ -1336,7 +1336,8 @@ def runs(model, config):
     """
     generator = torch.Generator().manual_seed(0)
     width = getattr(config, "hidden_size", TINY["hidden_size"])
-    x = torch.randn(2, 5, width, generator=generator)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(2, 5, width, generator=generator).to(dtype)
     positions = torch.arange(5)[None]
     kind = getattr(model.attention, "layer_type", None) or "full_attention"
     for name, embedding in model.named_children():
@@ -1397,8 +1398,10 @@ def test_servers_functions_of_the_page(is_neox, rotated):
 @needs_transformers
 @pytest.mark.filterwarnings("ignore")
 def test_which_attentions_of_transformers_are_fused(capsys, monkeypatch):
-    """Each that is fused gives the same bits, where a call by the usual arguments runs."""
-    fused, reasons, run = [], collections.defaultdict(list), 0
+    """Each that is fused gives the same bits, where a call by the usual arguments runs; in 16 bits
+    too.
+    """
+    fused, reasons, run, in_16_bits = [], collections.defaultdict(list), 0, 0
     unbuilt, without = [], 0
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     for name, model, config in attentions():
@@ -1412,35 +1415,42 @@ def test_which_attentions_of_transformers_are_fused(capsys, monkeypatch):
                     parameter.copy_(1 + torch.randn_like(parameter) / 4)
         with replace_rms_norm(model) as swap:
             has_norms = any(entry.name.startswith("attention.") for entry in swap)
-            want = runs(model, config)
         with replace_rms_norm(model, fuse_rope=True) as swap:
             if swap.fused:
                 fused.append(name)
-                got = runs(model, config)
-                assert (want is None) == (got is None), name
-                if got is not None:
-                    with Record() as record:
-                        runs(model, config)
-                    run += any("rms_norm_rope" in op for op in record.names)
-                    assert same_bits(got, want), name
             elif has_norms:
                 (reason,) = (entry.reason for entry in swap.skipped if entry.name == "attention")
                 reasons[reason].append(name)
             else:
                 without += 1
+        for dtype in (torch.float32, torch.bfloat16) if name in fused else ():
+            model = model.to(dtype)
+            with replace_rms_norm(model):
+                want = runs(model, config)
+            with replace_rms_norm(model, fuse_rope=True) as swap:
+                got = runs(model, config)
+                assert (want is None) == (got is None), name
+                in_16_bits += bool(swap.fused) and dtype == torch.bfloat16
+                if got is not None:
+                    with Record() as record:
+                        runs(model, config)
+                    run += any("rms_norm_rope" in op for op in record.names)
+                    assert same_bits(got, want), name
     refused = sum(map(len, reasons.values()))
     with capsys.disabled():
         print(f"\ntransformers {transformers.__version__}, attentions with a rotary embedding:")
-        print(f"{len(fused)} are fused, {run} of them were run: {' '.join(fused)}")
+        print(f"{len(fused)} are fused, {in_16_bits} in 16 bits too: {' '.join(fused)}")
+        print(f"{run} of {2 * len(fused)} were run")
         print(f"{without} have no RMSNorm")
         print(f"{refused} have one and stay:")
         for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
             print(f"  {reason}: {' '.join(names)}")
         print(f"{len(unbuilt)} could not be built here:", *unbuilt, sep="\n  ")
-    assert run >= 30 and {*TAKEN} <= {*fused}
+    assert run >= 60 and in_16_bits == len(fused) and {*TAKEN} <= {*fused}
     for name, words in REFUSED.items():
         (reason,) = (reason for reason, names in reasons.items() if name in names)
         assert words in reason
     page = pathlib.Path(rmsnorm_cuda.__file__).parent / "integrations" / "README.md"
     if transformers.__version__ == "5.24.0" and page.exists():
-        assert f"It fuses {len(fused)}, and says why {refused} others stay." in page.read_text()
+        told = " ".join(page.read_text().split())
+        assert f"It fuses {len(fused)}, and says why {refused} others stay." in told

@@ -272,7 +272,7 @@ def rope_calls(draw, op):
     axes = () if sections is None else (len(sections),)
     given["sections"] = sections and list(sections)
     given["interleaved_sections"] = bool(sections) and draw(st.booleans())
-    angle_dtype = draw(st.sampled_from([dtype, FP32]))
+    angle_dtype = draw(st.sampled_from([dtype, FP32, dtype, BF16, FP64]))
     where = draw(st.sampled_from([(*batch, tokens), (tokens,), (1,)]))
     given["positions"] = None
     table = (*axes, *where)
