@@ -38,7 +38,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 FLAGS += ["-fno-math-errno", "-Wno-psabi"]
 DTYPES = {"BFloat16": "bf16", "Half": "fp16", "float": "fp32"}
 DTYPE_ENUM = {"BFloat16": "kBFloat16", "Half": "kFloat16", "float": "kFloat32"}
-FAMILIES = "forward", "backward", "quant", "rope"
+FAMILIES = "forward", "backward", "quant", "gated", "rope"
 # What of an instruction set is compiled, the quickest first; None: for all dtypes.
 STEPS = [("avx2", "BFloat16"), ("avx2", "float"), ("scalar", "float"), ("avx512", "BFloat16")]
 STEPS += [("avx2", None)]
@@ -173,14 +173,19 @@ def compile_family(folder, isa, family, to):
     for other in set(FAMILIES) - {family}:
         source = source.replace(f'#include "{other}.inl"\n', "")
     members = {
-        "forward": r"{\2, \3, nullptr, nullptr, nullptr, nullptr, nullptr}",
-        "backward": r"{\2, nullptr, \4, dweight, nullptr, nullptr, nullptr}",
-        "quant": r"{\2, nullptr, nullptr, nullptr, quantize, nullptr, nullptr}",
-        "rope": r"{\2, nullptr, nullptr, nullptr, nullptr, rotate, \5}",
+        "forward": {"forward": r"\3"},
+        "backward": {"backward": r"\4", "dweight": "dweight"},
+        "quant": {"quantize": "quantize"},
+        "gated": {"gate": "gate_rows", "gate_gradients": "gate_gradients"},
+        "rope": {"rotate": "rotate", "rope_forward": r"\5"},
     }
+    values = ", ".join(f".{name} = {value}" for name, value in members[family].items())
     kernels = r"const Kernels (\w+) = \{(.*), (forward<\w+>), (backward<\w+>),"
-    kernels += r"\s+dweight,\s+quantize,\s+rotate,\s+(rope_forward<\w+>)\};"
-    declared = rf"extern const Kernels mutant_\1;\nconst Kernels mutant_\1 = {members[family]};"
+    kernels += r"\s+dweight,\s+quantize,\s+gate_rows,\s+gate_gradients,\s+rotate,"
+    kernels += r"\s+(rope_forward<\w+>)\};"
+    declared = (
+        rf"extern const Kernels mutant_\1;\nconst Kernels mutant_\1 = {{.name = \2, {values}}};"
+    )
     source, count = re.subn(kernels, declared, source)
     assert count, f"{path}: no Kernels"
     # Rows of 64 and 128 columns out of the general code: a third of the time.

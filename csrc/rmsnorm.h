@@ -166,6 +166,34 @@ struct RmsNormRopeBackward {
   int64_t rows_per_token, heads_per_row, weights;
 };
 
+// What a row is multiplied by: the activation of a gate, in fp32 (fp64 if any dtype is kFloat64).
+enum class Activation : int32_t { kSilu, kSigmoid };  // silu(g) = g * sigmoid(g)
+
+struct Gate {
+  const void* data;  // [rows, cols], dtype, placed by rows
+  Rows rows;
+  DType dtype;
+  Activation activation;
+  bool before_norm;  // x is multiplied by it, unrounded, and then normalized; else the norm is
+};
+
+// y = norm(x) * act(gate), or norm(x * act(gate)). With cast_before_weight the product with the
+// weight is rounded to the promotion of x_dtype and w_dtype; before the norm this is y_dtype.
+struct RmsNormGated {
+  RmsNormForward norm;  // x is no sum, and nothing is quantized
+  // Its rstd is [groups, rows]; of a gate before the norm fp64 if any dtype here is kFloat64.
+  Gate gate;
+  int64_t groups;  // of cols / groups columns, each of which is normalized by itself
+};
+
+// The roundings of the forward count as the identity.
+struct RmsNormGatedBackward {
+  RmsNormBackward norm;  // dy: of the result; without dresidual; rstd: [groups, rows]
+  Gate gate;
+  void* dgate;  // [rows, cols], gate.dtype, dense; nullptr: not wanted
+  int64_t groups;
+};
+
 // A row is done in fp32 while its rstd is in this range. Then mean(x^2) + eps is in [2^-60, 2^60],
 // and neither the sum of squares nor a product with rstd over- or underflows.
 constexpr float kMinFastRstd = 0x1p-30f;
@@ -201,6 +229,18 @@ int64_t rms_norm_rope_workspace(const RmsNormRope& p);
 void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
                             void* workspace);
 int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward& p);
+
+// The same with a gate, or of groups. workspace: as above, of this call alone, and never nullptr.
+// Backward blocks are those of rms_norm_gated_backward_plan(), the second stage is its own.
+void rms_norm_gated_forward(const RmsNormGated& p, int64_t row_begin, int64_t row_end,
+                            void* workspace);
+int64_t rms_norm_gated_workspace(const RmsNormGated& p);
+BackwardPlan rms_norm_gated_backward_plan(const RmsNormGatedBackward& p);
+void rms_norm_gated_backward(const RmsNormGatedBackward& p, int64_t block_begin, int64_t block_end,
+                             void* workspace);
+int64_t rms_norm_gated_backward_workspace(const RmsNormGatedBackward& p);
+void rms_norm_gated_backward_dweight(const RmsNormGatedBackward& p, int64_t col_begin,
+                                     int64_t col_end);
 
 // For `stream`: does writing so many bytes past the caches take less time? is_new: the memory was
 // allocated for this call.

@@ -424,11 +424,14 @@ def test_gradients(device, torch_kernels, dtype, kinds, options, width, interlea
 @pytest.mark.parametrize("heads_dim", [-2, -3])
 @pytest.mark.parametrize("options", [GEMMA | {"interleaved": True}, {"sections": [2, 1]}], ids=name)
 def test_derivatives_of_first_and_second_order(kind, heads_dim, options):
-    """Of cos and sin too."""
-    q, k = (heads_of(n, 8, FP64, heads_dim=heads_dim).requires_grad_() for n in (3, 2))
+    """Of cos and sin too; of few elements, since each of them is moved."""
+    tokens = 2
+    by_token = [random(tokens, n, 8, dtype=FP64) for n in (3, 2)]
+    q, k = (t if heads_dim == -2 else t.transpose(0, 1).contiguous() for t in by_token)
+    q.requires_grad_(), k.requires_grad_()
     weights = [weight_of(kind, n, 8, FP64) for n in (3, 2)]
     axes = (2,) if "sections" in options else ()
-    cos, sin = angles(*axes, TOKENS, 3, dtype=FP64)
+    cos, sin = angles(*axes, tokens, 3, dtype=FP64)
     for recorded in ((), (cos, sin)):
         leaves = [t.requires_grad_() for t in (*weights, *recorded) if t is not None]
 

@@ -56,6 +56,8 @@ const Kernels* best() {
       usual->backward,
       usual->dweight,
       usual->quantize,
+      usual->gate,
+      usual->gate_gradients,
       usual->rotate,
       usual->rope_forward};
   if (count > 3 && __builtin_cpu_is("amdfam19h")) return &zen4;
@@ -91,12 +93,6 @@ const Kernels& choose() {
   return *current.load();
 }
 
-const Kernels& kernels() {
-  // Acquired, for the thread that chose it may have written what it points to.
-  const Kernels* chosen = current.load(std::memory_order_acquire);
-  return chosen ? *chosen : choose();
-}
-
 #ifndef _SC_LEVEL1_DCACHE_SIZE  // musl: the usual sizes
 enum { _SC_LEVEL1_DCACHE_SIZE = -1, _SC_LEVEL2_CACHE_SIZE = -1, _SC_LEVEL3_CACHE_SIZE = -1 };
 #endif
@@ -117,6 +113,12 @@ int64_t last_level_size() {
 }
 
 }  // namespace
+
+const Kernels& kernels() {
+  // Acquired, for the thread that chose it may have written what it points to.
+  const Kernels* chosen = current.load(std::memory_order_acquire);
+  return chosen ? *chosen : choose();
+}
 
 const CacheSizes kCaches = {
     cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10, 16 << 10, 256 << 10),

@@ -164,6 +164,45 @@ void quantize(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64
   kScalar.quantize(p, row_begin, row_end, y_begin);
 }
 
+struct Slope {
+  double value, slope;
+};
+Slope activate(Activation activation, double g) {
+  if (activation == kIdentity) return {g, 1};
+  const double e = std::exp(-std::fabs(g)), over = g < 0 ? e : 1, under = g < 0 ? 1 : e;
+  const double sigmoid = over / (1 + e), rest = under / (1 + e);
+  if (activation == Activation::kSigmoid) return {sigmoid, sigmoid * rest};
+  return {g * over / (1 + e), sigmoid + g * sigmoid * rest};
+}
+
+template <class F>
+void store_row(const RowsAt& t, int64_t row, int64_t cols, F value) {
+  store(const_cast<void*>(t.data), t.dtype, t.offset(row), cols, value);
+}
+double load(const RowsAt& t, int64_t row, int64_t i) {
+  return load(t.data, t.dtype, t.offset(row) + i);
+}
+
+void gate_rows(const GatedRows& r, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    store_row(r.result, row, r.cols, [&](int64_t i) {
+      return load(r.v, row, i) * activate(r.activation, load(r.gate, row, i)).value;
+    });
+  }
+}
+
+void gate_gradients(const GatedRows& r, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    store_row(r.dgate, row, r.cols, [&](int64_t i) {
+      const double slope = activate(r.activation, load(r.gate, row, i)).slope;
+      return load(r.d, row, i) * load(r.v, row, i) * slope;
+    });
+    store_row(r.result, row, r.cols, [&](int64_t i) {
+      return load(r.d, row, i) * activate(r.activation, load(r.gate, row, i)).value;
+    });
+  }
+}
+
 // Angles of fp64 beside fp32 are rounded first.
 void rotate(const Rope& rope, const RotatedRows& r, int64_t row_begin, int64_t row_end) {
   const bool fp64 = r.from_dtype == kDouble || r.to_dtype == kDouble;
@@ -231,6 +270,12 @@ void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
   store(p.rstd, rstd_dtype, row, 1, [&](int64_t) { return x.unit * x.scale; });
 }
 
+void weight_row_fp64(const RmsNormForward& p, DType to_dtype, void* to) {
+  RmsNormForward of_type = p;
+  if (to_dtype == kDouble) of_type.y_dtype = kDouble;
+  store(to, to_dtype, 0, p.cols, [&](int64_t i) { return weight_at(of_type, i); });
+}
+
 template <class T>
 void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial) {
   const Row x = normalize(p, row);
@@ -251,6 +296,7 @@ void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial) {
 }
 template void backward_row_fp64(const RmsNormBackward&, int64_t, float*);
 
-const Kernels kFp64 = {"fp64", forward, backward, dweight, quantize, rotate, nullptr};
+const Kernels kFp64 = {"fp64",    forward,        backward, dweight, quantize,
+                       gate_rows, gate_gradients, rotate,   nullptr};
 
 }  // namespace rmsnorm::cpu

@@ -114,13 +114,15 @@ struct Isa : OptionalVerbs {
 
 #include "backward.inl"
 #include "forward.inl"
+#include "gated.inl"
 #include "quant.inl"
 #include "rope.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>,    dweight,
-                       quantize,       rotate,         rope_forward<false>};
+const Kernels kAvx2 = {Isa::kNames[0], forward<false>, backward<false>,
+                       dweight,        quantize,       gate_rows,
+                       gate_gradients, rotate,         rope_forward<false>};
 
 }  // namespace rmsnorm::cpu
 

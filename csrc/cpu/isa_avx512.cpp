@@ -172,15 +172,18 @@ struct Isa : OptionalVerbs {
 
 #include "backward.inl"
 #include "forward.inl"
+#include "gated.inl"
 #include "quant.inl"
 #include "rope.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {Isa::kNames[0], forward<false>, backward<false>,    dweight,
-                         quantize,       rotate,         rope_forward<false>};
-const Kernels kAvx512Bf16 = {Isa::kNames[1], forward<true>, backward<true>,    dweight,
-                             quantize,       rotate,        rope_forward<true>};
+const Kernels kAvx512 = {Isa::kNames[0], forward<false>, backward<false>,
+                         dweight,        quantize,       gate_rows,
+                         gate_gradients, rotate,         rope_forward<false>};
+const Kernels kAvx512Bf16 = {Isa::kNames[1], forward<true>, backward<true>,
+                             dweight,        quantize,      gate_rows,
+                             gate_gradients, rotate,        rope_forward<true>};
 
 }  // namespace rmsnorm::cpu
 

@@ -43,6 +43,26 @@ struct RotatedRows {
   bool reversed;  // by the negative angles, as gradients are
 };
 
+// Rows as they lie, or a tile of some: `begin` is the first.
+struct RowsAt {
+  const void* data;
+  Rows rows;
+  DType dtype;
+  int64_t begin;
+
+  int64_t offset(int64_t row) const { return rows.offset(row - begin); }
+};
+
+// Rows that are multiplied by a gate's activation. Of gradients: d of a result, which is v *
+// act(gate), is turned into those of v and of the gate.
+struct GatedRows {
+  RowsAt v, gate, result;  // result: v * act(gate); of gradients d * act(gate)
+  RowsAt d, dgate;         // of gradients; dgate: d * v * act'(gate)
+  int64_t cols;
+  Activation activation;
+};
+constexpr Activation kIdentity{-1};  // the gate itself, of a forward alone
+
 // One instruction set.
 struct Kernels {
   const char* name;
@@ -51,6 +71,8 @@ struct Kernels {
   void (*backward)(const RmsNormBackward& p, int64_t block_begin, int64_t block_end);
   void (*dweight)(const RmsNormBackward& p, int64_t col_begin, int64_t col_end);
   void (*quantize)(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin);
+  void (*gate)(const GatedRows& rows, int64_t row_begin, int64_t row_end);
+  void (*gate_gradients)(const GatedRows& rows, int64_t row_begin, int64_t row_end);
   void (*rotate)(const Rope& rope, const RotatedRows& rows, int64_t row_begin, int64_t row_end);
   // Norm and rotation of a row at once. False: that is not for these tensors, and nothing is done.
   // tile: a row of it. nullptr: for none.
@@ -58,6 +80,8 @@ struct Kernels {
 };
 // The first: every row in double, of fp64 tensors too, which the others do not take.
 extern const Kernels kFp64, kScalar, kAvx2, kAvx512, kAvx512Bf16;
+
+const Kernels& kernels();  // those in use
 
 // Memory of the thread for a tile of weights: on the stack it would be too much for threads with
 // small ones.
@@ -83,6 +107,8 @@ bool has_fp64(const RmsNormForward& p);  // is one of the tensors fp64?
 bool has_fp64(const RmsNormBackward& p);
 void add_row_fp64(const RmsNormForward& p, int64_t row);
 void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin);
+// The weight with its offset, to a row of that type; without one, ones.
+void weight_row_fp64(const RmsNormForward& p, DType to_dtype, void* to);
 // partial: [cols], to which dy * xhat is added; nullptr: dx alone.
 template <class T>
 void backward_row_fp64(const RmsNormBackward& p, int64_t row, T* partial);

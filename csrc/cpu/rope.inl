@@ -85,14 +85,6 @@ inline void load_angles(Angles& angles, const Rope& rope, int64_t token, bool re
   }
 }
 
-// One NaN for all instruction sets, as of fill_with_nan(). It is looked for in two vectors at once:
-// with AVX2 a call takes 0.85 times as long.
-INLINE V canonical(V v) { return v == v ? v : set1(__builtin_nanf("")); }
-INLINE Pair canonical(Pair v) {
-  if (__builtin_expect(!Isa::may_have_nan(v), true)) return v;
-  return {canonical(v.even), canonical(v.odd)};
-}
-
 template <class Step>
 INLINE V sum_of_products(V a, V cos, V b, V sin) {
   if constexpr (kRoundsEach<Step>) return round_to<Step>(a * cos) + round_to<Step>(b * sin);

@@ -225,10 +225,21 @@ def check_rope_gradients(call, arguments, results):
         coarse = arguments[name[0]].dtype if arguments["cast_before_weight"] else dtype
         relative = 8 * max(torch.finfo(dtype).eps, torch.finfo(coarse).eps)
         # In fp64 both sums are, and a term of a weight's may add a rounding to each.
-        terms = arguments["q"].numel() / arguments["q"].shape[-1] if "weight" in name else 1
-        relative = max(relative, 2e-6 if torch.float64 != dtype else terms * 2.0**-53)
-        # A head, or a sum over all rows, in fp32.
+        rows = arguments["q"].numel() / arguments["q"].shape[-1] if "weight" in name else 1
+        relative = max(relative, 2e-6 if torch.float64 != dtype else rows * 2.0**-53)
+        # A head, or a sum over all rows, in fp32. A gradient of q or k may be smaller than what it
+        # is the difference of.
         scale = want.abs().amax()
+        if "weight" not in name:
+            weight = arguments[f"{name}_weight"]
+            dims = [-1]
+            if weight is not None and weight.dim() == 1 and len(weight) != want.shape[-1]:
+                dims.append(arguments["heads_dim"])
+            rms = leaves[name].detach().square().mean(dims, keepdim=True).add(options["eps"]).sqrt()
+            terms = arguments[f"grad_{name}"].double().abs().amax(dims, keepdim=True) / rms
+            if weight is not None:
+                terms = terms * (weight.double() + options["weight_offset"]).abs().amax()
+            scale = torch.maximum(scale, terms)
         error = (got.double() - want).abs() - torch.finfo(dtype).tiny
         assert (error <= relative * (want.abs() + scale)).all(), (name, error.max(), scale)
 

@@ -208,6 +208,7 @@ struct Forward {
   bool weighted = true, cast = false;
   double offset = 0, eps = 1e-6;
   DType y_type() const { return cast && weighted && w_type != x_type ? promoted() : x_type; }
+  DType promoted_or_x() const { return w_type != x_type ? promoted() : x_type; }
   DType promoted() const {
     return x_type == DType::kFloat64 || w_type == DType::kFloat64 ? DType::kFloat64
                                                                   : DType::kFloat32;

@@ -3,8 +3,8 @@
 //   ./cpu_check
 // or with the objects of the build in place of csrc/cpu/*.cpp. Also with
 // -fsanitize=address,undefined. Every instruction set that the machine has is run. Silent but for
-// failures and the last line. Arguments choose: parts (choice, forward, quant, backward, rope),
-// instruction sets (avx2, ...) and the only dtypes (of=bf16, ...).
+// failures and the last line. Arguments choose: parts (choice, forward, quant, backward,
+// gated, rope), instruction sets (avx2, ...) and the only dtypes (of=bf16, ...).
 #include <sys/syscall.h>
 
 #include "check.h"
@@ -862,6 +862,310 @@ void check_backward_extremes() {
   check_backward(b, "one NaN");
 }
 
+// ---------------------------------------------------------------- with a gate
+
+struct Activated {
+  Real value, slope, size;  // size: of the terms of the slope
+};
+Activated activate(Activation activation, Real g) {
+  const Real e = std::exp(-std::fabs(g));
+  const Real s = (g < 0 ? e : 1) / (1 + e), rest = (g < 0 ? 1 : e) / (1 + e);
+  if (activation == Activation::kSigmoid) return {s, s * rest, s * rest};
+  return {g * s, s + g * s * rest, s + std::fabs(g) * s * rest};
+}
+
+// A norm and its gate, in one of the ways that they lie in.
+struct Gated {
+  Forward f;
+  int64_t groups;
+  Gate how{};
+  Tensor x, w, gate, dy;
+
+  Gated(const Forward& forward, int64_t rows, int64_t cols, int64_t groups, DType gate_type,
+        int turn)
+      : f(forward),
+        groups(groups),
+        x(f.x_type, rows, cols, kLayouts[turn % 4], kGuard),
+        w(f.w_type, 1, cols),
+        gate(gate_type, rows, cols, kLayouts[(turn + 2) % 4]),
+        dy(f.x_type, rows, cols, kLayouts[(turn + 1) % 4]) {
+    how.before_norm = turn % 2;
+    how.activation = turn % 3 == 2 ? Activation::kSigmoid : Activation::kSilu;
+    how.dtype = gate_type;
+    how.rows = gate.place;
+    fill_normal(x);
+    fill_normal(w, 0.5, f.offset != 0 ? 0 : 1);
+    fill_normal(dy);
+    fill(gate, [&](int64_t row, int64_t col) {
+      const Real odd[] = {0, -0.0L, 30, -30, 80, -100, 1000, -1000};
+      return (row + col) % 17 == 5 ? odd[(row + col / 17) % 8] : 3 * normal();
+    });
+  }
+
+  int64_t group_cols() const { return x.cols / groups; }
+  bool wide() const { return f.wide() || how.dtype == DType::kFloat64; }
+  bool cast() const { return f.cast && f.weighted; }
+  Real unit() const { return wide() ? 0x1p-50L : 0x1p-23L; }
+  // A first rounding may fall to either side of a tie, relative to a unit.
+  Real tie() const {
+    return cast() && !wide() ? std::ldexp(1.0L, 1 - format(f.x_type).fraction_bits) / unit() : 0;
+  }
+  DType y_type() const { return how.before_norm ? f.y_type() : f.x_type; }
+  DType rstd_type() const {
+    return f.x_type == DType::kFloat64 || (how.before_norm && wide()) ? DType::kFloat64
+                                                                      : DType::kFloat32;
+  }
+  Tensor result() const {
+    return {y_type(), x.rows, x.cols, x.place.ndim > 1 ? Layout::kStrided : Layout::kTwoDims,
+            kGuard};
+  }
+  RmsNormGated params(Tensor& y, void* rstd) {
+    how.data = gate.data();
+    RmsNormForward norm = ::params(f, x, w, y, rstd);
+    norm.y_dtype = y.dtype;
+    return {norm, how, groups};
+  }
+  std::string name() const {
+    return f.name() + " gate=" + format(how.dtype).name + " " + std::to_string(x.rows) + "x" +
+           std::to_string(groups) + "x" + std::to_string(group_cols()) +
+           (how.before_norm ? " before" : "") +
+           (how.activation == Activation::kSigmoid ? " sigmoid" : "");
+  }
+
+  Activated act(int64_t row, int64_t i) { return activate(how.activation, gate.get(row, i)); }
+  // What is normalized.
+  Real u(int64_t row, int64_t i) {
+    return how.before_norm ? x.get(row, i) * act(row, i).value : x.get(row, i);
+  }
+  Real rstd(int64_t row, int64_t group) {
+    Real sum = 0;
+    for (int64_t i = group * group_cols(); i < (group + 1) * group_cols(); ++i)
+      sum += u(row, i) * u(row, i);
+    return 1 / std::sqrt(sum / group_cols() + f.eps);
+  }
+  Real rounded(DType type, Real v) const { return cast() ? round_to(type, v) : v; }
+};
+
+const unsigned char* end_of(const std::vector<unsigned char>& v) { return v.data() + v.size(); }
+
+void run(const RmsNormGated& p, int64_t step) {
+  std::vector<unsigned char> space(cpu::rms_norm_gated_workspace(p) + 64 + kGuard, 0xa5);
+  unsigned char* const begin = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64);
+  for (int64_t row = (p.norm.rows - 1) / step * step; row >= 0; row -= step)
+    cpu::rms_norm_gated_forward(p, row, std::min(row + step, p.norm.rows), begin);
+  const unsigned char* behind = begin + cpu::rms_norm_gated_workspace(p);
+  check(std::all_of(behind, end_of(space), [](unsigned char c) { return c == 0xa5; }),
+        "gated: wrote outside of its workspace");
+}
+
+// Half a unit of a result, and what is rounded before, relative to its size.
+bool is_near(Tensor& t, int64_t row, int64_t i, Real want, Real error) {
+  const Real got = t.get(row, i);
+  if (std::isnan(want) || std::isnan(got)) return std::isnan(want) && std::isnan(got);
+  const Format& f = format(t.dtype);
+  if (std::isinf(round_to(t.dtype, want))) return std::isinf(got) || std::fabs(got) > 1e30L;
+  const int exponent = want == 0 ? -20000 : std::ilogb(want);
+  const Real ulp = std::ldexp(1.0L, std::max(exponent, 1 - f.bias()) - f.fraction_bits);
+  return std::fabs(got - want) <= ulp * 0.5001L + error;
+}
+
+constexpr Real kTiny = 0x1p-140L;  // of a gate's activation among the denormals
+
+void compare_gated(Gated& g, Tensor& y, Tensor& rstd, const std::string& name) {
+  bool close = true;
+  for (int64_t row = 0; row < g.x.rows; ++row)
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const Real r = g.rstd(row, group);
+      close &= is_near(rstd, 0, group * g.x.rows + row, r, r * g.unit() * 4);
+      for (int64_t i = group * g.group_cols(); i < (group + 1) * g.group_cols(); ++i) {
+        const Real act = g.act(row, i).value, xhat = g.rounded(g.f.x_type, g.u(row, i) * r);
+        Real want = xhat * g.f.weight(g.w, i);
+        Real tiny = g.how.before_norm ? r * std::fabs(g.x.get(row, i)) * kTiny : kTiny;
+        if (!g.how.before_norm) want = g.rounded(g.f.promoted_or_x(), want) * act;
+        if (g.wide()) tiny = 0;
+        const bool ok = is_near(y, row, i, want, g.unit() * (6 + g.tie()) * std::fabs(want) + tiny);
+        if (!ok && close)
+          std::printf("%s: [%ld][%ld] = %Lg, not %Lg\n", name.c_str(), row, i, y.get(row, i), want);
+        close &= ok;
+      }
+    }
+  check(close, "gated: %s", name.c_str());
+}
+
+void check_gated_forward(Gated g) {
+  std::vector<Tensor> results;
+  for (const std::string& isa : instruction_sets()) {
+    use(isa);
+    const std::string name = isa + " " + g.name();
+    Tensor y = g.result(), rstd(g.rstd_type(), 1, g.groups * g.x.rows, Layout::kDense, kGuard);
+    run(g.params(y, rstd.data()), g.x.rows);
+    check(g.wide() || isa == cpu::last_isa(), "gated: ran %s", cpu::last_isa());
+    check(y.guards_intact() && rstd.guards_intact(), "gated: %s: wrote outside", name.c_str());
+    compare_gated(g, y, rstd, name);
+    if (isa.find("avx512") == 0 && !results.empty())
+      check(y.same_bits(results.back()), "gated: %s: AVX-512 is not AVX2", name.c_str());
+    results.push_back(y);
+    Tensor parts = g.result();
+    run(g.params(parts, nullptr), 2);
+    check(parts.same_bits(y), "gated: %s: bits depend on the split", name.c_str());
+    if (g.y_type() != g.f.x_type) continue;
+    Gated there = g;
+    run(there.params(there.x, nullptr), g.x.rows);
+    check(there.x.same_bits(y) && there.x.guards_intact(), "gated: %s: in place", name.c_str());
+  }
+}
+
+struct GatedGradients {
+  Tensor dx, dweight, dgate;
+  explicit GatedGradients(const Gated& g)
+      : dx(g.f.x_type, g.x.rows, g.x.cols, Layout::kDense, kGuard),
+        dweight(g.f.w_type, 1, g.x.cols, Layout::kDense, kGuard),
+        dgate(g.how.dtype, g.x.rows, g.x.cols, Layout::kDense, kGuard) {}
+};
+
+GatedGradients run(Gated& g, Tensor& rstd, int64_t step, bool dx, bool dweight, bool dgate) {
+  GatedGradients result(g);
+  Tensor y = g.result();
+  const RmsNormForward norm = g.params(y, nullptr).norm;
+  RmsNormGatedBackward p{};
+  p.norm.dy = g.dy.data(), p.norm.dy_rows = g.dy.place, p.norm.dy_dtype = g.dy.dtype;
+  p.norm.x = norm.x, p.norm.x_rows = norm.x_rows, p.norm.x_dtype = norm.x_dtype;
+  p.norm.weight = norm.weight, p.norm.w_dtype = norm.w_dtype, p.norm.rstd = rstd.data();
+  p.norm.rows = norm.rows, p.norm.cols = norm.cols, p.norm.eps = norm.eps;
+  p.norm.weight_offset = norm.weight_offset;
+  p.norm.cast_before_weight = norm.cast_before_weight;
+  p.norm.dx = dx ? result.dx.data() : nullptr;
+  p.norm.dweight = dweight ? result.dweight.data() : nullptr;
+  p.dgate = dgate ? result.dgate.data() : nullptr;
+  p.gate = g.how, p.groups = g.groups;
+  const cpu::BackwardPlan plan = cpu::rms_norm_gated_backward_plan(p);
+  std::vector<double> sums(plan.workspace_bytes / 8 + 8);
+  p.norm.workspace = sums.data() + (64 - reinterpret_cast<uintptr_t>(sums.data()) % 64) / 8 % 8;
+  std::vector<unsigned char> space(cpu::rms_norm_gated_backward_workspace(p) + 64 + kGuard, 0xa5);
+  unsigned char* const tiles = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64);
+  for (int64_t begin = (plan.blocks - 1) / step * step; begin >= 0; begin -= step)
+    cpu::rms_norm_gated_backward(p, begin, std::min(begin + step, plan.blocks), tiles);
+  for (int64_t end = p.norm.cols, part = step == 1 ? 100 : end; dweight && end > 0; end -= part)
+    cpu::rms_norm_gated_backward_dweight(p, std::max(end - part, int64_t(0)), end);
+  const unsigned char* behind = tiles + cpu::rms_norm_gated_backward_workspace(p);
+  check(std::all_of(behind, end_of(space), [](unsigned char c) { return c == 0xa5; }),
+        "gated: gradients wrote outside of their workspace");
+  return result;
+}
+
+void compare_gradients(Gated& g, GatedGradients& got, const std::string& name) {
+  std::vector<Real> dweight(g.x.cols), dweight_size(g.x.cols);
+  const Real unit = g.unit() * 8, cast = g.unit() * g.tie();
+  bool close = true;
+  const auto see = [&](bool ok, const char* what, int64_t row, int64_t i, Real value, Real want) {
+    if (!ok && close)
+      std::printf("%s: %s[%ld][%ld] = %Lg, not %Lg\n", name.c_str(), what, row, i, value, want);
+    close &= ok;
+  };
+  for (int64_t row = 0; row < g.x.rows; ++row)
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const int64_t first = group * g.group_cols(), last = first + g.group_cols();
+      const Real r = g.rstd(row, group);
+      const auto dy = [&](int64_t i) {
+        return g.dy.get(row, i) * (g.how.before_norm ? 1 : g.act(row, i).value);
+      };
+      Real mean = 0, mean_size = 0;
+      for (int64_t i = first; i < last; ++i) {
+        const Real term = dy(i) * g.f.weight(g.w, i) * g.u(row, i) * r / g.group_cols();
+        mean += term, mean_size += std::fabs(term);
+      }
+      for (int64_t i = first; i < last; ++i) {
+        const Activated act = g.act(row, i);
+        const Real w = g.f.weight(g.w, i), xhat = g.u(row, i) * r;
+        const Real du = r * (dy(i) * w - xhat * mean);
+        const Real du_size = r * (std::fabs(dy(i) * w) + std::fabs(xhat) * mean_size);
+        const bool before = g.how.before_norm;
+        const Real dx = before ? du * act.value : du;
+        const Real dx_size = before ? du_size * std::fabs(act.value) : du_size;
+        const Real v = before ? g.x.get(row, i)
+                              : g.rounded(g.f.promoted_or_x(), g.rounded(g.f.x_type, xhat) * w);
+        const Real upstream = before ? du : g.dy.get(row, i);
+        const Real dgate = upstream * v * act.slope;
+        const Real dgate_size = (before ? du_size : std::fabs(upstream)) * std::fabs(v) * act.size;
+        const Real tiny = g.wide() ? 0 : kTiny * (1 + du_size);
+        see(is_near(got.dx, row, i, dx, unit * dx_size + tiny), "dx", row, i, got.dx.get(row, i),
+            dx);
+        see(is_near(got.dgate, row, i, dgate, (unit + cast) * dgate_size + tiny), "dgate", row, i,
+            got.dgate.get(row, i), dgate);
+        dweight[i] += dy(i) * (before ? xhat : g.rounded(g.f.x_type, xhat));
+        dweight_size[i] += std::fabs(dy(i) * xhat);
+      }
+    }
+  for (int64_t i = 0; i < g.x.cols; ++i)
+    see(is_near(got.dweight, 0, i, dweight[i], (unit + cast) * dweight_size[i]), "dweight", 0, i,
+        got.dweight.get(0, i), dweight[i]);
+  check(close, "gated: gradients of %s", name.c_str());
+}
+
+void check_gated_backward(Gated g) {
+  std::vector<GatedGradients> results;
+  for (const std::string& isa : instruction_sets()) {
+    use(isa);
+    const std::string name = isa + " " + g.name();
+    Tensor y = g.result(), rstd(g.rstd_type(), 1, g.groups * g.x.rows);
+    run(g.params(y, rstd.data()), g.x.rows);
+    GatedGradients& got = results.emplace_back(run(g, rstd, 1000, true, true, true));
+    compare_gradients(g, got, name);
+    const auto same = [&](GatedGradients& a, bool dx, bool dweight, bool dgate) {
+      return (!dx || a.dx.same_bits(got.dx)) && (!dweight || a.dweight.same_bits(got.dweight)) &&
+             (!dgate || a.dgate.same_bits(got.dgate));
+    };
+    if (isa.find("avx512") == 0 && results.size() > 1)
+      check(same(results[results.size() - 2], true, true, true), "gated: %s: AVX-512 is not AVX2",
+            name.c_str());
+    check(got.dx.guards_intact() && got.dweight.guards_intact() && got.dgate.guards_intact(),
+          "gated: gradients of %s: wrote outside", name.c_str());
+    GatedGradients parts = run(g, rstd, 1, true, true, true);
+    check(same(parts, true, true, true), "gated: %s: bits depend on the split", name.c_str());
+    for (int wanted = 1; wanted < 7; ++wanted) {
+      const bool dx = wanted & 1, dweight = wanted & 2, dgate = wanted & 4;
+      GatedGradients some = run(g, rstd, 1000, dx, dweight, dgate);
+      check(same(some, dx, dweight, dgate), "gated: %s: bits depend on what is wanted (%d)",
+            name.c_str(), wanted);
+    }
+  }
+}
+
+void check_gated() {
+  struct Shape {
+    int64_t rows, cols, groups;
+  };
+  const Shape shapes[] = {{5, 64, 1},  {3, 128, 1}, {7, 96, 4},  {2, 300, 1},  {9, 33, 3},
+                          {1, 257, 1}, {19, 10, 2}, {40, 64, 2}, {2, 5000, 1}, {3, 1024, 8}};
+  std::vector<Forward> mixes = forward_mixes();
+  const DType f64 = DType::kFloat64, f32 = DType::kFloat32, bf16 = DType::kBFloat16;
+  for (const Forward& f : {Forward{f64, f64}, {f32, f64}, {bf16, f64, true, true}})
+    mixes.push_back(f);
+  int turn = 0;
+  for (const Forward& f : mixes)
+    for (int i = 0; i < 4; ++i) {
+      const int way = turn++;
+      const Shape& s = shapes[way % 10];
+      const DType gate = way % 5 == 0 ? f32 : way % 7 == 0 ? bf16 : way % 23 == 0 ? f64 : f.x_type;
+      if (!is_chosen({f.x_type, f.w_type})) continue;
+      const Gated g(f, s.rows, s.cols, s.groups, gate, way);
+      check_gated_forward(g);
+      check_gated_backward(g);
+    }
+  // What is no number, and rows out of the fast path's range.
+  for (const DType type : {f32, bf16, DType::kFloat16})
+    for (const int turn : {0, 1}) {
+      if (!is_chosen({type})) continue;
+      Gated g({type, type}, 6, 64, 1, type, turn);
+      g.x.set(1, 5, NAN);
+      g.gate.set(2, 7, NAN);
+      g.x.set(3, 5, INFINITY);
+      g.gate.set(4, 9, INFINITY);
+      for (int64_t i = 0; i < 64; ++i) g.x.set(5, i, g.x.get(5, i) * (type == f32 ? 1e25L : 1e-5L));
+      check_gated_forward(g);
+    }
+}
+
 // ---------------------------------------------------------------- rotary embedding
 
 // q or k of some tokens, and their angles, in one of the ways that they lie in.
@@ -1193,7 +1497,7 @@ void check_rope() {
 int main(int argc, char** argv) {
   arguments.assign(argv + 1, argv + argc);
   const auto is_part = [](const char* name) {
-    return is_chosen(name, {"choice", "forward", "quant", "backward", "rope"});
+    return is_chosen(name, {"choice", "forward", "quant", "backward", "gated", "rope"});
   };
   if (is_part("choice")) {
     check_instruction_sets();
@@ -1219,6 +1523,7 @@ int main(int argc, char** argv) {
     check_backward_sizes();
     check_backward_extremes();
   }
+  if (is_part("gated")) check_gated();
   if (is_part("rope")) {
     check_rope();
     check_rope_streams();

@@ -20,6 +20,7 @@ bool is_of_mutant(const RmsNormBackward& p) {
 }
 // From one dtype to another.
 bool is_of_mutant(const Rope&) { return ALL; }
+bool is_of_mutant(const GatedRows&) { return ALL; }
 
 template <auto kKernel, class P, class... Range>
 void run(const P& p, Range... range) {
@@ -41,6 +42,13 @@ void quantize(const RmsNormForward& p, int64_t begin, int64_t end, int64_t y_beg
   run<&Kernels::quantize>(p, begin, end, y_begin);
 }
 
+void gate(const GatedRows& rows, int64_t begin, int64_t end) {
+  run<&Kernels::gate>(rows, begin, end);
+}
+void gate_gradients(const GatedRows& rows, int64_t begin, int64_t end) {
+  run<&Kernels::gate_gradients>(rows, begin, end);
+}
+
 void rotate(const Rope& rope, const RotatedRows& rows, int64_t begin, int64_t end) {
   run<&Kernels::rotate, Rope, const RotatedRows&>(rope, rows, begin, end);
 }
@@ -54,6 +62,7 @@ bool rope_forward(const RmsNormRope& p, int64_t begin, int64_t end, void* tile) 
 
 }  // namespace
 
-const Kernels ISA = {NAME, forward, backward, dweight, quantize, rotate, rope_forward};
+const Kernels ISA = {NAME, forward,        backward, dweight,     quantize,
+                     gate, gate_gradients, rotate,   rope_forward};
 
 }  // namespace rmsnorm::cpu

@@ -1,0 +1,338 @@
+// Norms with a gate, and norms of groups of columns: the steps of an instruction set (gated.inl and
+// the norm's own), a few rows at a time, with what lies between them in tiles.
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace rmsnorm::cpu {
+namespace {
+
+constexpr DType kDouble = DType::kFloat64;
+
+// What is computed in, and the tiles are of.
+DType compute_type(const RmsNormGated& p) {
+  return has_fp64(p.norm) || p.gate.dtype == kDouble ? kDouble : DType::kFloat32;
+}
+DType compute_type(const RmsNormGatedBackward& p) {
+  return has_fp64(p.norm) || p.gate.dtype == kDouble ? kDouble : DType::kFloat32;
+}
+template <class P>
+const Kernels& kernels_for(const P& p) {
+  return compute_type(p) == kDouble ? kFp64 : kernels();
+}
+
+// Of a product of two tensors.
+DType promoted(DType a, DType b) {
+  if (a == b) return a;
+  return a == kDouble || b == kDouble ? kDouble : DType::kFloat32;
+}
+
+template <class T>
+T* behind(T* data, int64_t elements, DType dtype) {
+  using Bytes = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return data ? reinterpret_cast<Bytes*>(data) + elements * size_of(dtype) : nullptr;
+}
+
+// One group of columns. Its gradients lie as those of all columns do, and the sums of a block for
+// dweight behind those of the groups before it.
+template <class P, class Norm>
+void take_columns(const P& p, Norm& norm, int64_t first, int64_t group) {
+  const DType normalized = p.gate.before_norm ? compute_type(p) : norm.x_dtype;
+  norm.x = behind(norm.x, first, norm.x_dtype);
+  norm.weight = behind(norm.weight, first, norm.w_dtype);
+  norm.rstd = behind(norm.rstd, group * norm.rows, promoted(normalized, DType::kFloat32));
+  norm.cast_before_weight = norm.cast_before_weight && norm.weight;
+  norm.stream = norm.fresh = false;
+}
+RmsNormGated group_of(const RmsNormGated& p, int64_t group) {
+  RmsNormGated result = p;
+  RmsNormForward& norm = result.norm;
+  norm.cols /= p.groups;
+  const int64_t first = group * norm.cols;
+  take_columns(p, norm, first, group);
+  norm.y = behind(norm.y, first, norm.y_dtype);
+  result.gate.data = behind(p.gate.data, first, p.gate.dtype);
+  result.groups = 1;
+  return result;
+}
+RmsNormGatedBackward group_of(const RmsNormGatedBackward& p, int64_t group) {
+  RmsNormGatedBackward result = p;
+  RmsNormBackward& norm = result.norm;
+  norm.cols /= p.groups;
+  const int64_t first = group * norm.cols;
+  take_columns(p, norm, first, group);
+  norm.dy = behind(norm.dy, first, norm.dy_dtype);
+  norm.dx = behind(norm.dx, first, norm.x_dtype);
+  norm.dweight = behind(norm.dweight, first, norm.w_dtype);
+  result.gate.data = behind(p.gate.data, first, p.gate.dtype);
+  result.dgate = behind(p.dgate, first, p.gate.dtype);
+  result.groups = 1;
+  const int64_t bytes = rms_norm_backward_plan(norm).workspace_bytes;
+  if (norm.workspace) norm.workspace = static_cast<char*>(norm.workspace) + group * bytes;
+  return result;
+}
+
+// A workspace, cut into tiles; of a null one how much they take.
+class Tiles {
+ public:
+  explicit Tiles(void* workspace) : next_(static_cast<char*>(workspace)) {}
+
+  void* take(int64_t rows, int64_t cols, DType dtype) {
+    const int64_t bytes = (rows * cols * size_of(dtype) + kLine - 1) / kLine * kLine;
+    if (bytes == 0) return nullptr;
+    char* const taken = next_;
+    bytes_ += bytes;
+    if (next_) next_ += bytes;
+    return taken;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* next_;
+  int64_t bytes_ = 0;
+};
+
+Rows dense(int64_t cols) { return {1, {}, {cols}}; }
+RowsAt tile_at(void* tile, int64_t row, int64_t cols, DType dtype) {
+  return {tile, dense(cols), dtype, row};
+}
+// For what takes no first row: where row 0 would be.
+void* row_0_of(void* tile, int64_t row, int64_t cols, DType dtype) {
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tile) - row * cols * size_of(dtype));
+}
+
+// ---------------------------------------------------------------- forward
+
+struct ForwardTiles {
+  int64_t rows;  // at a time
+  void *tile, *rounded, *weight;
+  int64_t bytes;
+
+  ForwardTiles(const RmsNormGated& p, void* workspace) {
+    const DType type = compute_type(p);
+    const int64_t cols = p.norm.cols / p.groups;
+    rows = std::clamp<int64_t>(tile_bytes() / (cols * size_of(type)), 1, p.norm.rows);
+    Tiles tiles(workspace);
+    tile = tiles.take(rows, cols, type);
+    const bool is_cast = p.gate.before_norm && p.norm.cast_before_weight;
+    rounded = tiles.take(is_cast ? rows : 0, cols, p.norm.x_dtype);
+    weight = tiles.take(is_cast, cols, type);
+    bytes = tiles.bytes();
+  }
+};
+
+// Some rows of one group, as many as the tiles hold.
+void forward(const Kernels& chosen, const RmsNormGated& p, const ForwardTiles& tiles, int64_t row,
+             int64_t end) {
+  const RmsNormForward& norm = p.norm;
+  const DType type = compute_type(p);
+  const RowsAt x{norm.x, norm.x_rows, norm.x_dtype, 0}, y{norm.y, norm.y_rows, norm.y_dtype, 0};
+  GatedRows gated{};
+  gated.gate = {p.gate.data, p.gate.rows, p.gate.dtype, 0};
+  gated.cols = norm.cols;
+  gated.activation = p.gate.activation;
+  RmsNormForward inner = norm;
+  if (!p.gate.data) return chosen.forward(norm, row, end, 0);
+  if (!p.gate.before_norm) {
+    inner.y = tiles.tile;
+    inner.y_rows = dense(norm.cols);
+    inner.y_dtype = norm.cast_before_weight ? promoted(norm.x_dtype, norm.w_dtype) : type;
+    chosen.forward(inner, row, end, row);
+    gated.v = tile_at(tiles.tile, row, norm.cols, inner.y_dtype);
+    gated.result = y;
+    return chosen.gate(gated, row, end);
+  }
+  gated.v = x;
+  gated.result = tile_at(tiles.tile, row, norm.cols, type);
+  chosen.gate(gated, row, end);
+  inner.x = row_0_of(tiles.tile, row, norm.cols, type);
+  inner.x_rows = dense(norm.cols);
+  inner.x_dtype = type;
+  if (!norm.cast_before_weight) return chosen.forward(inner, row, end, 0);
+  // Rounded to x's own dtype, and then multiplied by the weight.
+  inner.weight = nullptr;
+  inner.cast_before_weight = false;
+  inner.y = tiles.rounded;
+  inner.y_rows = dense(norm.cols);
+  inner.y_dtype = norm.x_dtype;
+  chosen.forward(inner, row, end, row);
+  gated.v = tile_at(tiles.rounded, row, norm.cols, norm.x_dtype);
+  gated.gate = {tiles.weight, {1, {}, {0}}, type, 0};
+  gated.activation = kIdentity;
+  gated.result = y;
+  chosen.gate(gated, row, end);
+}
+
+// ---------------------------------------------------------------- backward
+
+struct BackwardTiles {
+  void *dy, *v, *dx, *ones;
+  DType dx_dtype;
+  int64_t bytes;
+
+  BackwardTiles(const RmsNormGatedBackward& p, void* workspace) {
+    const DType type = compute_type(p);
+    const int64_t cols = p.norm.cols / p.groups;
+    const int64_t rows = rms_norm_gated_backward_plan(p).block_rows;
+    const bool gated = p.gate.data, before_norm = gated && p.gate.before_norm;
+    Tiles tiles(workspace);
+    dy = tiles.take(gated && !before_norm ? rows : 0, cols, type);
+    v = tiles.take(gated ? rows : 0, cols, type);
+    dx_dtype = before_norm ? type : p.norm.x_dtype;
+    dx = tiles.take(before_norm || p.groups > 1 ? rows : 0, cols, dx_dtype);
+    ones = tiles.take(p.groups > 1, cols, type);
+    bytes = tiles.bytes();
+  }
+};
+
+// A block of one group.
+class GroupBackward {
+ public:
+  // all_cols: of all groups, among which dx and dgate lie.
+  GroupBackward(const RmsNormGatedBackward& params, const BackwardTiles& t, int64_t block_index,
+                int64_t all_cols)
+      : p(params), tiles(t), block(block_index) {
+    dx = {norm.dx, dense(all_cols), norm.x_dtype, 0};
+    gated.gate = {p.gate.data, p.gate.rows, p.gate.dtype, 0};
+    gated.dgate = {p.dgate, dense(all_cols), p.gate.dtype, 0};
+    gated.cols = cols;
+    gated.activation = p.gate.activation;
+  }
+
+  void run() {
+    if (p.gate.data && p.gate.before_norm) return of_gated_x();
+    RmsNormBackward inner = norm;
+    if (p.gate.data) {
+      gate_dy();
+      inner.dy = row_0_of(tiles.dy, row, cols, type);
+      inner.dy_rows = dense(cols);
+      inner.dy_dtype = type;
+    }
+    if (!norm.dx && !norm.dweight) return;
+    const bool by_tile = norm.dx && tiles.ones;  // of several groups
+    if (by_tile) inner.dx = row_0_of(tiles.dx, row, cols, tiles.dx_dtype);
+    chosen.backward(inner, block, block + 1);
+    if (!by_tile) return;
+    gated.v = {tiles.ones, {1, {}, {0}}, type, 0};
+    gated.gate = tile_at(tiles.dx, row, cols, tiles.dx_dtype);
+    gated.activation = kIdentity;
+    gated.result = dx;
+    chosen.gate(gated, row, end);
+  }
+
+ private:
+  // dy becomes that of the norm; and dgate, for which the norm is formed again.
+  void gate_dy() {
+    const RowsAt dy{norm.dy, norm.dy_rows, norm.dy_dtype, 0};
+    gated.result = tile_at(tiles.dy, row, cols, type);
+    if (!p.dgate) {
+      gated.v = dy;
+      return chosen.gate(gated, row, end);
+    }
+    RmsNormForward again{};
+    again.x = norm.x, again.x_rows = norm.x_rows, again.x_dtype = norm.x_dtype;
+    again.weight = norm.weight, again.w_dtype = norm.w_dtype;
+    again.weight_offset = norm.weight_offset;
+    again.cast_before_weight = norm.cast_before_weight;
+    again.rows = norm.rows, again.cols = cols, again.eps = norm.eps;
+    again.y = tiles.v, again.y_rows = dense(cols);
+    again.y_dtype = norm.cast_before_weight ? promoted(norm.x_dtype, norm.w_dtype) : type;
+    chosen.forward(again, row, end, row);
+    gated.d = dy;
+    gated.v = tile_at(tiles.v, row, cols, again.y_dtype);
+    chosen.gate_gradients(gated, row, end);
+  }
+
+  void of_gated_x() {
+    const RowsAt x{norm.x, norm.x_rows, norm.x_dtype, 0};
+    gated.v = x;
+    gated.result = tile_at(tiles.v, row, cols, type);
+    chosen.gate(gated, row, end);
+    RmsNormBackward inner = norm;
+    inner.x = row_0_of(tiles.v, row, cols, type);
+    inner.x_rows = dense(cols);
+    inner.x_dtype = type;
+    const bool wants_dx = norm.dx || p.dgate;
+    inner.dx = wants_dx ? row_0_of(tiles.dx, row, cols, type) : nullptr;
+    chosen.backward(inner, block, block + 1);
+    if (!wants_dx) return;
+    gated.result = norm.dx ? dx : gated.result;
+    gated.d = gated.v = tile_at(tiles.dx, row, cols, type);
+    if (!p.dgate) return chosen.gate(gated, row, end);
+    gated.v = x;
+    chosen.gate_gradients(gated, row, end);
+  }
+
+  const RmsNormGatedBackward& p;
+  const BackwardTiles& tiles;
+  const int64_t block;
+  const RmsNormBackward& norm = p.norm;
+  const Kernels& chosen = kernels_for(p);
+  const DType type = compute_type(p);
+  const int64_t cols = norm.cols, block_rows = rms_norm_backward_plan(norm).block_rows;
+  const int64_t row = block * block_rows, end = std::min(row + block_rows, norm.rows);
+  RowsAt dx;
+  GatedRows gated{};
+};
+
+}  // namespace
+
+int64_t rms_norm_gated_workspace(const RmsNormGated& p) { return ForwardTiles(p, nullptr).bytes; }
+
+void rms_norm_gated_forward(const RmsNormGated& p, int64_t row_begin, int64_t row_end,
+                            void* workspace) {
+  const Kernels& chosen = kernels_for(p);
+  const ForwardTiles tiles(p, workspace);
+  for (int64_t row = row_begin, end; row < row_end; row = end) {
+    end = std::min(row + tiles.rows, row_end);
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const RmsNormGated part = group_of(p, group);
+      if (tiles.weight && (group > 0 || row == row_begin)) {
+        weight_row_fp64(part.norm, compute_type(p), tiles.weight);
+      }
+      forward(chosen, part, tiles, row, end);
+    }
+  }
+}
+
+BackwardPlan rms_norm_gated_backward_plan(const RmsNormGatedBackward& p) {
+  RmsNormBackward norm = p.norm;
+  norm.cols /= p.groups;
+  BackwardPlan plan = rms_norm_backward_plan(norm);
+  plan.workspace_bytes *= p.groups;
+  return plan;
+}
+
+int64_t rms_norm_gated_backward_workspace(const RmsNormGatedBackward& p) {
+  return BackwardTiles(p, nullptr).bytes;
+}
+
+void rms_norm_gated_backward(const RmsNormGatedBackward& p, int64_t block_begin, int64_t block_end,
+                             void* workspace) {
+  const BackwardTiles tiles(p, workspace);
+  if (tiles.ones) {  // the weight of none
+    RmsNormForward none{};
+    none.cols = p.norm.cols / p.groups;
+    weight_row_fp64(none, compute_type(p), tiles.ones);
+  }
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    for (int64_t group = 0; group < p.groups; ++group) {
+      const RmsNormGatedBackward part = group_of(p, group);
+      GroupBackward(part, tiles, block, p.norm.cols).run();
+    }
+  }
+}
+
+void rms_norm_gated_backward_dweight(const RmsNormGatedBackward& p, int64_t col_begin,
+                                     int64_t col_end) {
+  const int64_t cols = p.norm.cols / p.groups;
+  for (int64_t begin = col_begin, end; begin < col_end; begin = end) {
+    const int64_t group = begin / cols, first = group * cols;
+    end = std::min(first + cols, col_end);
+    const RmsNormGatedBackward part = group_of(p, group);
+    kernels_for(p).dweight(part.norm, begin - first, end - first);
+  }
+}
+
+}  // namespace rmsnorm::cpu
