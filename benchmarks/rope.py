@@ -150,8 +150,8 @@ class Cell:
                 assert error <= (2 if name.startswith("ours") else 4), f"{name}: {error:.2f}"
 
 
-# Each takes a cell and a file with kernels, and gives a run: norms in a dense copy of q and k, and
-# the rotation there.
+# Each takes a cell and a file with kernels, and gives a run: norms of dense copies of q and k that
+# are there already, to buffers of their own; and the rotation there, by positions.
 
 
 def vllm(cell, file):
@@ -159,7 +159,7 @@ def vllm(cell, file):
     norm, rotary = ops.rms_norm.default, ops.rotary_embedding.default
 
     def run(s):
-        for y, x, weight in zip(s.out, (s.q, s.k), cell.weights):
+        for y, x, weight in zip(s.out, s.dense, cell.weights):
             norm(y, x, weight, EPS)
         q, k = (t.view(cell.tokens, -1) for t in s.out)
         rotary(cell.positions, q, k, cell.width, cell.cache, True)
