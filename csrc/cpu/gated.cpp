@@ -34,40 +34,39 @@ T* behind(T* data, int64_t elements, DType dtype) {
   return data ? reinterpret_cast<Bytes*>(data) + elements * size_of(dtype) : nullptr;
 }
 
-// One group of columns. Its gradients lie as those of all columns do, and the sums of a block for
-// dweight behind those of the groups before it.
-template <class P, class Norm>
-void take_columns(const P& p, Norm& norm, int64_t first, int64_t group) {
-  const DType normalized = p.gate.before_norm ? compute_type(p) : norm.x_dtype;
+// One group of columns: `first` is its first. What lies there of the tensors that both directions
+// have.
+template <class P>
+P group_of(const P& p, int64_t group, int64_t& first) {
+  P result = p;
+  auto& norm = result.norm;
+  norm.cols /= p.groups;
+  first = group * norm.cols;
   norm.x = behind(norm.x, first, norm.x_dtype);
   norm.weight = behind(norm.weight, first, norm.w_dtype);
+  const DType normalized = p.gate.before_norm ? compute_type(p) : norm.x_dtype;
   norm.rstd = behind(norm.rstd, group * norm.rows, promoted(normalized, DType::kFloat32));
   norm.cast_before_weight = norm.cast_before_weight && norm.weight;
   norm.stream = norm.fresh = false;
-}
-RmsNormGated group_of(const RmsNormGated& p, int64_t group) {
-  RmsNormGated result = p;
-  RmsNormForward& norm = result.norm;
-  norm.cols /= p.groups;
-  const int64_t first = group * norm.cols;
-  take_columns(p, norm, first, group);
-  norm.y = behind(norm.y, first, norm.y_dtype);
   result.gate.data = behind(p.gate.data, first, p.gate.dtype);
   result.groups = 1;
   return result;
 }
+RmsNormGated group_of(const RmsNormGated& p, int64_t group) {
+  int64_t first;
+  RmsNormGated result = group_of(p, group, first);
+  result.norm.y = behind(p.norm.y, first, p.norm.y_dtype);
+  return result;
+}
+// The sums of a block for dweight lie behind those of the groups before it.
 RmsNormGatedBackward group_of(const RmsNormGatedBackward& p, int64_t group) {
-  RmsNormGatedBackward result = p;
+  int64_t first;
+  RmsNormGatedBackward result = group_of(p, group, first);
   RmsNormBackward& norm = result.norm;
-  norm.cols /= p.groups;
-  const int64_t first = group * norm.cols;
-  take_columns(p, norm, first, group);
   norm.dy = behind(norm.dy, first, norm.dy_dtype);
   norm.dx = behind(norm.dx, first, norm.x_dtype);
   norm.dweight = behind(norm.dweight, first, norm.w_dtype);
-  result.gate.data = behind(p.gate.data, first, p.gate.dtype);
   result.dgate = behind(p.dgate, first, p.gate.dtype);
-  result.groups = 1;
   const int64_t bytes = rms_norm_backward_plan(norm).workspace_bytes;
   if (norm.workspace) norm.workspace = static_cast<char*>(norm.workspace) + group * bytes;
   return result;
