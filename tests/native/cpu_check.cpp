@@ -1054,7 +1054,7 @@ GatedGradients run(Gated& g, Tensor& rstd, int64_t step, bool dx, bool dweight, 
 }
 
 void compare_gradients(Gated& g, GatedGradients& got, const std::string& name) {
-  std::vector<Real> dweight(g.x.cols), dweight_size(g.x.cols);
+  std::vector<Real> dweight(g.x.cols), dweight_size(g.x.cols), dweight_tiny(g.x.cols);
   const Real unit = g.unit() * 8, cast = g.unit() * g.tie();
   bool close = true;
   const auto see = [&](bool ok, const char* what, int64_t row, int64_t i, Real value, Real want) {
@@ -1094,11 +1094,12 @@ void compare_gradients(Gated& g, GatedGradients& got, const std::string& name) {
             got.dgate.get(row, i), dgate);
         dweight[i] += dy(i) * (before ? xhat : g.rounded(g.f.x_type, xhat));
         dweight_size[i] += std::fabs(dy(i) * xhat);
+        if (!g.wide()) dweight_tiny[i] += kTiny * r * std::fabs(g.dy.get(row, i) * g.x.get(row, i));
       }
     }
   for (int64_t i = 0; i < g.x.cols; ++i)
-    see(is_near(got.dweight, 0, i, dweight[i], (unit + cast) * dweight_size[i]), "dweight", 0, i,
-        got.dweight.get(0, i), dweight[i]);
+    see(is_near(got.dweight, 0, i, dweight[i], (unit + cast) * dweight_size[i] + dweight_tiny[i]),
+        "dweight", 0, i, got.dweight.get(0, i), dweight[i]);
   check(close, "gated: gradients of %s", name.c_str());
 }
 
