@@ -170,7 +170,7 @@ struct RmsNormRopeBackward {
 enum class Activation : int32_t { kSilu, kSigmoid };  // silu(g) = g * sigmoid(g)
 
 struct Gate {
-  const void* data;  // [rows, cols], dtype, placed by rows
+  const void* data;  // [rows, cols], dtype, placed by rows; nullptr: none, groups alone
   Rows rows;
   DType dtype;
   Activation activation;

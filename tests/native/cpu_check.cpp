@@ -878,6 +878,7 @@ Activated activate(Activation activation, Real g) {
 struct Gated {
   Forward f;
   int64_t groups;
+  bool has_gate = true;
   Gate how{};
   Tensor x, w, gate, dy;
 
@@ -910,7 +911,7 @@ struct Gated {
   Real tie() const {
     return cast() && !wide() ? std::ldexp(1.0L, 1 - format(f.x_type).fraction_bits) / unit() : 0;
   }
-  DType y_type() const { return how.before_norm ? f.y_type() : f.x_type; }
+  DType y_type() const { return how.before_norm || !has_gate ? f.y_type() : f.x_type; }
   DType rstd_type() const {
     return f.x_type == DType::kFloat64 || (how.before_norm && wide()) ? DType::kFloat64
                                                                       : DType::kFloat32;
@@ -920,7 +921,7 @@ struct Gated {
             kGuard};
   }
   RmsNormGated params(Tensor& y, void* rstd) {
-    how.data = gate.data();
+    how.data = has_gate ? gate.data() : nullptr;
     RmsNormForward norm = ::params(f, x, w, y, rstd);
     norm.y_dtype = y.dtype;
     return {norm, how, groups};
@@ -928,11 +929,13 @@ struct Gated {
   std::string name() const {
     return f.name() + " gate=" + format(how.dtype).name + " " + std::to_string(x.rows) + "x" +
            std::to_string(groups) + "x" + std::to_string(group_cols()) +
-           (how.before_norm ? " before" : "") +
+           (how.before_norm ? " before" : "") + (has_gate ? "" : " without a gate") +
            (how.activation == Activation::kSigmoid ? " sigmoid" : "");
   }
 
-  Activated act(int64_t row, int64_t i) { return activate(how.activation, gate.get(row, i)); }
+  Activated act(int64_t row, int64_t i) {
+    return has_gate ? activate(how.activation, gate.get(row, i)) : Activated{1, 0, 0};
+  }
   // What is normalized.
   Real u(int64_t row, int64_t i) {
     return how.before_norm ? x.get(row, i) * act(row, i).value : x.get(row, i);
@@ -1090,8 +1093,9 @@ void compare_gradients(Gated& g, GatedGradients& got, const std::string& name) {
         const Real tiny = g.wide() ? 0 : kTiny * (1 + du_size);
         see(is_near(got.dx, row, i, dx, unit * dx_size + tiny), "dx", row, i, got.dx.get(row, i),
             dx);
-        see(is_near(got.dgate, row, i, dgate, (unit + cast) * dgate_size + tiny), "dgate", row, i,
-            got.dgate.get(row, i), dgate);
+        if (g.has_gate)
+          see(is_near(got.dgate, row, i, dgate, (unit + cast) * dgate_size + tiny), "dgate", row, i,
+              got.dgate.get(row, i), dgate);
         dweight[i] += dy(i) * (before ? xhat : g.rounded(g.f.x_type, xhat));
         dweight_size[i] += std::fabs(dy(i) * xhat);
         if (!g.wide()) dweight_tiny[i] += kTiny * r * std::fabs(g.dy.get(row, i) * g.x.get(row, i));
@@ -1152,6 +1156,10 @@ void check_gated() {
       const Gated g(f, s.rows, s.cols, s.groups, gate, way);
       check_gated_forward(g);
       check_gated_backward(g);
+      Gated groups_alone(f, s.rows, s.cols, s.groups, f.x_type, 2 * way);
+      groups_alone.has_gate = false;
+      check_gated_forward(groups_alone);
+      check_gated_backward(groups_alone);
     }
   // What is no number, and rows out of the fast path's range.
   for (const DType type : {f32, bf16, DType::kFloat16})
