@@ -21,6 +21,7 @@ TYPES = {
     "float": "float",
     "bool": "bool",
     "int": "int",
+    "str": "str",
     "List[int]": "Sequence[int]",
     "List[bool]": "Sequence[bool]",
 }

@@ -118,6 +118,31 @@ def rms_norm_forward(
     cast_before_weight: bool,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
+def rms_norm_gated(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    activation: str,
+    norm_before_gate: bool,
+    group_size: int | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+    /,
+) -> Tensor | None: ...
+def rms_norm_gated_out(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    activation: str,
+    norm_before_gate: bool,
+    group_size: int | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+    out: Tensor | None,
+    /,
+) -> bool | None: ...
 def rms_norm_out(
     input: Tensor,
     normalized_shape: int | Sequence[int],

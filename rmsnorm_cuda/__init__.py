@@ -3,9 +3,11 @@
     rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, ...)
     fused_add_rms_norm(input, residual, weight=None, eps=None, *, ...) -> (output, residual_out)
     rms_norm_quant(input, weight=None, eps=None, *, dtype, scale=None, ...) -> (output, scale)
+    rms_norm_gated(input, gate, weight=None, eps=None, *, activation="silu", group_size=None, ...)
     rms_norm_rope(q, k, q_weight, k_weight, cos, sin, ...) -> (q, k)
     rms_norm_sharded(input, normalized_size, ..., group=None)   rows spread over ranks
     RMSNorm(normalized_shape, eps=None, ...)                    the module, a torch.nn.RMSNorm
+    RMSNormGated(hidden_size, eps=None, ...)                    its module
     replace_rms_norm(model), patch_transformers(*types)         swap a model's norms for ours
     monitor(model)                                              watches what norms are given
 
@@ -28,13 +30,14 @@ from .functional import (
     fused_add_rms_norm_,
     fused_add_rms_norm_quant,
     rms_norm,
+    rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
     rms_norm_rope_,
 )
 from .installation.paths import cmake_dir, include_dir, library_dir, torch_library_dir
 from .integrations import dtensor, jagged, onnx
-from .modules import RMSNorm
+from .modules import RMSNorm, RMSNormGated
 
 if TYPE_CHECKING:
     from . import monitoring, ops
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["RMSNorm", "rms_norm", "rms_norm_quant", "rms_norm_rope", "rms_norm_rope_"]
-__all__ += ["rms_norm_sharded"]
+__all__ += ["RMSNormGated", "rms_norm_gated", "rms_norm_sharded"]
 __all__ += ["fused_add_rms_norm", "fused_add_rms_norm_", "fused_add_rms_norm_quant"]
 __all__ += ["config", "decompositions", "monitor", "monitoring", "ops"]
 __all__ += ["patch_transformers", "replace_rms_norm"]

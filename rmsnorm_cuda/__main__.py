@@ -20,6 +20,7 @@ from rmsnorm_cuda import _C, explain
 from rmsnorm_cuda.reference import (
     quantize_reference,
     rms_norm_backward_reference,
+    rms_norm_gated_reference,
     rms_norm_reference,
     rms_norm_rope_reference,
     round_once,
@@ -117,6 +118,16 @@ def checks(device, generator):
                     eps = max(eps, torch.finfo(dtype).eps)
                 ulps = (error.amax() / want.abs().amax() / eps).item()
                 yield kind, f"rms_norm_backward {kind} {name}", ulps, 4
+
+    # An ulp of the norm, and one of the activation and of the product with it.
+    for dtype, first, group_size in itertools.product(DTYPES, (False, True), (None, 64)):
+        x, gate, weight = (randn(*shape, dtype=dtype) for shape in ((5, 192), (5, 192), (192,)))
+        options = {"norm_before_gate": not first, "group_size": group_size}
+        args = (t.to(device) for t in (x, gate, weight))
+        got = rmsnorm_cuda.rms_norm_gated(*args, 1e-6, **options)
+        want = rms_norm_gated_reference(x, gate, weight, 1e-6, **options)
+        name = f"{str(dtype)[6:]} {'gate, norm' if first else 'norm, gate'} {group_size or ''}"
+        yield "gated", f"rms_norm_gated {name}", ulp_distance(got.cpu(), want).max().item(), 4
 
     # In ulps of the largest: those of the norm, and half a one of a product and of the sum each.
     for dtype, interleaved in itertools.product(DTYPES, (False, True)):

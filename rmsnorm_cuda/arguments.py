@@ -32,6 +32,8 @@ def _converted(value, expected):
             return value
         case "a number" if isinstance(value, numbers.Real):
             return float(value)
+        case "a str" if isinstance(value, str):
+            return value
         case "an int" if isinstance(value, torch.SymInt):
             return value
         case "an int":
@@ -45,11 +47,14 @@ def _converted(value, expected):
 
 
 _KINDS = {  # what each argument is expected to be
-    **dict.fromkeys(("input", "residual", "weight", "scale", "out"), "a Tensor"),
+    **dict.fromkeys(("input", "residual", "gate", "weight", "scale", "out"), "a Tensor"),
     **dict.fromkeys(("q", "k", "q_weight", "k_weight", "cos", "sin", "positions"), "a Tensor"),
     **dict.fromkeys(("eps", "scale_ub", "weight_offset"), "a number"),
     **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm"), "a bool"),
     **dict.fromkeys(("interleaved", "interleaved_sections", "round_each_step"), "a bool"),
+    "activation": "a str",
+    "norm_before_gate": "a bool",
+    "group_size": "an int",
     "heads_dim": "an int",
     "sections": "an int or a tuple of ints",
     "normalized_shape": "an int or a tuple of ints",

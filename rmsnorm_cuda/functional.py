@@ -23,6 +23,7 @@ def rms_norm(
     *,
     weight_offset: float = 0,  # an int: torch.compile(dynamic=True) takes a float for a variable
     cast_before_weight: bool = False,
+    group_size: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     r"""Root mean square layer normalization over the last dimensions.
@@ -50,6 +51,8 @@ def rms_norm(
         cast_before_weight: round ``x / rms`` to the dtype of ``input`` and then multiply: the order
             of the Llama, Mistral and Qwen families. The result has the promoted dtype of ``input``
             and ``weight``, as theirs has.
+        group_size: normalize each so many columns by themselves, where ``normalized_shape`` has one
+            dimension that is a multiple of it; as :func:`rms_norm_gated` without a gate.
         out: written to and returned instead of a new tensor: same shape, the result's dtype, dense
             rows. May be ``input`` itself. Refused where a gradient would be recorded.
 
@@ -58,12 +61,17 @@ def rms_norm(
 
     Raises:
         TypeError: an argument is of the wrong Python type.
-        ValueError: eps is negative or not finite; ``input`` has too few dimensions.
+        ValueError: eps is negative or not finite; ``input`` has too few dimensions; ``group_size``
+            is not positive, or beside a ``normalized_shape`` of several dimensions.
         NotImplementedError: a dtype that is not one of the four.
         RuntimeError: shapes or devices do not match; ``out`` does not fit, overlaps ``input``
             partly, or is given where a gradient is recorded. Nothing is written when an error is
             raised.
     """
+    if group_size is not None:
+        _check_one_dim(input, normalized_shape)
+        options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+        return rms_norm_gated(input, None, weight, eps, group_size=group_size, **options, out=out)
     if not is_dynamo_compiling():
         # No tuple of them all, which costs a tenth of a call on one row.
         if out is None:
@@ -86,6 +94,118 @@ def rms_norm(
     if out is None:
         return _call(_ops.rms_norm, args, options, None)
     _call(_ops.rms_norm, args, options, {"out": out})
+    return out
+
+
+def _check_one_dim(input, normalized_shape):
+    """What rms_norm_gated takes: the last dimension of input."""
+    shape = normalized_shape
+    if not is_dynamo_compiling():
+        (arguments,) = checked("rms_norm", {"input": input, "normalized_shape": shape})
+        shape = arguments["normalized_shape"]
+    shape = (shape,) if isinstance(shape, int | torch.SymInt) else tuple(shape)
+    if len(shape) != 1:
+        raise ValueError(
+            "rms_norm: expected a normalized_shape of one dimension beside group_size, but got "
+            f"normalized_shape={list(shape)}"
+        )
+    if tuple(input.shape[-1:]) != shape:
+        raise RuntimeError(
+            f"rms_norm: given normalized_shape={list(shape)}, expected input with shape "
+            f"[*, {shape[0]}], but got input of size {list(input.shape)}"
+        )
+
+
+def rms_norm_gated(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""RMSNorm over the last dimension and a gate, in one pass.
+
+    With :math:`\mathrm{act}(z)` = ``z * sigmoid(z)`` or ``sigmoid(z)`` of the gate, by default
+
+    .. math::
+        y = \mathrm{norm}(x) \cdot \mathrm{weight} \cdot \mathrm{act}(\mathrm{gate})
+
+    as in Qwen3-Next and Kimi-Linear; with ``norm_before_gate=False``
+
+    .. math::
+        y = \mathrm{norm}(x \cdot \mathrm{act}(\mathrm{gate})) \cdot \mathrm{weight}
+
+    as in Mamba 2 (Dao & Gu, "Transformers are SSMs", ICML 2024). All is computed in fp32 (fp64 if
+    an argument is fp64) and rounded once. ``cast_before_weight`` rounds where eager code does:
+
+    * the norm first: ``x / rms`` to the dtype of ``input``; times the weight, to the promotion of
+      both dtypes; times ``act(gate)``, in fp32, to the dtype of ``input``: Qwen3-Next, Qwen 3.5,
+      Olmo Hybrid. Without it Kimi-Linear and Bailing;
+    * the gate first: ``x * act(gate) / rms`` to the dtype of ``input``; times the weight, to the
+      promotion of both: Mamba 2, Bamba, Nemotron-H, Zamba 2, Granite. Without it Falcon-H1.
+
+    Differentiable in ``input``, ``gate`` and ``weight``, where these roundings count as the
+    identity. The backward reads ``input``, ``gate`` and one number of each row or group, which the
+    forward has kept.
+
+    Args:
+        input: ``(*, N)``, fp32, fp16, bf16 or fp64; rows may be strided.
+        gate: ``(*, N)`` in any of these dtypes; rows may be strided, as those of a slice of a
+            projection. None: the norm alone.
+        weight: ``(N,)`` in any of these dtypes, or None.
+        eps: added to the mean of the squares; None: the machine epsilon of the type computed in
+            (that of ``input``).
+        activation: "silu" or "sigmoid", of the gate.
+        norm_before_gate: see above.
+        group_size: normalize each so many columns by themselves; N is a multiple of it. None: all.
+        weight_offset: added to the weight in fp32; 1.0 is the Gemma family.
+        cast_before_weight: see above.
+        out: written to and returned instead of a new tensor: same shape, the result's dtype, dense
+            rows. May be ``input`` itself. Refused where a gradient would be recorded.
+
+    Returns: ``(*, N)``, contiguous, of the dtype of ``input``; of a gate that comes first, or none,
+        with ``cast_before_weight`` the promotion of that and the weight's.
+
+    Raises:
+        NotImplementedError: a dtype that is not one of the four.
+        TypeError: an argument is of the wrong Python type.
+        ValueError: another ``activation``; ``group_size`` is not positive; ``eps`` or
+            ``weight_offset`` out of range; ``input`` is a scalar.
+        RuntimeError: shapes or devices do not match; N is no multiple of ``group_size``; ``out``
+            does not fit, or overlaps what is read. Nothing is written when an error is raised.
+    """
+    if not is_dynamo_compiling():
+        if out is None:
+            y = _C.rms_norm_gated(
+                input, gate, weight, eps, activation, norm_before_gate, group_size,
+                weight_offset, cast_before_weight,
+            )  # fmt: skip
+            if y is not None:
+                return y
+        else:
+            if _C.rms_norm_gated_out(
+                input, gate, weight, eps, activation, norm_before_gate, group_size,
+                weight_offset, cast_before_weight, out,
+            ):  # fmt: skip
+                return out
+            checked("rms_norm_gated", {"out": out})
+    args = {"input": input, "gate": gate, "weight": weight, "eps": eps}
+    options = {
+        "activation": activation,
+        "norm_before_gate": norm_before_gate,
+        "group_size": group_size,
+        "weight_offset": weight_offset,
+        "cast_before_weight": cast_before_weight,
+    }
+    if out is None:
+        return _call(_ops.rms_norm_gated, args, options, None)
+    _call(_ops.rms_norm_gated, args, options, {"out": out})
     return out
 
 

@@ -1,4 +1,4 @@
-"""torch.nn.RMSNorm on this package's kernels."""
+"""torch.nn.RMSNorm on this package's kernels, and the norm with a gate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from .functional import _C, fused_add_rms_norm, is_dynamo_compiling, rms_norm
+from .functional import _C, fused_add_rms_norm, is_dynamo_compiling, rms_norm, rms_norm_gated
 from .scriptable import ScriptableRMSNorm
 
 
@@ -120,3 +120,80 @@ class RMSNorm(torch.nn.RMSNorm):
         offset = f", weight_offset={self.weight_offset}" if self.weight_offset != 0.0 else ""
         cast = ", cast_before_weight=True" if self.cast_before_weight else ""
         return super().extra_repr() + offset + cast
+
+
+class RMSNormGated(torch.nn.Module):
+    """:func:`rms_norm_gated` with its weight: the norm of the linear attentions of Qwen3-Next and
+    Kimi-Linear and, with ``norm_before_gate=False``, of the mixers of Mamba 2.
+
+    Args:
+        hidden_size: of the last dimension.
+        eps, activation, norm_before_gate, group_size, weight_offset, cast_before_weight: as of
+            :func:`rms_norm_gated`.
+        elementwise_affine: whether there is a weight, ``(hidden_size,)``, which begins as 1 -
+            weight_offset. False: ``weight`` is None.
+        device, dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "silu",
+        norm_before_gate: bool = True,
+        group_size: int | None = None,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = False,
+    ) -> None:
+        """Fills the weight, if ``elementwise_affine`` asks for one."""
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.eps = plain_eps(eps)
+        self.elementwise_affine = elementwise_affine
+        self.activation = activation
+        self.norm_before_gate = norm_before_gate
+        self.group_size = group_size
+        self.weight_offset = weight_offset
+        self.cast_before_weight = cast_before_weight
+        weight = None
+        if elementwise_affine:
+            weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.elementwise_affine:
+            torch.nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The norm of x and the gate; without a gate the norm alone, of groups if there are any.
+
+        Shapes, dtypes and errors are those of :func:`rms_norm_gated`.
+        """
+        return rms_norm_gated(
+            x,
+            gate,
+            self.weight,
+            self.eps,
+            activation=self.activation,
+            norm_before_gate=self.norm_before_gate,
+            group_size=self.group_size,
+            weight_offset=self.weight_offset,
+            cast_before_weight=self.cast_before_weight,
+        )
+
+    def extra_repr(self) -> str:
+        options = {
+            "activation": (self.activation, "silu"),
+            "norm_before_gate": (self.norm_before_gate, True),
+            "group_size": (self.group_size, None),
+            "weight_offset": (self.weight_offset, 0.0),
+            "cast_before_weight": (self.cast_before_weight, False),
+        }
+        told = "".join(f", {k}={value}" for k, (value, usual) in options.items() if value != usual)
+        affine = self.elementwise_affine
+        return f"{self.hidden_size}, eps={self.eps}, elementwise_affine={affine}{told}"

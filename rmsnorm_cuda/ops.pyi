@@ -151,6 +151,78 @@ def rms_norm_forward(
 rms_norm_forward_formula = rms_norm_forward
 
 @overload
+def rms_norm_gated(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = 'silu',
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor: ...
+@overload
+def rms_norm_gated(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = 'silu',
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    out: Tensor,
+) -> None: ...
+def rms_norm_gated_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor,
+    eps: float | None,
+    output_mask: Sequence[bool],
+    *,
+    activation: str = 'silu',
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+rms_norm_gated_backward_formula = rms_norm_gated_backward
+
+def rms_norm_gated_formula(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = 'silu',
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor: ...
+def rms_norm_gated_forward(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = 'silu',
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+
+rms_norm_gated_forward_formula = rms_norm_gated_forward
+
+@overload
 def rms_norm_quant(
     input: Tensor,
     weight: Tensor | None = None,

@@ -83,6 +83,40 @@ def rms_norm_backward_reference(
 
 
 @torch.no_grad()
+def rms_norm_gated_reference(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor:
+    """What rms_norm_gated computes, in fp64, rounded where its docstring says so."""
+    x, act = input.double(), 1.0
+    if gate is not None:
+        act = torch.sigmoid(gate.double()) * (gate.double() if activation == "silu" else 1.0)
+    if not norm_before_gate:
+        x = x * act
+    groups = x if group_size is None else x.unflatten(-1, (-1, group_size))
+    eps = default_eps(input) if eps is None else eps
+    y = (groups * _rstd(groups, [-1], eps)).reshape(x.shape)
+    product_dtype = output_dtype(input, weight, cast_before_weight)
+    if weight is not None:
+        if cast_before_weight:
+            y = round_once(y, input.dtype).double()
+        y = y * gain_of(weight, compute_dtype(input, weight, gate), weight_offset).double()
+    if gate is None or not norm_before_gate:
+        return round_once(y, product_dtype)
+    if weight is not None and cast_before_weight:
+        y = round_once(y, product_dtype).double()
+    return round_once(y * act, input.dtype)
+
+
+@torch.no_grad()
 def rms_norm_rope_reference(
     x: Tensor,
     weight: Tensor | None,

@@ -217,6 +217,8 @@ def _by_formula(formula, in_dims, args, options):
         key = torch._C.DispatchKey.CompositeImplicitAutograd
         results = formula._op_dk(key, *args, **options)
     unwrap = torch._C._functorch._unwrap_batched
+    if isinstance(results, torch.Tensor):
+        return unwrap(results, level)
     return tuple(zip(*((r, None) if r is None else unwrap(r, level) for r in results)))
 
 
@@ -314,6 +316,32 @@ def _rms_norm_rope_(info, in_dims, *args, **options):
     return None, None
 
 
+def _gated(name, grads=0):
+    """Of an op whose arguments are so many gradients, and then input, gate and weight. Where
+    samples have weights of their own, or each asks for its gradient of the weight, the formula.
+    """
+    op, formula = (getattr(_ops, n).default for n in (name, f"{name}_formula"))
+
+    def rule(info, in_dims, *args, **options):
+        input, gate, weight, rstd, mask = grads, grads + 1, grads + 2, 4, 6
+        missing = (None,) * max(0, weight + 1 - len(args))
+        args = [*args, *missing]
+        dims = [*in_dims, *(None,) * (len(args) - len(in_dims))]
+        if dims[weight] is not None or (grads and args[mask][2]):
+            return _by_formula(formula, dims, args, options)
+        of_rstd = 0 if options.get("group_size") is None else 1  # behind the groups
+        for i in (*range(grads), input, gate):
+            args[i] = _front(args[i], dims[i], info.batch_size)
+        if grads:
+            args[rstd] = _front(args[rstd], dims[rstd], info.batch_size).movedim(0, of_rstd)
+        results = op(*args, **options)
+        if isinstance(results, torch.Tensor):
+            return results, 0
+        return results, (0, 0, 0) if grads else (0, of_rstd)
+
+    return rule
+
+
 RULES = {
     "rms_norm": _rms_norm,
     "rms_norm_forward": _rms_norm_forward,
@@ -321,6 +349,9 @@ RULES = {
     "fused_add_rms_norm": _fused_add_rms_norm,
     "fused_add_rms_norm_forward": _fused_add_rms_norm_forward,
     "fused_add_rms_norm_": _fused_add_rms_norm_,
+    "rms_norm_gated": _gated("rms_norm_gated"),
+    "rms_norm_gated_forward": _gated("rms_norm_gated_forward"),
+    "rms_norm_gated_backward": _gated("rms_norm_gated_backward", grads=1),
     "rms_norm_rope": _rope("rms_norm_rope"),
     "rms_norm_rope_forward": _rope("rms_norm_rope_forward", returns_rstd=True),
     "rms_norm_rope_backward": _rope("rms_norm_rope_backward", grads=2),

@@ -74,6 +74,14 @@ bool parse(PyObject* object, int64_t& value) {
   value = PyLong_AsLongLongAndOverflow(object, &overflow);
   return overflow == 0;
 }
+bool parse(PyObject* object, std::string_view& value) {
+  if (!PyUnicode_CheckExact(object)) return false;
+  Py_ssize_t size = 0;
+  const char* const text = PyUnicode_AsUTF8AndSize(object, &size);
+  if (!text) PyErr_Clear();
+  value = {text, static_cast<size_t>(size)};
+  return text;
+}
 bool parse(PyObject* object, double& value) {
   value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
   int64_t whole = 0;
@@ -176,6 +184,8 @@ PyMethodDef kEntryPoints[] = {
     method<ops::fused_add_rms_norm>("fused_add_rms_norm"),
     method<ops::fused_add_rms_norm_out>("fused_add_rms_norm_out"),
     method<ops::fused_add_rms_norm_>("fused_add_rms_norm_"),
+    method<ops::rms_norm_gated>("rms_norm_gated"),
+    method<ops::rms_norm_gated_out>("rms_norm_gated_out"),
     method<ops::rms_norm_rope>("rms_norm_rope"),
     method<ops::rms_norm_rope_out>("rms_norm_rope_out"),
     method<ops::rms_norm_rope_>("rms_norm_rope_"),

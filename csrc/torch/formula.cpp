@@ -44,7 +44,7 @@ Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
 
 Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
                  int64_t normalized_dims, int64_t weight_dims, const OptionalTensor& weight,
-                 const NormOptions& options)
+                 const NormOptions& options, std::optional<at::ScalarType> cast_type)
     : name_(name),
       input_(input),
       weight_(weight),
@@ -74,7 +74,7 @@ Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
   }
   normalized_ = x_ * inverse_rms_;
   if (options.cast_before_weight && weight)
-    normalized_ = normalized_.to(input.scalar_type()).to(compute_);
+    normalized_ = normalized_.to(cast_type.value_or(input.scalar_type())).to(compute_);
   if (!weight) return;
   const double offset = options.weight_offset;
   gain_ = weight->to(compute_) + (offset == 0 ? -0.0 : offset);  // -0 + 0 would be 0

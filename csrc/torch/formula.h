@@ -21,9 +21,11 @@ class Formula {
           SymIntArrayRef normalized_shape, const OptionalTensor& weight,
           const NormOptions& options);
   // The norm of the last dimension by a weight whose last `weight_dims` dimensions are input's:
-  // [D], or of each head its own, [heads, D]. That has been checked.
+  // [D], or of each head its own, [heads, D]. That has been checked. cast_type: what
+  // cast_before_weight rounds to, of input where nullopt.
   Formula(const char* name, Rescaling rescaling, const Tensor& input, int64_t normalized_dims,
-          int64_t weight_dims, const OptionalTensor& weight, const NormOptions& options);
+          int64_t weight_dims, const OptionalTensor& weight, const NormOptions& options,
+          std::optional<at::ScalarType> cast_type = std::nullopt);
 
   Tensor output() const;   // in the op's dtype
   Tensor product() const;  // in the type that is computed in

@@ -1,6 +1,6 @@
-// Every op by its C++ type, which is that of its schema. rms_norm.cpp, fused_add.cpp, quant.cpp and
-// rope.cpp define them. Whoever calls ops::rms_norm::call(...) goes through the dispatcher. An
-// alias of a signature serves every op that has it.
+// Every op by its C++ type, which is that of its schema. rms_norm.cpp, fused_add.cpp, gated.cpp,
+// quant.cpp and rope.cpp define them. Whoever calls ops::rms_norm::call(...) goes through the
+// dispatcher. An alias of a signature serves every op that has it.
 #pragma once
 #include "op.h"
 
@@ -24,6 +24,16 @@ using NormBackward = Result(const Tensor&, const Tensor&, SymIntArrayRef, const 
 template <class Result, class... Out>
 using FusedNorm = Result(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool,
                          Out...);
+// (input, gate, weight, eps, activation, norm_before_gate, group_size, weight_offset,
+// cast_before_weight, ...)
+template <class Result, class... Out>
+using GatedNorm = Result(const Tensor&, const OptionalTensor&, const OptionalTensor&, Eps,
+                         std::string_view, bool, std::optional<int64_t>, double, bool, Out...);
+// (grad_output, input, gate, weight, rstd, eps, output_mask, and from activation on the same)
+template <class Result>
+using GatedNormBackward = Result(const Tensor&, const Tensor&, const OptionalTensor&,
+                                 const OptionalTensor&, const Tensor&, Eps, std::array<bool, 3>,
+                                 std::string_view, bool, std::optional<int64_t>, double, bool);
 // (input, weight, scale, eps, dtype, block, scale_ub, column_major, keep_norm, weight_offset,
 // cast_before_weight, ...)
 template <class Result, class... Out>
@@ -65,6 +75,12 @@ RMSNORM_OP(fused_add_rms_norm, "fused_add_rms_norm", "", FusedNorm<Tensors<2>>);
 RMSNORM_OP(fused_add_rms_norm_, "fused_add_rms_norm_", "", FusedNorm<void>);
 RMSNORM_OP(fused_add_rms_norm_out, "fused_add_rms_norm", "out", FusedNorm<void, Out, Out>);
 RMSNORM_OP(fused_add_rms_norm_forward, "fused_add_rms_norm_forward", "", FusedNorm<Tensors<3>>);
+RMSNORM_OP(rms_norm_gated, "rms_norm_gated", "", GatedNorm<Tensor>);
+RMSNORM_OP(rms_norm_gated_out, "rms_norm_gated", "out", GatedNorm<void, Out>);
+RMSNORM_OP(rms_norm_gated_forward, "rms_norm_gated_forward", "",
+           GatedNorm<Tensors<2>>);  // output, rstd
+RMSNORM_OP(rms_norm_gated_backward, "rms_norm_gated_backward", "",
+           GatedNormBackward<Tensors<3>>);  // dx, dgate, dweight
 // output, scale, residual_out if there is a residual, norm
 RMSNORM_OP(rms_norm_quant, "rms_norm_quant", "", Quant<Tensors<3>>);
 RMSNORM_OP(rms_norm_quant_out, "rms_norm_quant", "out", Quant<void, Out, Out, Out>);

@@ -40,7 +40,8 @@ def register() -> None:
                     f"is {residual.placements}"
                 )
             whole = Replicate()
-            dx, dweight = given.get("output_mask", (True, True))
+            dx, *dgate, dweight = given.get("output_mask", (True, True, True))
+            has_groups = given.get("group_size") is not None
             lead = input.ndim - len(given.get("normalized_shape", "1"))
             choices = []
             for rows in (whole, *map(Shard, range(lead))):
@@ -50,9 +51,14 @@ def register() -> None:
                     "norm": rows if given.get("keep_norm") else whole,
                     "scale": rows if given.get("scale") is None else whole,
                     "grad_input": rows if dx else None,
+                    "grad_gate": rows
+                    if dgate == [True] and given.get("gate") is not None
+                    else None,
                     "grad_weight": total if dweight and given["weight"] is not None else None,
                 }
                 of_tensor = {"weight": whole, "scale": whole}
+                if has_groups and rows != whole:  # which are in front of rstd's rows
+                    of_result["rstd"] = of_tensor["rstd"] = Shard(rows.dim + 1)
                 placed = [
                     of_tensor.get(name, rows) if hasattr(value, "placements") else None
                     for name, value in given.items()

@@ -13,8 +13,10 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from ..again import op_names
 
 _OF_ROWS = {"grad_output", "input", "residual", "grad_residual", "rstd", "out", "residual_out"}
+_OF_ROWS |= {"gate", "grad_gate"}
 _OF_ROWS |= {"grad_q", "grad_k", "q", "k", "q_out", "k_out"}
-# Plain results: rstd of rotated rows, which may begin with the heads.
+# Plain results: rstd of rotated rows, which may begin with the heads. (That of groups, too, begins
+# with these.)
 _PLAIN = {"grad_weight", "grad_q_weight", "grad_k_weight", "q_rstd", "k_rstd"}
 
 
@@ -36,7 +38,9 @@ def _on_values(cls, func, types, args, kwargs):
                 f"{other._size} and {name} {first._size}"
             )
     normalized = len(given.get("normalized_shape", "1"))
-    rows = _OF_ROWS
+    rows, plain = _OF_ROWS, _PLAIN
+    if given.get("group_size") is not None:
+        rows, plain = rows - {"rstd"}, plain | {"rstd"}
     if is_rope:
         rows = rows | ({"cos", "sin"} if given.get("positions") is None else {"positions"})
         tokens = given["q"].dim() + (-3 if given.get("heads_dim", -2) == -2 else -2)
@@ -62,7 +66,7 @@ def _on_values(cls, func, types, args, kwargs):
 
     def wrapped(result, what):
         # What was not asked for is None, or has no elements.
-        if not isinstance(result, Tensor) or what in _PLAIN:
+        if not isinstance(result, Tensor) or what in plain:
             return result
         has_rows = result.numel() or not first._values.numel()
         return NestedTensor(result, **layout) if has_rows else result
