@@ -126,6 +126,32 @@ def quant_samples(*more):
         yield (*tensors, None, torch.tensor([0.1])), {"dtype": torch.float8_e5m2} | options
 
 
+GATE_FIRST = {"norm_before_gate": False, "group_size": 4}
+
+
+def gated_samples():
+    x, gate, weight = random(3, 8), random(3, 16)[:, 8:], random_weight(8, torch.float32)
+    yield (x, gate, weight, 1e-5), {}
+    leaves = [leaf(t.clone()) for t in (x, gate, weight)]
+    yield leaves, {"activation": "sigmoid"} | GEMMA
+    yield leaves, GATE_FIRST
+    yield (x.bfloat16(), gate.bfloat16(), weight), GATE_FIRST | LLAMA
+    yield (leaf(x.bfloat16()), None, leaf(weight.clone())), {"group_size": 2} | LLAMA
+    yield (leaf(x.double()), gate), {}
+
+
+def gated_backward_samples():
+    for (*tensors, eps), options in (
+        ((*args, *(None,) * (4 - len(args))), options) for args, options in gated_samples()
+    ):
+        x, gate, weight = (t if t is None else t.detach() for t in tensors)
+        y, rstd = ops.rms_norm_gated_forward(x, gate, weight, eps, **options)
+        dy = random(*y.shape, dtype=y.dtype)
+        for mask in ((True,) * 3, (False, True, False), (True, False, True)):
+            yield (dy, x, gate, weight, rstd, eps, mask), options
+        yield (leaf(dy), leaf(x.clone()), gate, weight, rstd, eps, (True,) * 3), options
+
+
 def rope_samples():
     cos, sin = random(5, 4).cos(), random(5, 4).sin()
     q, k = random(2, 5, 3, 8), random(2, 5, 2, 8)
@@ -162,13 +188,19 @@ def with_out(op, samples, names):
     """The same with what `op` returns, to be written to; int8 only, since opcheck multiplies what
     an op may write.
     """
+
+    def of(results):
+        return (results,) if isinstance(results, torch.Tensor) else results
+
     for args, options in samples:
         if "dtype" in options:
             options |= {"dtype": torch.int8}
         yield (
             args,
             options
-            | dict(zip(names, (torch.zeros_like(t) for t in op(*args, **options)), strict=True)),
+            | dict(
+                zip(names, (torch.zeros_like(t) for t in of(op(*args, **options))), strict=True)
+            ),
         )
 
 
@@ -181,6 +213,9 @@ DIFFERENTIABLE = {
     "rms_norm_backward": backward_samples,
     "fused_add_rms_norm": fused_samples,
     "fused_add_rms_norm_forward": fused_samples,
+    "rms_norm_gated": gated_samples,
+    "rms_norm_gated_forward": gated_samples,
+    "rms_norm_gated_backward": gated_backward_samples,
     "rms_norm_rope": rope_samples,
     "rms_norm_rope_forward": rope_samples,
     "rms_norm_rope_backward": rope_backward_samples,
@@ -203,6 +238,10 @@ SAMPLES = [
         for sample in with_out(
             ops.fused_add_rms_norm, list(fused_samples())[:-1], ("out", "residual_out")
         )
+    ),
+    *(
+        (ops.rms_norm_gated.out, sample)
+        for sample in with_out(ops.rms_norm_gated, without_grad(gated_samples()), ("out",))
     ),
     *((ops.rms_norm_rope_.default, sample) for sample in list(without_grad(rope_samples()))[:2]),
     *(

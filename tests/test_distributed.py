@@ -24,6 +24,7 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_,
     fused_add_rms_norm_quant,
     rms_norm,
+    rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
     rms_norm_rope_,
@@ -343,6 +344,45 @@ def gradient_of_the_sum_placed_otherwise(rank, world, folder):
             )
             assert all(same_bits(full(a), b) for a, b in zip(grads[:2], want[:2])), placements
             torch.testing.assert_close(full(grads[2]), want[2], rtol=1e-5, atol=1e-5)
+
+
+@check(2)
+def gated(rank, world, folder):
+    """Rows may be sharded, and groups of columns are whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = mesh_of(world)
+    x, gate, weight, dy = (
+        random(4, 6, 16),
+        random(4, 6, 16),
+        random_weight(16, FP32),
+        random(4, 6, 16),
+    )
+    for how in (
+        {},
+        {"group_size": 4},
+        {"norm_before_gate": False, "group_size": 8},
+        {"norm_before_gate": False, "activation": "sigmoid"},
+    ):
+        plain = [t.clone().requires_grad_() for t in (x, gate, weight)]
+        want = rms_norm_gated(*plain, 1e-6, **how)
+        wanted = torch.autograd.grad(want, plain, dy)
+        for rows in (Replicate(), Shard(0), Shard(1)):
+            placements = rows, rows, Replicate()
+            leaves = [
+                everywhere(t, mesh, p).requires_grad_()
+                for t, p in zip((x, gate, weight), placements)
+            ]
+            with no_communication():
+                got = rms_norm_gated(*leaves, 1e-6, **how)
+            assert got.placements == (rows,) and same_bits(full(got), want.detach())
+            grads = torch.autograd.grad(got, leaves, everywhere(dy, mesh, rows))
+            assert all(same_bits(full(a), b) for a, b in zip(grads[:2], wanted))
+            torch.testing.assert_close(full(grads[2]), wanted[2], rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            columns = everywhere(x, mesh, Shard(2))
+            got = rms_norm_gated(columns, everywhere(gate, mesh, Shard(0)), **how)
+            assert same_bits(full(got), rms_norm_gated(x, gate, **how))
 
 
 @check(2, 4)

@@ -12,6 +12,7 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_,
     replace_rms_norm,
     rms_norm,
+    rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
 )
@@ -130,6 +131,25 @@ def test_override_is_handed_what_f_rms_norm_would():
         2,
         ["cast_before_weight", "eps", "weight", "weight_offset"],
     )
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_gated(group_size, norm_before_gate):
+    how = {"group_size": group_size, "norm_before_gate": norm_before_gate}
+    leaves = [[t.clone().requires_grad_() for t in (values(8), values(8), torch.rand(8))]] * 2
+    leaves[1] = [t.detach().clone().requires_grad_() for t in leaves[0]]
+    x, gate, w = leaves[1]
+    want = rms_norm_gated(*leaves[0], 1e-6, **how)
+    got = rms_norm_gated(jagged(x), jagged(gate), w, 1e-6, **how)
+    assert same_bits(got.values().detach(), want.detach())
+    want.sin().sum().backward(), got.values().sin().sum().backward()
+    assert all(same_bits(a.grad, b.grad) for a, b in zip(*leaves))
+    with pytest.raises(RuntimeError, match="expected gate to be a nested tensor as input is"):
+        rms_norm_gated(jagged(x), gate, w)
+    with torch.no_grad():
+        got = rms_norm(jagged(x), 8, w, 1e-6, group_size=4)
+        assert same_bits(got.values(), rms_norm(x, 8, w, 1e-6, group_size=4))
 
 
 @pytest.mark.parametrize("weight_shape", [(8,), (4, 8), (32,)])

@@ -11,6 +11,7 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_,
     fused_add_rms_norm_quant,
     rms_norm,
+    rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
     rms_norm_rope_,
@@ -517,6 +518,59 @@ def test_every_op_but_those_with_out_has_a_rule():
 # ------------------------------------------------------------------------------------------- rope
 
 # of q, k, q_weight, k_weight and the angles
+GATED_DIMS = [(0, 0, None), (1, 0, None), (0, None, None), (None, 1, None), (0, 0, 0), (None, 0, 0)]
+GATED_KINDS = [
+    {},
+    {"norm_before_gate": False, "group_size": 4},
+    {"activation": "sigmoid", "group_size": 2},
+    {"norm_before_gate": False, "cast_before_weight": True},
+]
+
+
+@pytest.mark.parametrize("in_dims", GATED_DIMS)
+@pytest.mark.parametrize("how", GATED_KINDS)
+def test_gated(in_dims, how):
+    """Forward, gradients for each sample, and the backward op."""
+    args = [batched(s, dim, torch.float32) for s, dim in zip(((2, 5, 8), (2, 5, 8), (8,)), in_dims)]
+
+    def function(x, gate, w):
+        return (rms_norm_gated(x, gate, w, 1e-5, **how),)
+
+    def forward(x, gate, w):
+        return ops.rms_norm_gated_forward(x, gate, w, 1e-5, **how)
+
+    close = exact if in_dims[2] is None else ulps_apart_of_rotated
+    for each in (function, forward):
+        close(torch.vmap(each, in_dims)(*args), loop(each, in_dims, *args))
+
+    def loss(*args):
+        return (function(*args)[0].square() * torch.arange(8)).sum()
+
+    def gradients(*args):
+        return torch.func.grad(loss, (0, 1, 2))(*args)
+
+    def backward(x, gate, w, mask):
+        y, rstd = ops.rms_norm_gated_forward(x, gate, w, 1e-5, **how)
+        grads = ops.rms_norm_gated_backward(y, x, gate, w, rstd, 1e-5, mask, **how)
+        return tuple(g for g in grads if g is not None)
+
+    masks = [True] * 3, [True, True, False], [False, True, False]
+    for mask in (None, *masks):
+        each = gradients if mask is None else lambda *args: backward(*args, mask)  # noqa: B023
+        got, want = torch.vmap(each, in_dims)(*args), loop(each, in_dims, *args)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_groups_without_a_gate():
+    x, w = batched((5, 8), 0, torch.float32), random(8)
+
+    def function(x):
+        return (rms_norm(x, 8, w, 1e-5, group_size=4),)
+
+    exact(torch.vmap(function)(x), loop(function, (0,), x))
+
+
 ROPE_DIMS = [
     (0, 0, None, None, None),
     (1, 0, None, None, 0),

@@ -171,6 +171,19 @@ def chosen(*choices):
     return lambda call: st.sampled_from(choices)
 
 
+def groups_of(call):
+    cols = call.last[-1]
+    return st.sampled_from(
+        [None, *(n for n in (1, 3, 8, 16, 64, 128, cols) if n and cols % n == 0)]
+    )
+
+
+def masks(call):
+    count = 3 if "gated" in call.op else 2  # of input, gate and weight
+    one_alone = [[i == j for i in range(count)] for j in range(count)]
+    return st.sampled_from([[True] * count, *one_alone])
+
+
 def is_quant(call):
     return "quant" in call.op
 
@@ -209,7 +222,15 @@ ARGUMENTS = {
     "keep_norm": chosen(True, True, False),
     "grad_output": tensors(["normal", "tiny", "zero", "mixed"], dtype=dtypes_of_gradient),
     "grad_residual": tensors(["normal", "zero"], optional=True),
-    "output_mask": chosen([True, True], [True, False], [False, True]),
+    "output_mask": masks,
+    "gate": tensors(
+        ["normal", "normal", "normal", "tiny", "zero", "mixed", "special"],
+        dtype=dtypes_of_weight,
+        optional=True,
+    ),
+    "activation": chosen("silu", "sigmoid"),
+    "norm_before_gate": chosen(True, False),
+    "group_size": groups_of,
 }
 # Found from the others when the call is made.
 DERIVED = {"rstd", "q_rstd", "k_rstd"}

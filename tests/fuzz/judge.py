@@ -247,6 +247,155 @@ def check_rotated(y, x, weight, cos, sin, heads_dim, interleaved, cast, weight_o
     )
 
 
+class Gated:
+    """The norm of x and a gate, in intervals: each step of the kernels widens what it may give."""
+
+    def __init__(self, x, gate, weight, eps, activation, norm_before_gate, group_size, *options):
+        weight_offset, cast_before_weight = options
+        self.x, self.weight = x, weight
+        self.computed = compute_dtype(x, gate, weight)
+        self.cast = cast_before_weight and weight is not None
+        self.size = group_size or max(x.shape[-1], 1)
+        self.is_first = gate is not None and not norm_before_gate
+        self.is_last = gate is not None and norm_before_gate
+        if eps is None:
+            eps = 2.0**-52 if x.dtype == torch.float64 else 2.0**-23
+        self.slack, self.underflow = SLACK[self.computed], UNDERFLOW[self.computed]
+        values, self.act, self.slope, off = exact(x), LONG(1), LONG(0), LONG(0)
+        with np.errstate(all="ignore"):
+            if gate is not None:
+                g = exact(gate)
+                sigmoid = 1 / (1 + np.exp(-g))
+                self.act = g * sigmoid if activation == "silu" else sigmoid
+                self.slope = sigmoid * (1 - sigmoid)
+                if activation == "silu":
+                    self.slope = sigmoid + g * self.slope
+            if self.is_first:
+                values = values * self.act
+                off = np.abs(values) * 8 * self.slack + self.underflow * (1 + np.abs(exact(x)))
+            groups = self.grouped(values)
+            self.rstd = 1 / np.sqrt((groups * groups).mean(-1, keepdims=True) + LONG(eps))
+            self.xhat = (groups * self.rstd).reshape(values.shape)
+            # What the sum of squares is off by, relatively: its root's.
+            lost = self.rstd * np.sqrt(
+                (self.grouped(off + 0 * values) ** 2).mean(-1, keepdims=True)
+            )
+            spread = np.broadcast_to(self.rstd, groups.shape).reshape(values.shape)
+            lost = np.broadcast_to(lost, groups.shape).reshape(values.shape)
+            self.error = off * spread + np.abs(self.xhat) * (2 * lost + 4 * self.slack)
+            # Rows that are lost among fp32's denormals, or beyond its numbers, are not judged.
+            most = LONG(2) ** (FORMATS[self.computed][2] - 1)
+            self.judged = (lost < 0.01) & (self.largest(np.abs(values)) < most)
+            self.row_rstd = spread
+        self.gain = None
+        if weight is not None:
+            self.gain = exact(weight)
+            if weight_offset:
+                offset = torch.tensor(weight_offset, dtype=self.computed)
+                self.gain = exact(weight.to(self.computed) + offset)
+
+    def grouped(self, values):
+        return values.reshape(*values.shape[:-1], values.shape[-1] // self.size, self.size)
+
+    def largest(self, values):
+        """Of the group of each."""
+        groups = self.grouped(values)
+        if not values.size:
+            return values
+        return np.broadcast_to(groups.max(-1, keepdims=True), groups.shape).reshape(values.shape)
+
+    def _times(self, low, high, factor, slack):
+        with np.errstate(all="ignore"):
+            sides = low * factor, high * factor
+            low, high = np.minimum(*sides), np.maximum(*sides)
+            reach = slack * np.maximum(np.abs(low), np.abs(high)) + self.underflow
+            reach = reach + self.underflow * np.maximum(np.abs(factor), 1)
+            return low - reach, high + reach
+
+    def check(self, y):
+        dtype = self.x.dtype
+        product = torch.promote_types(dtype, self.weight.dtype) if self.cast else dtype
+        result = dtype if self.is_last else product
+        assert y.dtype == result and y.shape == self.x.shape, (y.dtype, y.shape)
+        if not y.numel():
+            return
+        low, high = self.xhat - self.error, self.xhat + self.error
+        if self.cast:
+            low, high = widened(rounded(low, dtype), rounded(high, dtype), 0, dtype)
+        if self.gain is not None:
+            low, high = self._times(low, high, self.gain, 4 * self.slack)
+        most = LONG(2) ** FORMATS[self.computed][2]
+        with np.errstate(all="ignore"):
+            judged = self.judged & np.isfinite(self.act + 0 * low)
+            judged = judged & (np.maximum(np.abs(low), np.abs(high)) < most)
+        if self.is_last:
+            if self.cast:
+                low, high = rounded(low, product), rounded(high, product)
+                with np.errstate(invalid="ignore"):
+                    judged = judged & np.isfinite(low) & np.isfinite(high)
+            # A denormal activation is off by a unit of these, which the norm multiplies.
+            size = np.maximum(np.abs(low), np.abs(high))
+            low, high = self._times(low, high, self.act, 16 * self.slack)
+            low, high = low - size * self.underflow, high + size * self.underflow
+        good = is_between(y, rounded(low, result), rounded(high, result)) | ~judged
+        at = None if good.all() else tuple(int(i) for i in np.argwhere(~good)[0])
+        assert at is None, (
+            f"{(~good).sum()} of {good.size} elements are wrong: at {at} {exact(y)[at]!r}, which "
+            f"is not in [{low[at]!r}, {high[at]!r}]"
+        )
+
+    def check_gradients(self, results, dy, wants):
+        """Those of the wanted; in rows of ordinary numbers, relative to the terms of which they are
+        differences and sums.
+        """
+        dy, x = exact(dy), exact(self.x)
+        with np.errstate(all="ignore"):
+            gain = LONG(1) if self.gain is None else self.gain
+            g = np.abs(dy * gain * (self.act if self.is_last else 1))
+            largest = self.largest(g + 0 * x)
+            of_norm = largest * self.row_rstd * (1 + np.abs(self.xhat))
+            size = np.abs(x) + self.row_rstd + 1 / self.row_rstd + np.abs(dy) + np.abs(gain)
+            # Of a group, whose elements are in each other's gradients.
+            judged = self.judged & (
+                self.largest(size + np.abs(self.act) + np.abs(self.slope)) < 1e8
+            )
+            if self.is_first:
+                terms = {
+                    "grad_input": of_norm * np.abs(self.act),
+                    "grad_gate": of_norm * np.abs(x) * (np.abs(self.slope) + np.abs(self.act)),
+                }
+            else:
+                product = np.abs(dy * self.xhat * gain)
+                terms = {
+                    "grad_input": of_norm,
+                    "grad_gate": product * (np.abs(self.slope) + np.abs(self.act)),
+                }
+            weighted = np.abs(dy * self.xhat * (self.act if self.is_last else 1))
+            rows = tuple(range(x.ndim - 1))
+            terms["grad_weight"] = weighted.sum(rows) if rows else weighted
+            alone = judged.all(rows) if rows else judged
+        for name, got in results.items():
+            want = exact(wants[name])
+            bits = FORMATS[got.dtype][0]
+            relative = 40 * self.slack + LONG(2) ** (1 - bits)
+            if self.cast:
+                relative = relative + LONG(2) ** (1 - FORMATS[self.x.dtype][0])
+            if name == "grad_weight":
+                count = np.prod([x.shape[i] for i in rows], dtype=int) if rows else 1
+                relative = relative + min(count, ADDITIONS[self.computed]) * self.slack
+            with np.errstate(all="ignore"):
+                error = np.abs(exact(got) - want)
+                bound = relative * (np.abs(want) + terms[name]) + quantum(want, got.dtype) + 1e-30
+                most = LONG(2) ** (FORMATS[got.dtype][2] - 1)
+                skipped = ~(alone if name == "grad_weight" else judged) | (np.abs(want) > most)
+            good = (error <= bound) | skipped
+            at = None if good.all() else tuple(int(i) for i in np.argwhere(~good)[0])
+            assert at is None, (
+                f"{(~good).sum()} of {good.size} of {name} are wrong: at {at} {exact(got)[at]!r}, "
+                f"which is not {want[at]!r} within {bound[at]!r}"
+            )
+
+
 def check_codes(codes, scale, norm, dtype, given=None, block=None, scale_ub=None):
     """`codes` and `scale` are the norm in 8 bits, to the bit: see Quant in csrc/rmsnorm.h."""
     most = np.float32({torch.int8: 127, torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}[dtype])

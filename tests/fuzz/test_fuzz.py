@@ -13,7 +13,7 @@ import torch
 from calls import BF16, FP16, Placed, calls
 from cases import same_bits
 from hypothesis import strategies as st
-from judge import Norm, check_codes, check_rotated, exact, sum_of
+from judge import Gated, Norm, check_codes, check_rotated, exact, sum_of
 
 from rmsnorm_cuda import _C
 
@@ -86,6 +86,11 @@ def with_derived(call, arguments):
         given = {a.name: arguments[a.name] for a in op._schema.arguments}
         _, _, q_rstd, k_rstd = op(**given)
         return {**arguments, "q_rstd": q_rstd, "k_rstd": k_rstd}
+    if "gate" in arguments:
+        if "grad_output" not in arguments:
+            return arguments
+        _, rstd = namespace.rms_norm_gated_forward(**gated_forward(arguments))
+        return {**arguments, "rstd": rstd}
     if "grad_output" in arguments:
         forward = ["input", "normalized_shape", "weight", "eps", "weight_offset"]
         _, rstd = namespace.rms_norm_forward(
@@ -244,10 +249,47 @@ def check_rope_gradients(call, arguments, results):
         assert (error <= relative * (want.abs() + scale)).all(), (name, error.max(), scale)
 
 
+GATED = ("input", "gate", "weight", "eps", "activation", "norm_before_gate", "group_size")
+GATED += ("weight_offset", "cast_before_weight")
+
+
+def gated_forward(arguments):
+    return {name: arguments[name] for name in GATED}
+
+
+def check_gated(call, arguments, results):
+    given = gated_forward(arguments)
+    judge = Gated(*given.values())
+    if "grad_output" not in arguments:
+        return judge.check(results["output"])
+    tensors, mask = ("input", "gate", "weight"), arguments["output_mask"]
+    wanted = [n for n, want in zip(tensors, mask) if want and arguments[n] is not None]
+    assert set(results) == {f"grad_{n}" for n in wanted}
+    for n in wanted:
+        assert results[f"grad_{n}"].dtype == arguments[n].dtype
+        assert results[f"grad_{n}"].shape == arguments[n].shape
+    if not wanted or not arguments["input"].numel():
+        return
+    # Those of the formula in ATen ops, in double, which counts roundings as the identity.
+    eps = given["eps"]
+    if eps is None:
+        given["eps"] = 2.0**-52 if given["input"].dtype == torch.float64 else 2.0**-23
+    leaves = {n: given[n].double().clone().requires_grad_() for n in wanted}
+    in_double = {n: None if given[n] is None else given[n].double() for n in tensors}
+    y = namespace.rms_norm_gated_formula(
+        **{**given, **in_double, **leaves, "cast_before_weight": False}
+    )
+    dy = arguments["grad_output"]
+    grads = torch.autograd.grad(y, list(leaves.values()), dy.double())
+    judge.check_gradients(results, dy, {f"grad_{n}": g for n, g in zip(wanted, grads)})
+
+
 def check_results(call, arguments, results):
     """By the names of results. One with a new meaning needs a line here."""
     if "q" in arguments:
         return check_rope(call, arguments, results)
+    if "gate" in arguments:
+        return check_gated(call, arguments, results)
     x, options = arguments["input"], {}
     for name in ("weight", "eps", "weight_offset", "cast_before_weight"):
         options[name] = arguments[name]
@@ -299,7 +341,7 @@ def check_isas(call, op, arguments, results):
     16-bit values are exact.
     """
     narrow = False
-    if "q" not in arguments:
+    if not {"q", "gate"} & set(arguments):
         x = "residual" if "residual" in arguments else "input"
         read = arguments[x], arguments["weight"]
         narrow = all(t is None or t.dtype in (FP16, BF16) for t in read)
@@ -317,12 +359,16 @@ def check_row_alone(call, op, arguments, results):
     if not all(rows):
         return
     at = tuple(call.seed % len(r) for r in rows)
-    alone = dict(arguments)
-    for name in ("input", "residual", "grad_output", "grad_residual", "rstd"):
+    alone, has_groups = dict(arguments), arguments.get("group_size") is not None
+    for name in ("input", "residual", "gate", "grad_output", "grad_residual", "rstd"):
         if alone.get(name) is not None:
-            alone[name] = alone[name][at]
+            alone[name] = alone[name][(..., *at) if name == "rstd" else at]
     got = run(op, alone)
     for name, value in results.items():
+        if has_groups and name == "rstd":  # whose groups come first
+            value, got[name] = value[(slice(None), *at)], got[name]
+            assert_same({name: got[name]}, {name: value}, "a batch")
+            continue
         if value.shape[: len(at)] == call.lead and value.numel() and name != "grad_weight":
             assert_same({name: got[name].reshape(value[at].shape)}, {name: value[at]}, "a batch")
 
@@ -461,10 +507,32 @@ def check_rope_autograd(op, arguments, results):
     assert_same(got, {n: want[n] for n in got}, "autograd")
 
 
+def check_gated_autograd(op, arguments, results):
+    """Those of the backward op, which has a test of its own."""
+    if "grad_output" in arguments or not arguments["input"].numel():
+        return
+    tensors = ("input", "gate", "weight")
+    leaves = {n: arguments[n] for n in tensors if arguments[n] is not None}
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in leaves.items()}
+    got = run(op, {**arguments, **leaves})
+    assert_same({k: v.detach() for k, v in got.items()}, results, "recording")
+    y = got["output"]
+    dy = torch.cos(y.detach().float()).to(y.dtype)
+    Counter.calls += 1
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    given = gated_forward(arguments)
+    _, rstd = namespace.rms_norm_gated_forward(**given)
+    given |= {"rstd": rstd, "grad_output": dy, "output_mask": [True] * 3}
+    want = run(namespace.rms_norm_gated_backward.default, given)
+    assert_same({f"grad_{n}": g for n, g in zip(leaves, grads)}, want, "autograd")
+
+
 def check_autograd(call, op, arguments, results):
     """The gradients that torch records."""
     if "q" in arguments:
         return check_rope_autograd(op, arguments, results)
+    if "gate" in arguments:
+        return check_gated_autograd(op, arguments, results)
     if not call.op.startswith(("rms_norm", "fused_add_rms_norm")) or (
         "quant" in call.op or "grad_output" in arguments or not arguments["input"].numel()
     ):
@@ -576,6 +644,13 @@ FAULTS = {
         and a["q"].numel()
         and ("grad_q" not in a or a["grad_q"] is not None and a["output_mask"][0])
         and {"positions": torch.full_like(a["positions"], 9)}
+    ),
+    "a gate too long": lambda a: a.get("gate") is not None and {"gate": longer(a["gate"])},
+    "a gate of integers": lambda a: a.get("gate") is not None and {"gate": a["gate"].int()},
+    "no such activation": lambda a: "gate" in a and {"activation": "gelu"},
+    "an empty group": lambda a: "gate" in a and {"group_size": 0},
+    "half a group": lambda a: (
+        "gate" in a and a["input"].shape[-1] and {"group_size": a["input"].shape[-1] + 1}
     ),
     "another shape": lambda a: (
         "normalized_shape" in a and {"normalized_shape": [n + 1 for n in a["normalized_shape"]]}
