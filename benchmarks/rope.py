@@ -12,9 +12,6 @@ finds them: out of the caches. All are verified against fp64 first, then timed i
 process; medians, in us. "training" is forward and backward, where the kernels of others have none.
 """
 
-import argparse
-import json
-import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, llama, machine, measure
+from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, llama
+from benchmarks.families import main, options_of
 from benchmarks.peers import Absent, loaded
 from rmsnorm_cuda import rms_norm, rms_norm_rope, rms_norm_rope_
 from rmsnorm_cuda.reference import rms_norm_rope_reference
@@ -196,78 +193,28 @@ def runs_of_peers(cell, files, report):
     return runs
 
 
-def summary(results):
-    """Markdown: medians, and the geometric means of times over ours."""
-    lines = []
-    for mode in dict.fromkeys(cell["mode"] for cell in results):
-        cells = [cell for cell in results if cell["mode"] == mode]
-        names = list(dict.fromkeys(name for cell in cells for name in cell["us"]))
-        lines += [f"{mode}, us:", "", f"| tokens | {' | '.join(names)} |"]
-        lines += ["|---" * (len(names) + 1) + "|"]
-        for cell in cells:
-            threads = f", {cell['threads']} threads" if cell["threads"] > 1 else ""
-            row = [f"{cell['us'][name]:.4g}" if name in cell["us"] else "" for name in names]
-            lines.append(f"| {cell['tokens']} {cell['dtype']}{threads} | {' | '.join(row)} |")
-        means = []
-        for name in names[1:]:
-            ratios = [cell["us"][name] / cell["us"]["ours"] for cell in cells if name in cell["us"]]
-            means.append(f"{name} {statistics.geometric_mean(ratios):.2f}")
-        lines += ["", f"Times over ours, geometric means: {', '.join(means)}.", ""]
-    return "\n".join(lines).rstrip()
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", default="1")
-    parser.add_argument("--dtypes", default="fp32,bf16")
+def parser():
+    parser = options_of(__doc__)
     parser.add_argument("--tokens", default="1,8,64,2048,8192")
     parser.add_argument("--heads", default="32,8")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--modes", default="forward,training")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each contender in a cell")
-    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--vllm", metavar="FILE", help="vLLM's kernels for the CPU")
     parser.add_argument("--sglang", metavar="FILE", help="SGLang's")
-    parser.add_argument("--json")
-    parser.add_argument("--md", metavar="FILE", help="the table that is printed last")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="a JSON; measures nothing")
-    args = parser.parse_args()
-    if args.source:
-        results = json.loads(Path(args.source).read_text())["results"]
-    else:
-        results = measured(args)
-    print(summary(results))
-    if args.md:
-        Path(args.md).write_text(summary(results) + "\n")
-    if args.json:
-        Path(args.json).write_text(json.dumps(machine() | {"results": results}, indent=1))
+    return parser
 
 
-def measured(args):
-    results, absent, files = [], {}, {"vLLM": args.vllm, "SGLang": args.sglang}
+def cells(args):
+    """({what is told of a cell}, the cell, runs of each mode)."""
+    absent, files = {}, {"vLLM": args.vllm, "SGLang": args.sglang}
     heads = [int(n) for n in args.heads.split(",")]
-    for threads in map(int, args.threads.split(",")):
-        torch.set_num_threads(threads)
-        for dtype in args.dtypes.split(","):
-            for tokens in map(int, args.tokens.split(",")):
-                cell = Cell(tokens, heads, args.width, *DTYPES[dtype])
-                for mode in args.modes.split(","):
-                    runs = getattr(cell, mode)(not args.no_compile)
-                    if mode == "forward":
-                        runs |= runs_of_peers(cell, files, absent.setdefault)
-                        cell.verify(runs)
-                    us = measure(runs, cell.sets, args.seconds)
-                    where = {"mode": mode, "dtype": dtype, "tokens": tokens, "threads": threads}
-                    results.append(where | {"us": us})
-                    shown = ", ".join(f"{name} {t:.4g}" for name, t in us.items())
-                    print(f"{mode} {dtype} {tokens} tokens, {threads} threads: {shown}", flush=True)
+    for dtype in args.dtypes.split(","):
+        for tokens in map(int, args.tokens.split(",")):
+            cell = Cell(tokens, heads, args.width, *DTYPES[dtype])
+            peers = runs_of_peers(cell, files, absent.setdefault)
+            yield {"dtype": dtype, "tokens": tokens}, cell, peers
     for name, reason in absent.items():
         print(f"without {name}: {reason}")
-    print(f"rmsnorm_cuda {rmsnorm_cuda.__version__}, {rmsnorm_cuda._C.isa()}")
-    return results
 
 
 if __name__ == "__main__":
-    main()
+    main(parser(), cells)

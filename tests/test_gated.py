@@ -97,6 +97,17 @@ def test_values(device, dtypes, options, order, activation, shape):
     assert_near(rms_norm_gated(*there, EPS, **how), x, gate, weight, **how)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("order", ORDERS, ids=name)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_more_rows_than_a_tile_holds(device, dtype, order, options):
+    """Of groups whose weights differ."""
+    x, gate, weight = operands((300,), 1024, dtype)
+    there = [t.to(device) for t in (x, gate, weight)]
+    how = {"group_size": 256} | order | options
+    assert_near(rms_norm_gated(*there, EPS, **how), x, gate, weight, **how)
+
+
 def eager_norm(x, weight, eps):
     """What is normalized in fp32, and rounded to x's dtype ahead of the weight."""
     h = x.float()

@@ -287,7 +287,7 @@ void rms_norm_gated_forward(const RmsNormGated& p, int64_t row_begin, int64_t ro
     end = std::min(row + tiles.rows, row_end);
     for (int64_t group = 0; group < p.groups; ++group) {
       const RmsNormGated part = group_of(p, group);
-      if (tiles.weight && (group > 0 || row == row_begin)) {
+      if (tiles.weight && (p.groups > 1 || row == row_begin)) {
         weight_row_fp64(part.norm, compute_type(p), tiles.weight);
       }
       forward(chosen, part, tiles, row, end);
