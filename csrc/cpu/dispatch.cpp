@@ -1,6 +1,5 @@
 // Which kernels run: scalar first, better ones laid over it, as far as the machine goes. And what
 // all instruction sets share: the plan of the backward, and the way to fp64.
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "fresh.h"
 
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
 #define MADV_POPULATE_WRITE 23  // Linux 5.14; glibc names it since 2.35
@@ -155,38 +154,6 @@ const Kernels& kernels_for(const P& p) {
   return has_fp64(p) ? kFp64 : kernels();
 }
 
-// New memory of dense rows, whose pages may not be there before they are written.
-class FreshRows {
- public:
-  // Nothing is done where it is not large enough to have been mapped for this call.
-  FreshRows(const void* data, int64_t rows, int64_t row_bytes)
-      : data_(rows * row_bytes >= kMappedBytes ? reinterpret_cast<uintptr_t>(data) : 0),
-        row_bytes_(row_bytes) {}
-
-  int64_t rows_at_once() const {
-    return data_ ? std::max<int64_t>(1, kMapAtOnce / row_bytes_) : INT64_MAX;
-  }
-
-  // Has the pages mapped that lie in these rows, unless the first of them is there: it is memory
-  // that was in use before, then.
-  void map(int64_t row_begin, int64_t row_end) const {
-#ifdef MADV_POPULATE_WRITE
-    if (!data_) return;
-    static const uintptr_t page = sysconf(_SC_PAGESIZE);
-    const uintptr_t begin = (data_ + row_begin * row_bytes_ + page - 1) / page * page;
-    const uintptr_t end = (data_ + row_end * row_bytes_) / page * page;
-    unsigned char is_there = 0;
-    const auto first = reinterpret_cast<void*>(begin);
-    if (begin >= end || mincore(first, page, &is_there) || is_there & 1) return;
-    madvise(first, end - begin, MADV_POPULATE_WRITE);  // if it fails, a first touch maps a page
-#endif
-  }
-
- private:
-  uintptr_t data_;
-  int64_t row_bytes_;
-};
-
 // Rows of a tile of y, which the step behind the norm reads.
 int64_t tile_rows(const RmsNormForward& p) {
   return std::clamp<int64_t>(tile_bytes() / (p.cols * size_of(p.y_dtype)), 1, p.rows);
@@ -222,25 +189,6 @@ void forward_and_quantize(const RmsNormForward& p, int64_t row_begin, int64_t ro
 
 }  // namespace
 
-namespace {
-
-// forward(row_begin, row_end): as many rows at a time as are mapped at once.
-template <class F>
-void map_and_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, F forward) {
-  if (!p.fresh) return forward(row_begin, row_end);
-  const FreshRows y(p.y, p.rows, p.cols * size_of(p.y_dtype));
-  const FreshRows x(p.addends.input ? p.x : nullptr, p.rows, p.cols * size_of(p.x_dtype));
-  const int64_t rows = std::min(y.rows_at_once(), x.rows_at_once());
-  for (int64_t row = row_begin, end; row < row_end; row = end) {
-    end = rows < row_end - row ? row + rows : row_end;
-    y.map(row, end);
-    x.map(row, end);
-    forward(row, end);
-  }
-}
-
-}  // namespace
-
 void rms_norm_forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end,
                       void* workspace) {
   if (p.quant.data) return forward_and_quantize(p, row_begin, row_end, workspace);
@@ -259,28 +207,9 @@ BackwardPlan rms_norm_backward_plan(const RmsNormBackward& p) {
   return {block_rows, blocks, p.dweight ? blocks * p.cols * int64_t(sizeof(double)) : 0};
 }
 
-namespace {
-
-// backward(block_begin, block_end): as many blocks at a time as are mapped at once.
-template <class F>
-void map_and_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end,
-                      F backward) {
-  if (!p.fresh) return backward(block_begin, block_end);
-  const int64_t block_rows = rms_norm_backward_plan(p).block_rows;
-  const FreshRows dx(p.dx, p.rows, p.cols * size_of(p.x_dtype));
-  const int64_t blocks = std::max<int64_t>(1, dx.rows_at_once() / block_rows);
-  for (int64_t block = block_begin, end; block < block_end; block = end) {
-    end = blocks < block_end - block ? block + blocks : block_end;
-    dx.map(block * block_rows, std::min(end * block_rows, p.rows));
-    backward(block, end);
-  }
-}
-
-}  // namespace
-
 void rms_norm_backward(const RmsNormBackward& p, int64_t block_begin, int64_t block_end) {
   const Kernels& chosen = kernels_for(p);
-  map_and_backward(p, block_begin, block_end,
+  map_and_backward(p, rms_norm_backward_plan(p).block_rows, block_begin, block_end,
                    [&](int64_t begin, int64_t end) { chosen.backward(p, begin, end); });
 }
 
@@ -395,9 +324,9 @@ void rotate_and_backward(const RmsNormRopeBackward& p, int64_t block_begin, int6
 
 void rms_norm_rope_backward(const RmsNormRopeBackward& p, int64_t block_begin, int64_t block_end,
                             void* workspace) {
-  map_and_backward(p.norm, block_begin, block_end, [&](int64_t begin, int64_t end) {
-    rotate_and_backward(p, begin, end, workspace);
-  });
+  map_and_backward(
+      p.norm, rms_norm_backward_plan(p.norm).block_rows, block_begin, block_end,
+      [&](int64_t begin, int64_t end) { rotate_and_backward(p, begin, end, workspace); });
 }
 
 }  // namespace rmsnorm::cpu

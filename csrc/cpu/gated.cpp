@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "kernels.h"
+#include "fresh.h"
 
 namespace rmsnorm::cpu {
 namespace {
@@ -47,7 +47,6 @@ P group_of(const P& p, int64_t group, int64_t& first) {
   const DType normalized = p.gate.before_norm ? compute_type(p) : norm.x_dtype;
   norm.rstd = behind(norm.rstd, group * norm.rows, promoted(normalized, DType::kFloat32));
   norm.cast_before_weight = norm.cast_before_weight && norm.weight;
-  norm.stream = norm.fresh = false;
   result.gate.data = behind(p.gate.data, first, p.gate.dtype);
   result.groups = 1;
   return result;
@@ -110,36 +109,44 @@ struct ForwardTiles {
 
   ForwardTiles(const RmsNormGated& p, void* workspace) {
     const DType type = compute_type(p);
-    const int64_t cols = p.norm.cols / p.groups;
-    rows = std::clamp<int64_t>(tile_bytes() / (cols * size_of(type)), 1, p.norm.rows);
+    const int64_t cols = p.norm.cols / p.groups, row_bytes = cols * size_of(type);
+    const int64_t wanted = std::max(gated_tile_bytes() / row_bytes, kLeastGatedRows);
+    rows = std::clamp<int64_t>(std::min(wanted, tile_bytes() / row_bytes), 1, p.norm.rows);
     Tiles tiles(workspace);
     tile = tiles.take(rows, cols, type);
-    const bool is_cast = p.gate.before_norm && p.norm.cast_before_weight;
+    const bool is_cast = p.gate.before_norm && p.norm.cast_before_weight && p.norm.weight;
     rounded = tiles.take(is_cast ? rows : 0, cols, p.norm.x_dtype);
-    weight = tiles.take(is_cast, cols, type);
+    // Else it is read as it is.
+    weight = tiles.take(is_cast && p.norm.weight_offset != 0, cols, type);
     bytes = tiles.bytes();
   }
 };
 
-// Some rows of one group, as many as the tiles hold.
+// Some rows of one group, as many as the tiles hold. Those of the next tile, before `last`, are
+// fetched while the gate of these has the processor busy.
 void forward(const Kernels& chosen, const RmsNormGated& p, const ForwardTiles& tiles, int64_t row,
-             int64_t end) {
+             int64_t end, int64_t last) {
   const RmsNormForward& norm = p.norm;
   const DType type = compute_type(p);
   const RowsAt x{norm.x, norm.x_rows, norm.x_dtype, 0}, y{norm.y, norm.y_rows, norm.y_dtype, 0};
+  const RowsAt gate{p.gate.data, p.gate.rows, p.gate.dtype, 0};
+  if (!p.gate.data) return chosen.forward(norm, row, end, 0);
   GatedRows gated{};
-  gated.gate = {p.gate.data, p.gate.rows, p.gate.dtype, 0};
+  gated.gate = gate;
   gated.cols = norm.cols;
   gated.activation = p.gate.activation;
+  gated.fetch_x = &x, gated.fetch_gate = &gate;
+  gated.ahead = tiles.rows, gated.fetch_end = last;
   RmsNormForward inner = norm;
-  if (!p.gate.data) return chosen.forward(norm, row, end, 0);
   if (!p.gate.before_norm) {
+    inner.stream = false;
     inner.y = tiles.tile;
     inner.y_rows = dense(norm.cols);
     inner.y_dtype = norm.cast_before_weight ? promoted(norm.x_dtype, norm.w_dtype) : type;
     chosen.forward(inner, row, end, row);
     gated.v = tile_at(tiles.tile, row, norm.cols, inner.y_dtype);
     gated.result = y;
+    gated.stream = norm.stream;
     return chosen.gate(gated, row, end);
   }
   gated.v = x;
@@ -151,15 +158,20 @@ void forward(const Kernels& chosen, const RmsNormGated& p, const ForwardTiles& t
   if (!norm.cast_before_weight) return chosen.forward(inner, row, end, 0);
   // Rounded to x's own dtype, and then multiplied by the weight.
   inner.weight = nullptr;
-  inner.cast_before_weight = false;
+  inner.cast_before_weight = inner.stream = false;
   inner.y = tiles.rounded;
   inner.y_rows = dense(norm.cols);
   inner.y_dtype = norm.x_dtype;
   chosen.forward(inner, row, end, row);
   gated.v = tile_at(tiles.rounded, row, norm.cols, norm.x_dtype);
-  gated.gate = {tiles.weight, {1, {}, {0}}, type, 0};
+  gated.gate = {tiles.weight ? tiles.weight : norm.weight,
+                {1, {}, {0}},
+                tiles.weight ? type : norm.w_dtype,
+                0};
   gated.activation = kIdentity;
   gated.result = y;
+  gated.stream = norm.stream;
+  gated.fetch_x = gated.fetch_gate = nullptr;
   chosen.gate(gated, row, end);
 }
 
@@ -202,6 +214,7 @@ class GroupBackward {
   void run() {
     if (p.gate.data && p.gate.before_norm) return of_gated_x();
     RmsNormBackward inner = norm;
+    gated.stream = norm.stream;
     if (p.gate.data) {
       gate_dy();
       inner.dy = row_0_of(tiles.dy, row, cols, type);
@@ -210,7 +223,10 @@ class GroupBackward {
     }
     if (!norm.dx && !norm.dweight) return;
     const bool by_tile = norm.dx && tiles.ones;  // of several groups
-    if (by_tile) inner.dx = row_0_of(tiles.dx, row, cols, tiles.dx_dtype);
+    if (by_tile) {
+      inner.dx = row_0_of(tiles.dx, row, cols, tiles.dx_dtype);
+      inner.stream = false;
+    }
     chosen.backward(inner, block, block + 1);
     if (!by_tile) return;
     gated.v = {tiles.ones, {1, {}, {0}}, type, 0};
@@ -227,7 +243,10 @@ class GroupBackward {
     gated.result = tile_at(tiles.dy, row, cols, type);
     if (!p.dgate) {
       gated.v = dy;
-      return chosen.gate(gated, row, end);
+      gated.stream = false;
+      chosen.gate(gated, row, end);
+      gated.stream = norm.stream;
+      return;
     }
     RmsNormForward again{};
     again.x = norm.x, again.x_rows = norm.x_rows, again.x_dtype = norm.x_dtype;
@@ -254,8 +273,10 @@ class GroupBackward {
     inner.x_dtype = type;
     const bool wants_dx = norm.dx || p.dgate;
     inner.dx = wants_dx ? row_0_of(tiles.dx, row, cols, type) : nullptr;
+    inner.stream = false;
     chosen.backward(inner, block, block + 1);
     if (!wants_dx) return;
+    gated.stream = norm.stream;
     gated.result = norm.dx ? dx : gated.result;
     gated.d = gated.v = tile_at(tiles.dx, row, cols, type);
     if (!p.dgate) return chosen.gate(gated, row, end);
@@ -283,16 +304,19 @@ void rms_norm_gated_forward(const RmsNormGated& p, int64_t row_begin, int64_t ro
                             void* workspace) {
   const Kernels& chosen = kernels_for(p);
   const ForwardTiles tiles(p, workspace);
-  for (int64_t row = row_begin, end; row < row_end; row = end) {
-    end = std::min(row + tiles.rows, row_end);
-    for (int64_t group = 0; group < p.groups; ++group) {
-      const RmsNormGated part = group_of(p, group);
-      if (tiles.weight && (p.groups > 1 || row == row_begin)) {
-        weight_row_fp64(part.norm, compute_type(p), tiles.weight);
+  const auto run = [&](int64_t begin, int64_t last) {
+    for (int64_t row = begin, end; row < last; row = end) {
+      end = std::min(row + tiles.rows, last);
+      for (int64_t group = 0; group < p.groups; ++group) {
+        const RmsNormGated part = group_of(p, group);
+        if (tiles.weight && (p.groups > 1 || row == row_begin)) {
+          weight_row_fp64(part.norm, compute_type(p), tiles.weight);
+        }
+        forward(chosen, part, tiles, row, end, row_end);
       }
-      forward(chosen, part, tiles, row, end);
     }
-  }
+  };
+  map_and_forward(p.norm, row_begin, row_end, run);
 }
 
 BackwardPlan rms_norm_gated_backward_plan(const RmsNormGatedBackward& p) {
@@ -315,12 +339,16 @@ void rms_norm_gated_backward(const RmsNormGatedBackward& p, int64_t block_begin,
     none.cols = p.norm.cols / p.groups;
     weight_row_fp64(none, compute_type(p), tiles.ones);
   }
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    for (int64_t group = 0; group < p.groups; ++group) {
-      const RmsNormGatedBackward part = group_of(p, group);
-      GroupBackward(part, tiles, block, p.norm.cols).run();
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      for (int64_t group = 0; group < p.groups; ++group) {
+        const RmsNormGatedBackward part = group_of(p, group);
+        GroupBackward(part, tiles, block, p.norm.cols).run();
+      }
     }
-  }
+  };
+  const int64_t block_rows = rms_norm_gated_backward_plan(p).block_rows;
+  map_and_backward(p.norm, block_rows, block_begin, block_end, run, p.dgate, p.gate.dtype);
 }
 
 void rms_norm_gated_backward_dweight(const RmsNormGatedBackward& p, int64_t col_begin,

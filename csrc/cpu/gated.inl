@@ -16,27 +16,36 @@ INLINE V exp_of_negative(V x) {
   p = Isa::fma(p, r, set1(0x1.5558f2p-5f));
   p = Isa::fma(p, r, set1(0x1.555492p-3f));
   p = Isa::fma(p, r, set1(0x1.fffffcp-2f));
-  const V e = Isa::fma(r * r, p, r) + set1(1.0f);
-  // Times 2^n in two steps, for what is denormal.
-  const I32 exponent = I32(shifted) - I32(whole), half = exponent >> 1;
-  return e * V((half + 127) << 23) * V((exponent - half + 127) << 23);
+  return Isa::scale_down(Isa::fma(r * r, p, r) + set1(1.0f), n);
+}
+
+// 1 / s of 1 <= s <= 2, within 0.6 ulp: a division takes as long as all of an activation else. The
+// polynomial is off by a 577th at most, and what is left of that, cubed, is below 2^-27.
+INLINE V reciprocal(V s) {
+  const V one = set1(1.0f);
+  if constexpr (!Isa::kFma) return one / s;
+  V r = Isa::fma(set1(-0x1.c65286p-3f), s, set1(0x1.54bde4p0f));
+  r = Isa::fma(r, s, set1(-0x1.783c56p1f));
+  r = Isa::fma(r, s, set1(0x1.6a09c2p1f));
+  const V rest = Isa::fma(-s, r, one);
+  return Isa::fma(r, Isa::fma(rest, rest, rest), r);
 }
 
 // sigmoid(g) = e / (1 + e) with e = e^g, in which nothing overflows if e is that of -|g|.
 struct Sigmoid {
-  V over, under, sum;  // over / sum, and one less that is under / sum
+  V over, under, inverse;  // over * inverse, and one less that is under * inverse
 
   INLINE explicit Sigmoid(V g) {
     const V one = set1(1.0f), e = exp_of_negative(V(I32(g) | int32_t(0x80000000)));
     over = g < V{} ? e : one;
     under = g < V{} ? one : e;
-    sum = one + e;
+    inverse = reciprocal(one + e);
   }
 };
 
 template <Activation kActivation>
 INLINE V activated(V g, const Sigmoid& s) {
-  return (kActivation == Activation::kSilu ? g * s.over : s.over) / s.sum;
+  return (kActivation == Activation::kSilu ? g * s.over : s.over) * s.inverse;
 }
 template <Activation kActivation>
 INLINE V activated(V g) {
@@ -50,8 +59,8 @@ struct Slope {
 template <Activation kActivation>
 INLINE Slope with_slope(V g) {
   const Sigmoid s(g);
-  const V value = activated<kActivation>(g, s), inverse = set1(1.0f) / s.sum;
-  const V sigmoid = s.over * inverse, rest = s.under * inverse;
+  const V value = activated<kActivation>(g, s);
+  const V sigmoid = s.over * s.inverse, rest = s.under * s.inverse;
   if constexpr (kActivation == Activation::kSigmoid) return {value, sigmoid * rest};
   return {value, Isa::fma(g * sigmoid, rest, sigmoid)};
 }
@@ -77,42 +86,72 @@ INLINE const float* floats(const RowsAt& t, int64_t at, int64_t n, Span& buffer)
   return buffer;
 }
 
+// Whole vectors past the caches, if that is asked for.
+template <class T>
+INLINE void put(T* p, V v, int n, bool streams) {
+  if (Isa::kStreams && streams && n == kLanes) return write<Isa::kStreams>(p, v, n);
+  store(p, v, n);
+}
+INLINE bool may_stream(const RowsAt& t, bool is_wanted) {
+  bool streams = false;
+  if (is_wanted) {
+    with_type(t.dtype, [&](auto type) { streams = streamable<decltype(type)>(t.data, t.rows); });
+  }
+  return streams;
+}
+
 // Where floats of t are written to: its own memory, or the buffer, which narrow_to() then stores.
 INLINE float* floats_for(const RowsAt& t, int64_t at, Span& buffer) {
   void* const data = const_cast<void*>(t.data);
   return t.dtype == DType::kFloat32 ? static_cast<float*>(data) + at : buffer;
 }
-INLINE void narrow_to(const RowsAt& t, int64_t at, int64_t n, const Span& buffer) {
+INLINE void narrow_to(const RowsAt& t, int64_t at, int64_t n, const Span& buffer, bool streams) {
   if (t.dtype == DType::kFloat32) return;
   with_type(t.dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(const_cast<void*>(t.data)) + at;
-    for_each_vector(0, n, [&](int64_t i, int m) { store(to + i, load(buffer + i, m), m); });
+    for_each_vector(0, n, [&](int64_t i, int m) { put(to + i, load(buffer + i, m), m, streams); });
   });
+}
+
+// The n columns from `begin` on of the rows that the next tile begins with.
+INLINE void fetch(const GatedRows& rows, int64_t row, int64_t begin, int64_t n) {
+  if (row + rows.ahead >= rows.fetch_end) return;
+  const RowsAt* const fetched[] = {rows.fetch_x, rows.fetch_gate};
+  for (const RowsAt* t : fetched) {
+    if (!t) continue;
+    const int64_t size = size_of(t->dtype), at = (t->offset(row + rows.ahead) + begin) * size;
+    const char* const from = static_cast<const char*>(t->data) + at;
+    for (int64_t i = 0; i < n * size; i += kLine) __builtin_prefetch(from + i, 0, 2);
+  }
 }
 
 void gate_rows(const GatedRows& rows, int64_t row_begin, int64_t row_end) {
   with_activation(rows.activation, [&](auto activation) {
     alignas(kLine) Span v_buffer, gate_buffer, buffer;
+    const bool streams = may_stream(rows.result, rows.stream);
     for (int64_t row = row_begin; row < row_end; ++row) {
       for (int64_t begin = 0; begin < rows.cols; begin += kSpan) {
         const int64_t n = rows.cols - begin < kSpan ? rows.cols - begin : kSpan;
+        fetch(rows, row, begin, n);
         const float* v = floats(rows.v, rows.v.offset(row) + begin, n, v_buffer);
         const float* gate = floats(rows.gate, rows.gate.offset(row) + begin, n, gate_buffer);
         const int64_t at = rows.result.offset(row) + begin;
         float* to = floats_for(rows.result, at, buffer);
         for_each_vector(0, n, [&](int64_t i, int m) INLINE_LAMBDA {
           const V a = activated<activation.value>(load(gate + i, m));
-          store(to + i, canonical(load(v + i, m) * a), m);
+          put(to + i, canonical(load(v + i, m) * a), m, streams && to != buffer);
         });
-        narrow_to(rows.result, at, n, buffer);
+        narrow_to(rows.result, at, n, buffer, streams);
       }
     }
+    if (streams) Isa::fence();
   });
 }
 
 void gate_gradients(const GatedRows& rows, int64_t row_begin, int64_t row_end) {
   with_activation(rows.activation, [&](auto activation) {
     alignas(kLine) Span d_buffer, v_buffer, gate_buffer, buffer, dgate_buffer;
+    const bool streams = may_stream(rows.dgate, rows.stream);
     for (int64_t row = row_begin; row < row_end; ++row) {
       for (int64_t begin = 0; begin < rows.cols; begin += kSpan) {
         const int64_t n = rows.cols - begin < kSpan ? rows.cols - begin : kSpan;
@@ -126,12 +165,14 @@ void gate_gradients(const GatedRows& rows, int64_t row_begin, int64_t row_end) {
         for_each_vector(0, n, [&](int64_t i, int m) INLINE_LAMBDA {
           const Slope a = with_slope<activation.value>(load(gate + i, m));
           const V upstream = load(d + i, m), gated = load(v + i, m);
-          store(dgate + i, canonical(upstream * gated * a.slope), m);
+          put(dgate + i, canonical(upstream * gated * a.slope), m,
+              streams && dgate != dgate_buffer);
           store(to + i, canonical(upstream * a.value), m);
         });
-        narrow_to(rows.result, at, n, buffer);
-        narrow_to(rows.dgate, dgate_at, n, dgate_buffer);
+        narrow_to(rows.result, at, n, buffer, false);
+        narrow_to(rows.dgate, dgate_at, n, dgate_buffer, streams);
       }
     }
+    if (streams) Isa::fence();
   });
 }

@@ -60,6 +60,10 @@ struct GatedRows {
   RowsAt d, dgate;         // of gradients; dgate: d * v * act'(gate)
   int64_t cols;
   Activation activation;
+  bool stream;  // the result, or dgate, as of RmsNormForward
+  // Of these, which may be nullptr, the row `ahead` of each is fetched, if it is before fetch_end.
+  const RowsAt *fetch_x, *fetch_gate;
+  int64_t ahead, fetch_end;
 };
 constexpr Activation kIdentity{-1};  // the gate itself, of a forward alone
 

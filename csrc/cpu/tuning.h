@@ -56,6 +56,10 @@ constexpr int64_t kAheadBytes = 3 << 10, kMostAhead = 8;
 // 1.2; with 96 and 512 KiB as with these 256.
 inline int64_t tile_bytes() { return kCaches.l2 / 8; }
 
+// Rows of a group that are normalized before they are gated, or the other way about.
+inline int64_t gated_tile_bytes() { return kCaches.l1 / 3; }
+constexpr int64_t kLeastGatedRows = 4;
+
 // An output of so many bytes is written past the caches, which would have to read every line first.
 // fp32, one core of a Zen 2 with 16 MiB of L3, us for an output of 4, 6, 8, 12 MiB: 240, 474, 959,
 // 1932 through the caches, 247, 380, 536, 1136 past them; with a pass that reads the output next

@@ -57,6 +57,12 @@ struct OptionalVerbs {
         ((__builtin_convertvector(v, D) * a) * ... * __builtin_convertvector(w, D)), T);
   }
 
+  // v * 2^n of an integer n from -150 to 0, rounded once: in two steps, of which the first is exact.
+  static INLINE V scale_down(V v, V n) {
+    const I32 exponent = __builtin_convertvector(n, I32), half = exponent >> 1;
+    return v * V((half + 127) << 23) * V((exponent - half + 127) << 23);
+  }
+
   // v in a register before it is used, where the compiler would load it for each use.
   template <class T>
   static INLINE T once(T v) {

@@ -117,7 +117,8 @@ struct Operands {
 // A part of a workspace begins at a cache line of its own.
 int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-void run_forward(const Call& call, const Tensor& y, const Rows& y_rows, const Tensor& rstd) {
+void run_forward(const Call& call, const Tensor& y, const Rows& y_rows, bool is_new,
+                 const Tensor& rstd) {
   const Operands operands(call);
   RmsNormGated p{};
   operands.set(p, call);
@@ -125,6 +126,8 @@ void run_forward(const Call& call, const Tensor& y, const Rows& y_rows, const Te
   p.norm.y_rows = y_rows;
   p.norm.y_dtype = dtype(y);
   p.norm.rstd = rstd.defined() ? rstd.mutable_data_ptr() : nullptr;
+  p.norm.stream = p.norm.x != p.norm.y && cpu::writes_past_caches(y.nbytes(), is_new);
+  p.norm.fresh = is_new;
   if (!call.input.is_cpu()) {
     return run_cuda(kName, call.input,
                     [&](void* stream) { return cuda::rms_norm_gated_forward(p, stream); });
@@ -153,7 +156,7 @@ std::tuple<Tensor, Tensor> rms_norm_gated_forward(const Call& call) {
     if (want_rstd) rstd.fill_(std::numeric_limits<double>::quiet_NaN());  // a mean over nothing
     return {y, rstd};
   }
-  run_forward(call, y, dense_rows(input.size(-1)), rstd);
+  run_forward(call, y, dense_rows(input.size(-1)), /*is_new=*/true, rstd);
   return {y, rstd};
 }
 Tensor rms_norm_gated(const Call& call) { return std::get<0>(rms_norm_gated_forward<false>(call)); }
@@ -168,7 +171,7 @@ void rms_norm_gated_out(const OutCall& out_call) {
   const Rows rows = check_written_rows(kName, "out", out, lead, cols, "input", input);
   if (call.gate) check_apart(kName, "out", out, "gate", *call.gate, lead, cols);
   if (call.weight) check_apart(kName, "out", out, "weight", *call.weight);
-  run_forward(call, out, rows, Tensor());
+  run_forward(call, out, rows, /*is_new=*/false, Tensor());
 }
 
 // ------------------------------------------------------------------------------------ backward
@@ -209,6 +212,9 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_backward(const BackwardCall& c
   p.norm.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
   p.norm.dweight = dweight.defined() ? dweight.mutable_data_ptr() : nullptr;
   p.dgate = dgate.defined() ? dgate.mutable_data_ptr() : nullptr;
+  const Tensor& large = dx.defined() ? dx : dgate;
+  p.norm.stream = large.defined() && cpu::writes_past_caches(large.nbytes(), true);
+  p.norm.fresh = large.defined();
   const auto allocate_workspace = [&](int64_t bytes) {
     const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
     p.norm.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
