@@ -95,7 +95,7 @@ class Cell:
         return {name: step(function) for name, function in functions.items()}
 
     def verify(self, runs):
-        """Beside fp64, in eps of the largest element: a rounding ahead of the weight may be a tie."""
+        """Beside fp64, in eps of the largest element: one ahead of the weight may be a tie."""
         for name, run in runs.items():
             if name == "copy":
                 continue

@@ -30,11 +30,11 @@ import torch
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent))
-from rmsnorm_cuda.integrations.families import twin
+from rmsnorm_cuda.integrations.families import GatedFamily, twin
 from rmsnorm_cuda.integrations.recognize import Recognized, gradients_differ, recognize, values_off
 
 WIDTH = 96
-ARGUMENTS = ({}, {"eps": 1e-6})  # beside the width
+ARGUMENTS = ({}, {"eps": 1e-6}, {"group_size": 32})  # beside the width
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DISTRIBUTIONS = {"fla": "flash-linear-attention"}
 
@@ -88,11 +88,11 @@ def build(cls: type[nn.Module]) -> nn.Module | str:
 
 
 def gradients(
-    norm: nn.Module, x: torch.Tensor, towards: torch.Tensor
+    norm: nn.Module, given: list[torch.Tensor], towards: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    x = x.clone().requires_grad_()
-    y = norm(x)
-    inputs = [x, *norm.parameters()]
+    given = [t.clone().requires_grad_() for t in given]
+    y = norm(*given)
+    inputs = [*given, *norm.parameters()]
     return y.detach(), list(
         torch.autograd.grad((y.float() * towards).sum(), inputs, allow_unused=True)
     )
@@ -115,21 +115,21 @@ def compare(old: nn.Module, found: Recognized, draws: int) -> str:
             )
         ours = twin(copy.deepcopy(theirs), *found)
         rows = torch.randn(dice.randint(1, 8), WIDTH, generator=generator)
-        x, towards = (
-            (size * rows).to(pair[0]),
-            torch.randn(rows.shape, generator=generator) + rows.sign(),
-        )
+        towards = torch.randn(rows.shape, generator=generator) + rows.sign()
+        given, roundings = [(size * rows).to(pair[0])], 1
+        if isinstance(found.family, GatedFamily):
+            given.append(torch.randn(rows.shape, generator=generator).to(pair[0]))
+            roundings = 2  # of an activation
         try:
-            want, want_grads = gradients(theirs, x, towards)
+            want, want_grads = gradients(theirs, given, towards)
         except Exception:
             if pair[0] == pair[1]:
                 return f"it raises, for {pair[0]}"
             continue  # it does not take this mixture
-        got, got_grads = gradients(ours, x, towards)
+        got, got_grads = gradients(ours, given, towards)
         where = f"for {pair[0]} and {pair[1]}, rows of size {size:.2g}, training={training}"
-        share, far = values_off(
-            got, want, pair
-        )  # of the values, and whether one is by more than a rounding
+        # Of the values, and whether one is by more than a rounding.
+        share, far = values_off(got, want, pair, roundings)
         values, unequal = values + got.numel(), unequal + round(share * got.numel())
         if far:
             return f"results differ {where}"

@@ -54,8 +54,6 @@ CLASSES = [
 REFUSED = {
     # a mean is subtracted
     "transformers.cohere.CohereLayerNorm": "it computes what no known family computes",
-    "transformers.qwen3_next.Qwen3NextRMSNormGated": "Qwen3NextRMSNormGated.forward takes more "
-    "than the input: hidden_states, gate",
     "torch.nn.modules.normalization.LayerNorm": "LayerNorm has bias, where one parameter is "
     "expected, called weight",
     "torch.nn.modules.linear.Linear": "it computes what no known family|has bias",

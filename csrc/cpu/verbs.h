@@ -57,7 +57,7 @@ struct OptionalVerbs {
         ((__builtin_convertvector(v, D) * a) * ... * __builtin_convertvector(w, D)), T);
   }
 
-  // v * 2^n of an integer n from -150 to 0, rounded once: in two steps, of which the first is exact.
+  // v * 2^n of a whole n from -150 to 0, rounded once: in two steps, of which the first is exact.
   static INLINE V scale_down(V v, V n) {
     const I32 exponent = __builtin_convertvector(n, I32), half = exponent >> 1;
     return v * V((half + 127) << 23) * V((exponent - half + 127) << 23);

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..again import same
-from ..functional import rms_norm
-from ..modules import RMSNorm, plain_eps
+from ..again import is_a, same
+from ..functional import rms_norm, rms_norm_gated
+from ..modules import RMSNorm, RMSNormGated, plain_eps
 
 
 class Family(NamedTuple):
@@ -30,6 +30,30 @@ FAMILIES = (
     Family("llama", 0.0, True, "promoted", ("variance_epsilon", "eps")),
     Family("gemma", 1.0, False, "input", ("eps",)),
     Family("t5", 0.0, True, "weight", ("variance_epsilon",)),
+)
+
+
+class GatedFamily(NamedTuple):
+    """Of two inputs; the result has the dtype that rms_norm_gated() gives it."""
+
+    name: str
+    norm_before_gate: bool
+    cast_before_weight: bool
+    activation: str = "silu"
+    group_size: int | None = None
+    eps: tuple[str, ...] = ("variance_epsilon", "eps")
+
+    def options(self) -> dict[str, object]:
+        return {key: getattr(self, key) for key in _GATED_OPTIONS}
+
+
+_GATED_OPTIONS = ("activation", "norm_before_gate", "group_size", "cast_before_weight")
+
+GATED_FAMILIES = (
+    GatedFamily("qwen3-next", True, True),
+    GatedFamily("kimi", True, False),
+    GatedFamily("mamba2", False, True),
+    GatedFamily("falcon-h1", False, False),
 )
 
 
@@ -72,13 +96,24 @@ def normalize(
     return rms_norm(x, shape, weight, eps, weight_offset=offset, cast_before_weight=cast)
 
 
+def gate(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    family: GatedFamily,
+) -> Tensor:
+    """The same of a gated family."""
+    return rms_norm_gated(x, gate, weight, eps, **family.options())
+
+
 def twin(
     old: nn.Module,
-    family: Family,
+    family: Family | GatedFamily,
     eps: float | None,
     eps_name: str | None = None,
     also_read: tuple[str, ...] = (),
-) -> RMSNorm:
+) -> RMSNorm | RMSNormGated:
     """Our module on the very state of `old`: the same dictionaries of parameters and hooks, not
     copies.
 
@@ -97,6 +132,8 @@ def twin(
 def _become_twin(module, family, eps, eps_name, also_read) -> None:
     """twin(), made of the module itself."""
     state, weight = vars(module), getattr(module, "weight", None)
+    if isinstance(family, GatedFamily):
+        return _become_gated_twin(module, family, eps, eps_name, also_read)
     shape = getattr(module, "normalized_shape", None) or None
     of_its_weight = "normalized_shape" not in state and weight is not None
     base = RMSNormInWeightDtype if family.result == "weight" else RMSNorm
@@ -117,30 +154,44 @@ def _become_twin(module, family, eps, eps_name, also_read) -> None:
     )
 
 
+def _become_gated_twin(module, family, eps, eps_name, also_read) -> None:
+    state, weight = vars(module), getattr(module, "weight", None)
+    if eps_name is not None and eps_name != "eps":
+        state.pop(eps_name)  # the class has it
+    module.__class__ = twin_class(type(module), RMSNormGated, eps_name, False, also_read)
+    module._parameters.setdefault("weight", None)
+    width = None if weight is None else len(weight)
+    state.update(hidden_size=width, eps=eps, elementwise_affine=weight is not None)
+    state.update(family.options(), weight_offset=0.0)
+
+
 def computing_class(cls: type[RMSNorm]) -> type[RMSNorm]:
     """The class whose forward this is; a twin's differs from it by the name of its input."""
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     return vars(owner).get("_computes", cls)
 
 
-def give_back(old: nn.Module, new: RMSNorm) -> None:
+def give_back(old: nn.Module, new: RMSNorm | RMSNormGated) -> None:
     """Gives the module that `new` is the twin of what happened to `new` since: a hook, a
     parametrization, another eps.
     """
     state = vars(old)
     made = next(cls for cls in type(new).__mro__ if "_twin_of" in vars(cls) or same(cls, RMSNorm))
     eps_name = getattr(made, "_eps_name", None) or "eps"
-    kept = {key: state[key] for key in (*SETTINGS, eps_name) if key in state}
+    settings = GATED_SETTINGS if is_a(new, RMSNormGated) else SETTINGS
+    kept = {key: state[key] for key in (*settings, eps_name) if key in state}
     before = kept.get(eps_name)
     if eps_name in kept and (None if before is None else float(before)) != new.eps:
         kept[eps_name] = new.eps
     state.clear()
-    state.update({key: value for key, value in vars(new).items() if key not in SETTINGS} | kept)
+    state.update({key: value for key, value in vars(new).items() if key not in settings} | kept)
     if type(new) is not made:  # somebody derived a class from it
         old.__class__ = rebased(type(new), made, type(old))
 
 
+# The attributes that are ours.
 SETTINGS = ("normalized_shape", "eps", "elementwise_affine", "weight_offset", "cast_before_weight")
+GATED_SETTINGS = ("hidden_size", "eps", "elementwise_affine", "weight_offset", *_GATED_OPTIONS)
 
 
 def rebased(cls: type, made: type, original: type) -> type:
@@ -157,7 +208,7 @@ def rebased(cls: type, made: type, original: type) -> type:
 @functools.cache
 def twin_class(
     original: type,
-    base: type[RMSNorm],
+    base: type[RMSNorm] | type[RMSNormGated],
     eps_name: str | None,
     of_its_weight: bool,
     also_read: tuple[str, ...],
@@ -167,12 +218,13 @@ def twin_class(
     """
     if original is nn.RMSNorm:
         return base
+    settings = GATED_SETTINGS if base is RMSNormGated else SETTINGS
 
     class Twin(base, original):
         __doc__, __module__, __qualname__ = original.__doc__, base.__module__, base.__qualname__
         _twin_of, _computes, _eps_name = original, base, eps_name
         forward = called_with(base.forward, original.forward)
-        vars().update({name: _fixed(name) for name in also_read if name not in SETTINGS})
+        vars().update({name: _fixed(name) for name in also_read if name not in settings})
         if eps_name is not None and eps_name != "eps":
             vars()[eps_name] = property(
                 lambda self: self.eps,
@@ -237,17 +289,19 @@ class _Absent:
 
 
 def called_with(forward: types.FunctionType, other: types.FunctionType) -> types.FunctionType:
-    """`forward`, whose input has the name that it has in `other`: norm(hidden_states=x)."""
-    code, name = forward.__code__, list(inspect.signature(other).parameters)[1]
+    """`forward`, whose inputs have the names that they have in `other`: norm(hidden_states=x)."""
+    code, (_, *given) = forward.__code__, inspect.signature(other).parameters
     names = code.co_varnames
-    if name in names:
+    count = min(len(given), code.co_argcount - 1)
+    new_names = dict(zip(names[1 : count + 1], given))
+    if all(name in names for name in new_names.values()):
         return forward
-    code = code.replace(co_varnames=(names[0], name, *names[2:]))
+    code = code.replace(co_varnames=tuple(new_names.get(name, name) for name in names))
     new = types.FunctionType(
         code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )
     new.__doc__, new.__qualname__ = forward.__doc__, forward.__qualname__
     new.__annotations__ = {
-        name if key == names[1] else key: value for key, value in forward.__annotations__.items()
+        new_names.get(key, key): value for key, value in forward.__annotations__.items()
     }
     return new

@@ -26,7 +26,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .families import FAMILIES, SETTINGS, Family, normalize
+from .families import (
+    FAMILIES,
+    GATED_FAMILIES,
+    GATED_SETTINGS,
+    SETTINGS,
+    Family,
+    GatedFamily,
+    gate,
+    normalize,
+)
 
 MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 _TORCH_FORWARD = nn.RMSNorm.forward
@@ -41,7 +50,7 @@ _EXTREME_WEIGHTS = (1.0, -1.0, 0.0, 3000.0, -3000.0)
 
 
 class Recognized(NamedTuple):
-    family: Family
+    family: Family | GatedFamily
     eps: float | None
     eps_name: str | None = None  # the attribute that holds it, if one does
     # Attributes whose numbers decide the result too, and are as they are.
@@ -53,7 +62,8 @@ def recognize(module: nn.Module) -> Recognized | str:
     there are none.
 
     It is the same function if results and gradients are, in training and in evaluation, in fp32,
-    bf16, fp16 and their mixtures, for rows of all sizes, of zeros, with NaN and with Inf.
+    bf16, fp16 and their mixtures, for rows of all sizes, of zeros, with NaN and with Inf. One whose
+    forward takes a second input is tried as a norm with a gate.
     """
     if type(module) is nn.RMSNorm and nn.RMSNorm.forward is _TORCH_FORWARD and _as_built(module):
         return Recognized(FAMILIES[0], number(module.eps), "eps")
@@ -103,16 +113,25 @@ def _structural_reason(module: nn.Module) -> str:
             f"its weight has the shape {list(weight.shape)}, and one number for each column is "
             "expected; where it was sharded, swap before that"
         )
-    properties = [key for key in SETTINGS if inspect.isdatadescriptor(getattr(cls, key, None))]
+    ours = dict.fromkeys((*SETTINGS, *GATED_SETTINGS))
+    properties = [key for key in ours if inspect.isdatadescriptor(getattr(cls, key, None))]
     if properties:
         return f"{name} has a property {', '.join(properties)}"
+    parameters = _inputs(cls)
+    if parameters is None:
+        return f"the signature of {name}.forward cannot be read"
+    plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    if len(parameters) not in (1, 2) or not plain:
+        return f"{name}.forward takes more than the input: {', '.join(p.name for p in parameters)}"
+    return ""
+
+
+def _inputs(cls: type[nn.Module]) -> list[inspect.Parameter] | None:
     try:
         _, *parameters = inspect.signature(cls.forward).parameters.values()
     except (TypeError, ValueError):
-        return f"the signature of {name}.forward cannot be read"
-    if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
-        return f"{name}.forward takes more than the input: {', '.join(p.name for p in parameters)}"
-    return ""
+        return None
+    return parameters
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -178,33 +197,45 @@ class _Trial(NamedTuple):
 
 class _Outcome(NamedTuple):
     result: Tensor
-    gradients: tuple[Tensor | None, Tensor | None] = (None, None)  # of input and weight
+    gradients: tuple[Tensor | None, ...] = ()  # of the inputs and the weight
     wrote: bool = False  # to its input
 
 
-# Of input, weight and whether it trains.
-_Function = Callable[[Tensor, "Tensor | None", bool], Tensor]
+# Of the inputs, weight and whether it trains.
+_Function = Callable[[list[Tensor], "Tensor | None", bool], Tensor]
 
 
 def _function_of(copied: nn.Module) -> _Function:
-    def call(x, weight, training):
+    def call(inputs, weight, training):
         copied.training = training
         if weight is not None:
             copied._parameters["weight"] = weight
         with random_state_kept():
-            return type(copied).forward(copied, x)
+            return type(copied).forward(copied, *inputs)
 
     return call
 
 
-def _formula(shape: tuple[int, ...] | None, family: Family, eps: float | None) -> _Function:
-    return lambda x, weight, training: normalize(x, shape or x.shape[-1:], weight, eps, family)
+def _formula(
+    shape: tuple[int, ...] | None, family: Family | GatedFamily, eps: float | None
+) -> _Function:
+    if isinstance(family, GatedFamily):
+        return lambda inputs, weight, training: gate(*inputs, weight, eps, family)
+
+    def call(inputs, weight, training):
+        (x,) = inputs
+        return normalize(x, shape or x.shape[-1:], weight, eps, family)
+
+    return call
 
 
 class _Laboratory:
     """Rows and a weight to try norms of one shape on."""
 
-    def __init__(self, shape: tuple[int, ...], has_weight: bool, values: Iterable[float]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], has_weight: bool, values: Iterable[float], has_gate: bool
+    ) -> None:
+        self.names = ("input", "gate", "weight") if has_gate else ("input", "weight")
         width, generator = torch.Size(shape).numel(), torch.Generator().manual_seed(0)
         normal = functools.partial(torch.randn, generator=generator)
         # So many that a near-tie or two is no per cent of the values.
@@ -238,22 +269,28 @@ class _Laboratory:
         self.pairs = _DTYPE_PAIRS if has_weight else tuple((dtype, dtype) for dtype in _DTYPES)
 
     def observe(self, function: _Function, trial: _Trial) -> _Outcome:
-        x = torch.cat([*trial.batch.values()]).to(trial.pair[0])
+        inputs = self.inputs_of(torch.cat([*trial.batch.values()]).to(trial.pair[0]))
+        x = inputs[0]
         is_special = trial.batch.keys() <= self.special_names
         values = self.extreme_weight if is_special else self.weight
         weight = None if values is None else nn.Parameter(values.to(trial.pair[1]))
         if not trial.grad:
-            before = x.clone()
+            before = [t.clone() for t in inputs]
             with torch.no_grad():
-                result = function(x, weight, trial.training)
-            return _Outcome(result, wrote=not _same(before, x))
-        result = function(x.requires_grad_(), weight, trial.training)
+                result = function(inputs, weight, trial.training)
+            return _Outcome(result, wrote=not all(map(_same, before, inputs)))
+        result = function([t.requires_grad_() for t in inputs], weight, trial.training)
         if not (isinstance(result, Tensor) and result.requires_grad and result.shape == x.shape):
             return _Outcome(result)
         loss = (result.float() * self.direction * x.detach().float().sign()).sum()
-        of = [x] if weight is None else [x, weight]
-        dx, *dweight = torch.autograd.grad(loss, of, allow_unused=True)
-        return _Outcome(result, (dx, *dweight) if dweight else (dx, None))
+        of = inputs if weight is None else [*inputs, weight]
+        return _Outcome(result, torch.autograd.grad(loss, of, allow_unused=True))
+
+    def inputs_of(self, x: Tensor) -> list[Tensor]:
+        if "gate" not in self.names:
+            return [x]
+        values = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        return [x, (2 * values).to(x.dtype)]
 
     def difference(self, ours: _Outcome, theirs: _Outcome, trial: _Trial) -> str:
         """In words; empty if there is none."""
@@ -268,7 +305,7 @@ class _Laboratory:
         if theirs.wrote:
             return "it writes to its input"
         for name, a, b in by_rows(got, want):
-            share, far = values_off(a, b, trial.pair)
+            share, far = self.values_off(a, b, trial)
             if share >= 0.01 or far:
                 how_many = f"{share:.0%} of the" if share >= 0.01 else "single"
                 return f"{how_many} values differ for {name}"
@@ -276,15 +313,19 @@ class _Laboratory:
             return ""
         if got.requires_grad != want.requires_grad:
             return "its result requires no gradient"
-        for what, mine, other in zip(("input", "weight"), ours.gradients, theirs.gradients):
+        for what, mine, other in zip(self.names, ours.gradients, theirs.gradients):
             if (mine is None) != (other is None):
                 return f"its {what} gets no gradient"
             if mine is None or other is None:
                 continue
-            for name, a, b in by_rows(mine, other) if what == "input" else [("", mine, other)]:
+            for name, a, b in by_rows(mine, other) if what != "weight" else [("", mine, other)]:
                 if gradients_differ(a, b, trial.pair):
                     return f"the gradient of its {what} differs{name and f' for {name}'}"
         return ""
+
+    def values_off(self, ours: Tensor, theirs: Tensor, trial: _Trial) -> tuple[float, bool]:
+        # An activation is a few roundings more on both sides.
+        return values_off(ours, theirs, trial.pair, roundings=1 if "gate" not in self.names else 2)
 
 
 def _batches(rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -311,7 +352,9 @@ def _kind(result: object) -> str:
     return f"a {type(result).__name__}"
 
 
-def values_off(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]) -> tuple[float, bool]:
+def values_off(
+    ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...], roundings: int = 1
+) -> tuple[float, bool]:
     """How many of the values are further apart than the roundings of fp32 arithmetic put them, and
     whether one is by far.
     """
@@ -322,9 +365,10 @@ def values_off(ours: Tensor, theirs: Tensor, pair: tuple[torch.dtype, ...]) -> t
     # fp32: theirs rounds the sum, the mean, the root and two products. 16 bits: a near-tie may fall
     # the other way. So it may where the input has 16 bits, the result 32, and the family rounds
     # between; that is few elements, and an ulp of the 16 bits.
-    off = apart > 8 * torch.finfo(dtype).eps * theirs.abs() if dtype == torch.float32 else apart > 0
+    least = roundings * torch.finfo(dtype).eps * theirs.abs()
+    off = apart > 8 * least if dtype == torch.float32 else apart > 0
     coarsest = max(torch.finfo(d).eps for d in (*pair, dtype))
-    far = apart > 4 * coarsest * theirs.abs() + 4 * torch.finfo(dtype).tiny
+    far = apart > 4 * (roundings * coarsest * theirs.abs() + torch.finfo(dtype).tiny)
     nan = ours.isnan() != theirs.isnan()
     return ((off | nan).float().mean().item() if off.numel() else 0.0), bool((far | nan).any())
 
@@ -344,8 +388,11 @@ def _try(module: nn.Module) -> Recognized | str:
     copied, has_weight = _copy(module), module._parameters.get("weight") is not None
     own = {key: value for key, value in vars(copied).items() if key not in MODULE_ATTRIBUTES}
     named = {key: n for key, value in own.items() if (n := number(value)) is not None}
-    shape = _shape(module)
-    laboratory, their = _Laboratory(shape, has_weight, named.values()), _function_of(copied)
+    shape, has_gate = _shape(module), len(_inputs(type(module))) == 2
+    laboratory, their = (
+        _Laboratory(shape, has_weight, named.values(), has_gate),
+        _function_of(copied),
+    )
     known_shape = shape if has_weight or getattr(module, "normalized_shape", None) else None
     wants, errors = [], []
     for pair, batch in product(_DECISIVE_PAIRS, laboratory.usual):
@@ -362,11 +409,12 @@ def _try(module: nn.Module) -> Recognized | str:
     # Of the families and numbers the one that comes nearest. Without a weight there is one
     # rounding, whatever the family.
     least, nearest = 2.0, ""
-    for family in FAMILIES if has_weight else FAMILIES[:1]:
+    families = _gated_families(own, shape[-1]) if has_gate else FAMILIES
+    for family in families if has_weight or has_gate else FAMILIES[:1]:
         for eps, names in _candidates(copied, family, named).items():
             our, says = _formula(known_shape, family, eps), f"{family.name!r} with eps={eps}"
             results = [laboratory.observe(our, trial).result for trial, _ in wants]
-            shares = [values_off(y, want, t.pair)[0] for y, (t, want) in zip(results, wants)]
+            shares = [laboratory.values_off(y, want, t)[0] for y, (t, want) in zip(results, wants)]
             off, (where, _) = max(zip(shares, wants), key=operator.itemgetter(0))
             if off < 0.01:
                 if reason := _difference(laboratory, our, their):
@@ -378,7 +426,22 @@ def _try(module: nn.Module) -> Recognized | str:
                 least, nearest = off, f"{says}: {off:.0%} of its values differ {where}"
     if not nearest:
         return "it has no attribute that could be its eps"
+    if has_gate:
+        names = ", ".join(p.name for p in _inputs(type(module)))
+        says = (
+            f"{type(module).__name__}.forward takes more than the input: {names}; tried as a norm"
+        )
+        return f"{says} with a gate, the nearest is {nearest}"
     return f"it computes what no known family computes; the nearest is {nearest}"
+
+
+def _gated_families(own: dict[str, object], width: int) -> Iterator[GatedFamily]:
+    """Each activation and size of groups; the latter, or their count, is one of its integers."""
+    whole = [n for n in own.values() if type(n) is int and n > 1 and width % n == 0]
+    sizes = dict.fromkeys([None, *whole, *(width // n for n in whole)])
+    for family, activation, size in product(GATED_FAMILIES, ("silu", "sigmoid"), sizes):
+        size = None if size == width else size
+        yield family._replace(activation=activation, group_size=size)
 
 
 def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> str:
@@ -400,16 +463,23 @@ def _difference(laboratory: _Laboratory, our: _Function, their: _Function) -> st
                 return f"{reason} {trial}"
     x, weight = torch.cat([*laboratory.usual[0].values()]), laboratory.weight
     x = x[: len(x) // 2 * 2]
+    inputs = laboratory.inputs_of(x)
     with torch.no_grad():
-        once = their(x, weight, False)
-        if not _same(their(x, weight, False), once):
+        if len(inputs) == 2:
+            with contextlib.suppress(Exception):  # it may want one
+                alone = their([x, None], weight, False)
+                if laboratory.values_off(our([x, None], weight, False), alone, laboratory.plain)[1]:
+                    return "without a gate it computes something else"
+        once = their(inputs, weight, False)
+        if not _same(their(inputs, weight, False), once):
             return "its result is another at each call"
-        views = [(t[None], t.reshape(2, -1, *t.shape[1:]), t[0], t[:0]) for t in (x, once)]
-        for t, want in zip(*views):
+        views = [(t[None], t.reshape(2, -1, *t.shape[1:]), t[:0], t[0]) for t in (*inputs, once)]
+        # Some with a gate count on rows of a batch, and refuse one alone.
+        for *given, want in list(zip(*views))[: 3 if len(inputs) == 2 else 4]:
             try:
-                got = their(t, weight, False)
+                got = their(given, weight, False)
             except Exception as error:
-                return f"of input of the shape {list(t.shape)} it raises {_in_a_line(error)}"
+                return f"of input of the shape {[*given[0].shape]} it raises {_in_a_line(error)}"
             if values_off(want, got, _DTYPE_PAIRS[0])[1]:
                 return (
                     "its result depends on how many dimensions there are before the normalized ones"
@@ -452,7 +522,7 @@ def _eps_attribute(laboratory, copied, shape, family, eps, names) -> str | None:
     want = laboratory.observe(_formula(shape, family, other), laboratory.plain).result
     for name in names:
         got = _result_with(laboratory, copied, name, other)
-        if not values_off(want, got, laboratory.plain.pair)[1]:
+        if not laboratory.values_off(want, got, laboratory.plain)[1]:
             return name
     return None
 

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from ..again import is_a
-from ..modules import RMSNorm
-from .families import Family, give_back, twin
+from ..modules import RMSNorm, RMSNormGated
+from .families import Family, GatedFamily, give_back, twin
 from .fuse_residual import fuse
 from .fuse_rope import fuser
 from .recognize import MODULE_ATTRIBUTES, Recognized, recognize
@@ -30,8 +30,8 @@ from .rewrite import unfuse
 class Replaced(NamedTuple):
     name: str  # as in named_modules(); a module in two places is listed twice, with one `new`
     old: nn.Module
-    new: RMSNorm
-    family: Family
+    new: RMSNorm | RMSNormGated
+    family: Family | GatedFamily
 
 
 class Fused(NamedTuple):
@@ -154,19 +154,21 @@ def replace_rms_norm(
 
 
 def _swap(model, match, result: Replacement) -> None:
-    new_of: dict[nn.Module, RMSNorm] = {}
+    new_of: dict[nn.Module, RMSNorm | RMSNormGated] = {}
     known: dict[tuple, Recognized | str] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
-        if is_a(module, RMSNorm) or not (match or _may_be_rms_norm)(name, module):
+        ours = is_a(module, RMSNorm) or is_a(module, RMSNormGated)
+        if ours or not (match or _may_be_rms_norm)(name, module):
             continue
         path, _, child = name.rpartition(".")
         parent = modules[path] if name else None
         found = _reason_to_skip(module, parent) or _recognize_once(module, known)
         if not isinstance(found, str) and parent is None:
+            ours = "RMSNormGated" if isinstance(found.family, GatedFamily) else "RMSNorm"
             raise ValueError(
                 f"replace_rms_norm: the model is itself a {type(module).__name__}, and a module "
-                "can only be replaced inside a parent; construct rmsnorm_cuda.RMSNorm instead"
+                f"can only be replaced inside a parent; construct rmsnorm_cuda.{ours} instead"
             )
         if not isinstance(found, str) and module not in new_of:
             try:
