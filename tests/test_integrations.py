@@ -21,6 +21,7 @@ from torch import nn
 
 import rmsnorm_cuda
 import rmsnorm_cuda_plugins
+from rmsnorm_cuda import rms_norm_gated
 from rmsnorm_cuda.integrations.families import FAMILIES
 from rmsnorm_cuda.reference import ulp_distance
 
@@ -129,25 +130,20 @@ def test_kernels_layer_rules():
     from rmsnorm_cuda.integrations.kernels import mapping
 
     repositories = mapping()
-    assert set(repositories) == {"RMSNorm", "RMSNormZeroCentered"} and set(
-        repositories["RMSNorm"]
-    ) == {"cpu", "cuda"}
-    repository = repositories["RMSNorm"]["cpu"]
-    assert hash(repository) == hash(repositories["RMSNorm"]["cuda"]) and "rmsnorm_cuda" in str(
-        repository
-    )
-    layer = repository.load()
-    assert issubclass(layer, nn.Module) and layer.__init__ is nn.Module.__init__
-    members = {name for name, _ in inspect.getmembers(layer)} - {
-        name for name, _ in inspect.getmembers(nn.Module)
-    }
-    assert (
-        members == {"can_torch_compile", "has_backward"}
-        and layer.can_torch_compile == COMPILES_LAYERS
-        and layer.has_backward
-    )
-    kinds = [parameter.kind for parameter in inspect.signature(layer.forward).parameters.values()]
-    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+    assert set(repositories) == {"RMSNorm", "RMSNormZeroCentered", "RMSNormGated"}
+    for name, inputs in (("RMSNorm", 1), ("RMSNormGated", 2)):
+        assert set(repositories[name]) == {"cpu", "cuda"}
+        repository = repositories[name]["cpu"]
+        assert hash(repository) == hash(repositories[name]["cuda"])
+        assert f"rmsnorm_cuda (layer `{name}`)" in str(repository)
+        layer = repository.load()
+        assert issubclass(layer, nn.Module) and layer.__init__ is nn.Module.__init__
+        members = {n for n, _ in inspect.getmembers(layer)}
+        members -= {n for n, _ in inspect.getmembers(nn.Module)}
+        assert members == {"can_torch_compile", "has_backward"} and layer.has_backward
+        assert layer.can_torch_compile == COMPILES_LAYERS
+        kinds = [p.kind for p in inspect.signature(layer.forward).parameters.values()]
+        assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * (1 + inputs)
     assert list(mapping(["A"], ["cpu"])) == ["A"] and list(mapping(["A"], ["cpu"])["A"]) == ["cpu"]
 
 
@@ -179,6 +175,31 @@ def test_kernels_layer_is_of_the_modules_family(family, fresh):
         torch.testing.assert_close(
             ours.weight.grad / scale, theirs.weight.grad / scale, rtol=rough, atol=rough
         )
+
+
+@pytest.mark.filterwarnings("error:rmsnorm_cuda")
+def test_kernels_layer_of_gated_norms(fresh, monkeypatch):
+    """One layer name, on classes that round and gate otherwise; eager, in training, compiled."""
+    pytest.importorskip("transformers")
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    for cls, options in (
+        (Qwen3NextRMSNormGated, {"cast_before_weight": True}),
+        (KimiLinearRMSNormGated, {"activation": "sigmoid"}),
+    ):
+        monkeypatch.setattr(cls, "kernel_layer_name", "RMSNormGated", raising=False)
+        for compiled in (False, COMPILES_LAYERS):
+            norm = kernelized(cls(64, eps=1e-3), compiled=compiled)
+            assert norm.forward.__func__.__module__ == "rmsnorm_cuda.integrations.kernels"
+            x, gate = torch.randn(5, 64, requires_grad=True), torch.randn(5, 64)
+            call = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else norm
+            y = call(x, gate)
+            want = rms_norm_gated(x, gate, norm.weight, 1e-3, **options)
+            assert torch.equal(y, want)
+            torch.testing.assert_close(y, cls.forward(norm, x, gate))
+            grads = (torch.autograd.grad(t.sin().sum(), x)[0] for t in (y, want))
+            assert torch.equal(*grads)
 
 
 def test_kernels_layer_of_what_is_not_a_norm(fresh):
@@ -330,7 +351,7 @@ def test_kernelize_tells_where_it_changes_nothing(fresh, monkeypatch):
             with pytest.warns(
                 UserWarning,
                 match="no module of this LlamaForCausalLM is marked as one of RMSNorm, "
-                "RMSNormZeroCentered",
+                "RMSNormGated, RMSNormZeroCentered",
             ):
                 kernelize(model, mode=Mode.INFERENCE)
             assert torch.equal(model(tokens).logits, want)

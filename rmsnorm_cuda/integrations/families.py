@@ -104,7 +104,16 @@ def gate(
     family: GatedFamily,
 ) -> Tensor:
     """The same of a gated family."""
-    return rms_norm_gated(x, gate, weight, eps, **family.options())
+    return rms_norm_gated(
+        x,
+        gate,
+        weight,
+        eps,
+        activation=family.activation,
+        norm_before_gate=family.norm_before_gate,
+        group_size=family.group_size,
+        cast_before_weight=family.cast_before_weight,
+    )
 
 
 def twin(

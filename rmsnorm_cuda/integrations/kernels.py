@@ -1,4 +1,4 @@
-"""A layer for the `kernels` library: `kernelize(model)` puts it in place of the forward of a
+"""Layers for the `kernels` library: `kernelize(model)` puts them in place of the forwards of a
 model's norms.
 
     from kernels import Mode
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
+from .families import gate as normalize_and_gate
 from .families import normalize
 from .recognize import Recognized, recognize
 
-# The names that transformers decorates its norms with; "RMSNormGated" is another function, of two
-# inputs.
-LAYER_NAMES = ("RMSNorm", "RMSNormZeroCentered")
+# The names that transformers decorates its norms with.
+LAYER_NAMES = ("RMSNorm", "RMSNormZeroCentered", "RMSNormGated")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Repository:
     layer_name: str = "RMSNorm"
 
     def load(self) -> type[nn.Module]:
-        return RMSNorm
+        return RMSNormGated if self.layer_name == "RMSNormGated" else RMSNorm
 
     def __str__(self) -> str:
         return f"rmsnorm_cuda (layer `{self.layer_name}`)"
@@ -52,7 +52,7 @@ def mapping(
     """For use_kernel_mapping() and register_kernel_mapping(): our layer for these names on these
     devices, in every mode.
     """
-    return {name: dict.fromkeys(devices, Repository()) for name in layer_names}
+    return {name: dict.fromkeys(devices, Repository(name)) for name in layer_names}
 
 
 def kernelize(
@@ -90,18 +90,7 @@ class RMSNorm(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # Compiled, the module's settings are read each time and guarded: one graph serves all
-        # layers, and another eps is another graph. In eager that would take as long as a short
-        # norm.
-        if torch.compiler.is_compiling():
-            found = _recognize(type(self), *_settings(self))
-        else:
-            # eps may be set again.
-            numbers = [value for value in self.__dict__.values() if type(value) is float]
-            before, found = self.__dict__.get("_rmsnorm_cuda_family", (None, None))
-            if before != numbers:
-                found = _recognize(type(self), *_settings(self))
-                self.__dict__["_rmsnorm_cuda_family"] = numbers, found
+        found = _found(self)
         if isinstance(found, str):
             return type(self).forward(self, hidden_states)
         weight = getattr(self, "weight", None)
@@ -109,6 +98,34 @@ class RMSNorm(nn.Module):
             hidden_states.shape[-1:] if weight is None else weight.shape
         )
         return normalize(hidden_states, shape, weight, found.eps, found.family)
+
+
+class RMSNormGated(nn.Module):
+    """The same of norms with a gate."""
+
+    can_torch_compile = RMSNorm.can_torch_compile
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        found = _found(self)
+        if isinstance(found, str):
+            return type(self).forward(self, hidden_states, gate)
+        weight = getattr(self, "weight", None)
+        return normalize_and_gate(hidden_states, gate, weight, found.eps, found.family)
+
+
+def _found(module: nn.Module) -> Recognized | str:
+    # Compiled, the module's settings are read each time and guarded: one graph serves all layers,
+    # and another eps is another graph. In eager that would take as long as a short norm.
+    if torch.compiler.is_compiling():
+        return _recognize(type(module), *_settings(module))
+    # eps may be set again.
+    numbers = [value for value in module.__dict__.values() if type(value) is float]
+    before, found = module.__dict__.get("_rmsnorm_cuda_family", (None, None))
+    if before != numbers:
+        found = _recognize(type(module), *_settings(module))
+        module.__dict__["_rmsnorm_cuda_family"] = numbers, found
+    return found
 
 
 def _settings(module):
