@@ -101,7 +101,7 @@ def test_wrong_peer_is_found_before_it_is_timed(cpu):
 def test_rope(monkeypatch):
     """Each contender gives what fp64 gives, and a wrong one is seen."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import rope
+    from benchmarks import families, rope
 
     cell = rope.Cell(3, [2, 1], 64, torch.bfloat16, torch.float32)
     runs = cell.forward(compiled=())
@@ -117,6 +117,27 @@ def test_rope(monkeypatch):
     cells = [
         {"mode": "forward", "dtype": "bf16", "tokens": n, "threads": n, "us": us} for n in (1, 2)
     ]
-    told = rope.summary(cells)
+    told = families.summary(cells)
     assert "| 1 bf16 | 2 | 8 |" in told and "| 2 bf16, 2 threads |" in told
     assert "geometric means: steps 4.00." in told
+
+
+@pytest.mark.parametrize("family", ["qwen3-next", "mamba2", "nemotron-h"])
+def test_gated(family, monkeypatch):
+    """Eager code of the family gives what fp64 gives, and a wrong one is seen."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import families, gated
+
+    cell = gated.Cell(family, 3, torch.bfloat16, torch.float32)
+    runs = cell.forward(compiled=False)
+    cell.verify(runs)
+    with pytest.raises(AssertionError, match="wrong"):
+        cell.verify({"wrong": lambda s: runs["ours"](s) * 1.05})
+    training = cell.training(compiled=False)
+    grads = {name: run(cell.sets[0]) for name, run in training.items()}
+    for ours, eager in zip(grads["ours"], grads["eager"], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0.05, atol=0.1)
+    where = {"family": family, "tokens": 3, "dtype": "bf16", "threads": 1}
+    told = families.summary([{"mode": "forward"} | where | {"us": {"ours": 2.0, "eager": 6.0}}])
+    assert "| family, tokens | ours | eager |" in told and f"| {family} 3 bf16 | 2 | 6 |" in told
+    assert "geometric means: eager 3.00." in told
