@@ -50,6 +50,9 @@ class Cell:
         rows, self.cols, self.options = FAMILIES[family]
         self.shape, self.dtype = (tokens, rows, self.cols), dtype
         self.weight = (torch.rand(self.cols) + 0.5).to(weight_dtype)
+        # Of a gate that comes first the result is promoted.
+        is_first = "norm_before_gate" in self.options
+        self.result = torch.promote_types(dtype, weight_dtype) if is_first else dtype
         size = tokens * rows * self.cols * dtype.itemsize
         sets = 1 if size < 1 << 20 else max(2, ROTATE_BYTES // (3 * size))
         self.sets = [self.buffers() for _ in range(sets)]
@@ -57,7 +60,8 @@ class Cell:
     def buffers(self):
         both = torch.randn(*self.shape[:-1], 2 * self.cols).to(self.dtype)
         x = torch.randn(self.shape).to(self.dtype)
-        return SimpleNamespace(x=x, gate=both[..., self.cols :], out=torch.empty_like(x))
+        gate, out = both[..., self.cols :], torch.empty(self.shape, dtype=self.result)
+        return SimpleNamespace(x=x, gate=gate, out=out)
 
     def formula(self, compiled):
         def eager(x, gate, weight):
@@ -79,7 +83,7 @@ class Cell:
         return runs | {"copy": lambda s: s.out.copy_(s.x)}
 
     def training(self, compiled):
-        weight, dy = self.weight.clone().requires_grad_(), torch.randn(self.shape).to(self.dtype)
+        weight, dy = self.weight.clone().requires_grad_(), torch.randn(self.shape).to(self.result)
 
         def step(function):
             def run(s):
