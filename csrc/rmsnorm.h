@@ -326,6 +326,9 @@ int rms_norm_backward(const RmsNormBackward& p, void* stream);
 int rms_norm_rope_forward(const RmsNormRope* sides, int count, void* stream);
 int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward* sides, int count);
 int rms_norm_rope_backward(const RmsNormRopeBackward* sides, int count, void* stream);
+int rms_norm_gated_forward(const RmsNormGated& p, void* stream);
+int64_t rms_norm_gated_backward_workspace(const RmsNormGatedBackward& p);
+int rms_norm_gated_backward(const RmsNormGatedBackward& p, void* stream);
 Plan last_plan();  // of what this thread launched last; its kernel is "" before the first
 
 }  // namespace cuda

@@ -17,6 +17,9 @@ int rms_norm_backward(const RmsNormBackward&, void*) { return kNotBuilt; }
 int rms_norm_rope_forward(const RmsNormRope*, int, void*) { return kNotBuilt; }
 int64_t rms_norm_rope_backward_workspace(const RmsNormRopeBackward*, int) { return 0; }
 int rms_norm_rope_backward(const RmsNormRopeBackward*, int, void*) { return kNotBuilt; }
+int rms_norm_gated_forward(const RmsNormGated&, void*) { return kNotBuilt; }
+int64_t rms_norm_gated_backward_workspace(const RmsNormGatedBackward&) { return 0; }
+int rms_norm_gated_backward(const RmsNormGatedBackward&, void*) { return kNotBuilt; }
 Plan last_plan() { return {}; }
 
 }  // namespace rmsnorm::cuda

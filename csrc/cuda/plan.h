@@ -181,6 +181,73 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const D
   return plan;
 }
 
+// With a gate, of `groups` of so many columns each. A block has rows of one group, of which `blocks`
+// tells how many blocks share them. The kernels that are not plain are laid out alike, in registers
+// or not.
+struct GatedPlan : Plan {
+  int64_t group_blocks;
+};
+
+inline GatedPlan plan_gated(Plan plan, int64_t groups, const KernelLimits* limits,
+                            const Device& device) {
+  plan.registers = limits[static_cast<int>(plan.keep)].registers;
+  plan.resident = resident_blocks(plan, device);
+  GatedPlan result{plan};
+  result.group_blocks = std::max(resident_rows(plan, device) / groups, int64_t{1});
+  return result;
+}
+
+inline GatedPlan plan_gated_forward(int64_t rows, int64_t groups, int64_t cols, DType x,
+                                    const Device& device) {
+  const Tuning& tuning = tuning_for(device);
+  const KernelLimits* const limits = tuning.limits + kGatedRows;
+  // Of shared memory, for a vector of x: that and as much of the gate, or their product in fp32.
+  Plan row = plan_row(cols, x, kGatedVectors, limits, tuning.forward_block_threads, 32, device);
+  if (row.lanes > kWarp) row.threads = row.lanes;
+  GatedPlan plan = plan_gated(row, groups, limits, device);
+  const int waves = std::max(tuning.forward_waves * plan.vectors / kGatedVectors, 1);
+  const int64_t spread = ceil_div(rows, plan.threads / plan.lanes);
+  const int64_t row_groups = ceil_div(spread, kGatedVectors / plan.vectors);
+  if (spread <= plan.group_blocks) {
+    plan.group_blocks = spread;
+  } else {
+    plan.group_blocks = even_blocks(row_groups, plan.group_blocks * waves);
+  }
+  plan.blocks = plan.group_blocks * groups * plan.cluster;
+  return plan;
+}
+
+// The same of a launch that is not plain.
+inline GatedPlan of_any_rows(GatedPlan plan, const KernelLimits& kernel, const Device& device) {
+  plan.kernel = kernel.kernel;
+  plan.keep = Keep::kNowhere;
+  plan.registers = kernel.registers;
+  plan.shared_bytes = 0;
+  plan.resident = resident_blocks(plan, device);
+  return plan;
+}
+
+// Of shared memory, for a vector of x: as much of dy and the gate, and the sums for dweight.
+inline int64_t gated_backward_kept_bytes(DType x) {
+  return 48 + vector_elems(x) * int64_t{sizeof(float)};
+}
+
+// group_blocks: also the number of rows of partial sums.
+inline GatedPlan plan_gated_backward(int64_t rows, int64_t groups, int64_t cols, DType x,
+                                     const Device& device) {
+  const Tuning& tuning = tuning_for(device);
+  const KernelLimits* const limits = tuning.limits + kGatedBackwardRows;
+  const Plan row = plan_row(cols, x, kGatedVectors, limits, tuning.backward_block_threads,
+                            gated_backward_kept_bytes(x), device);
+  GatedPlan plan = plan_gated(row, groups, limits, device);
+  const int64_t row_groups = ceil_div(rows, plan.threads / plan.lanes);
+  const int64_t spread = std::max(ceil_div(row_groups, tuning.backward_min_rows),
+                                  int64_t{2} * device.multiprocessors / (plan.cluster * groups));
+  plan.group_blocks = even_blocks(row_groups, std::min(spread, plan.group_blocks));
+  plan.blocks = plan.group_blocks * groups * plan.cluster;
+  return plan;
+}
+
 // The second pass over rows that are read twice: a block owns a strip of columns and a range of
 // rows.
 struct StripPlan {

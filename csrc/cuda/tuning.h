@@ -18,6 +18,9 @@ constexpr int kBytesInFlight = 64;  // of a thread: four vectors of x, or two of
 static_assert(16 * kForwardVectors == kBytesInFlight &&
               2 * 16 * kBackwardVectors == kBytesInFlight);
 
+// With a gate there is a stream more: 64 and 96 bytes of a thread are in flight.
+constexpr int kGatedVectors = 2;
+
 // Rows that are read twice: how many the second pass of the backward takes at a time.
 constexpr int kStripRows = 4;  // four vectors of x and of dy in flight per thread
 
@@ -40,6 +43,12 @@ enum KernelIndex {
   kRopeAnyRows,
   kRopeBackwardRows,
   kRopeBackwardAnyRows,
+  kGatedRows,
+  kGatedSharedRows,
+  kGatedAnyRows,
+  kGatedBackwardRows,
+  kGatedBackwardSharedRows,
+  kGatedBackwardAnyRows,
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
@@ -64,6 +73,12 @@ constexpr KernelLimits kLimits[] = {
     {"rope_any_rows", 512, 128, 128},
     {"rope_backward_rows", 256, 128, 128},
     {"rope_backward_any_rows", 256, 128, 128},
+    {"gated_rows", 256, 80, 80},
+    {"gated_shared_rows", 512, 64, 64},
+    {"gated_any_rows", 512, 128, 128},
+    {"gated_backward_rows", 256, 128, 128},
+    {"gated_backward_shared_rows", 256, 128, 128},
+    {"gated_backward_any_rows", 256, 128, 128},
     {nullptr, 0, 0, 0},
 };
 
