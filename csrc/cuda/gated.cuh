@@ -18,6 +18,7 @@ struct GateArgs {
   View gate;         // without data: none
   int64_t all_cols;  // of a row; RowArgs has those of a group
   bool before_norm, is_sigmoid;
+  bool is_exact;        // the activation; else it is for 16 bits
   bool rounds_product;  // with the weight, to the type of x
 };
 
@@ -26,19 +27,31 @@ struct GroupBlocks {
   static __device__ unsigned count() { return gridDim.y; }
 };
 
-// sigmoid(g) = over / (over + under): of 1 and e^-|g|, so that nothing overflows.
-template <typename X>
+// sigmoid(g) = over / (over + under), in which nothing overflows.
 struct Sigmoid {
-  float over, under, inverse;  // of their sum, which is in [1, 2]
+  float over, under, inverse;  // of their sum
 
-  __device__ explicit Sigmoid(float g) {
+  // Of 1 and e^-|g|: to about an ulp.
+  static __device__ Sigmoid exact(float g) {
     const float e = expf(-fabsf(g)), sum = 1.0f + e;
-    over = g < 0 ? e : 1.0f;
-    under = g < 0 ? 1.0f : e;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
-    // One Newton step on the hardware's estimate, which is good enough for 16 bits.
-    if (sizeof(X) == 4) inverse = __fmaf_rn(__fmaf_rn(-sum, inverse, 1.0f), inverse, inverse);
+    Sigmoid s{g < 0 ? e : 1.0f, g < 0 ? 1.0f : e, reciprocal(sum)};
+    s.inverse = __fmaf_rn(__fmaf_rn(-sum, s.inverse, 1.0f), s.inverse, s.inverse);
+    return s;
   }
+  // Of 2^-24 and e^-g * 2^-24: within 2^-18, for 16 bits. Its sum is finite, and the reciprocal a
+  // normal number, for every g whose result is more than 2^-150. With kSlope under is finite too.
+  template <bool kSlope>
+  static __device__ Sigmoid fast(float g) {
+    constexpr float kScale = 0x1p-24f, kLowest = -105.0f;
+    float under = __fmaf_rn(kSlope && g < kLowest ? kLowest : g, -0x1.715476p0f, -24.0f);
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(under) : "f"(under));
+    return {kScale, under, reciprocal(kScale + under)};
+  }
+  static __device__ float reciprocal(float v) {
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(v));
+    return v;
+  }
+
   __device__ float value(float g, bool is_sigmoid) const {
     return (is_sigmoid ? over : g * over) * inverse;
   }
@@ -48,26 +61,47 @@ struct Sigmoid {
   }
 };
 
+// What a kernel is for: plain rows, and a gate before the norm or behind it (or none); or all.
+enum class Order { kBefore, kBehind, kAny };
+
 // x has type X. What else is read is of that type too where the kernel is plain, else of any.
-template <typename X, bool kPlainRows>
+template <typename X, Order kOrder>
 struct Gated {
-  static constexpr bool kPlain = kPlainRows;
+  static constexpr bool kPlain = kOrder != Order::kAny;
   static constexpr int kElems = 16 / sizeof(X), kPairs = kElems / 2;
   using XChunk = Chunk<X, kElems>;
-  using OtherChunk = Chunk<std::conditional_t<kPlain, X, float>, kElems>;
+  using Other = std::conditional_t<kPlain, X, float>;
+  using OtherChunk = Chunk<Other, kElems>;
   using Floats = Chunk<float, kElems>;
 
-  // The activation of a gate; 1 without one.
+  static __device__ bool before_norm(const GateArgs& a) {
+    return kPlain ? kOrder == Order::kBefore : a.before_norm;
+  }
+
+  // In place of a gate that is not there: sigmoid(inf) is 1. Zeros beside rows that are not there.
+  static __device__ OtherChunk no_gate(const GateArgs& a) {
+    OtherChunk gate = {};
+    const float v = a.gate.data == nullptr ? INFINITY : 0.0f;
+    unrolled<kPairs>([&](int i) { gate.set(i, {v, v}); });
+    return gate;
+  }
+
+  // The activation of a gate.
+  template <bool kSlope>
+  static __device__ Sigmoid sigmoid(const GateArgs& a, float g) {
+    if (sizeof(X) == 4 || (!kPlain && a.is_exact)) return Sigmoid::exact(g);
+    return Sigmoid::fast<kSlope>(g);
+  }
   static __device__ float2 activated(const GateArgs& a, float2 g) {
-    if (a.gate.data == nullptr) return {1.0f, 1.0f};
-    return {Sigmoid<X>(g.x).value(g.x, a.is_sigmoid), Sigmoid<X>(g.y).value(g.y, a.is_sigmoid)};
+    return {sigmoid<false>(a, g.x).value(g.x, a.is_sigmoid),
+            sigmoid<false>(a, g.y).value(g.y, a.is_sigmoid)};
   }
-  // Where it is in front of the norm; and behind it.
-  static __device__ float2 before(const GateArgs& a, float2 activated) {
-    return a.before_norm ? activated : float2{1.0f, 1.0f};
+  // v times the activation, where that is in front of the norm; where it is behind it.
+  static __device__ float2 times_before(const GateArgs& a, float2 v, float2 activated) {
+    return before_norm(a) ? v * activated : v;
   }
-  static __device__ float2 behind(const GateArgs& a, float2 activated) {
-    return a.before_norm ? float2{1.0f, 1.0f} : activated;
+  static __device__ float2 times_behind(const GateArgs& a, float2 v, float2 activated) {
+    return before_norm(a) ? v : v * activated;
   }
 
   // Where x and the gate of a row begin.
@@ -82,9 +116,9 @@ struct Gated {
     const X* const x = static_cast<const X*>(row_args.x.data) + place.x;
     const auto load = [&](int64_t i) {
       const float v = static_cast<float>(x[i]);
-      if (!a.before_norm) return double{v};
+      if (!before_norm(a)) return double{v};
       const float g = static_cast<float>(load_any(a.gate.data, a.gate.dtype, place.gate + i));
-      return double{__fmul_rn(v, Sigmoid<X>(g).value(g, a.is_sigmoid))};
+      return double{__fmul_rn(v, sigmoid<false>(a, g).value(g, a.is_sigmoid))};
     };
     return rescued_scale_of(load, row_args.cols, row_args.eps, row_args.lanes);
   }
@@ -123,7 +157,8 @@ GateArgs gate_args(const P& p) {
   GateArgs a{view_of(p.norm, p.gate.data, p.gate.dtype, p.gate.rows)};
   a.all_cols = p.norm.cols;
   a.before_norm = p.gate.data != nullptr && p.gate.before_norm;
-  a.is_sigmoid = p.gate.activation == Activation::kSigmoid;
+  a.is_sigmoid = p.gate.data == nullptr || p.gate.activation == Activation::kSigmoid;
+  a.is_exact = size_of(p.norm.x_dtype) == 4 || size_of(p.gate.dtype) == 4;
   a.rounds_product = p.norm.cast_before_weight && weight_dtype(p.norm) == p.norm.x_dtype;
   return a;
 }

@@ -16,9 +16,9 @@ struct GatedBackwardArgs : RowArgs, GateArgs {
   __device__ bool wants_sums() const { return partial != nullptr || dweight.data != nullptr; }
 };
 
-template <typename X, bool kPlainRows>
-struct GatedGradient : Gated<X, kPlainRows> {
-  using G = Gated<X, kPlainRows>;
+template <typename X, Order kOrder>
+struct GatedGradient : Gated<X, kOrder> {
+  using G = Gated<X, kOrder>;
   using typename G::Floats;
   using typename G::OtherChunk;
   using typename G::XChunk;
@@ -26,8 +26,8 @@ struct GatedGradient : Gated<X, kPlainRows> {
 
   // What is read of a row.
   struct Chunks {
-    XChunk x = {};
-    OtherChunk dy = {}, gate = {};
+    XChunk x;
+    OtherChunk dy, gate;
   };
   struct Source {
     const GatedBackwardArgs& a;
@@ -38,7 +38,7 @@ struct GatedGradient : Gated<X, kPlainRows> {
 
     template <typename Index>
     __device__ void load(Index col, int count, Chunks& c) const {
-      using Other = std::conditional_t<G::kPlain, X, float>;
+      using Other = typename G::Other;
       c.x = load_chunk<G::kPlain, X, kElems>(a.x, place.x, col, count);
       c.dy = load_chunk<G::kPlain, Other, kElems>(a.dy, dy, col, count);
       if (a.gate.data != nullptr) {
@@ -47,15 +47,20 @@ struct GatedGradient : Gated<X, kPlainRows> {
     }
   };
 
+  static __device__ Chunks nothing(const GatedBackwardArgs& a) { return {{}, {}, G::no_gate(a)}; }
+
   // 1 / RMS = rstd * pre, and the mean of g * xhat.
   struct Stats {
     float rstd, pre, mean;
   };
   // rstd as it is, but for rows that did not fit its range: those are looked at again, in double.
+  // reload(): as in Norm::scale.
+  template <typename F>
   static __device__ Stats stats_of(const GatedBackwardArgs& a, int64_t row, int64_t begin,
-                                   float rstd) {
+                                   float rstd, const F& reload) {
     if (!(rstd < kMinFastRstd || rstd > kMaxFastRstd)) return {rstd, 1.0f, 0.0f};
     const Scale s = G::rescued(a, a, typename G::Place(a, a, row, begin));
+    reload();
     return {s.hi, s.pre, 0.0f};
   }
 
@@ -66,9 +71,9 @@ struct GatedGradient : Gated<X, kPlainRows> {
   // g * xhat of a pair, summed up.
   static __device__ float product(const GatedBackwardArgs& a, const Chunks& c, const Floats& w,
                                   const Stats& s, int i) {
-    const float2 act = G::activated(a, c.gate.get(i));
-    const float2 g = c.dy.get(i) * G::behind(a, act) * w.get(i);
-    const float2 xhat = xhat_of(c.x.get(i) * G::before(a, act), s);
+    const float2 activated = G::activated(a, c.gate.get(i));
+    const float2 g = G::times_behind(a, c.dy.get(i), activated) * w.get(i);
+    const float2 xhat = xhat_of(G::times_before(a, c.x.get(i), activated), s);
     return __fmaf_rn(g.y, xhat.y, __fmul_rn(g.x, xhat.x));
   }
   template <int kChunks>
@@ -79,6 +84,7 @@ struct GatedGradient : Gated<X, kPlainRows> {
   }
 
   // dx and dgate; adds to the sums for dweight.
+  template <bool kCast>
   static __device__ void finish(const GatedBackwardArgs& a, Chunks& c, const Floats& w,
                                 const Stats& s, Floats& dx, Floats& dgate, Floats& dweight) {
     c.x.stay_packed();
@@ -86,23 +92,28 @@ struct GatedGradient : Gated<X, kPlainRows> {
     c.gate.stay_packed();
     unrolled<kPairs>([&](int i) {
       const float2 gate = c.gate.get(i), x = c.x.get(i), dy = c.dy.get(i), weight = w.get(i);
-      float2 act = {1.0f, 1.0f}, slope = {};
-      if (a.gate.data != nullptr) {
-        const Sigmoid<X> left(gate.x), right(gate.y);
-        act = {left.value(gate.x, a.is_sigmoid), right.value(gate.y, a.is_sigmoid)};
-        slope = {left.slope(gate.x, a.is_sigmoid), right.slope(gate.y, a.is_sigmoid)};
-      }
-      const float2 before = G::before(a, act), d = dy * G::behind(a, act);
-      const float2 xhat = xhat_of(x * before, s), rstd{s.rstd, s.rstd};
+      const Sigmoid left = G::template sigmoid<true>(a, gate.x);
+      const Sigmoid right = G::template sigmoid<true>(a, gate.y);
+      const float2 activated{left.value(gate.x, a.is_sigmoid), right.value(gate.y, a.is_sigmoid)};
+      const float2 slope{left.slope(gate.x, a.is_sigmoid), right.slope(gate.y, a.is_sigmoid)};
+      const float2 xhat = xhat_of(G::times_before(a, x, activated), s), rstd{s.rstd, s.rstd};
+      const float2 d = G::times_behind(a, dy, activated);
       const float2 dv = multiply_add(xhat, {-s.mean, -s.mean}, d * weight) * rstd * s.pre;
-      dx.set(i, dv * before);
+      dx.set(i, G::times_before(a, dv, activated));
       // The norm as the forward multiplied by it.
-      const float2 seen = a.cast_before_weight ? round_to<X>(xhat) : xhat;
+      const float2 seen = kCast ? round_to<X>(xhat) : xhat;
       float2 norm = seen * weight;
-      if (a.cast_before_weight && a.rounds_product) norm = round_to<X>(norm);
-      dgate.set(i, (a.before_norm ? dv * x : dy * norm) * slope);
+      if (kCast && a.rounds_product) norm = round_to<X>(norm);
+      dgate.set(i, (G::before_norm(a) ? dv * x : dy * norm) * slope);
       dweight.set(i, multiply_add(d, seen, dweight.get(i)));
     });
+  }
+
+  // f(s), f(cast): with what most rows have, and what all of a launch have, known to the compiler.
+  template <typename F>
+  static __device__ void with_forms(const GatedBackwardArgs& a, Stats s, const F& f) {
+    if (kOrder == Order::kBefore) return f(s, std::false_type());
+    with_choice(a.cast_before_weight, [&](auto cast) { f(s, cast); });
   }
 
   // To columns of the group that begins at column `begin`, of a plain kernel or any.
@@ -152,11 +163,11 @@ __device__ void sum_group_slots(const GatedBackwardArgs& a, int64_t begin, const
 }
 
 // Rows held in registers. Each thread keeps the sums for dweight of its columns.
-template <typename X, int kVectors>
+template <typename X, Order kOrder, int kVectors>
 ROW_KERNEL(kGatedBackwardRows, false)
 gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
   sync_dependent_launch();
-  using B = GatedGradient<X, true>;
+  using B = GatedGradient<X, kOrder>;
   using Floats = typename B::Floats;
   constexpr int kElems = B::kElems, kRows = kGatedVectors / kVectors;
   __shared__ alignas(8) float slot_sums[kTuned.backward_block_threads * kVectors * kElems];
@@ -168,27 +179,38 @@ gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
 
   for (int turn = 0; group.any(); group.advance(), ++turn) {
     typename B::Chunks chunks[kRows][kVectors];
+    unrolled<kRows * kVectors>(
+        [&](int i) { chunks[i / kVectors][i % kVectors] = B::nothing(a); });
     typename B::Stats stats[kRows] = {};
     float rstd[kRows] = {}, sum[kRows] = {};
-    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
+    const auto load = [&](int r, int64_t row, bool is_there) {
       const typename B::Source source(a, row, begin);
-      group.each_chunk([&](int k, int col, int count) {
-        if (count > 0) source.load(col, count, chunks[r][k]);
-      }, is_there);
+      group.each_chunk(
+          [&](int k, int col, int count) {
+            chunks[r][k] = B::nothing(a);
+            if (count > 0) source.load(col, count, chunks[r][k]);
+          },
+          is_there);
+    };
+    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
+      load(r, row, is_there);
       rstd[r] = is_there ? a.rstd[blockIdx.x * a.rows + row] : 1.0f;
     });
     if (turn == 0) B::load_weights(a, begin, each_chunk, w);  // after x, that a row waits for
-    group.each_row_or_none([&](int r, int64_t row, bool) {
-      stats[r] = B::stats_of(a, row, begin, rstd[r]);
+    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
+      stats[r] = B::stats_of(a, row, begin, rstd[r], [&] { load(r, row, is_there); });
       sum[r] = B::dot(a, chunks[r], w, stats[r]);
     });
     row_sum<kThreads<kGatedBackwardRows>>(sum, turn);
     group.each_row([&](int r, int64_t row) {
       stats[r].mean = sum[r] * a.inv_cols;
-      each_chunk([&](int k, int col, int count) {
-        Floats dx, dgate;
-        B::finish(a, chunks[r][k], w[k], stats[r], dx, dgate, dweight[k]);
-        B::store(a, row, begin, col, count, dx, dgate);
+      B::with_forms(a, stats[r], [&](const auto& s, auto cast) {
+        each_chunk([&](int k, int col, int count) {
+          Floats dx, dgate;
+          B::template finish<decltype(cast)::value>(a, chunks[r][k], w[k], s, dx, dgate,
+                                                    dweight[k]);
+          B::store(a, row, begin, col, count, dx, dgate);
+        });
       });
     });
   }
@@ -206,11 +228,11 @@ gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
 
 // Longer rows: what is read of them and the sums for dweight are in shared memory, of several blocks
 // if need be.
-template <typename X>
+template <typename X, Order kOrder>
 ROW_KERNEL(kGatedBackwardSharedRows, false)
 gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
   sync_dependent_launch();
-  using B = GatedGradient<X, true>;
+  using B = GatedGradient<X, kOrder>;
   using Floats = typename B::Floats;
   using Chunks = typename B::Chunks;
   using XChunk = typename B::XChunk;
@@ -229,11 +251,12 @@ gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
     const float rstd = next_rstd;
     if (row + gridDim.y < a.rows) next_rstd = rstds[row + gridDim.y];
     const typename B::Source source(a, row, begin);
-    typename B::Stats stats = B::stats_of(a, row, group * a.cols, rstd);
+    typename B::Stats stats = B::stats_of(a, row, group * a.cols, rstd, [] {});
     Sum total;
     for (int first = 0; first < chunks; first += slice.tile) {
       Chunks c[kGatedVectors];
-      Floats w[kGatedVectors] = {};
+      Floats w[kGatedVectors];
+      unrolled<kGatedVectors>([&](int k) { c[k] = B::nothing(a); });
       const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
       each_chunk([&](int k, int col, int count) {
         if (count > 0) source.load(col, count, c[k]);
@@ -257,7 +280,9 @@ gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
       Chunks c{get_chunk<XChunk>(kept, chunks, i), get_chunk<XChunk>(kept + chunks, chunks, i),
                get_chunk<XChunk>(kept + 2 * chunks, chunks, i)};
       auto dweight = get_chunk<Floats>(kept_dweight, chunks, i);
-      B::finish(a, c, w[0], stats, dx, dgate, dweight);
+      B::with_forms(a, stats, [&](const auto& s, auto cast) {
+        B::template finish<decltype(cast)::value>(a, c, w[0], s, dx, dgate, dweight);
+      });
       B::store(a, row, begin, col, count, dx, dgate);
       put_chunk(kept_dweight, chunks, i, dweight);
     });
@@ -274,7 +299,7 @@ template <typename X>
 ROW_KERNEL(kGatedBackwardAnyRows, false)
 gated_backward_any_rows(const __grid_constant__ GatedBackwardArgs a) {
   sync_dependent_launch();
-  using B = GatedGradient<X, false>;
+  using B = GatedGradient<X, Order::kAny>;
   using Floats = typename B::Floats;
   using Chunks = typename B::Chunks;
   extern __shared__ uint4 kept_sums[];
@@ -302,10 +327,11 @@ gated_backward_any_rows(const __grid_constant__ GatedBackwardArgs a) {
     const int64_t row = is_there ? first + threadIdx.y : a.rows - 1;
     const typename B::Source source(a, row, begin);
     typename B::Stats stats =
-        B::stats_of(a, row, group * a.cols, a.rstd[group * a.rows + row]);
+        B::stats_of(a, row, group * a.cols, a.rstd[group * a.rows + row], [] {});
     const auto load = [&](int64_t i, Chunks& c, Floats& w) {
       Floats weights[1];
       const int count = slice.count(i);
+      c = B::nothing(a);
       source.load(slice.column(i), count, c);
       B::load_weights(a, begin, [&](const auto& f) { f(0, slice.column(i), count); }, weights);
       w = weights[0];
@@ -345,7 +371,9 @@ gated_backward_any_rows(const __grid_constant__ GatedBackwardArgs a) {
       if (a.partial != nullptr) {
         each_sum(i, [&](int j, float& sum) { pair(j) = __float_as_uint(sum); });
       }
-      B::finish(a, c, w, stats, dx, dgate, dweight);
+      B::with_forms(a, stats, [&](const auto& s, auto cast) {
+        B::template finish<decltype(cast)::value>(a, c, w, s, dx, dgate, dweight);
+      });
       B::store(a, row, begin, slice.column(i), slice.count(i), dx, dgate);
       if (a.partial != nullptr) {
         each_sum(i, [&](int j, float& sum) { sum = __uint_as_float(pair(j)); });
@@ -410,11 +438,15 @@ int rms_norm_gated_backward(const RmsNormGatedBackward& p, void* stream) {
   const int error = with_type(norm.x_dtype, [&](auto x) {
     using X = decltype(x);
     if (plain) {
-      void (*kernel)(GatedBackwardArgs) = plan.keep == Keep::kShared
-                                              ? gated_backward_shared_rows<X>
-                                          : plan.vectors == 1 ? gated_backward_rows<X, 1>
-                                                              : gated_backward_rows<X, 2>;
-      return launch_groups(kernel, plan, p.groups, a, s);
+      return with_flag(a.before_norm, [&](auto before) {
+        constexpr Order kOrder = decltype(before)::value ? Order::kBefore : Order::kBehind;
+        void (*kernel)(GatedBackwardArgs) = plan.keep == Keep::kShared
+                                                ? gated_backward_shared_rows<X, kOrder>
+                                            : plan.vectors == 1
+                                                ? gated_backward_rows<X, kOrder, 1>
+                                                : gated_backward_rows<X, kOrder, 2>;
+        return launch_groups(kernel, plan, p.groups, a, s);
+      });
     }
     plan = of_any_rows(plan, tuning_of(here.arch).limits[kGatedBackwardAnyRows], here);
     if (a.partial != nullptr) plan.shared_bytes = shared_sums(plan, a.cols);

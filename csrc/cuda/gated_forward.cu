@@ -11,9 +11,9 @@ struct GatedArgs : RowArgs, GateArgs {
   Mean mean;
 };
 
-template <typename X, bool kPlainRows>
-struct GatedNorm : Gated<X, kPlainRows> {
-  using G = Gated<X, kPlainRows>;
+template <typename X, Order kOrder>
+struct GatedNorm : Gated<X, kOrder> {
+  using G = Gated<X, kOrder>;
   using typename G::Floats;
   static constexpr int kPairs = G::kPairs;
 
@@ -21,9 +21,9 @@ struct GatedNorm : Gated<X, kPlainRows> {
   static __device__ void activate(const GatedArgs& a, const typename G::XChunk& x,
                                   const typename G::OtherChunk& gate, Floats& v, Floats& factor) {
     unrolled<kPairs>([&](int i) {
-      const float2 act = G::activated(a, gate.get(i));
-      v.set(i, x.get(i) * G::before(a, act));
-      factor.set(i, G::behind(a, act));
+      const float2 activated = G::activated(a, gate.get(i));
+      v.set(i, G::times_before(a, x.get(i), activated));
+      factor.set(i, activated);
     });
   }
 
@@ -62,7 +62,7 @@ struct GatedNorm : Gated<X, kPlainRows> {
     unrolled<kPairs>([&](int i) {
       float2 n = normalized<X, kCast>(v.get(i), w.get(i), s);
       if (kCast && a.rounds_product) n = round_to<X>(n);
-      y.set(i, n * factor.get(i));
+      y.set(i, G::times_behind(a, n, factor.get(i)));
     });
     return y;
   }
@@ -75,13 +75,13 @@ constexpr int threads_with(int vectors) {
 }
 
 // Rows held in registers, kVectors chunks of x and of the gate per thread.
-template <typename X, int kVectors>
+template <typename X, Order kOrder, int kVectors>
 __global__ void __launch_bounds__(threads_with(kVectors),
                                   blocks_of(kTuned.limits[kGatedRows], false,
                                             threads_with(kVectors)))
 gated_rows(const __grid_constant__ GatedArgs a) {
   sync_dependent_launch();
-  using N = GatedNorm<X, true>;
+  using N = GatedNorm<X, kOrder>;
   using Floats = typename N::Floats;
   constexpr int kElems = N::kElems, kRows = kGatedVectors / kVectors;
   const Cluster alone(1);
@@ -92,8 +92,9 @@ gated_rows(const __grid_constant__ GatedArgs a) {
   Floats w[kVectors];
 
   for (int turn = 0; group.any(); group.advance(), ++turn) {
-    typename N::XChunk x[kRows][kVectors] = {}, gate[kRows][kVectors] = {};
+    typename N::XChunk x[kRows][kVectors] = {}, gate[kRows][kVectors];
     Total<X> sum[kRows];
+    unrolled<kRows * kVectors>([&](int i) { gate[i / kVectors][i % kVectors] = N::no_gate(a); });
     group.each_row_or_none([&](int r, int64_t row, bool is_there) {
       const typename N::Place place(a, a, row, begin);
       const auto load = [&](const View& from, int64_t offset, auto& to) {
@@ -118,9 +119,12 @@ gated_rows(const __grid_constant__ GatedArgs a) {
       const Scale s = N::scale(a, sum[r], blockIdx.x, row, place, alone, group.lane);
       const int64_t offset = begin + a.y.offset<true>(row);
       with_choice(a.cast_before_weight, [&](auto cast) {
-        each_chunk([&](int k, int col, int count) {
-          const Floats y = N::template norm<decltype(cast)::value>(a, v[r][k], factor[r][k], w[k], s);
-          store_chunk<true, X>(a.y, offset, col, y, count);
+        with_scale<true>(s, [&](const Scale& s) {
+          each_chunk([&](int k, int col, int count) {
+            const Floats y =
+                N::template norm<decltype(cast)::value>(a, v[r][k], factor[r][k], w[k], s);
+            store_chunk<true, X>(a.y, offset, col, y, count);
+          });
         });
       });
     });
@@ -129,11 +133,11 @@ gated_rows(const __grid_constant__ GatedArgs a) {
 
 // Longer rows, in shared memory, by several blocks if need be: x and the gate or, of a gate before
 // the norm, their product.
-template <typename X>
+template <typename X, Order kOrder>
 ROW_KERNEL(kGatedSharedRows, false)
 gated_shared_rows(const __grid_constant__ GatedArgs a) {
   sync_dependent_launch();
-  using N = GatedNorm<X, true>;
+  using N = GatedNorm<X, kOrder>;
   using XChunk = typename N::XChunk;
   using Floats = typename N::Floats;
   constexpr int kElems = N::kElems;
@@ -147,8 +151,9 @@ gated_shared_rows(const __grid_constant__ GatedArgs a) {
     const typename N::Place place(a, a, row, begin);
     Sum total;
     for (int first = 0; first < slice.chunks; first += slice.tile) {
-      XChunk x[kGatedVectors], gate[kGatedVectors] = {};
+      XChunk x[kGatedVectors], gate[kGatedVectors];
       slice.each_chunk(first, [&](int k, int col, int count) {
+        gate[k] = N::no_gate(a);
         x[k] = load_chunk<true, X, kElems>(a.x, place.x, col, count);
         if (a.gate.data != nullptr) {
           gate[k] = load_chunk<true, X, kElems>(a.gate, place.gate, col, count);
@@ -159,9 +164,12 @@ gated_shared_rows(const __grid_constant__ GatedArgs a) {
       total = total + Sum(N::sum_of_squares(v));
       slice.each_index(first, [&](int k, int i) {
         if (i >= slice.chunks) return;
-        if (a.before_norm) return put_chunk(kept, slice.chunks, i, v[k]);
-        put_chunk(kept, slice.chunks, i, x[k]);
-        put_chunk(kept + slice.chunks, slice.chunks, i, gate[k]);
+        if constexpr (kOrder == Order::kBefore) {
+          put_chunk(kept, slice.chunks, i, v[k]);
+        } else {
+          put_chunk(kept, slice.chunks, i, x[k]);
+          put_chunk(kept + slice.chunks, slice.chunks, i, gate[k]);
+        }
       });
     }
     Total<X> sum = total;
@@ -173,9 +181,8 @@ gated_shared_rows(const __grid_constant__ GatedArgs a) {
       Floats v, factor, w[1];
       N::load_weights(
           a, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
-      if (a.before_norm) {
+      if constexpr (kOrder == Order::kBefore) {
         v = get_chunk<Floats>(kept, slice.chunks, i);
-        unrolled<N::kPairs>([&](int i) { factor.set(i, {1.0f, 1.0f}); });
       } else {
         N::activate(a, get_chunk<XChunk>(kept, slice.chunks, i),
                     get_chunk<XChunk>(kept + slice.chunks, slice.chunks, i), v, factor);
@@ -193,7 +200,7 @@ template <typename X>
 ROW_KERNEL(kGatedAnyRows, false)
 gated_any_rows(const __grid_constant__ GatedArgs a) {
   sync_dependent_launch();
-  using N = GatedNorm<X, false>;
+  using N = GatedNorm<X, Order::kAny>;
   using Floats = typename N::Floats;
   constexpr int kElems = N::kElems;
   const Cluster cluster(a.cluster);
@@ -209,7 +216,7 @@ gated_any_rows(const __grid_constant__ GatedArgs a) {
     const typename N::Place place(a, a, row, begin);
     const auto load = [&](int64_t i, Floats& v, Floats& factor) {
       const auto x = load_chunk<false, X, kElems>(a.x, place.x, slice.column(i), slice.count(i));
-      typename N::OtherChunk gate = {};
+      typename N::OtherChunk gate = N::no_gate(a);
       if (a.gate.data != nullptr) {
         gate = load_chunk<false, float, kElems>(a.gate, place.gate, slice.column(i),
                                                 slice.count(i));
@@ -278,10 +285,13 @@ int rms_norm_gated_forward(const RmsNormGated& p, void* stream) {
   return with_type(norm.x_dtype, [&](auto x) {
     using X = decltype(x);
     if (plain && plan.keep != Keep::kNowhere) {
-      void (*kernel)(GatedArgs) = plan.keep == Keep::kShared ? gated_shared_rows<X>
-                                  : plan.vectors == 1        ? gated_rows<X, 1>
-                                                             : gated_rows<X, 2>;
-      return launch_groups(kernel, plan, p.groups, a, s);
+      return with_flag(a.before_norm, [&](auto before) {
+        constexpr Order kOrder = decltype(before)::value ? Order::kBefore : Order::kBehind;
+        void (*kernel)(GatedArgs) = plan.keep == Keep::kShared ? gated_shared_rows<X, kOrder>
+                                    : plan.vectors == 1        ? gated_rows<X, kOrder, 1>
+                                                               : gated_rows<X, kOrder, 2>;
+        return launch_groups(kernel, plan, p.groups, a, s);
+      });
     }
     plan = of_any_rows(plan, tuning_of(here.arch).limits[kGatedAnyRows], here);
     return launch_groups(gated_any_rows<X>, plan, p.groups, a, s);
