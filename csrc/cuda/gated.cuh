@@ -27,37 +27,31 @@ struct GroupBlocks {
   static __device__ unsigned count() { return gridDim.y; }
 };
 
-// sigmoid(g) = over / (over + under), in which nothing overflows.
+// sigmoid(g) = over / (over + under): of e^-|g| and 1, so that nothing overflows. kExact: to about
+// an ulp; else within 2^-18, which is enough for 16 bits.
 struct Sigmoid {
-  float over, under, inverse;  // of their sum
+  float value, rest;  // and 1 - sigmoid(g)
 
-  // Of 1 and e^-|g|: to about an ulp.
-  static __device__ Sigmoid exact(float g) {
-    const float e = expf(-fabsf(g)), sum = 1.0f + e;
-    Sigmoid s{g < 0 ? e : 1.0f, g < 0 ? 1.0f : e, reciprocal(sum)};
-    s.inverse = __fmaf_rn(__fmaf_rn(-sum, s.inverse, 1.0f), s.inverse, s.inverse);
-    return s;
+  template <bool kExact>
+  static __device__ Sigmoid of(float g) {
+    // All times 2^24 where the hardware makes zeros of denormals.
+    constexpr float kOne = kExact ? 1.0f : 0x1p24f;
+    float e, inverse;
+    if (kExact) {
+      e = expf(-fabsf(g));
+    } else {
+      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmaf_rn(fabsf(g), -0x1.715476p0f, 24.0f)));
+    }
+    const float sum = kOne + e;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
+    if (kExact) inverse = __fmaf_rn(__fmaf_rn(-sum, inverse, 1.0f), inverse, inverse);  // Newton
+    return {(g < 0 ? e : kOne) * inverse, (g < 0 ? kOne : e) * inverse};
   }
-  // Of 2^-24 and e^-g * 2^-24: within 2^-18, for 16 bits. Its sum is finite, and the reciprocal a
-  // normal number, for every g whose result is more than 2^-150. With kSlope under is finite too.
-  template <bool kSlope>
-  static __device__ Sigmoid fast(float g) {
-    constexpr float kScale = 0x1p-24f, kLowest = -105.0f;
-    float under = __fmaf_rn(kSlope && g < kLowest ? kLowest : g, -0x1.715476p0f, -24.0f);
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(under) : "f"(under));
-    return {kScale, under, reciprocal(kScale + under)};
-  }
-  static __device__ float reciprocal(float v) {
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(v));
-    return v;
-  }
-
-  __device__ float value(float g, bool is_sigmoid) const {
-    return (is_sigmoid ? over : g * over) * inverse;
+  __device__ float activated(float g, bool is_sigmoid) const {
+    return is_sigmoid ? value : g * value;
   }
   __device__ float slope(float g, bool is_sigmoid) const {
-    const float sigmoid = over * inverse, rest = under * inverse;
-    return __fmul_rn(sigmoid, is_sigmoid ? rest : __fmaf_rn(g, rest, 1.0f));
+    return __fmul_rn(value, is_sigmoid ? rest : __fmaf_rn(g, rest, 1.0f));
   }
 };
 
@@ -86,15 +80,16 @@ struct Gated {
     return gate;
   }
 
-  // The activation of a gate.
-  template <bool kSlope>
   static __device__ Sigmoid sigmoid(const GateArgs& a, float g) {
-    if (sizeof(X) == 4 || (!kPlain && a.is_exact)) return Sigmoid::exact(g);
-    return Sigmoid::fast<kSlope>(g);
+    const bool exact = sizeof(X) == 4 || (!kPlain && a.is_exact);
+    return exact ? Sigmoid::of<true>(g) : Sigmoid::of<false>(g);
+  }
+  // The activation of a gate.
+  static __device__ float activated(const GateArgs& a, float g) {
+    return sigmoid(a, g).activated(g, a.is_sigmoid);
   }
   static __device__ float2 activated(const GateArgs& a, float2 g) {
-    return {sigmoid<false>(a, g.x).value(g.x, a.is_sigmoid),
-            sigmoid<false>(a, g.y).value(g.y, a.is_sigmoid)};
+    return {activated(a, g.x), activated(a, g.y)};
   }
   // v times the activation, where that is in front of the norm; where it is behind it.
   static __device__ float2 times_before(const GateArgs& a, float2 v, float2 activated) {
@@ -118,7 +113,7 @@ struct Gated {
       const float v = static_cast<float>(x[i]);
       if (!before_norm(a)) return double{v};
       const float g = static_cast<float>(load_any(a.gate.data, a.gate.dtype, place.gate + i));
-      return double{__fmul_rn(v, sigmoid<false>(a, g).value(g, a.is_sigmoid))};
+      return double{__fmul_rn(v, activated(a, g))};
     };
     return rescued_scale_of(load, row_args.cols, row_args.eps, row_args.lanes);
   }

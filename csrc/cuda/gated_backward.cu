@@ -86,16 +86,17 @@ struct GatedGradient : Gated<X, kOrder> {
   // dx and dgate; adds to the sums for dweight.
   template <bool kCast>
   static __device__ void finish(const GatedBackwardArgs& a, Chunks& c, const Floats& w,
-                                const Stats& s, Floats& dx, Floats& dgate, Floats& dweight) {
+                                const Stats& s, XChunk& dx, OtherChunk& dgate, Floats& dweight) {
     c.x.stay_packed();
     c.dy.stay_packed();
     c.gate.stay_packed();
     unrolled<kPairs>([&](int i) {
       const float2 gate = c.gate.get(i), x = c.x.get(i), dy = c.dy.get(i), weight = w.get(i);
-      const Sigmoid left = G::template sigmoid<true>(a, gate.x);
-      const Sigmoid right = G::template sigmoid<true>(a, gate.y);
-      const float2 activated{left.value(gate.x, a.is_sigmoid), right.value(gate.y, a.is_sigmoid)};
-      const float2 slope{left.slope(gate.x, a.is_sigmoid), right.slope(gate.y, a.is_sigmoid)};
+      const Sigmoid left = G::sigmoid(a, gate.x), right = G::sigmoid(a, gate.y);
+      const bool is_sigmoid = a.is_sigmoid;
+      const float2 activated{left.activated(gate.x, is_sigmoid),
+                             right.activated(gate.y, is_sigmoid)};
+      const float2 slope{left.slope(gate.x, is_sigmoid), right.slope(gate.y, is_sigmoid)};
       const float2 xhat = xhat_of(G::times_before(a, x, activated), s), rstd{s.rstd, s.rstd};
       const float2 d = G::times_behind(a, dy, activated);
       const float2 dv = multiply_add(xhat, {-s.mean, -s.mean}, d * weight) * rstd * s.pre;
@@ -119,7 +120,7 @@ struct GatedGradient : Gated<X, kOrder> {
   // To columns of the group that begins at column `begin`, of a plain kernel or any.
   template <typename Index>
   static __device__ void store(const GatedBackwardArgs& a, int64_t row, int64_t begin, Index col,
-                               int count, const Floats& dx, const Floats& dgate) {
+                               int count, const XChunk& dx, const OtherChunk& dgate) {
     const int64_t offset = begin + row * a.all_cols;
     if (a.dx.data != nullptr) store_chunk<G::kPlain, X>(a.dx, offset, col, dx, count);
     if (a.dgate.data == nullptr) return;
@@ -206,7 +207,8 @@ gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
       stats[r].mean = sum[r] * a.inv_cols;
       B::with_forms(a, stats[r], [&](const auto& s, auto cast) {
         each_chunk([&](int k, int col, int count) {
-          Floats dx, dgate;
+          typename B::XChunk dx;
+          typename B::OtherChunk dgate;
           B::template finish<decltype(cast)::value>(a, chunks[r][k], w[k], s, dx, dgate,
                                                     dweight[k]);
           B::store(a, row, begin, col, count, dx, dgate);
@@ -275,7 +277,8 @@ gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
     stats.mean = sum * a.inv_cols;
     slice.each_index([&](int i) {
       const int col = slice.column(i), count = slice.count(i);
-      Floats w[1], dx, dgate;
+      Floats w[1];
+      XChunk dx, dgate;
       B::load_weights(a, begin, [&](const auto& f) { f(0, col, count); }, w);
       Chunks c{get_chunk<XChunk>(kept, chunks, i), get_chunk<XChunk>(kept + chunks, chunks, i),
                get_chunk<XChunk>(kept + 2 * chunks, chunks, i)};
@@ -365,7 +368,9 @@ gated_backward_any_rows(const __grid_constant__ GatedBackwardArgs a) {
     if (!is_there) continue;
     slice.each_index([&](int64_t i) {
       Chunks c;
-      Floats w, dx, dgate, dweight = {};
+      Floats w, dweight = {};
+      typename B::XChunk dx;
+      typename B::OtherChunk dgate;
       load(i, c, w);
       const auto pair = [&](int j) -> uint32_t& { return dweight.word[j]; };
       if (a.partial != nullptr) {

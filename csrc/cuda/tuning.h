@@ -74,7 +74,7 @@ constexpr KernelLimits kLimits[] = {
     {"rope_backward_rows", 256, 128, 128},
     {"rope_backward_any_rows", 256, 128, 128},
     {"gated_rows", 256, 80, 80},
-    {"gated_shared_rows", 512, 64, 64},
+    {"gated_shared_rows", 384, 80, 80},
     {"gated_any_rows", 512, 128, 128},
     {"gated_backward_rows", 256, 128, 128},
     {"gated_backward_shared_rows", 256, 128, 128},
