@@ -11,7 +11,8 @@ struct GatedBackwardArgs : RowArgs, GateArgs {
   float* partial;      // sums for dweight, [group_blocks, all_cols]; or
   View dweight;        // itself, where a group has one block; neither: not wanted
   float inv_cols;
-  bool shares_sums;  // gated_backward_any_rows: they are in shared memory until the end
+  bool keeps_next;     // gated_backward_shared_rows: the next row
+  bool shares_sums;    // gated_backward_any_rows: they are in shared memory until the end
 
   __device__ bool wants_sums() const { return partial != nullptr || dweight.data != nullptr; }
 };
@@ -44,6 +45,20 @@ struct GatedGradient : Gated<X, kOrder> {
       if (a.gate.data != nullptr) {
         c.gate = load_chunk<G::kPlain, Other, kElems>(a.gate, place.gate, col, count);
       }
+    }
+
+    // The chunks of a plain row to shared memory: x, dy, then the gate. They are there once the
+    // thread has waited for them.
+    template <typename Slice>
+    __device__ void copy(const Slice& slice, uint4* to) const {
+      const auto copy_from = [&](const View& from, int64_t offset, uint4* to) {
+        const X* const row = static_cast<const X*>(from.data) + offset;
+        slice.each_index(
+            [&](int i) { __pipeline_memcpy_async(to + i, row + slice.column(i), 16); });
+      };
+      copy_from(a.x, place.x, to);
+      copy_from(a.dy, dy, to + slice.chunks);
+      if (a.gate.data != nullptr) copy_from(a.gate, place.gate, to + 2 * slice.chunks);
     }
   };
 
@@ -229,7 +244,8 @@ gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
 }
 
 // Longer rows: what is read of them and the sums for dweight are in shared memory, of several blocks
-// if need be.
+// if need be. They are copied there past the registers; where there is room, the next row while one
+// is worked on. A thread reads what it copied itself, so no other waits for it.
 template <typename X, Order kOrder>
 ROW_KERNEL(kGatedBackwardSharedRows, false)
 gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
@@ -244,33 +260,44 @@ gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
   const int64_t begin = group * a.cols + first_col;
   const Slice<int, kGatedVectors, B::kElems> slice{first_col, min(a.cols, first_col + a.slice)};
   const int chunks = slice.chunks;
-  uint4* const kept = kept_dweight + chunks * Floats::kVectors;
+  const auto kept_row = [&](int turn) {
+    uint4* const rows = kept_dweight + chunks * Floats::kVectors;
+    return rows + (a.keeps_next && turn % 2 ? 3 * chunks : 0);
+  };
+  const auto copy = [&](int64_t row, int turn) {
+    if (row < a.rows) typename B::Source(a, row, begin).copy(slice, kept_row(turn));
+    __pipeline_commit();
+  };
+
   slice.each_index([&](int i) { put_chunk(kept_dweight, chunks, i, Floats{}); });
   const float* const rstds = a.rstd + group * a.rows;
-  float next_rstd = blockIdx.y < a.rows ? rstds[blockIdx.y] : 1.0f;
-  int turn = 0;
-  for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y, ++turn) {
+  int64_t row = blockIdx.y;
+  const int64_t stride = gridDim.y;
+  float next_rstd = row < a.rows ? rstds[row] : 1.0f;
+  if (a.keeps_next) copy(row, 0);
+  for (int turn = 0; row < a.rows; row += stride, ++turn) {
     const float rstd = next_rstd;
-    if (row + gridDim.y < a.rows) next_rstd = rstds[row + gridDim.y];
-    const typename B::Source source(a, row, begin);
+    if (row + stride < a.rows) next_rstd = rstds[row + stride];
+    a.keeps_next ? copy(row + stride, turn + 1) : copy(row, turn);
     typename B::Stats stats = B::stats_of(a, row, group * a.cols, rstd, [] {});
+    a.keeps_next ? __pipeline_wait_prior(1) : __pipeline_wait_prior(0);
+    const uint4* const kept = kept_row(turn);
+    const auto get = [&](int i) {
+      Chunks c{get_chunk<XChunk>(kept, chunks, i), get_chunk<XChunk>(kept + chunks, chunks, i),
+               B::no_gate(a)};
+      if (a.gate.data != nullptr) c.gate = get_chunk<XChunk>(kept + 2 * chunks, chunks, i);
+      return c;
+    };
     Sum total;
     for (int first = 0; first < chunks; first += slice.tile) {
       Chunks c[kGatedVectors];
       Floats w[kGatedVectors];
       unrolled<kGatedVectors>([&](int k) { c[k] = B::nothing(a); });
-      const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
-      each_chunk([&](int k, int col, int count) {
-        if (count > 0) source.load(col, count, c[k]);
-      });
-      B::load_weights(a, begin, each_chunk, w);
-      total = total + Sum(B::dot(a, c, w, stats));
       slice.each_index(first, [&](int k, int i) {
-        if (i >= chunks) return;
-        put_chunk(kept, chunks, i, c[k].x);
-        put_chunk(kept + chunks, chunks, i, c[k].dy);
-        put_chunk(kept + 2 * chunks, chunks, i, c[k].gate);
+        if (i < chunks) c[k] = get(i);
       });
+      B::load_weights(a, begin, [&](const auto& f) { slice.each_chunk(first, f); }, w);
+      total = total + Sum(B::dot(a, c, w, stats));
     }
     float sum = total;
     row_sum(sum, cluster, turn);
@@ -280,8 +307,7 @@ gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
       Floats w[1];
       XChunk dx, dgate;
       B::load_weights(a, begin, [&](const auto& f) { f(0, col, count); }, w);
-      Chunks c{get_chunk<XChunk>(kept, chunks, i), get_chunk<XChunk>(kept + chunks, chunks, i),
-               get_chunk<XChunk>(kept + 2 * chunks, chunks, i)};
+      Chunks c = get(i);
       auto dweight = get_chunk<Floats>(kept_dweight, chunks, i);
       B::with_forms(a, stats, [&](const auto& s, auto cast) {
         B::template finish<decltype(cast)::value>(a, c, w[0], s, dx, dgate, dweight);
@@ -359,7 +385,7 @@ gated_backward_any_rows(const __grid_constant__ GatedBackwardArgs a) {
       sum = sum_of_group(sum, a.lanes);
     } else if (slots > 1) {
       float of_slot[] = {sum};
-      row_sum<kThreads<kGatedBackwardAnyRows>>(of_slot, turn);
+      row_sum<kThreads<kGatedBackwardRows>>(of_slot, turn);
       sum = of_slot[0];
     } else {
       row_sum(sum, cluster, turn);
@@ -435,6 +461,8 @@ int rms_norm_gated_backward(const RmsNormGatedBackward& p, void* stream) {
   GatedPlan plan = plan_of(p, here);
   const bool plain = plan.keep != Keep::kNowhere && is_plain(a, a.gate, a.dy, a.dx, a.dgate);
   lay_out(a, plan);
+  const int64_t chunks = plan.slice / vector_elems(norm.x_dtype);
+  a.keeps_next = plan.shared_bytes > chunks * gated_backward_kept_bytes(norm.x_dtype);
   if (norm.dweight != nullptr && plain && plan.group_blocks == 1) {
     a.dweight = view_of(norm, norm.dweight, norm.w_dtype, Rows{1, {}, {0}});
   } else if (norm.dweight != nullptr) {

@@ -20,6 +20,7 @@ static_assert(16 * kForwardVectors == kBytesInFlight &&
 
 // With a gate there is a stream more: 64 and 96 bytes of a thread are in flight.
 constexpr int kGatedVectors = 2;
+constexpr int kGatedSliceBytes = 96 << 10;
 
 // Rows that are read twice: how many the second pass of the backward takes at a time.
 constexpr int kStripRows = 4;  // four vectors of x and of dy in flight per thread
@@ -77,8 +78,8 @@ constexpr KernelLimits kLimits[] = {
     {"gated_shared_rows", 384, 80, 80},
     {"gated_any_rows", 512, 128, 128},
     {"gated_backward_rows", 256, 128, 128},
-    {"gated_backward_shared_rows", 256, 128, 128},
-    {"gated_backward_any_rows", 256, 128, 128},
+    {"gated_backward_shared_rows", 768, 80, 80},
+    {"gated_backward_any_rows", 768, 80, 80},
     {nullptr, 0, 0, 0},
 };
 
