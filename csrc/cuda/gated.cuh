@@ -55,8 +55,9 @@ struct Sigmoid {
   }
 };
 
-// What a kernel is for: plain rows, and a gate before the norm or behind it (or none); or all.
-enum class Order { kBefore, kBehind, kAny };
+// What a kernel is for: plain rows, and a gate before the norm or behind it (or none), this with
+// cast_before_weight too; or all.
+enum class Order { kBefore, kBehind, kBehindCast, kAny };
 
 // x has type X. What else is read is of that type too where the kernel is plain, else of any.
 template <typename X, Order kOrder>

@@ -99,12 +99,12 @@ struct GatedGradient : Gated<X, kOrder> {
   }
 
   // dx and dgate; adds to the sums for dweight.
-  template <bool kCast>
   static __device__ void finish(const GatedBackwardArgs& a, Chunks& c, const Floats& w,
                                 const Stats& s, XChunk& dx, OtherChunk& dgate, Floats& dweight) {
     c.x.stay_packed();
     c.dy.stay_packed();
     c.gate.stay_packed();
+    const bool cast = kOrder == Order::kBehindCast || (!G::kPlain && a.cast_before_weight);
     unrolled<kPairs>([&](int i) {
       const float2 gate = c.gate.get(i), x = c.x.get(i), dy = c.dy.get(i), weight = w.get(i);
       const Sigmoid left = G::sigmoid(a, gate.x), right = G::sigmoid(a, gate.y);
@@ -117,19 +117,12 @@ struct GatedGradient : Gated<X, kOrder> {
       const float2 dv = multiply_add(xhat, {-s.mean, -s.mean}, d * weight) * rstd * s.pre;
       dx.set(i, G::times_before(a, dv, activated));
       // The norm as the forward multiplied by it.
-      const float2 seen = kCast ? round_to<X>(xhat) : xhat;
+      const float2 seen = cast ? round_to<X>(xhat) : xhat;
       float2 norm = seen * weight;
-      if (kCast && a.rounds_product) norm = round_to<X>(norm);
+      if (cast && a.rounds_product) norm = round_to<X>(norm);
       dgate.set(i, (G::before_norm(a) ? dv * x : dy * norm) * slope);
       dweight.set(i, multiply_add(d, seen, dweight.get(i)));
     });
-  }
-
-  // f(s), f(cast): with what most rows have, and what all of a launch have, known to the compiler.
-  template <typename F>
-  static __device__ void with_forms(const GatedBackwardArgs& a, Stats s, const F& f) {
-    if (kOrder == Order::kBefore) return f(s, std::false_type());
-    with_choice(a.cast_before_weight, [&](auto cast) { f(s, cast); });
   }
 
   // To columns of the group that begins at column `begin`, of a plain kernel or any.
@@ -185,49 +178,44 @@ gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
   sync_dependent_launch();
   using B = GatedGradient<X, kOrder>;
   using Floats = typename B::Floats;
-  constexpr int kElems = B::kElems, kRows = kGatedVectors / kVectors;
+  constexpr int kElems = B::kElems;
   __shared__ alignas(8) float slot_sums[kTuned.backward_block_threads * kVectors * kElems];
   const int64_t begin = blockIdx.x * a.cols;
-  RowGroup<unsigned, kRows, kVectors, kElems, GroupBlocks> group{
-      a.rows, static_cast<int>(a.cols), false};
+  RowGroup<unsigned, 1, kVectors, kElems, GroupBlocks> group{a.rows, static_cast<int>(a.cols),
+                                                             false};
   const auto each_chunk = [&](const auto& f) { group.each_chunk(f); };
   Floats w[kVectors], dweight[kVectors] = {};
 
   for (int turn = 0; group.any(); group.advance(), ++turn) {
-    typename B::Chunks chunks[kRows][kVectors];
-    unrolled<kRows * kVectors>(
-        [&](int i) { chunks[i / kVectors][i % kVectors] = B::nothing(a); });
-    typename B::Stats stats[kRows] = {};
-    float rstd[kRows] = {}, sum[kRows] = {};
-    const auto load = [&](int r, int64_t row, bool is_there) {
-      const typename B::Source source(a, row, begin);
-      group.each_chunk(
-          [&](int k, int col, int count) {
-            chunks[r][k] = B::nothing(a);
-            if (count > 0) source.load(col, count, chunks[r][k]);
-          },
-          is_there);
-    };
-    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
-      load(r, row, is_there);
-      rstd[r] = is_there ? a.rstd[blockIdx.x * a.rows + row] : 1.0f;
-    });
-    if (turn == 0) B::load_weights(a, begin, each_chunk, w);  // after x, that a row waits for
-    group.each_row_or_none([&](int r, int64_t row, bool is_there) {
-      stats[r] = B::stats_of(a, row, begin, rstd[r], [&] { load(r, row, is_there); });
-      sum[r] = B::dot(a, chunks[r], w, stats[r]);
-    });
-    row_sum<kThreads<kGatedBackwardRows>>(sum, turn);
-    group.each_row([&](int r, int64_t row) {
-      stats[r].mean = sum[r] * a.inv_cols;
-      B::with_forms(a, stats[r], [&](const auto& s, auto cast) {
+    typename B::Chunks chunks[kVectors];
+    typename B::Stats stats;
+    float sum[1] = {};
+    group.each_row([&](int, int64_t row) {
+      const auto load = [&] {
+        const typename B::Source source(a, row, begin);
         each_chunk([&](int k, int col, int count) {
-          typename B::XChunk dx;
-          typename B::OtherChunk dgate;
-          B::template finish<decltype(cast)::value>(a, chunks[r][k], w[k], s, dx, dgate,
-                                                    dweight[k]);
-          B::store(a, row, begin, col, count, dx, dgate);
+          chunks[k] = B::nothing(a);
+          if (count > 0) source.load(col, count, chunks[k]);
         });
+      };
+      load();
+      const float rstd = a.rstd[blockIdx.x * a.rows + row];
+      if (turn == 0) B::load_weights(a, begin, each_chunk, w);  // after x, that a row waits for
+      stats = B::stats_of(a, row, begin, rstd, load);
+      sum[0] = B::dot(a, chunks, w, stats);
+    });
+    if constexpr (kVectors == 1) {  // of a warp at most
+      sum[0] = sum_of_group(sum[0], group.lanes);
+    } else {
+      row_sum<kThreads<kGatedBackwardRows>>(sum, turn);
+    }
+    group.each_row([&](int, int64_t row) {
+      stats.mean = sum[0] * a.inv_cols;
+      each_chunk([&](int k, int col, int count) {
+        typename B::XChunk dx;
+        typename B::OtherChunk dgate;
+        B::finish(a, chunks[k], w[k], stats, dx, dgate, dweight[k]);
+        B::store(a, row, begin, col, count, dx, dgate);
       });
     });
   }
@@ -309,9 +297,7 @@ gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
       B::load_weights(a, begin, [&](const auto& f) { f(0, col, count); }, w);
       Chunks c = get(i);
       auto dweight = get_chunk<Floats>(kept_dweight, chunks, i);
-      B::with_forms(a, stats, [&](const auto& s, auto cast) {
-        B::template finish<decltype(cast)::value>(a, c, w[0], s, dx, dgate, dweight);
-      });
+      B::finish(a, c, w[0], stats, dx, dgate, dweight);
       B::store(a, row, begin, col, count, dx, dgate);
       put_chunk(kept_dweight, chunks, i, dweight);
     });
@@ -402,9 +388,7 @@ gated_backward_any_rows(const __grid_constant__ GatedBackwardArgs a) {
       if (a.partial != nullptr) {
         each_sum(i, [&](int j, float& sum) { pair(j) = __float_as_uint(sum); });
       }
-      B::with_forms(a, stats, [&](const auto& s, auto cast) {
-        B::template finish<decltype(cast)::value>(a, c, w, s, dx, dgate, dweight);
-      });
+      B::finish(a, c, w, stats, dx, dgate, dweight);
       B::store(a, row, begin, slice.column(i), slice.count(i), dx, dgate);
       if (a.partial != nullptr) {
         each_sum(i, [&](int j, float& sum) { sum = __uint_as_float(pair(j)); });
@@ -424,6 +408,14 @@ int64_t shared_sums(const GatedPlan& plan, int64_t cols) {
 
 GatedPlan plan_of(const RmsNormGatedBackward& p, const Device& here) {
   return plan_gated_backward(p.norm.rows, p.groups, p.norm.cols / p.groups, p.norm.x_dtype, here);
+}
+
+// f(std::integral_constant of the Order of a plain launch).
+template <typename F>
+int with_order(bool before, bool cast, const F& f) {
+  if (before) return f(std::integral_constant<Order, Order::kBefore>());
+  if (cast) return f(std::integral_constant<Order, Order::kBehindCast>());
+  return f(std::integral_constant<Order, Order::kBehind>());
 }
 
 bool any_in_double(const RmsNormGatedBackward& p) {
@@ -471,8 +463,8 @@ int rms_norm_gated_backward(const RmsNormGatedBackward& p, void* stream) {
   const int error = with_type(norm.x_dtype, [&](auto x) {
     using X = decltype(x);
     if (plain) {
-      return with_flag(a.before_norm, [&](auto before) {
-        constexpr Order kOrder = decltype(before)::value ? Order::kBefore : Order::kBehind;
+      return with_order(a.before_norm, a.cast_before_weight, [&](auto order) {
+        constexpr Order kOrder = decltype(order)::value;
         void (*kernel)(GatedBackwardArgs) = plan.keep == Keep::kShared
                                                 ? gated_backward_shared_rows<X, kOrder>
                                             : plan.vectors == 1
