@@ -216,6 +216,7 @@ gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
         typename B::OtherChunk dgate;
         B::finish(a, chunks[k], w[k], stats, dx, dgate, dweight[k]);
         B::store(a, row, begin, col, count, dx, dgate);
+        if (kVectors > 1) __syncwarp();  // or both chunks are worked on at once: more registers
       });
     });
   }
