@@ -285,7 +285,9 @@ struct GatedRow {
 
   // The product of the norm, an xhat, and the weight, rounded as the forward does.
   __device__ bool cast() const { return p.norm.cast_before_weight && p.norm.weight != nullptr; }
-  __device__ double seen(double xhat) const { return cast() ? round_any(p.norm.x_dtype, xhat) : xhat; }
+  __device__ double seen(double xhat) const {
+    return cast() ? round_any(p.norm.x_dtype, xhat) : xhat;
+  }
   __device__ double product(double xhat, int64_t col) const {
     const DType promoted = promotion(p.norm.x_dtype, p.norm.w_dtype);
     const double result = seen(xhat) * weight(col);
@@ -363,7 +365,8 @@ __global__ void gated_dweight_double(const __grid_constant__ RmsNormGatedBackwar
     DoubleSum products;
     for (int64_t i = 0; i < norm.rows; ++i) {
       const GatedRow<RmsNormGatedBackward> row(p, i, group);
-      const double xhat = static_cast<const Normalized*>(norm.workspace)[group * norm.rows + i](row(col));
+      const double xhat =
+          static_cast<const Normalized*>(norm.workspace)[group * norm.rows + i](row(col));
       const double dy = load_any(norm.dy, norm.dy_dtype, item + row_offset(norm.dy_rows, i));
       if (row.before_norm()) {
         products.add(dy, xhat);

@@ -1,9 +1,9 @@
 // Norms with a gate, and norms of groups of columns: what gated_forward.cu and gated_backward.cu
 // share.
 //
-// A group's columns are a row of their own: blockIdx.x tells the group of a block (and its rank in a
-// cluster), blockIdx.y which of the group's rows it has. So a block has one part of the weight, and
-// the groups of a row are worked on at about the same time.
+// A group's columns are a row of their own: blockIdx.x tells the group of a block (and its rank in
+// a cluster), blockIdx.y which of the group's rows it has. So a block has one part of the weight,
+// and the groups of a row are worked on at about the same time.
 //
 // Kernels of rows in registers or in shared memory take what is plain. All other launches go to one
 // that reads a row twice; it is laid out like the others, and a row's bits are the same in all.
@@ -130,8 +130,7 @@ struct Gated {
     with_type(weight.dtype, [&](auto element) {
       using W = decltype(element);
       each([&](int k, auto col, int count) {
-        const auto packed =
-            load_chunk<kPlain, W, kElems>(weight, begin, col, there ? count : 0);
+        const auto packed = load_chunk<kPlain, W, kElems>(weight, begin, col, there ? count : 0);
         unrolled<kPairs>([&](int i) { w[k].set(i, packed.get(i) + a.weight_offset); });
       });
     });

@@ -11,8 +11,8 @@ struct GatedBackwardArgs : RowArgs, GateArgs {
   float* partial;      // sums for dweight, [group_blocks, all_cols]; or
   View dweight;        // itself, where a group has one block; neither: not wanted
   float inv_cols;
-  bool keeps_next;     // gated_backward_shared_rows: the next row
-  bool shares_sums;    // gated_backward_any_rows: they are in shared memory until the end
+  bool keeps_next;   // gated_backward_shared_rows: the next row
+  bool shares_sums;  // gated_backward_any_rows: they are in shared memory until the end
 
   __device__ bool wants_sums() const { return partial != nullptr || dweight.data != nullptr; }
 };
@@ -232,9 +232,9 @@ gated_backward_rows(const __grid_constant__ GatedBackwardArgs a) {
   sum_group_slots(a, begin, slot_sums, row_elems);
 }
 
-// Longer rows: what is read of them and the sums for dweight are in shared memory, of several blocks
-// if need be. They are copied there past the registers; where there is room, the next row while one
-// is worked on. A thread reads what it copied itself, so no other waits for it.
+// Longer rows: what is read of them and the sums for dweight are in shared memory, of several
+// blocks if need be. They are copied there past the registers; where there is room, the next row
+// while one is worked on. A thread reads what it copied itself, so no other waits for it.
 template <typename X, Order kOrder>
 ROW_KERNEL(kGatedBackwardSharedRows, false)
 gated_backward_shared_rows(const __grid_constant__ GatedBackwardArgs a) {
@@ -322,12 +322,10 @@ gated_backward_any_rows(const __grid_constant__ GatedBackwardArgs a) {
   const Cluster cluster(a.cluster);
   const int64_t group = blockIdx.x / cluster.size, first_col = cluster.rank * a.slice;
   const int64_t begin = group * a.cols + first_col;
-  const Slice<int64_t, kGatedVectors, B::kElems> slice{first_col,
-                                                       min(a.cols, first_col + a.slice)};
+  const Slice<int64_t, kGatedVectors, B::kElems> slice{first_col, min(a.cols, first_col + a.slice)};
   const int64_t slots = blockDim.y;
-  float* const sums = a.shares_sums
-                          ? reinterpret_cast<float*>(kept_sums) + threadIdx.y * a.cols
-                          : a.partial + blockIdx.y * a.all_cols + begin;
+  float* const sums = a.shares_sums ? reinterpret_cast<float*>(kept_sums) + threadIdx.y * a.cols
+                                    : a.partial + blockIdx.y * a.all_cols + begin;
   const auto each_sum = [&](int64_t i, const auto& f) {
     unrolled<B::kElems>([&](int j) {
       if (j < slice.count(i)) f(j, sums[slice.column(i) + j]);
@@ -447,8 +445,7 @@ int rms_norm_gated_backward(const RmsNormGatedBackward& p, void* stream) {
   a.rstd = static_cast<const float*>(norm.rstd);
   a.inv_cols = static_cast<float>(1.0 / static_cast<double>(a.cols));
   // Of a gate before the norm dweight takes what is not rounded, as the CPU's kernels do.
-  a.cast_before_weight =
-      norm.cast_before_weight && norm.weight != nullptr && !a.before_norm;
+  a.cast_before_weight = norm.cast_before_weight && norm.weight != nullptr && !a.before_norm;
   const bool whole = p.groups == 1 || a.cols % vector_elems(norm.x_dtype) == 0;
   align_groups(whole, a.x, a.gate, a.dy, a.dx, a.dgate, a.weight);
   GatedPlan plan = plan_of(p, here);
@@ -468,9 +465,8 @@ int rms_norm_gated_backward(const RmsNormGatedBackward& p, void* stream) {
         constexpr Order kOrder = decltype(order)::value;
         void (*kernel)(GatedBackwardArgs) = plan.keep == Keep::kShared
                                                 ? gated_backward_shared_rows<X, kOrder>
-                                            : plan.vectors == 1
-                                                ? gated_backward_rows<X, kOrder, 1>
-                                                : gated_backward_rows<X, kOrder, 2>;
+                                            : plan.vectors == 1 ? gated_backward_rows<X, kOrder, 1>
+                                                                : gated_backward_rows<X, kOrder, 2>;
         return launch_groups(kernel, plan, p.groups, a, s);
       });
     }

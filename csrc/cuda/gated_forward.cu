@@ -70,24 +70,22 @@ struct GatedNorm : Gated<X, kOrder> {
 
 // Of a block, which has several rows of fewer vectors.
 constexpr int threads_with(int vectors) {
-  return vectors < kGatedVectors ? kTuned.forward_block_threads
-                                 : kTuned.limits[kGatedRows].threads;
+  return vectors < kGatedVectors ? kTuned.forward_block_threads : kTuned.limits[kGatedRows].threads;
 }
 
 // Rows held in registers, kVectors chunks of x and of the gate per thread.
 template <typename X, Order kOrder, int kVectors>
-__global__ void __launch_bounds__(threads_with(kVectors),
-                                  blocks_of(kTuned.limits[kGatedRows], false,
-                                            threads_with(kVectors)))
-gated_rows(const __grid_constant__ GatedArgs a) {
+__global__ void __launch_bounds__(threads_with(kVectors), blocks_of(kTuned.limits[kGatedRows],
+                                                                    false, threads_with(kVectors)))
+    gated_rows(const __grid_constant__ GatedArgs a) {
   sync_dependent_launch();
   using N = GatedNorm<X, kOrder>;
   using Floats = typename N::Floats;
   constexpr int kElems = N::kElems, kRows = kGatedVectors / kVectors;
   const Cluster alone(1);
   const int64_t begin = blockIdx.x * a.cols;
-  RowGroup<unsigned, kRows, kVectors, kElems, GroupBlocks> group{
-      a.rows, static_cast<int>(a.cols), kRows == 1};
+  RowGroup<unsigned, kRows, kVectors, kElems, GroupBlocks> group{a.rows, static_cast<int>(a.cols),
+                                                                 kRows == 1};
   const auto each_chunk = [&](const auto& f) { group.each_chunk(f); };
   Floats w[kVectors];
 
@@ -110,7 +108,8 @@ gated_rows(const __grid_constant__ GatedArgs a) {
     if (turn == 0) N::load_weights(a, begin, each_chunk, w);  // after x, that a row waits for
     Floats v[kRows][kVectors], factor[kRows][kVectors];
     unrolled<kRows>([&](int r) {
-      unrolled<kVectors>([&](int k) { N::activate(a, x[r][k], gate[r][k], v[r][k], factor[r][k]); });
+      unrolled<kVectors>(
+          [&](int k) { N::activate(a, x[r][k], gate[r][k], v[r][k], factor[r][k]); });
       sum[r] = N::sum_of_squares(v[r]);
     });
     row_sum<kThreads<kGatedRows>>(sum, turn);
@@ -179,8 +178,7 @@ gated_shared_rows(const __grid_constant__ GatedArgs a) {
     const int64_t offset = begin + a.y.offset<true>(row);
     slice.each_index([&](int i) {
       Floats v, factor, w[1];
-      N::load_weights(
-          a, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
+      N::load_weights(a, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
       if constexpr (kOrder == Order::kBefore) {
         v = get_chunk<Floats>(kept, slice.chunks, i);
       } else {
@@ -218,8 +216,8 @@ gated_any_rows(const __grid_constant__ GatedArgs a) {
       const auto x = load_chunk<false, X, kElems>(a.x, place.x, slice.column(i), slice.count(i));
       typename N::OtherChunk gate = N::no_gate(a);
       if (a.gate.data != nullptr) {
-        gate = load_chunk<false, float, kElems>(a.gate, place.gate, slice.column(i),
-                                                slice.count(i));
+        gate =
+            load_chunk<false, float, kElems>(a.gate, place.gate, slice.column(i), slice.count(i));
       }
       N::activate(a, x, gate, v, factor);
     };

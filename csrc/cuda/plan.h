@@ -91,8 +91,7 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
   }
   const auto slice = [&](int cluster) { return ceil_div(ceil_div(n, cluster), kWarp) * kWarp; };
   int cluster = 1;
-  while (cluster < tuning.max_cluster && slice(cluster) * kept_bytes > slice_bytes)
-    cluster *= 2;
+  while (cluster < tuning.max_cluster && slice(cluster) * kept_bytes > slice_bytes) cluster *= 2;
   plan.vectors = max_vectors;
   plan.keep = slice(cluster) * kept_bytes <= device.shared_bytes - kOtherSharedBytes
                   ? Keep::kShared
@@ -151,8 +150,8 @@ inline int64_t backward_kept_bytes(DType dy, DType x) {
   return 16 + vector_elems(x) * (size_of(held_dtype(x, dy)) + int64_t{sizeof(float)});
 }
 
-// Of a slice in shared memory: half the threads where two blocks fit, and if `copied` the next row's
-// too where there is room, so many bytes of each chunk.
+// Of a slice in shared memory: half the threads where two blocks fit, and if `copied` the next
+// row's too where there is room, so many bytes of each chunk.
 inline void keep_next(Plan& plan, int64_t chunks, int64_t chunk_bytes, int threads, int vectors,
                       bool copied, const Device& device) {
   const auto fit = [&](int64_t blocks, int64_t bytes) {
@@ -190,9 +189,9 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const D
   return plan;
 }
 
-// With a gate, of `groups` of so many columns each. A block has rows of one group, of which `blocks`
-// tells how many blocks share them. The kernels that are not plain are laid out alike, in registers
-// or not.
+// With a gate, of `groups` of so many columns each. A block has rows of one group, of which
+// `blocks` tells how many blocks share them. The kernels that are not plain are laid out alike, in
+// registers or not.
 struct GatedPlan : Plan {
   int64_t group_blocks;
 };

@@ -164,7 +164,14 @@ class Gpu:
         self.k.plan.restype = self.k.last_plan.restype = Plan
         self.k.device.restype = Device
         self.k.rope_workspace.restype = self.k.gated_workspace.restype = I64
-        self.k.gated_plan.argtypes = [ctypes.c_int, I64, I64, I64, ctypes.c_int, ctypes.POINTER(Device)]
+        self.k.gated_plan.argtypes = [
+            ctypes.c_int,
+            I64,
+            I64,
+            I64,
+            ctypes.c_int,
+            ctypes.POINTER(Device),
+        ]
         self.k.gated_plan.restype = Plan
         names = ("RmsNormForward", "RmsNormBackward", "Device", "Plan")
         names += ("RmsNormRope", "RmsNormRopeBackward", "RmsNormGated", "RmsNormGatedBackward")
