@@ -18,7 +18,8 @@ constexpr int kBytesInFlight = 64;  // of a thread: four vectors of x, or two of
 static_assert(16 * kForwardVectors == kBytesInFlight &&
               2 * 16 * kBackwardVectors == kBytesInFlight);
 
-// With a gate there is a stream more: 64 and 96 bytes of a thread are in flight.
+// With a gate there is a stream more: 64 and 96 bytes of a thread are in flight. In shared memory a
+// row of the backward takes five times its bytes: of slices of this size two fit a multiprocessor.
 constexpr int kGatedVectors = 2;
 constexpr int kGatedSliceBytes = 96 << 10;
 
@@ -56,7 +57,8 @@ enum KernelIndex {
 // memory: two blocks fit in the forward, 64 KiB are then in flight, above the 20 to 50 KiB that
 // bandwidth times latency asks for on H100 and B200. In the backward a block has so many threads
 // where it is alone, and half of them where two fit. With rotary embedding a thread has two vectors
-// of x: six blocks of rope_rows have 24 KiB in flight, five of its second form 20 KiB.
+// of x: six blocks of rope_rows have 24 KiB in flight, five of its second form 20 KiB. With a gate
+// two or three blocks fit too.
 constexpr KernelLimits kLimits[] = {
     // kernel, threads, registers, and those of launches that take more: with a residual or not
     // plain (forward), with dy of another dtype (backward), with pairs of several lanes (rope)
