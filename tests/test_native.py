@@ -141,6 +141,11 @@ def test_kernels_that_were_not_built(tmp_path):
           if (rmsnorm::cuda::rms_norm_rope_backward_workspace(&dq, 1) != 0) return 1;
           if (rmsnorm::cuda::rms_norm_rope_forward(&q, 1, nullptr) == 0) return 1;
           if (rmsnorm::cuda::rms_norm_rope_backward(&dq, 1, nullptr) == 0) return 1;
+          const rmsnorm::RmsNormGated gated{};
+          const rmsnorm::RmsNormGatedBackward dgated{};
+          if (rmsnorm::cuda::rms_norm_gated_backward_workspace(dgated) != 0) return 1;
+          if (rmsnorm::cuda::rms_norm_gated_forward(gated, nullptr) == 0) return 1;
+          if (rmsnorm::cuda::rms_norm_gated_backward(dgated, nullptr) == 0) return 1;
           return rmsnorm::cuda::rms_norm_backward(p, nullptr) == 0;
         }
     """

@@ -97,7 +97,8 @@ def test_plans(line):
     assert [str(value) for value in p.values()] == numbers[5:]
 
 
-# What launches alone ask for: plans of the kernels with quant, and of the backward's second pass.
+# What launches alone ask for: plans of the kernels with quant, of the backward's second pass, and
+# of rows with a gate.
 PROGRAM = """
 #include <cstdio>
 #include "cuda/plan.h"
@@ -121,8 +122,42 @@ int main() {
   }
   const Plan p = plan_backward(100000, 16384, DType::kFloat32, DType::kBFloat16, asked);
   std::printf("%d of %d, %ld; ", p.cluster, int(p.resident), p.blocks);
+  const Device a100{80, 108, 163 << 10};
+  const DType bf16 = DType::kBFloat16, fp32 = DType::kFloat32;
+  for (const GatedPlan& p :
+       {plan_gated_forward(524288, 1, 128, bf16, h100),
+        plan_gated_forward(8192, 8, 1024, bf16, h100),
+        plan_gated_forward(3, 8, 1024, bf16, h100),
+        plan_gated_forward(8192, 1, 4097, bf16, h100),
+        plan_gated_forward(8192, 1, 40000, fp32, h100),
+        plan_gated_forward(100, 1, 3000000, bf16, h100),
+        plan_gated_backward(8192, 1, 256, bf16, h100),
+        plan_gated_backward(8192, 8, 1024, bf16, h100),
+        plan_gated_backward(8192, 1, 5120, bf16, h100),
+        plan_gated_backward(8192, 1, 8192, bf16, h100),
+        plan_gated_backward(100, 1, 16384, bf16, h100),
+        plan_gated_backward(8192, 1, 20000, bf16, a100),
+        plan_gated_backward(7, 300, 64, fp32, h100)})
+    std::printf("\\n%s %d of %d/%d %d of %ld %ld %ld in %ld", p.kernel, p.vectors, p.lanes,
+                p.threads, p.cluster, p.slice, p.shared_bytes, p.group_blocks, p.blocks);
 }
 """
+
+# kernel, vectors of lanes/threads, cluster of slice, shared bytes, blocks of a group in all
+GATED_PLANS = """
+gated_rows 1 of 16/128 1 of 128 0 1561 in 1561
+gated_rows 2 of 64/64 1 of 1024 0 745 in 5960
+gated_rows 2 of 64/64 1 of 1024 0 3 in 24
+gated_shared_rows 2 of 288/288 1 of 4352 17408 1024 in 1024
+gated_shared_rows 2 of 320/320 8 of 5120 40960 128 in 1024
+gated_any_rows 2 of 512/512 1 of 3000000 0 100 in 100
+gated_backward_rows 1 of 32/256 1 of 256 0 256 in 256
+gated_backward_rows 2 of 64/256 1 of 1024 0 33 in 264
+gated_backward_shared_rows 2 of 320/320 1 of 5120 81920 256 in 256
+gated_backward_shared_rows 2 of 256/256 1 of 8192 81920 256 in 256
+gated_backward_shared_rows 2 of 256/256 2 of 8192 81920 100 in 200
+gated_backward_any_rows 2 of 768/768 1 of 20000 0 108 in 108
+gated_backward_rows 1 of 16/256 1 of 64 0 1 in 300"""
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
@@ -136,7 +171,7 @@ def test_plans_of_launches(tmp_path):
     subprocess.run(list(map(str, command)), check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == (
         "quant_rows 128 4; quant_shared_rows 64 3; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
-        "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; 4 of 3, 392; "
+        "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; 4 of 3, 392; " + GATED_PLANS
     )
 
 

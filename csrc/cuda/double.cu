@@ -79,13 +79,17 @@ struct Normalized {
   __device__ double operator()(double x) const { return x * pre * r; }
 };
 
-template <typename P>
-__device__ Normalized normalize(const P& p, int64_t x_offset) {
-  const DoubleScale s =
-      double_scale([&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); }, p.cols,
-                   {p.eps, sqrt(p.eps), double(p.cols)}, kWarp);
+// load(i): element i of a row.
+template <typename Load>
+__device__ Normalized normalize(const Load& load, int64_t cols, double eps) {
+  const DoubleScale s = double_scale(load, cols, {eps, sqrt(eps), double(cols)}, kWarp);
   const int pre = s.exponent > 0 ? s.exponent : min(0, s.exponent + 900);  // as in rescued_scale
   return {s.r * pow2(s.exponent - pre), pow2(pre)};
+}
+template <typename P>
+__device__ Normalized normalize(const P& p, int64_t x_offset) {
+  const auto load = [&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); };
+  return normalize(load, p.cols, p.eps);
 }
 
 __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
@@ -235,6 +239,145 @@ __global__ void dweight_double(const __grid_constant__ P all) {
   }
 }
 
+__device__ DType promotion(DType a, DType b) {
+  if (a == b) return a;
+  const bool wide = a == DType::kFloat64 || b == DType::kFloat64;
+  return wide ? DType::kFloat64 : DType::kFloat32;
+}
+
+// A group of a row, and its gate.
+template <typename P>
+struct GatedRow {
+  const P& p;
+  const int64_t row, cols, group, begin, x, gate;
+
+  // item: of all groups, [groups, rows].
+  __device__ GatedRow(const P& p, int64_t item)
+      : GatedRow(p, item % p.norm.rows, item / p.norm.rows) {}
+  __device__ GatedRow(const P& p, int64_t row, int64_t group)
+      : p(p),
+        row(row),
+        cols(p.norm.cols / p.groups),
+        group(group),
+        begin(group * cols),
+        x(begin + row_offset(p.norm.x_rows, row)),
+        gate(p.gate.data != nullptr ? begin + row_offset(p.gate.rows, row) : 0) {}
+
+  struct Activated {
+    double value, slope;
+  };
+  __device__ Activated activated(int64_t col) const {
+    if (p.gate.data == nullptr) return {1, 0};
+    const double g = load_any(p.gate.data, p.gate.dtype, gate + col);
+    const double e = exp(-fabs(g)), sum = 1 + e;
+    const double over = g < 0 ? e : 1, rest = (g < 0 ? 1 : e) / sum, sigmoid = over / sum;
+    if (p.gate.activation == Activation::kSigmoid) return {sigmoid, sigmoid * rest};
+    return {g * over / sum, sigmoid * fma(g, rest, 1.0)};
+  }
+  __device__ bool before_norm() const { return p.gate.data != nullptr && p.gate.before_norm; }
+  __device__ double x_at(int64_t col) const { return load_any(p.norm.x, p.norm.x_dtype, x + col); }
+  // What is normalized.
+  __device__ double operator()(int64_t col) const {
+    return before_norm() ? x_at(col) * activated(col).value : x_at(col);
+  }
+  __device__ double weight(int64_t col) const { return weight_at(p.norm, begin + col); }
+  __device__ Normalized normalized() const { return normalize(*this, cols, p.norm.eps); }
+
+  // The product of the norm, an xhat, and the weight, rounded as the forward does.
+  __device__ bool cast() const { return p.norm.cast_before_weight && p.norm.weight != nullptr; }
+  __device__ double seen(double xhat) const {
+    return cast() ? round_any(p.norm.x_dtype, xhat) : xhat;
+  }
+  __device__ double product(double xhat, int64_t col) const {
+    const DType promoted = promotion(p.norm.x_dtype, p.norm.w_dtype);
+    const double result = seen(xhat) * weight(col);
+    return cast() ? round_any(promoted, result) : result;
+  }
+};
+
+__global__ void gated_forward_double(const __grid_constant__ RmsNormGated p) {
+  sync_dependent_launch();
+  const int lane = threadIdx.x;
+  const RmsNormForward& norm = p.norm;
+  for (int64_t item = first_item(); item < norm.rows * p.groups; item += items_apart()) {
+    const GatedRow<RmsNormGated> row(p, item);
+    const int64_t y = row.begin + row_offset(norm.y_rows, row.row);
+    const Normalized normalized = row.normalized();
+    if (norm.rstd != nullptr && lane == 0) {
+      const bool wide = norm.x_dtype == DType::kFloat64 || p.gate.before_norm;
+      store_any(norm.rstd, wide ? DType::kFloat64 : DType::kFloat32, item,
+                normalized.r * normalized.pre);
+    }
+    __syncwarp();  // all of x is read before y, which may be x, is written
+    for (int64_t col = lane; col < row.cols; col += kWarp) {
+      double n = row.product(normalized(row(col)), col);
+      if (!row.before_norm()) n *= row.activated(col).value;
+      store_any(norm.y, norm.y_dtype, y + col, n);
+    }
+  }
+}
+
+// dx and dgate, and what the sums over columns need of each row: the workspace, if there is one.
+__global__ void gated_backward_double(const __grid_constant__ RmsNormGatedBackward p) {
+  sync_dependent_launch();
+  const int lane = threadIdx.x;
+  const RmsNormBackward& norm = p.norm;
+  for (int64_t item = first_item(); item < norm.rows * p.groups; item += items_apart()) {
+    const GatedRow<RmsNormGatedBackward> row(p, item);
+    const int64_t dy_begin = row.begin + row_offset(norm.dy_rows, row.row);
+    const int64_t result = row.begin + row.row * norm.cols;
+    const Normalized normalized = row.normalized();
+    if (norm.workspace != nullptr && lane == 0) {
+      static_cast<Normalized*>(norm.workspace)[item] = normalized;
+    }
+    const auto dy = [&](int64_t col) { return load_any(norm.dy, norm.dy_dtype, dy_begin + col); };
+    const auto g = [&](int64_t col) {
+      return dy(col) * row.weight(col) * (row.before_norm() ? 1 : row.activated(col).value);
+    };
+    DoubleSum products;
+    for (int64_t col = lane; col < row.cols; col += kWarp) {
+      products.add(g(col), normalized(row(col)));
+    }
+    double sum = products.sum;
+    for (int o = kWarp / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    const double mean = sum / row.cols;
+    for (int64_t col = lane; col < row.cols; col += kWarp) {
+      const double xhat = normalized(row(col)), dv = normalized(g(col) - xhat * mean);
+      const auto activated = row.activated(col);
+      const bool before = row.before_norm();
+      if (norm.dx != nullptr) {
+        store_any(norm.dx, norm.x_dtype, result + col, before ? dv * activated.value : dv);
+      }
+      if (p.dgate != nullptr && p.gate.data != nullptr) {
+        const double upstream = before ? dv * row.x_at(col) : dy(col) * row.product(xhat, col);
+        store_any(p.dgate, p.gate.dtype, result + col, upstream * activated.slope);
+      }
+    }
+  }
+}
+
+// A thread for each column.
+__global__ void gated_dweight_double(const __grid_constant__ RmsNormGatedBackward p) {
+  sync_dependent_launch();
+  const RmsNormBackward& norm = p.norm;
+  for (int64_t item = first_item(); item < norm.cols; item += items_apart()) {
+    const int64_t cols = norm.cols / p.groups, group = item / cols, col = item % cols;
+    DoubleSum products;
+    for (int64_t i = 0; i < norm.rows; ++i) {
+      const GatedRow<RmsNormGatedBackward> row(p, i, group);
+      const double xhat =
+          static_cast<const Normalized*>(norm.workspace)[group * norm.rows + i](row(col));
+      const double dy = load_any(norm.dy, norm.dy_dtype, item + row_offset(norm.dy_rows, i));
+      if (row.before_norm()) {
+        products.add(dy, xhat);
+      } else {
+        products.add(dy * row.activated(col).value, row.seen(xhat));
+      }
+    }
+    store_any(norm.dweight, norm.w_dtype, item, products.sum);
+  }
+}
+
 }  // namespace
 
 int add_any(const RmsNormForward& p, cudaStream_t stream) {
@@ -273,6 +416,23 @@ int backward_in_double(const RmsNormBackward& p, cudaStream_t stream) {
 
 int backward_in_double(const RmsNormRopeBackward& p, cudaStream_t stream) {
   return launch_backward(p, p.norm, stream);
+}
+
+int forward_in_double(const RmsNormGated& p, cudaStream_t stream) {
+  const Plan plan = plan_items("gated_forward_double", p.norm.rows * p.groups, kWarp);
+  return launch(gated_forward_double, plan, p, stream);
+}
+
+int64_t backward_in_double_workspace(const RmsNormGatedBackward& p) {
+  return p.groups * backward_in_double_workspace(p.norm);
+}
+
+int backward_in_double(const RmsNormGatedBackward& p, cudaStream_t stream) {
+  const Plan plan = plan_items("gated_backward_double", p.norm.rows * p.groups, kWarp);
+  const int error = launch(gated_backward_double, plan, p, stream);
+  if (error != 0 || p.norm.dweight == nullptr) return error;
+  return launch(gated_dweight_double, plan_items("gated_dweight_double", p.norm.cols, 1), p,
+                stream);
 }
 
 }  // namespace rmsnorm::cuda

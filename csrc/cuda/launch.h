@@ -24,6 +24,9 @@ int64_t backward_in_double_workspace(const RmsNormBackward& p);
 int backward_in_double(const RmsNormBackward& p, cudaStream_t stream);
 int forward_in_double(const RmsNormRope& p, cudaStream_t stream);
 int backward_in_double(const RmsNormRopeBackward& p, cudaStream_t stream);
+int forward_in_double(const RmsNormGated& p, cudaStream_t stream);
+int64_t backward_in_double_workspace(const RmsNormGatedBackward& p);
+int backward_in_double(const RmsNormGatedBackward& p, cudaStream_t stream);
 
 // Are kernels launched so that they may overlap with the one ahead of them (programmatic dependent
 // launch)?

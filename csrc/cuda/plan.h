@@ -72,7 +72,8 @@ inline Plan share_slice(Plan plan, int64_t chunks, int threads, int vectors) {
 // limits: of the family's kernels, by Keep. block_threads: of several short rows. kept_bytes: what
 // a vector takes of shared memory.
 inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits* limits,
-                     int block_threads, int64_t kept_bytes, const Device& device) {
+                     int block_threads, int64_t kept_bytes, int64_t slice_bytes,
+                     const Device& device) {
   const Tuning& tuning = tuning_for(device);
   const int elems = vector_elems(x);
   const int64_t n = ceil_div(cols, elems);
@@ -90,8 +91,7 @@ inline Plan plan_row(int64_t cols, DType x, int max_vectors, const KernelLimits*
   }
   const auto slice = [&](int cluster) { return ceil_div(ceil_div(n, cluster), kWarp) * kWarp; };
   int cluster = 1;
-  while (cluster < tuning.max_cluster && slice(cluster) * kept_bytes > tuning.slice_bytes)
-    cluster *= 2;
+  while (cluster < tuning.max_cluster && slice(cluster) * kept_bytes > slice_bytes) cluster *= 2;
   plan.vectors = max_vectors;
   plan.keep = slice(cluster) * kept_bytes <= device.shared_bytes - kOtherSharedBytes
                   ? Keep::kShared
@@ -129,7 +129,8 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& devi
                          bool wide = false, bool quant = false) {
   const Tuning& tuning = tuning_for(device);
   const KernelLimits* const limits = tuning.limits + (quant ? kQuantRows : kForwardRows);
-  Plan plan = plan_row(cols, x, kForwardVectors, limits, tuning.forward_block_threads, 16, device);
+  Plan plan = plan_row(cols, x, kForwardVectors, limits, tuning.forward_block_threads, 16,
+                       tuning.slice_bytes, device);
   if (plan.lanes > kWarp) plan.threads = plan.lanes;  // one row: its threads may meet at a barrier
   const KernelLimits& kernel = limits[static_cast<int>(plan.keep)];
   plan.registers = wide ? kernel.mixed_registers : kernel.registers;
@@ -149,23 +150,30 @@ inline int64_t backward_kept_bytes(DType dy, DType x) {
   return 16 + vector_elems(x) * (size_of(held_dtype(x, dy)) + int64_t{sizeof(float)});
 }
 
+// Of a slice in shared memory: half the threads where two blocks fit, and if `copied` the next
+// row's too where there is room, so many bytes of each chunk.
+inline void keep_next(Plan& plan, int64_t chunks, int64_t chunk_bytes, int threads, int vectors,
+                      bool copied, const Device& device) {
+  const auto fit = [&](int64_t blocks, int64_t bytes) {
+    return blocks * (bytes + kOtherSharedBytes) <= device.shared_bytes;
+  };
+  const bool two = fit(2, plan.shared_bytes);
+  if (two) plan = share_slice(plan, chunks, threads / 2, vectors);
+  const int64_t bytes = plan.shared_bytes + chunks * chunk_bytes;
+  if (copied && fit(two ? 2 : 1, bytes)) plan.shared_bytes = bytes;
+}
+
 // blocks / cluster: also the number of rows of partial sums.
 inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const Device& device) {
   const Tuning& tuning = tuning_for(device);
   const KernelLimits* const limits = tuning.limits + kBackwardRows;
   Plan plan = plan_row(cols, x, kBackwardVectors, limits, tuning.backward_block_threads,
-                       backward_kept_bytes(dy, x), device);
+                       backward_kept_bytes(dy, x), tuning.slice_bytes, device);
   const bool mixed = held_dtype(x, dy) != x;
   if (plan.keep == Keep::kShared) {
-    const int64_t chunks = plan.slice / vector_elems(x);
-    const auto fit = [&](int64_t blocks, int64_t bytes) {
-      return blocks * (bytes + kOtherSharedBytes) <= device.shared_bytes;
-    };
-    const bool two = fit(2, plan.shared_bytes);
-    if (two) plan = share_slice(plan, chunks, limits[1].threads / 2, kBackwardVectors);
     // The x and dy of the next row too, if it is copied: see backward_shared_rows.
-    const int64_t bytes = plan.shared_bytes + chunks * 32;
-    if (dy == x && fit(two ? 2 : 1, bytes)) plan.shared_bytes = bytes;
+    keep_next(plan, plan.slice / vector_elems(x), 32, limits[1].threads, kBackwardVectors, dy == x,
+              device);
   }
   const KernelLimits& kernel = limits[static_cast<int>(plan.keep)];
   plan.registers = mixed ? kernel.mixed_registers : kernel.registers;
@@ -178,6 +186,77 @@ inline Plan plan_backward(int64_t rows, int64_t cols, DType dy, DType x, const D
                              : std::max(ceil_div(groups, tuning.backward_min_rows),
                                         int64_t{2} * device.multiprocessors / plan.cluster);
   plan.blocks = even_blocks(groups, std::min(spread, limit)) * plan.cluster;
+  return plan;
+}
+
+// With a gate, of `groups` of so many columns each. A block has rows of one group, of which
+// `blocks` tells how many blocks share them. The kernels that are not plain are laid out alike, in
+// registers or not.
+struct GatedPlan : Plan {
+  int64_t group_blocks;
+};
+
+inline GatedPlan plan_gated(Plan plan, int64_t groups, const KernelLimits* limits,
+                            const Device& device) {
+  plan.registers = limits[static_cast<int>(plan.keep)].registers;
+  plan.resident = resident_blocks(plan, device);
+  GatedPlan result{plan};
+  result.group_blocks = std::max(resident_rows(plan, device) / groups, int64_t{1});
+  return result;
+}
+
+inline GatedPlan plan_gated_forward(int64_t rows, int64_t groups, int64_t cols, DType x,
+                                    const Device& device) {
+  const Tuning& tuning = tuning_for(device);
+  const KernelLimits* const limits = tuning.limits + kGatedRows;
+  // Of shared memory, for a vector of x: that and as much of the gate, or their product in fp32.
+  Plan row = plan_row(cols, x, kGatedVectors, limits, tuning.forward_block_threads, 32,
+                      tuning.slice_bytes, device);
+  if (row.lanes > kWarp) row.threads = row.lanes;
+  GatedPlan plan = plan_gated(row, groups, limits, device);
+  const int waves = std::max(tuning.forward_waves * plan.vectors / kGatedVectors, 1);
+  const int64_t spread = ceil_div(rows, plan.threads / plan.lanes);
+  const int64_t row_groups = ceil_div(spread, kGatedVectors / plan.vectors);
+  if (spread <= plan.group_blocks) {
+    plan.group_blocks = spread;
+  } else {
+    plan.group_blocks = even_blocks(row_groups, plan.group_blocks * waves);
+  }
+  plan.blocks = plan.group_blocks * groups * plan.cluster;
+  return plan;
+}
+
+// The same of a launch that is not plain.
+inline GatedPlan of_any_rows(GatedPlan plan, const KernelLimits& kernel, const Device& device) {
+  plan.kernel = kernel.kernel;
+  plan.keep = Keep::kNowhere;
+  plan.registers = kernel.registers;
+  plan.shared_bytes = 0;
+  plan.resident = resident_blocks(plan, device);
+  return plan;
+}
+
+// Of shared memory, for a vector of x: as much of dy and the gate, and the sums for dweight.
+inline int64_t gated_backward_kept_bytes(DType x) {
+  return 48 + vector_elems(x) * int64_t{sizeof(float)};
+}
+
+// group_blocks: also the number of rows of partial sums.
+inline GatedPlan plan_gated_backward(int64_t rows, int64_t groups, int64_t cols, DType x,
+                                     const Device& device) {
+  const Tuning& tuning = tuning_for(device);
+  const KernelLimits* const limits = tuning.limits + kGatedBackwardRows;
+  Plan row = plan_row(cols, x, kGatedVectors, limits, tuning.backward_block_threads,
+                      gated_backward_kept_bytes(x), kGatedSliceBytes, device);
+  if (row.keep == Keep::kShared) {
+    keep_next(row, row.slice / vector_elems(x), 48, limits[1].threads, kGatedVectors, true, device);
+  }
+  GatedPlan plan = plan_gated(row, groups, limits, device);
+  const int64_t row_groups = ceil_div(rows, plan.threads / plan.lanes);
+  const int64_t spread = std::max(ceil_div(row_groups, tuning.backward_min_rows),
+                                  int64_t{2} * device.multiprocessors / (plan.cluster * groups));
+  plan.group_blocks = even_blocks(row_groups, std::min(spread, plan.group_blocks));
+  plan.blocks = plan.group_blocks * groups * plan.cluster;
   return plan;
 }
 

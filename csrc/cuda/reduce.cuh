@@ -105,6 +105,16 @@ __device__ T sum_of_lanes(T v) {
   return v;
 }
 
+// The sum over groups of at most a warp, in every lane.
+template <typename T>
+__device__ T sum_of_group(T v, int lanes) {
+#pragma unroll
+  for (int o = kWarp / 2; o > 0; o /= 2) {
+    if (o < lanes) v = v + of_lane(v, o);
+  }
+  return v;
+}
+
 // One partial sum per warp of a row; alternate halves by `turn`, so that one barrier per row is
 // enough.
 template <int kWarps>
@@ -272,11 +282,11 @@ __device__ DoubleScale double_scale(const Load& load, int64_t cols, const Epsilo
 }
 
 // The scale of a row out of the range of fast_scale. Each warp (or smaller group) of the row finds
-// it by itself, from memory. For fp32 and narrower x, whose exponents fit pre and hi.
-template <typename T>
-__device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int lanes) {
-  const DoubleScale s = double_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; },
-                                     cols, eps, min(lanes, 32));
+// it by itself, from memory: load(i) is element i, as double. For fp32 and narrower x, whose
+// exponents fit pre and hi.
+template <typename Load>
+__device__ Scale rescued_scale_of(const Load& load, int64_t cols, const Epsilon& eps, int lanes) {
+  const DoubleScale s = double_scale(load, cols, eps, min(lanes, 32));
   // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is
   // still normal), or the small elements of such a row would become subnormal on the way.
   const int pre = s.exponent > 0 ? min(126, s.exponent) : max(-126, min(0, s.exponent + 96));
@@ -287,6 +297,11 @@ __device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int
   out.hi = static_cast<float>(isfinite(r) ? fmin(r, double{FLT_MAX}) : r);
   out.lo = r <= FLT_MAX ? static_cast<float>(r - out.hi) : 0.0f;
   return out;
+}
+template <typename T>
+__device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int lanes) {
+  const auto load = [=](int64_t i) { return double{static_cast<float>(x[i])}; };
+  return rescued_scale_of(load, cols, eps, lanes);
 }
 
 }  // namespace rmsnorm::cuda

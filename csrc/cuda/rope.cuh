@@ -87,16 +87,6 @@ struct Lanes {
   }
 };
 
-// The sum over groups of at most a warp, in every lane.
-template <typename T>
-__device__ T sum_of_group(T v, int lanes) {
-#pragma unroll
-  for (int o = kWarp / 2; o > 0; o /= 2) {
-    if (o < lanes) v = v + of_lane(v, o);
-  }
-  return v;
-}
-
 // What each product is rounded to, which is no step of its own where only the result is rounded.
 struct Unrounded {};
 
@@ -257,16 +247,6 @@ struct AnyRow {
     });
   }
 };
-
-// f(std::true_type()) or f(std::false_type()): a choice ahead of a loop, not in it.
-template <typename F>
-__device__ void with_choice(bool flag, const F& f) {
-  if (flag) {
-    f(std::true_type());
-  } else {
-    f(std::false_type());
-  }
-}
 
 // Both chunks of a unit, or the one that is all of it, rotated by its angles, or back by them.
 // load(column) gives a chunk, each(column, chunk) takes one.

@@ -7,9 +7,15 @@
 
 namespace rmsnorm::cuda {
 
+// The blocks of a launch, among which its rows are shared out.
+struct AllBlocks {
+  static __device__ unsigned index() { return blockIdx.x; }
+  static __device__ unsigned count() { return gridDim.x; }
+};
+
 // Rows in registers: a thread has kVectors chunks, of kElems elements each, of kRows rows at a
 // time.
-template <typename Index, int kRows, int kVectors, int kElems>
+template <typename Index, int kRows, int kVectors, int kElems, typename Blocks = AllBlocks>
 struct RowGroup {
   const int64_t& rows;  // where the arguments are: a copy would take registers
   const int cols;
@@ -19,9 +25,9 @@ struct RowGroup {
   const int lane = threadIdx.x, lanes = blockDim.x;
   const int slot = warps_leave ? 0 : threadIdx.y;
   // The first of the kRows rows, which are a stride apart.
-  Index first = Index{blockIdx.x} * blockDim.y + (warps_leave ? threadIdx.y : 0);
+  Index first = Index{Blocks::index()} * blockDim.y + (warps_leave ? threadIdx.y : 0);
 
-  __device__ Index stride() const { return Index{gridDim.x} * blockDim.y; }
+  __device__ Index stride() const { return Index{Blocks::count()} * blockDim.y; }
   __device__ bool any() const { return first < Index(rows); }
   __device__ void advance() { first += kRows * stride(); }
 

@@ -18,6 +18,11 @@ constexpr int kBytesInFlight = 64;  // of a thread: four vectors of x, or two of
 static_assert(16 * kForwardVectors == kBytesInFlight &&
               2 * 16 * kBackwardVectors == kBytesInFlight);
 
+// With a gate there is a stream more: 64 and 96 bytes of a thread are in flight. In shared memory a
+// row of the backward takes five times its bytes: of slices of this size two fit a multiprocessor.
+constexpr int kGatedVectors = 2;
+constexpr int kGatedSliceBytes = 96 << 10;
+
 // Rows that are read twice: how many the second pass of the backward takes at a time.
 constexpr int kStripRows = 4;  // four vectors of x and of dy in flight per thread
 
@@ -40,13 +45,20 @@ enum KernelIndex {
   kRopeAnyRows,
   kRopeBackwardRows,
   kRopeBackwardAnyRows,
+  kGatedRows,
+  kGatedSharedRows,
+  kGatedAnyRows,
+  kGatedBackwardRows,
+  kGatedBackwardSharedRows,
+  kGatedBackwardAnyRows,
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
 // memory: two blocks fit in the forward, 64 KiB are then in flight, above the 20 to 50 KiB that
 // bandwidth times latency asks for on H100 and B200. In the backward a block has so many threads
 // where it is alone, and half of them where two fit. With rotary embedding a thread has two vectors
-// of x: six blocks of rope_rows have 24 KiB in flight, five of its second form 20 KiB.
+// of x: six blocks of rope_rows have 24 KiB in flight, five of its second form 20 KiB. With a gate
+// two or three blocks fit too.
 constexpr KernelLimits kLimits[] = {
     // kernel, threads, registers, and those of launches that take more: with a residual or not
     // plain (forward), with dy of another dtype (backward), with pairs of several lanes (rope)
@@ -64,6 +76,12 @@ constexpr KernelLimits kLimits[] = {
     {"rope_any_rows", 512, 128, 128},
     {"rope_backward_rows", 256, 128, 128},
     {"rope_backward_any_rows", 256, 128, 128},
+    {"gated_rows", 256, 80, 80},
+    {"gated_shared_rows", 384, 80, 80},
+    {"gated_any_rows", 512, 128, 128},
+    {"gated_backward_rows", 256, 128, 128},
+    {"gated_backward_shared_rows", 768, 80, 80},
+    {"gated_backward_any_rows", 768, 80, 80},
     {nullptr, 0, 0, 0},
 };
 

@@ -30,6 +30,16 @@ __device__ void unrolled(const F& f) {
   for (int i = 0; i < kCount; ++i) f(i);
 }
 
+// f(std::true_type()) or f(std::false_type()): a choice ahead of a loop, not in it.
+template <typename F>
+__device__ void with_choice(bool flag, const F& f) {
+  if (flag) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
 // f(T()) with T the type of dtype, of those that the kernels of rows are compiled for.
 #pragma nv_exec_check_disable
 template <typename F>

@@ -9,7 +9,9 @@ LD_LIBRARY_PATH.
 """
 
 import argparse
+import copy
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -161,9 +163,19 @@ class Gpu:
         )
         self.k.plan.restype = self.k.last_plan.restype = Plan
         self.k.device.restype = Device
-        self.k.rope_workspace.restype = I64
+        self.k.rope_workspace.restype = self.k.gated_workspace.restype = I64
+        self.k.gated_plan.argtypes = [
+            ctypes.c_int,
+            I64,
+            I64,
+            I64,
+            ctypes.c_int,
+            ctypes.POINTER(Device),
+        ]
+        self.k.gated_plan.restype = Plan
         names = ("RmsNormForward", "RmsNormBackward", "Device", "Plan")
-        for which, name in enumerate((*names, "RmsNormRope", "RmsNormRopeBackward")):
+        names += ("RmsNormRope", "RmsNormRopeBackward", "RmsNormGated", "RmsNormGatedBackward")
+        for which, name in enumerate(names):
             assert self.k.sizes(which) == ctypes.sizeof(STRUCTS[name]), (
                 f"{name} was read wrong from rmsnorm.h"
             )
@@ -942,6 +954,250 @@ def check_rope_backward(gpu, rng, dyt, *sides):
     return found
 
 
+# With a gate, and of groups
+
+
+SILU, SIGMOID = range(2)  # Activation
+
+
+def activate(g, activation):
+    """The activation, its slope, and the sum of magnitudes of the slope's terms."""
+    e = np.exp(-np.abs(g))
+    sigmoid, rest = np.where(g < 0, e, 1) / (1 + e), np.where(g < 0, 1, e) / (1 + e)
+    if activation == SIGMOID:
+        return sigmoid, sigmoid * rest, sigmoid * rest
+    size = sigmoid + np.abs(g) * sigmoid * rest
+    return g * sigmoid, sigmoid + g * sigmoid * rest, size
+
+
+class Gated:
+    """A norm with a gate, or of groups: its tensors, the same in fp64, and how a call gets them."""
+
+    def __init__(self, rng, rows, groups, group_cols, xt, wt, **options):
+        how = {"gt": xt, "gated": True, "before": False, "activation": SILU, "cast": False}
+        how |= {"offset": 0.0, "eps": 1e-6, "scale": 1.0, "pad": 0, "shift": 0, "apart": 0}
+        self.__dict__.update(how | options)
+        self.rows, self.groups, self.group_cols = rows, groups, group_cols
+        self.cols, self.xt, self.wt = groups * group_cols, xt, xt if wt is None else wt
+        self.weighted = wt is not None
+        self.rounds = self.cast and self.weighted
+        product = promoted(xt, self.wt)
+        self.yt = product if self.cast and (self.before or not self.gated) else xt
+        self.product_type = product
+        self.exact = F64 in (xt, self.wt, self.gt)
+        self.rt = F64 if xt == F64 or (self.before and self.exact) else F32
+        self.x = random_values(rng, (rows, self.cols), xt, self.scale)
+        self.w = random_values(rng, self.cols, wt) if self.weighted else None
+        g = 3 * rng.standard_normal((rows, self.cols))
+        odd = np.array([0, -0.0, 30, -30, 80, -95, 1000, -1000])
+        index = np.arange(self.cols) + 5 * np.arange(rows)[:, None]
+        g = np.where(index % 17 == 5, odd[index // 17 % 8], g)
+        self.gate = encode(g, self.gt)
+
+    def place(self, extra=0):
+        """Rows that lie `pad` elements apart, and of two dimensions if `apart`."""
+        cols = self.cols + self.pad + extra
+        if self.apart and self.rows % self.apart == 0:
+            outer = self.rows // self.apart
+            return Layout([self.apart, outer], [cols, self.apart * cols], self.cols)
+        return Layout([self.rows], [cols], self.cols)
+
+    def values(self):
+        """What is normalized, the activation, 1 / RMS and xhat: of groups [rows, groups, cols]."""
+        shape = (self.rows, self.groups, self.group_cols)
+        x = wide(self.x, self.xt).reshape(shape)
+        if self.gated:
+            g = wide(self.gate, self.gt).reshape(shape)
+            if not self.exact:
+                g = g.astype(np.longdouble)
+            act = activate(g, self.activation)
+        else:
+            act = (np.ones(shape), np.zeros(shape), np.zeros(shape))
+        u = x * act[0] if self.before else x.astype(np.longdouble)
+        r = 1 / np.sqrt((u * u).mean(-1, keepdims=True) + self.eps)
+        w = gain(self.w, self.wt, self.xt, self.cols, self.offset, self.exact)
+        return x, u, act, r, w.reshape(shape[1:])
+
+    def cast_to(self, v, dtype, nudge=0.0):
+        return wide(encode(v * (1 + nudge), dtype), dtype) if self.rounds else v
+
+    def result(self, nudge=(0.0, 0.0)):
+        _, u, act, r, w = self.values()
+        n = self.cast_to(u * r, self.xt, nudge[0]) * w
+        if not self.before:
+            n = self.cast_to(n, self.product_type, nudge[1]) * act[0]
+        return n.reshape(self.rows, self.cols), r[..., 0].T
+
+    def arguments(self, gpu, keep, kind, **outputs):
+        """A call, and what it reads, in buffers that are kept."""
+        layout, gate_layout = self.place(), self.place(extra=8 if self.pad % 8 == 0 else 3)
+        keep.append(Buffer(gpu, layout.place(self.x, nan_of(self.xt)), self.shift))
+        norm = {"x": keep[-1].address, "x_rows": layout.rows, "x_dtype": self.xt}
+        if self.weighted:
+            keep.append(Buffer(gpu, self.w, self.shift))
+            norm["weight"] = keep[-1].address
+        gate = STRUCTS["Gate"](activation=self.activation, before_norm=self.before, dtype=self.gt)
+        if self.gated:
+            keep.append(Buffer(gpu, gate_layout.place(self.gate, nan_of(self.gt)), self.shift))
+            gate.data, gate.rows = keep[-1].address, gate_layout.rows
+        norm |= {"w_dtype": self.wt, "rows": self.rows, "cols": self.cols, "eps": self.eps}
+        norm |= {"weight_offset": self.offset, "cast_before_weight": self.cast}
+        inner = "RmsNormForward" if kind == "RmsNormGated" else "RmsNormBackward"
+        own = {"dgate": outputs.pop("dgate")} if "dgate" in outputs else {}
+        norm = STRUCTS[inner](**norm, **outputs)
+        return STRUCTS[kind](norm=norm, gate=gate, groups=self.groups, **own)
+
+    def one_row(self, row):
+        alone = copy.copy(self)
+        alone.rows, alone.x, alone.gate = 1, self.x[row : row + 1], self.gate[row : row + 1]
+        return alone
+
+    def kind(self):
+        """What has a kernel of plain rows of its own."""
+        size, shift = RAW[self.xt]().nbytes, self.shift
+        apart = self.apart and self.rows % self.apart == 0
+        elems = 16 // size
+        return not (
+            shift % 16
+            or self.pad * size % 16
+            or self.group_cols % elems
+            or apart
+            or (self.gated and self.gt != self.xt)
+        )
+
+
+def run_gated(gpu, s, in_place=False, want_rstd=True):
+    keep = []
+    y_layout = s.place() if in_place else s.place(extra=16 if s.pad % 8 == 0 else 1)
+    painted = Buffer(gpu, np.full(y_layout.elements, nan_of(s.yt), RAW[s.yt]), s.shift)
+    rb = Buffer(gpu, np.full((s.groups, s.rows), nan_of(s.rt), RAW[s.rt])) if want_rstd else None
+    p = s.arguments(gpu, keep, "RmsNormGated", y_dtype=s.yt, rstd=rb and rb.address)
+    p.norm.y, p.norm.y_rows = p.norm.x if in_place else painted.address, y_layout.rows
+    gpu.check(gpu.k.gated_forward(ctypes.byref(p), None))
+    gpu.gated_plan = gpu.k.last_plan()
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    results = [buffer.read() for buffer in keep]
+    unwritten = painted.read()
+    flat = results[0] if in_place else unwritten
+    for buffer, now in list(zip(keep, results))[in_place:]:
+        assert (now == buffer.like).all(), "an argument was written"
+    y = flat[y_layout.index]
+    flat[y_layout.index] = nan_of(s.yt)
+    assert (flat == nan_of(s.yt)).all(), "written between the rows"
+    return y, rb.read() if rb else None
+
+
+def check_gated(gpu, s):
+    y, rstd = run_gated(gpu, s)
+    with np.errstate(all="ignore"):
+        want, r = s.result()
+        off = ulps(y, encode(want, s.yt), s.yt)
+        if s.rounds and not s.exact:  # what is nearly between two numbers may become either
+            steps = (0.0, 2.0**-20, -(2.0**-20))
+            for nudge in itertools.product(steps, steps):
+                off = np.minimum(off, ulps(y, encode(s.result(nudge)[0], s.yt), s.yt))
+        # A gate among the denormals has few bits.
+        tiny = 0 if s.exact else 2.0**-140 * (1 + np.abs(want))
+        if s.before and not s.exact:
+            each = np.repeat(r.T, s.group_cols, 1) * np.abs(wide(s.x, s.xt))
+            tiny = tiny + 2.0**-140 * each
+        close = np.abs(wide(y, s.yt) - want) <= ulp_size(want.astype(np.float64), s.yt) + tiny
+        off = np.where(close, 0, off)
+        limit = 8 if s.exact else 4 if F32 in (s.yt, s.gt) and s.yt == F32 else 1
+        assert off.max() <= limit, f"y is {off.max()} ulp off"
+        off = ulps(rstd, encode(r, s.rt), s.rt).max()
+        assert off <= (4 if s.before or s.exact or s.xt != F32 else 1), f"rstd is {off} ulp off"
+    return y, rstd
+
+
+def run_gated_backward(gpu, s, dy, dyt, want=(True, True, True)):
+    """(dx, dgate, dweight), of those that are wanted."""
+    keep = []
+    with np.errstate(all="ignore"):
+        _, r = s.result()
+    dy_layout = s.place(extra=24 if s.pad % 8 == 0 else 5)
+    dyb = Buffer(gpu, dy_layout.place(dy, nan_of(dyt)), s.shift)
+    rb = Buffer(gpu, encode(r, s.rt))
+    types = (s.xt, s.gt, s.wt)
+    shapes = (s.x.shape, s.x.shape, (s.cols,))
+    outputs = [
+        Buffer(gpu, np.full(shape, nan_of(t), RAW[t]), s.shift) if wanted else None
+        for wanted, shape, t in zip(want, shapes, types)
+    ]
+    dx, dgate, dweight = (b and b.address for b in outputs)
+    p = s.arguments(
+        gpu,
+        keep,
+        "RmsNormGatedBackward",
+        dy=dyb.address,
+        dy_rows=dy_layout.rows,
+        dy_dtype=dyt,
+        rstd=rb.address,
+        dx=dx,
+        dweight=dweight,
+        dgate=dgate,
+    )
+    size = gpu.k.gated_workspace(ctypes.byref(p))
+    space = Buffer(gpu, np.full(size, 0xFF, np.uint8)) if size else None
+    p.norm.workspace = space and space.address
+    gpu.check(gpu.k.gated_backward(ctypes.byref(p), None))
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    for buffer in (*keep, dyb, rb):
+        assert (buffer.read() == buffer.like).all(), "an argument was written"
+    if space:
+        space.read()
+    return [b and b.read() for b in outputs]
+
+
+def check_gated_backward(gpu, rng, s, dyt):
+    dy = random_values(rng, s.x.shape, dyt)
+    dx, dgate, dw = found = run_gated_backward(gpu, s, dy, dyt, (True, s.gated, True))
+    exact = s.exact or dyt == F64
+    unit = 2.0**-50 if exact else 2.0**-24
+    # The activation of 16 bits: see Sigmoid in gated.cuh.
+    act_unit = unit * 4 if exact or F32 in (s.xt, s.gt) else 2.0**-18
+    with np.errstate(all="ignore"):
+        x, u, (act, slope, slope_size), r, w = s.values()
+        d = wide(dy, dyt).reshape(x.shape)
+        d = d if s.before else d * act
+        xhat, g = u * r, d * w
+        mean = (g * xhat).mean(-1, keepdims=True)
+        size = np.abs(r) * (np.abs(g) + np.abs(xhat) * np.abs(g * xhat).mean(-1, keepdims=True))
+        du = r * (g - xhat * mean)
+        tiny = 0 if exact else 2.0**-140 * (1 + np.abs(du))
+        times, slack = (act, np.abs(act)) if s.before else (1, 1)
+        flat = s.x.shape
+        compare(
+            "dx",
+            dx,
+            s.xt,
+            (du * times).reshape(flat),
+            ((12 * unit + 4 * act_unit) * size * slack + tiny).reshape(flat),
+        )
+        seen = xhat if s.before else s.cast_to(xhat, s.xt)
+        tie = 2.0 ** (1 - BITS[s.xt]) if s.rounds else 0
+        if s.gated:
+            norm = s.cast_to(s.cast_to(xhat, s.xt) * w, s.product_type)
+            upstream, v = (du, x) if s.before else (wide(dy, dyt).reshape(x.shape), norm)
+            of = (size if s.before else np.abs(upstream)) * np.abs(v) * slope_size
+            near = 16 * unit + 8 * act_unit + (0 if s.before else tie)
+            compare(
+                "dgate",
+                dgate,
+                s.gt,
+                (upstream * v * slope).reshape(flat),
+                (near * of + tiny * (1 + np.abs(v))).reshape(flat),
+            )
+        terms = np.abs(d * seen)
+        slack = (10 + np.sqrt(len(x))) * unit * terms.sum(0) + 4 * act_unit * terms.sum(0)
+        slack = slack + (0 if s.before else tie * terms.max(0))
+        if not exact:
+            each = np.abs(r * x * wide(dy, dyt).reshape(x.shape))
+            slack = slack + 2.0**-140 * each.sum(0)
+        compare("dweight", dw, s.wt, (d * seen).sum(0).reshape(-1), slack.reshape(-1))
+    return dy, found
+
+
 # What is checked
 
 
@@ -1530,6 +1786,135 @@ def rope(gpu, rng, quick):
             check_rope_backward(gpu, rng, BF16, *sides)
 
 
+def gated(gpu, rng, quick):
+    """Each kernel and what it is laid out by; orders, activations, roundings, mixes of dtypes."""
+
+    def both(dyt, rows, groups, cols, xt, wt, kernels=None, **how):
+        with Case(
+            op="gated", rows=rows, groups=groups, cols=cols, x=NAMES[xt], w=wt, dy=dyt, **how
+        ):
+            s = Gated(rng, rows, groups, cols, xt, wt, **how)
+            y, rstd = check_gated(gpu, s)
+            ran = gpu.gated_plan.kernel.decode()
+            if not s.exact:
+                keep = gpu.k.gated_plan(0, rows, groups, cols, xt, gpu.k.device()).keep
+                name = "gated_any_rows"
+                if keep != NOWHERE and s.kind() and s.yt == s.xt:
+                    name = ("gated_rows", "gated_shared_rows")[keep]
+                assert ran == name, f"{ran} ran, not {name}"
+            if s.yt == s.xt:
+                other, _ = run_gated(gpu, s, in_place=True, want_rstd=False)
+                assert (ulps(other, y, s.yt) == 0).all(), "other bits in place"
+            for row in {0, rows - 1}:
+                one, of_one = run_gated(gpu, s.one_row(row))
+                assert (ulps(one[0], y[row], s.yt) == 0).all(), "one row alone has other bits"
+                assert (of_one[:, 0] == rstd[:, row]).all(), "rstd of one row alone"
+            dy, found = check_gated_backward(gpu, rng, s, dyt)
+            gpu.option("order", "reverse")
+            ways = [(True, s.gated, True), (True, False, False), (False, False, True)]
+            ways += [(False, True, False)] * s.gated
+            for want in ways:
+                again = run_gated_backward(gpu, s, dy, dyt, want)
+                for a, b in zip(found, again):
+                    assert b is None or (a == b).all(), f"other bits of what is wanted, {want}"
+            gpu.option("order", "random:5")
+            (one, _, _) = run_gated_backward(gpu, s.one_row(0), dy[:1], dyt, (True, False, False))
+            assert (one[0] == found[0][0]).all(), "dx of one row alone has other bits"
+            if s.kind() and dyt == xt and not s.exact:  # the kernel for all others
+                s.apart = 2 if rows % 2 == 0 else 0
+                s.pad, s.shift = (s.pad, s.shift) if s.apart else (s.pad + 1, 0)
+                other, other_rstd = run_gated(gpu, s)
+                assert (ulps(other, y, s.yt) == 0).all(), "other bits of rows that are not plain"
+                assert (other_rstd == rstd).all(), "rstd of rows that are not plain"
+                again = run_gated_backward(gpu, s, dy, dyt, (True, s.gated, True))
+                for a, b in zip(found, again):
+                    assert a is None or (a == b).all(), "other gradients of rows that are not plain"
+
+    turn = 0
+    lengths = (8, 64, 128, 256, 264, 512, 1024, 2048, 4096)
+    shared, clusters = (4104, 8192, 12_000), (20_000, 70_000)
+    for xt in (BF16, F32, F16):
+        types = (xt, F32 if xt != F32 else BF16)
+        for cols in lengths + shared:
+            for before in (False, True):
+                turn += 1
+                if quick and cols > 600 and turn % 3 == 0:
+                    continue
+                how = {"before": before, "activation": SIGMOID if turn % 3 == 1 else SILU}
+                how |= {"cast": turn % 4 > 1, "offset": 1.0 if turn % 5 == 0 else 0.0}
+                how |= {"pad": 16 * (turn % 3)}
+                groups = (1, 4, 8)[turn % 3] if cols < 2000 else 1 + turn % 2
+                rows = (37 if cols <= 64 else 12 if cols <= 512 else 4) // (1 + (cols > 4096))
+                wt = None if turn % 7 == 0 else types[turn // 3 % 2]
+                both(xt, rows, groups, cols, xt, wt, **how)
+        for cols in clusters[: 1 if quick and xt == F16 else 2]:
+            turn += 1
+            both(xt, 2, 1, cols, xt, xt, before=turn % 2 == 0, cast=turn % 3 == 0)
+        both(xt, 3, 8, 128, xt, xt, gated=False)
+        both(xt, 20, 4, 64, xt, types[1], gated=False, cast=True)
+        both(xt, 2, 2, 4400, xt, xt, gated=False, before=True)
+    # All others: dtypes, alignment, dimensions of rows, lengths that are no whole chunks.
+    for n in range(20 if quick else 90):
+        xt, gt, dyt = ((BF16, F32, F16)[k] for k in (n % 3, n // 3 % 3, n // 2 % 3))
+        wt = (xt, F32, None, BF16)[n // 4 % 4]
+        how = {"gt": gt, "before": n % 2 == 1, "activation": n // 5 % 2, "cast": n // 7 % 2 == 1}
+        how |= {"pad": (0, 3, 16)[n // 2 % 3], "shift": (0, 8)[n % 11 == 5]}
+        how |= {"apart": 2 if n % 4 == 2 else 0, "offset": 1.0 if n % 6 == 2 else 0.0}
+        cols = (64, 33, 128, 5, 300, 1, 1000, 96, 600)[n % 9]
+        groups = (1, 3, 8, 2)[n // 2 % 4]
+        both(dyt, (6, 1, 10, 40)[n // 3 % 4], groups, cols, xt, wt, **how)
+    both(F32, 2, 1, 5001, BF16, BF16, gt=F32)
+    both(BF16, 2, 2, 9001, F32, BF16, before=True)
+    both(BF16, 1, 1, 50_001, BF16, F32, cast=True)
+    for n, (xt, wt, gt, dyt) in enumerate(
+        (
+            (F64, F64, F64, F64),
+            (F32, F64, F32, F32),
+            (BF16, BF16, F64, BF16),
+            (F64, F32, BF16, F64),
+            (BF16, F64, BF16, F32),
+            (F32, None, F32, F64),
+        )
+    ):
+        for before in (False, True):
+            how = {"gt": gt, "before": before, "activation": n % 2, "cast": n // 2 % 2 == before}
+            both(dyt, 7, (1, 3)[n % 2], (40, 33, 300)[n % 3], xt, wt, pad=n % 2, **how)
+    # Rows out of the fast path's range.
+    for xt, scale in ((BF16, 1e25), (BF16, 1e-25), (F32, 1e28), (F32, 1e-28), (F16, 1e-6)):
+        for how in ({}, {"before": True}, {"before": True, "pad": 3}, {"pad": 3}):
+            for cols in (64, 1032, 4400):
+                with Case(op="gated", x=NAMES[xt], scale=scale, cols=cols, **how):
+                    s = Gated(rng, 6, 2, cols, xt, xt, **how)
+                    s.eps = 0.0
+                    # What is left of such rows by a gate near zero is a matter of its few bits.
+                    s.gate = encode(rng.uniform(-3, 3, s.gate.shape), s.gt)
+                    for row in (1, 2, 5):
+                        s.x[row, : 2 * cols] = encode(decode(s.x[row], xt) * scale, xt)
+                    check_gated(gpu, s)
+                    y, _ = run_gated(gpu, s)
+                    other, _ = run_gated(gpu, s, in_place=True)
+                    assert (other == y).all(), "other bits in place"
+                    if xt != F16:
+                        check_gated_backward(gpu, rng, s, xt)
+    # What is no number, as in the formula.
+    for xt in (BF16, F32, F16):
+        for before, activation, pad in itertools.product((False, True), (SILU, SIGMOID), (0, 3)):
+            with Case(op="gated", x=NAMES[xt], before=before, activation=activation, pad=pad):
+                s = Gated(rng, 8, 2, 64, xt, xt, before=before, activation=activation, pad=pad)
+                nan, inf = np.nan, np.inf
+                s.x[1, 5], s.x[2, 70], s.gate[3, 7] = encode(np.array([nan, inf, nan]), xt)
+                s.gate[4, 9], s.gate[5, 80] = encode(np.array([inf, -inf]), xt)
+                check_gated(gpu, s)
+    # More rows than the grid holds.
+    for cols, groups in ((128, 1), (64, 8), (1024, 2)):
+        rows = (1 << (17 if quick else 19)) // (cols * groups)
+        for before in (False, True):
+            with Case(op="gated", rows=rows, cols=cols, groups=groups, before=before):
+                s = Gated(rng, rows * 4, groups, cols, BF16, BF16, before=before)
+                check_gated(gpu, s)
+                check_gated_backward(gpu, rng, s, BF16)
+
+
 def traffic(gpu, rng, quick):
     """A row is read once and written once, with few instructions and without bank conflicts."""
     if not gpu.simulated:
@@ -1660,6 +2045,7 @@ def main():
         shared_rows,
         quantized,
         rope,
+        gated,
         traffic,
     ):
         if args.only and args.only not in part.__name__:

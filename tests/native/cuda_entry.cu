@@ -9,7 +9,8 @@ using namespace rmsnorm;
 ENTRY int sizes(int which) {
   const size_t sizes[] = {sizeof(RmsNormForward), sizeof(RmsNormBackward),
                           sizeof(cuda::Device),   sizeof(cuda::Plan),
-                          sizeof(RmsNormRope),    sizeof(RmsNormRopeBackward)};
+                          sizeof(RmsNormRope),    sizeof(RmsNormRopeBackward),
+                          sizeof(RmsNormGated),   sizeof(RmsNormGatedBackward)};
   return static_cast<int>(sizes[which]);
 }
 
@@ -33,6 +34,25 @@ ENTRY int64_t rope_workspace(const RmsNormRopeBackward* sides, int count) {
 
 ENTRY int rope_backward(const RmsNormRopeBackward* sides, int count, void* stream) {
   return cuda::rms_norm_rope_backward(sides, count, stream);
+}
+
+ENTRY int gated_forward(const RmsNormGated* p, void* stream) {
+  return cuda::rms_norm_gated_forward(*p, stream);
+}
+
+ENTRY int64_t gated_workspace(const RmsNormGatedBackward* p) {
+  return cuda::rms_norm_gated_backward_workspace(*p);
+}
+
+ENTRY int gated_backward(const RmsNormGatedBackward* p, void* stream) {
+  return cuda::rms_norm_gated_backward(*p, stream);
+}
+
+ENTRY cuda::Plan gated_plan(int is_backward, int64_t rows, int64_t groups, int64_t cols, int x,
+                            const cuda::Device* device) {
+  const auto type = static_cast<DType>(x);
+  return is_backward ? cuda::plan_gated_backward(rows, groups, cols, type, *device)
+                     : cuda::plan_gated_forward(rows, groups, cols, type, *device);
 }
 
 ENTRY const char* error_string(int error) { return cuda::error_string(error); }
