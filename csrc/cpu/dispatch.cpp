@@ -154,6 +154,10 @@ template <class P>
 const Kernels& kernels_for(const P& p) {
   return has_fp64(p) ? kFp64 : kernels();
 }
+const Kernels& kernels_for(const RmsNormForward& p) {
+  const bool odd = is_unrounded(p) && p.addends.input_dtype != p.x_dtype;
+  return has_fp64(p) || odd ? kFp64 : kernels();
+}
 
 // New memory of dense rows, whose pages may not be there before they are written.
 class FreshRows {

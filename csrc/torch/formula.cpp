@@ -37,14 +37,14 @@ Tensor row_factor(const Tensor& x, at::IntArrayRef dims, double eps) {
 
 Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
                  SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                 const NormOptions& options)
+                 const NormOptions& options, std::optional<at::ScalarType> cast_type)
     : Formula(name, rescaling, (check_norm(name, input, normalized_shape, weight, options), input),
               static_cast<int64_t>(normalized_shape.size()),
-              static_cast<int64_t>(normalized_shape.size()), weight, options) {}
+              static_cast<int64_t>(normalized_shape.size()), weight, options, cast_type) {}
 
 Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
                  int64_t normalized_dims, int64_t weight_dims, const OptionalTensor& weight,
-                 const NormOptions& options)
+                 const NormOptions& options, std::optional<at::ScalarType> cast_type)
     : name_(name),
       input_(input),
       weight_(weight),
@@ -74,7 +74,7 @@ Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
   }
   normalized_ = x_ * inverse_rms_;
   if (options.cast_before_weight && weight)
-    normalized_ = normalized_.to(input.scalar_type()).to(compute_);
+    normalized_ = normalized_.to(cast_type.value_or(input.scalar_type())).to(compute_);
   if (!weight) return;
   const double offset = options.weight_offset;
   gain_ = weight->to(compute_) + (offset == 0 ? -0.0 : offset);  // -0 + 0 would be 0

@@ -17,13 +17,15 @@ enum class Rescaling : bool { kPlain, kRescaled };
 class Formula {
  public:
   // Checks its arguments as the op `name` does. It refers to the weight, which outlives it.
+  // cast_type: of cast_before_weight; nullopt: input's.
   Formula(const char* name, Rescaling rescaling, const Tensor& input,
-          SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-          const NormOptions& options);
+          SymIntArrayRef normalized_shape, const OptionalTensor& weight, const NormOptions& options,
+          std::optional<at::ScalarType> cast_type = std::nullopt);
   // The norm of the last dimension by a weight whose last `weight_dims` dimensions are input's:
   // [D], or of each head its own, [heads, D]. That has been checked.
   Formula(const char* name, Rescaling rescaling, const Tensor& input, int64_t normalized_dims,
-          int64_t weight_dims, const OptionalTensor& weight, const NormOptions& options);
+          int64_t weight_dims, const OptionalTensor& weight, const NormOptions& options,
+          std::optional<at::ScalarType> cast_type = std::nullopt);
 
   Tensor output() const;   // in the op's dtype
   Tensor product() const;  // in the type that is computed in
