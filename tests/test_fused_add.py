@@ -160,13 +160,12 @@ def test_gradients_of_an_unrounded_sum():
         dy, dsum = (random(9, 300, dtype=BF16) for _ in range(2))
         got = torch.autograd.grad(outputs, leaves, (dy, dsum))
         with torch.no_grad():
-            _, total, rstd = ops.fused_add_rms_norm_forward(
-                *leaves, 1e-6, **options, **UNROUNDED
-            )
+            _, total, rstd = ops.fused_add_rms_norm_forward(*leaves, 1e-6, **options, **UNROUNDED)
             want_sum, want_weight = ops.rms_norm_backward(
                 dy, total, (300,), leaves[2], rstd, 1e-6, (True, True), dsum, **options
             )
         assert all(map(torch.equal, got, (want_sum, want_sum, want_weight)))
+
         # By the formula, as functorch has it.
         def loss(*leaves, options=options):
             y, total = fused_add_rms_norm(*leaves, 1e-6, **options, **UNROUNDED)

@@ -272,11 +272,12 @@ __device__ DoubleScale double_scale(const Load& load, int64_t cols, const Epsilo
 }
 
 // The scale of a row out of the range of fast_scale. Each warp (or smaller group) of the row finds
-// it by itself, from memory. For fp32 and narrower x, whose exponents fit pre and hi.
-template <typename T>
-__device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int lanes) {
-  const DoubleScale s = double_scale([=](int64_t i) { return double{static_cast<float>(x[i])}; },
-                                     cols, eps, min(lanes, 32));
+// it by itself, from memory. For fp32 and narrower x, whose exponents fit pre and hi. element(i):
+// of x, in fp32.
+template <typename F>
+__device__ Scale rescued_scale_of(const F& element, int64_t cols, const Epsilon& eps, int lanes) {
+  const DoubleScale s =
+      double_scale([&](int64_t i) { return double{element(i)}; }, cols, eps, min(lanes, 32));
   // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is
   // still normal), or the small elements of such a row would become subnormal on the way.
   const int pre = s.exponent > 0 ? min(126, s.exponent) : max(-126, min(0, s.exponent + 96));
@@ -287,6 +288,10 @@ __device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int
   out.hi = static_cast<float>(isfinite(r) ? fmin(r, double{FLT_MAX}) : r);
   out.lo = r <= FLT_MAX ? static_cast<float>(r - out.hi) : 0.0f;
   return out;
+}
+template <typename T>
+__device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int lanes) {
+  return rescued_scale_of([=](int64_t i) { return static_cast<float>(x[i]); }, cols, eps, lanes);
 }
 
 }  // namespace rmsnorm::cuda

@@ -50,8 +50,6 @@ void ForwardLaunch::quantize(const Quant& quant, at::ScalarType norm_type) {
 void ForwardLaunch::run() const {
   const Tensor& x = *x_.tensor;
   if (!x.is_cpu()) {
-    TORCH_CHECK(!p_.addends.input || !p_.addends.unrounded || x.element_size() > 2, op_,
-                ": round_sum=False is not there for CUDA tensors of 16 bits");
     return run_cuda(op_, x, [&](void* stream) { return cuda::rms_norm_forward(p_, stream); });
   }
   cpu::isa();  // throws outside the parallel region if the environment asks for what is not there

@@ -371,6 +371,15 @@ struct Fused {
                              (in_place ? " in place" : "");
     if (is_unrounded()) {
       compare_forward(f, unrounded_sum, w, y_there(), rstd, name.c_str(), rstd_bound);
+      int64_t others = 0;  // a rounded sum has a norm within an ulp too
+      for (int64_t row = 0; row < sum.rows; ++row) {
+        const Real of_row = reference_rstd(f, unrounded_sum, row);
+        for (int64_t col = 0; col < sum.cols; ++col)
+          others += error(f, unrounded_sum.get(row, col), of_row, f.weight(w, col),
+                          y_there().bits(row, col)) != 0;
+      }
+      check(others <= 2 + sum.rows * sum.cols / 100, "%s: %ld are not rounded to nearest",
+            name.c_str(), others);
       check(x_there().same_bits(sum), "%s: sum", name.c_str());
       check(x_there().guards_intact(), "%s: wrote outside", name.c_str());
       return;
