@@ -47,6 +47,7 @@ struct Addends {
   const void* residual;  // [rows, cols], x_dtype, placed by residual_rows; may be x itself
   DType input_dtype;
   Rows input_rows, residual_rows;
+  bool unrounded;  // x is the rounded sum, y and rstd are of the sum in fp32 before; not of fp64
 };
 
 enum class QType : int32_t { kFloat8E4M3, kFloat8E5M2, kInt8 };

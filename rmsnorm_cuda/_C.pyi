@@ -30,6 +30,7 @@ def fused_add_rms_norm(
     eps: float | None,
     weight_offset: float,
     cast_before_weight: bool,
+    round_sum: bool,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
 def fused_add_rms_norm_(
@@ -39,6 +40,7 @@ def fused_add_rms_norm_(
     eps: float | None,
     weight_offset: float,
     cast_before_weight: bool,
+    round_sum: bool,
     /,
 ) -> bool | None: ...
 def fused_add_rms_norm_forward(
@@ -48,6 +50,7 @@ def fused_add_rms_norm_forward(
     eps: float | None,
     weight_offset: float,
     cast_before_weight: bool,
+    round_sum: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor] | None: ...
 def fused_add_rms_norm_out(
@@ -57,6 +60,7 @@ def fused_add_rms_norm_out(
     eps: float | None,
     weight_offset: float,
     cast_before_weight: bool,
+    round_sum: bool,
     out: Tensor | None,
     residual_out: Tensor | None,
     /,
@@ -74,6 +78,7 @@ def fused_add_rms_norm_quant(
     keep_norm: bool,
     weight_offset: float,
     cast_before_weight: bool,
+    round_sum: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
 def fused_add_rms_norm_quant_out(
@@ -89,6 +94,7 @@ def fused_add_rms_norm_quant_out(
     keep_norm: bool,
     weight_offset: float,
     cast_before_weight: bool,
+    round_sum: bool,
     out: Tensor | None,
     scale_out: Tensor | None,
     residual_out: Tensor | None,

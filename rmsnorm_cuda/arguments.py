@@ -50,7 +50,7 @@ _KINDS = {  # what each argument is expected to be
     **dict.fromkeys(("input", "residual", "gate", "weight", "scale", "out"), "a Tensor"),
     **dict.fromkeys(("q", "k", "q_weight", "k_weight", "cos", "sin", "positions"), "a Tensor"),
     **dict.fromkeys(("eps", "scale_ub", "weight_offset"), "a number"),
-    **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm"), "a bool"),
+    **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm", "round_sum"), "a bool"),
     **dict.fromkeys(("interleaved", "interleaved_sections", "round_each_step"), "a bool"),
     "activation": "a str",
     "norm_before_gate": "a bool",

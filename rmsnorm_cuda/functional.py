@@ -217,6 +217,7 @@ def fused_add_rms_norm(
     *,
     weight_offset: float = 0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual addition before a norm and the norm, in one pass: `input + residual`, and the
@@ -228,6 +229,12 @@ def fused_add_rms_norm(
     all three tensors. The gradient that flows into the sum is added in the pass that forms that of
     the norm, and rounded once with it.
 
+    With ``round_sum=False`` the norm is that of the sum before it is rounded: with ``s = input +
+    residual`` in fp32, ``residual_out`` is ``round(s)`` and the output ``round(norm(s))``, as vLLM
+    defines its op and SGLang's CUDA kernels compute it; with ``cast_before_weight`` ``x / rms`` of
+    ``s`` is rounded to ``residual``'s dtype. In the gradients roundings count as the identity: they
+    are those of the norm of ``residual_out``, by the rstd of ``s``.
+
     Args:
         input: ``(*, N)``, fp32, fp16, bf16 or fp64.
         residual: the same shape; ``input``'s dtype or, beside a 16-bit ``input``, fp32.
@@ -235,6 +242,8 @@ def fused_add_rms_norm(
         eps: added to the mean of the squares; None: the machine epsilon of the type computed in.
         weight_offset: added to the weight in fp32; 1.0 is the Gemma family.
         cast_before_weight: round to ``residual``'s dtype before the weight is multiplied in.
+        round_sum: normalize the sum as it is rounded for ``residual_out``. Where ``residual`` is
+            fp32 or fp64 there is no such rounding, and False changes nothing.
         out: ``(output, residual_out)`` to write to and return instead of new tensors, with dense
             rows; they may be ``input`` and ``residual``. Refused where a gradient would be
             recorded.
@@ -254,7 +263,7 @@ def fused_add_rms_norm(
     """
     if out is None and not is_dynamo_compiling():
         results = _C.fused_add_rms_norm(
-            input, residual, weight, eps, weight_offset, cast_before_weight
+            input, residual, weight, eps, weight_offset, cast_before_weight, round_sum
         )
         if results is not None:
             return results
@@ -262,11 +271,12 @@ def fused_add_rms_norm(
         check_out("fused_add_rms_norm", out, 2)
         if not is_dynamo_compiling():
             if _C.fused_add_rms_norm_out(
-                input, residual, weight, eps, weight_offset, cast_before_weight, *out
+                input, residual, weight, eps, weight_offset, cast_before_weight, round_sum, *out
             ):
                 return tuple(out)
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    options["round_sum"] = round_sum
     if out is None:
         return _call(_ops.fused_add_rms_norm, args, options, None)
     _call(_ops.fused_add_rms_norm, args, options, dict(zip(("out", "residual_out"), out)))
@@ -281,6 +291,7 @@ def fused_add_rms_norm_(
     *,
     weight_offset: float = 0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
 ) -> None:
     """:func:`fused_add_rms_norm` in place, for inference: ``input`` becomes the norm and
     ``residual`` the sum.
@@ -293,10 +304,13 @@ def fused_add_rms_norm_(
             (``cast_before_weight`` beside a wider weight). Nothing is written then.
     """
     if not is_dynamo_compiling():
-        if _C.fused_add_rms_norm_(input, residual, weight, eps, weight_offset, cast_before_weight):
+        if _C.fused_add_rms_norm_(
+            input, residual, weight, eps, weight_offset, cast_before_weight, round_sum
+        ):
             return
     args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
     options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    options["round_sum"] = round_sum
     if not is_dynamo_compiling():
         args, options = checked("fused_add_rms_norm_", args, options)
     _ops.fused_add_rms_norm_(*args.values(), **options)
@@ -568,10 +582,11 @@ def fused_add_rms_norm_quant(
     return_norm: bool = False,
     weight_offset: float = 0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`rms_norm_quant` of ``input + residual``, the sum formed and rounded as in
-    :func:`fused_add_rms_norm`.
+    :func:`fused_add_rms_norm`, and with ``round_sum=False`` normalized as there.
 
     Arguments and errors as of these two. ``out`` may hold ``residual`` itself in the place of
     ``residual_out`` if that is contiguous.
@@ -580,6 +595,7 @@ def fused_add_rms_norm_quant(
         ``(output, scale, residual_out)`` or ``(output, scale, residual_out, norm)``.
     """
     quant = dtype, block, scale_ub, column_major, return_norm, weight_offset, cast_before_weight
+    quant = *quant, round_sum
     if out is None and not is_dynamo_compiling():
         results = _C.fused_add_rms_norm_quant(input, residual, weight, scale, eps, *quant)
         if results is not None:
@@ -604,7 +620,7 @@ def _quantized(op, args, quant, out, names_of_out):
             done = getattr(_C, f"{op}_out")(*args.values(), *quant, *written)
     if not done:
         names = "dtype", "block", "scale_ub", "column_major", "keep_norm"
-        names = *names, "weight_offset", "cast_before_weight"
+        names = *names, "weight_offset", "cast_before_weight", "round_sum"
         options = dict(zip(names, quant))
         if not is_dynamo_compiling():
             args, options = checked(op, args, options)

@@ -13,6 +13,7 @@ def fused_add_rms_norm(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def fused_add_rms_norm(
@@ -23,6 +24,7 @@ def fused_add_rms_norm(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
     out: Tensor,
     residual_out: Tensor,
 ) -> None: ...
@@ -34,6 +36,7 @@ def fused_add_rms_norm_(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
 ) -> None: ...
 def fused_add_rms_norm_formula(
     input: Tensor,
@@ -43,6 +46,7 @@ def fused_add_rms_norm_formula(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
 ) -> tuple[Tensor, Tensor]: ...
 def fused_add_rms_norm_forward(
     input: Tensor,
@@ -52,6 +56,7 @@ def fused_add_rms_norm_forward(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 fused_add_rms_norm_forward_formula = fused_add_rms_norm_forward
@@ -71,6 +76,7 @@ def fused_add_rms_norm_quant(
     keep_norm: bool = False,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 @overload
 def fused_add_rms_norm_quant(
@@ -87,6 +93,7 @@ def fused_add_rms_norm_quant(
     keep_norm: bool = False,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    round_sum: bool = True,
     out: Tensor,
     scale_out: Tensor,
     residual_out: Tensor,

@@ -31,6 +31,7 @@ def rms_norm_reference(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    rounds_to: torch.dtype | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset), computed in `dtype` and rounded
@@ -38,17 +39,20 @@ def rms_norm_reference(
 
     The result has the dtype of `input`. With `cast_before_weight` there are two roundings by
     definition: x / sqrt(...) is rounded to the dtype of `input`, multiplied by the weight, and that
-    product is rounded to the promotion of both dtypes.
+    product is rounded to the promotion of both dtypes. `rounds_to` stands for the dtype of `input`
+    where that is a sum in fp32 which has not been rounded.
     """
+    rounds_to = rounds_to or input.dtype
     dims = _trailing_dims(input, normalized_shape)
     x = input.to(dtype)
     xhat = x * _rstd(x, dims, default_eps(input) if eps is None else eps)
     if cast_before_weight:
-        xhat = round_once(xhat, input.dtype)
+        xhat = round_once(xhat, rounds_to)
     if weight is None:
-        return round_once(xhat, input.dtype)
+        return round_once(xhat, rounds_to)
     gain = gain_of(weight, compute_dtype(input, weight), weight_offset).to(dtype)
-    return round_once(xhat.to(dtype) * gain, output_dtype(input, weight, cast_before_weight))
+    result = torch.promote_types(rounds_to, weight.dtype) if cast_before_weight else rounds_to
+    return round_once(xhat.to(dtype) * gain, result)
 
 
 @torch.no_grad()

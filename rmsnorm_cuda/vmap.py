@@ -113,20 +113,30 @@ def _rms_norm_backward(
     return (grad_input, grad_weight), (0, 0)
 
 
-def _fused_add_rms_norm_forward(info, in_dims, input, residual, weight=None, eps=None, **options):
+def _fused_add_rms_norm_forward(
+    info, in_dims, input, residual, weight=None, eps=None, *, round_sum=True, **options
+):
     input_dim, residual_dim, weight_dim, *_ = *in_dims, None
     sample = _no_rows(input, input_dim), _no_rows(residual, residual_dim), _one(weight, weight_dim)
     input = _front(input, input_dim, info.batch_size)
     residual = _front(residual, residual_dim, info.batch_size)
     if weight is None or weight_dim is None:
-        return _ops.fused_add_rms_norm_forward(input, residual, weight, eps, **options), (0, 0, 0)
-    _ops.fused_add_rms_norm_forward(*sample, eps, **options)
-    dtype = compute_dtype(input)
-    total = (input.to(dtype) + residual.to(dtype)).to(residual.dtype)
-    args = (0, None, weight_dim), total, total.shape[-1:], weight, eps
-    (output, rstd), _ = _rms_norm_forward(info, *args, **options)
-    result_dtype = output_dtype(input, weight, options.get("cast_before_weight", False))
-    return (output.to(result_dtype), total, rstd), (0, 0, 0)
+        args = input, residual, weight, eps
+        results = _ops.fused_add_rms_norm_forward(*args, round_sum=round_sum, **options)
+        return results, (0, 0, 0)
+    _ops.fused_add_rms_norm_forward(*sample, eps, round_sum=round_sum, **options)
+    dtype, casts = compute_dtype(input), options.get("cast_before_weight", False)
+    total = input.to(dtype) + residual.to(dtype)
+    rounded, shape = total.to(residual.dtype), total.shape[-1:]
+    if round_sum or not casts:
+        args = (0, None, weight_dim), rounded if round_sum else total, shape, weight, eps
+        (output, rstd), _ = _rms_norm_forward(info, *args, **options)
+    else:  # to the residual's dtype, not the total's
+        dtype = compute_dtype(total, weight)
+        xhat, rstd = _unscaled(total, shape, eps, dtype)
+        gain = _gain(weight, weight_dim, rstd.dim() - 1, dtype, **options)
+        output = xhat.to(residual.dtype).to(dtype) * gain
+    return (output.to(output_dtype(input, weight, casts)), rounded, rstd), (0, 0, 0)
 
 
 def _fused_add_rms_norm(info, in_dims, *args, **options):
@@ -187,7 +197,8 @@ def _quant_by_steps(op, info, front, weight, weight_dim, scale, scale_dim, eps, 
         rule, dims, front = _rms_norm_forward, (0, None), (*front, front[0].shape[-1:])
     else:
         rule, dims = _fused_add_rms_norm_forward, (0, 0)
-    norms = {key: options[key] for key in ("weight_offset", "cast_before_weight") if key in options}
+    names = "weight_offset", "cast_before_weight", "round_sum"
+    norms = {key: options[key] for key in names if key in options}
     (norm, *total, _), _ = rule(info, (*dims, weight_dim), *front, weight, eps, **norms)
     static = scale is not None
     if static:  # one number for each sample, or for all

@@ -130,17 +130,20 @@ def result_dtype(x, weight, options):
     return x.dtype
 
 
-def assert_forward(y, x, normalized_shape, weight, eps, options):
+def assert_forward(y, x, normalized_shape, weight, eps, options, rounds_to=None):
     """`y` is RMSNorm of x and weight (on the CPU), within 1 ulp of the fp64 reference rounded once.
 
     1 ulp: sum and product are formed so much better than the output's type that only a near-tie
     falls the other way. 8 where the output is fp64: reference and kernel both make a handful of
     roundings of the type they are judged in. cast_before_weight: where the first rounding is a
-    near-tie, an ulp of x's dtype more, times the weight.
+    near-tie, an ulp of x's dtype more, times the weight. rounds_to: the dtype that x, a sum in
+    fp32, was not rounded to.
     """
-    want = rms_norm_reference(x, normalized_shape, weight, eps, **options)
+    dtype = rounds_to or x.dtype
+    want = rms_norm_reference(x, normalized_shape, weight, eps, **options, rounds_to=dtype)
     y = y.cpu()
-    assert y.dtype == result_dtype(x, weight, options) and y.shape == x.shape
+    of_dtype = torch.empty(0, dtype=dtype)
+    assert y.dtype == result_dtype(of_dtype, weight, options) and y.shape == x.shape
     distance = ulp_distance(y, want)
     good = distance <= (8 if y.dtype == torch.float64 else 1)
     if y.element_size() == 2 and y.numel() >= 1000:  # 1 in 1000 is a near-tie, in fp16
@@ -149,10 +152,10 @@ def assert_forward(y, x, normalized_shape, weight, eps, options):
         xhat = rms_norm_reference(
             x.double(), normalized_shape, None, default_eps(x) if eps is None else eps
         )
-        near_tie = round_once(xhat * (1 - 2.0**-22), x.dtype) != round_once(
-            xhat * (1 + 2.0**-22), x.dtype
+        near_tie = round_once(xhat * (1 - 2.0**-22), dtype) != round_once(
+            xhat * (1 + 2.0**-22), dtype
         )
-        ulp = torch.finfo(x.dtype).eps * want.double().abs() + torch.finfo(x.dtype).smallest_normal
+        ulp = torch.finfo(dtype).eps * want.double().abs() + torch.finfo(dtype).smallest_normal
         good |= near_tie & (
             (y.double() - want.double()).abs()
             <= ulp + torch.finfo(y.dtype).eps * want.double().abs()

@@ -94,6 +94,7 @@ def fused_samples():
         yield (x, residual, weight, 1e-6), {}
         yield (x, residual), GEMMA
         yield (x, residual, weight), LLAMA
+        yield (x, residual.to(dtype), weight, 1e-6), {"round_sum": False}
     yield (
         (leaf(random(4, 32)), leaf(random(4, 32)), leaf(random_weight(32, torch.float32)), 1e-6),
         {},
@@ -108,12 +109,13 @@ def in_place_samples():
                 random(4, 32, dtype=residual_dtype),
                 random_weight(32, torch.float32),
             ),
-            GEMMA,
+            GEMMA | {"round_sum": residual_dtype == torch.float32},
         )
 
 
 def quant_samples(*more):
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, LLAMA | {"keep_norm": True})):
+        options = options | ({"round_sum": False} if more else {})
         tensors = [random(4, 128, dtype=dtype) for _ in range(1 + len(more))]
         for format, kind in (
             (torch.float8_e4m3fn, {}),

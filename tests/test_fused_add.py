@@ -6,7 +6,21 @@ import itertools
 
 import pytest
 import torch
-from cases import OPTIONS, ROWS, name, pairs, random, refused_alike_while_tracing
+from cases import (
+    GEMMA,
+    LLAMA,
+    OPTIONS,
+    ROWS,
+    assert_forward,
+    hard_rows,
+    name,
+    ops,
+    pairs,
+    random,
+    random_weight,
+    refused_alike_while_tracing,
+    same_bits,
+)
 
 import rmsnorm_cuda
 from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, fused_add_rms_norm_, rms_norm
@@ -46,6 +60,129 @@ def test_bits_of_add_then_norm(pair, options, device, painted):
         if want[0].dtype == input.dtype:
             assert fused_add_rms_norm_(input, residual, weight, 1e-6, **options) is None
             assert torch.equal(input.cpu(), want[0]) and torch.equal(residual.cpu(), want[1])
+
+
+UNROUNDED = {"round_sum": False}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=name)
+def test_norm_of_the_unrounded_sum(dtype, options, device, painted):
+    shapes = [*((rows, 64) for rows in ROWS), (1, 1), (21, 128), (9, 1025), (1, 4096), (2, 9000)]
+    others = 0
+    for (rows, cols), weight_dtype in zip(shapes, itertools.cycle((dtype, FP32, None))):
+        input, residual = (random(rows, cols, dtype=dtype, device=device) for _ in range(2))
+        weight = random_weight(cols, weight_dtype, device)
+        args = input, residual, weight, 1e-6
+        output, total, rstd = ops.fused_add_rms_norm_forward(*args, **options, **UNROUNDED)
+        exact = input.cpu().float() + residual.cpu().float()
+        assert torch.equal(total.cpu(), exact.to(dtype))
+        on_cpu = None if weight is None else weight.cpu()
+        assert_forward(output, exact, (cols,), on_cpu, 1e-6, options, rounds_to=dtype)
+        want = (exact.double().square().mean(-1) + 1e-6).rsqrt().float()
+        torch.testing.assert_close(rstd.cpu(), want, rtol=4e-7, atol=0)
+        others += (output != fused_add_rms_norm(*args, **options)[0]).sum().item()
+        for got in (
+            fused_add_rms_norm(*args, **options, **UNROUNDED),
+            fused_add_rms_norm(
+                *args,
+                **options,
+                **UNROUNDED,
+                out=(torch.empty_like(output), torch.empty_like(total)),
+            ),
+        ):
+            assert torch.equal(got[0], output) and torch.equal(got[1], total)
+        if output.dtype == dtype:
+            assert fused_add_rms_norm_(*args, **options, **UNROUNDED) is None
+            assert torch.equal(input, output) and torch.equal(residual, total)
+    assert others > 1000
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=name)
+def test_the_unrounded_sum_is_that_of_two_steps(dtype, options, device):
+    """The norm of the fp32 sum, rounded: other bits where that is nearly a tie, and nowhere else.
+    Rows that fp32 cannot sum, NaN and Inf are among them, and the sum of two near each other."""
+    cols = 320
+    rows = hard_rows(cols, dtype)
+    residual = torch.stack(list(rows.values()) * 3).to(device)
+    input = (residual.cpu().roll(1, 0) * 0.75).to(dtype).to(device)
+    input[3] = -residual[3]
+    for weight_dtype in (dtype, FP32, None):
+        weight = random_weight(cols, weight_dtype, device)
+        exact = input.float() + residual.float()
+        if weight is not None and "cast_before_weight" in options:
+            xhat = rms_norm(exact, (cols,), None, 1e-6).to(dtype)
+            want = (xhat.float() * weight.float()).to(torch.promote_types(dtype, weight_dtype))
+        else:
+            want = rms_norm(exact, (cols,), weight, 1e-6, **options).to(dtype)
+        got, total = fused_add_rms_norm(input, residual, weight, 1e-6, **options, **UNROUNDED)
+        assert same_bits(total, exact.to(dtype)) and torch.equal(got.isnan(), want.isnan())
+        # By an ulp of x / rms, where that is rounded first.
+        other = (got != want) & ~want.isnan()
+        step = torch.finfo(dtype).eps * want[other].double().abs() + torch.finfo(dtype).tiny
+        assert ((got[other].double() - want[other].double()).abs() <= 1.01 * step).all()
+        assert other.sum() <= want.numel() / (200 if dtype == FP16 else 2000)
+
+
+def test_wider_residuals_have_no_unrounded_sum(device):
+    for pair in ((FP32, FP32), (FP64, FP64), (BF16, FP32), (FP16, FP32)):
+        input, residual = (random(5, 300, dtype=dtype, device=device) for dtype in pair)
+        want = fused_add_rms_norm(input, residual, **LLAMA)
+        got = fused_add_rms_norm(input, residual, **LLAMA, **UNROUNDED)
+        assert all(map(same_bits, got, want))
+
+
+def test_rows_of_an_unrounded_sum(device, painted, torch_kernels):
+    """Strided, expanded and misaligned, beside dense ones; alone, as among others."""
+    torch_kernels(device)
+    for cols in (64, 100, 3000):
+        whole = random(5, 7, 3 * cols, dtype=BF16).to(device)
+        heads = whole[..., cols : 2 * cols]
+        residual = random(7, 5, cols, dtype=BF16).to(device).transpose(0, 1)
+        weight = random_weight(cols, BF16, device)
+        dense = heads.contiguous(), residual.contiguous()
+        want = fused_add_rms_norm(*dense, weight, **GEMMA, **UNROUNDED)
+        got = fused_add_rms_norm(heads, residual, weight, **GEMMA, **UNROUNDED)
+        assert all(map(torch.equal, got, want))
+        alone = fused_add_rms_norm(dense[0][3, 2], dense[1][3, 2], weight, **GEMMA, **UNROUNDED)
+        assert torch.equal(alone[0], want[0][3, 2]) and torch.equal(alone[1], want[1][3, 2])
+        fused_add_rms_norm_(heads, residual, weight, **GEMMA, **UNROUNDED)
+        assert torch.equal(heads, want[0]) and torch.equal(residual, want[1])
+
+
+def test_gradients_of_an_unrounded_sum():
+    """Roundings are the identity: those of the norm of residual_out, by the rstd of the sum."""
+    for options in OPTIONS:
+        leaves = [random(9, 300, dtype=BF16).requires_grad_() for _ in range(2)]
+        leaves.append(random_weight(300, BF16).requires_grad_())
+        outputs = fused_add_rms_norm(*leaves, 1e-6, **options, **UNROUNDED)
+        dy, dsum = (random(9, 300, dtype=BF16) for _ in range(2))
+        got = torch.autograd.grad(outputs, leaves, (dy, dsum))
+        with torch.no_grad():
+            _, total, rstd = ops.fused_add_rms_norm_forward(*leaves, 1e-6, **options, **UNROUNDED)
+            want_sum, want_weight = ops.rms_norm_backward(
+                dy, total, (300,), leaves[2], rstd, 1e-6, (True, True), dsum, **options
+            )
+        assert all(map(torch.equal, got, (want_sum, want_sum, want_weight)))
+
+        # By the formula, as functorch has it.
+        def loss(*leaves, options=options):
+            y, total = fused_add_rms_norm(*leaves, 1e-6, **options, **UNROUNDED)
+            return (y * dy).float().sum() + (total * dsum).float().sum()
+
+        by_formula = torch.func.grad(loss, argnums=(0, 1, 2))(*(t.detach() for t in leaves))
+        for a, b in zip(by_formula, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
+        tangents = tuple(torch.zeros_like(t) for t in leaves)
+        (y, total), _ = torch.func.jvp(
+            lambda *t, options=options: fused_add_rms_norm(*t, 1e-6, **options, **UNROUNDED),
+            tuple(t.detach() for t in leaves),
+            tangents,
+        )
+        assert torch.equal(total, outputs[1].detach())
+        exact = leaves[0].detach().float() + leaves[1].detach().float()
+        assert_forward(y, exact, (300,), leaves[2].detach(), 1e-6, options, rounds_to=BF16)
 
 
 def test_layouts(device, painted, torch_kernels):
@@ -214,6 +351,18 @@ def test_gradcheck_and_second_derivatives():
     torch.testing.assert_close(per_sample(leaves[0].detach(), leaves[1].detach()), want)
 
 
+@pytest.mark.parametrize("round_sum", (True, False))
+def test_compile_of_16_bits(round_sum):
+    def layer(x, residual, weight):
+        y, residual = fused_add_rms_norm(x, residual, weight, 1e-6, round_sum=round_sum)
+        fused_add_rms_norm_(y, residual, weight, 1e-6, round_sum=round_sum)
+        return y, residual
+
+    args = [random(4, 64, dtype=BF16), random(4, 64, dtype=BF16), random_weight(64, BF16)]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(*args), layer(*args)))
+
+
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compile(backend):
     def layer(x, residual, weight):
@@ -316,6 +465,14 @@ def test_errors(function, change, error, message):
         assert (arguments["input"] == arguments["input"].flatten()[0]).all(), (
             "something was written"
         )
+
+
+@pytest.mark.parametrize("function", (fused_add_rms_norm, fused_add_rms_norm_))
+def test_round_sum_is_a_bool(function):
+    x = torch.ones(2, 8)
+    with pytest.raises(TypeError, match="round_sum to be a bool, but got str"):
+        function(x, x.clone(), round_sum="no")
+    assert (x == 1).all()
 
 
 def test_errors_in_place():

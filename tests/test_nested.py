@@ -88,9 +88,11 @@ def test_fused_addition_and_quantization():
         strict=True,
     ):
         assert torch.equal(got.values(), want)
-    hidden, residual = base.clone(), base * 2
-    fused_add_rms_norm_(hidden, residual, w)
-    assert same_bits(hidden.values(), fused_add_rms_norm(x, x * 2, w)[0])
+    for of in (x, x.bfloat16()):
+        hidden, residual = jagged(of), jagged(of.flip(0))
+        want = fused_add_rms_norm(of, of.flip(0), w, round_sum=False)
+        fused_add_rms_norm_(hidden, residual, w, round_sum=False)
+        assert same_bits(hidden.values(), want[0]) and same_bits(residual.values(), want[1])
 
 
 def test_what_is_refused():

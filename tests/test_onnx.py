@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_cuda import RMSNorm, replace_rms_norm
+from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, replace_rms_norm
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -81,6 +81,33 @@ def test_fp16(weight_dtype, options):
     torch.testing.assert_close(
         got, want, rtol=4 * 2**-11, atol=4 * 2**-11
     )  # its matmul sums in another order
+
+
+class Adding(nn.Module):
+    def __init__(self, options):
+        super().__init__()
+        self.weight, self.options = nn.Parameter(torch.randn(16).half()), options
+
+    def forward(self, x):
+        x, residual = x[:32], x[32:]
+        y, total = fused_add_rms_norm(x, residual, self.weight, 1e-6, **self.options)
+        return torch.cat([y, total])
+
+
+@pytest.mark.parametrize("options", ["", "gemma", "llama"])
+def test_unrounded_sum(options):
+    model, x = Adding(OPTIONS[options] | {"round_sum": False}).eval(), torch.randn(64, 16).half()
+    protos = [export(model, x, opset)[0].SerializeToString() for opset in (18, 23)]
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, opset_version=18)
+    with torch.no_grad():
+        want, of_rounded = model(x), Adding(OPTIONS[options]).eval()
+        of_rounded.weight = model.weight
+        others = (of_rounded(x) != want).sum()
+        for proto in (*protos, file.getvalue()):
+            got = run(proto, x)
+            assert got.dtype == want.dtype and (got != want).sum() < others / 8
+            torch.testing.assert_close(got, want, rtol=2**-10, atol=2**-24)
 
 
 def test_swapped_model_and_dynamic_batch():

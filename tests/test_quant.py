@@ -93,8 +93,11 @@ def test_bits_of_the_steps(x_dtype, w_dtype, options, dtype, device):
 PAIRS = ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32))
 
 
-@pytest.mark.parametrize("pair, dtype, options", pairs(PAIRS, FORMATS, OPTIONS), ids=name)
-def test_bits_of_add_norm_and_quantization(pair, dtype, options, device):
+@pytest.mark.parametrize(
+    "pair, dtype, options, round_sum", pairs(PAIRS, FORMATS, OPTIONS, (True, False)), ids=name
+)
+def test_bits_of_add_norm_and_quantization(pair, dtype, options, round_sum, device):
+    options = options | {"round_sum": round_sum}
     for rows, cols in ((37, 64), (3, 1000), (2, 9024)):
         x, residual = (
             random(rows, cols, dtype=pair[0], device=device),
@@ -194,12 +197,13 @@ def test_empty(shape):
         assert scale.isfinite().all()
 
 
-def test_out(device):
+@pytest.mark.parametrize("round_sum", (True, False))
+def test_out(round_sum, device):
     x, residual = (
         random(6, 256, dtype=BF16, device=device),
         random(6, 256, dtype=BF16, device=device),
     )
-    weight = random_weight(256, BF16, device)
+    weight, rounds = random_weight(256, BF16, device), {"round_sum": round_sum}
     for kind, norm in itertools.product(kinds(256, device), (False, True)):
         want = rms_norm_quant(x, weight, 1e-6, dtype=E4M3, return_norm=norm, **kind)
         out = tuple(torch.empty_like(t) for t in want)
@@ -208,7 +212,7 @@ def test_out(device):
             assert a.data_ptr() == c.data_ptr() or a.numel() == 1
             assert torch.equal(bits(a), bits(b))
         want = fused_add_rms_norm_quant(
-            x, residual, weight, 1e-6, dtype=E4M3, return_norm=norm, **kind
+            x, residual, weight, 1e-6, dtype=E4M3, return_norm=norm, **kind, **rounds
         )
         total = residual.cpu().to(device)
         out = (
@@ -218,18 +222,18 @@ def test_out(device):
             *(torch.empty_like(t) for t in want[3:]),
         )
         got = fused_add_rms_norm_quant(
-            x, total, weight, 1e-6, dtype=E4M3, return_norm=norm, out=out, **kind
+            x, total, weight, 1e-6, dtype=E4M3, return_norm=norm, out=out, **kind, **rounds
         )
         assert got[2] is total
         for a, b in zip(got, want, strict=True):
             assert torch.equal(bits(a), bits(b))
-    want = fused_add_rms_norm(x, residual, weight, 1e-6)
+    want = fused_add_rms_norm(x, residual, weight, 1e-6, **rounds)
     out = torch.empty_like(x), torch.empty_like(x)
-    got = fused_add_rms_norm(x, residual, weight, 1e-6, out=out)
+    got = fused_add_rms_norm(x, residual, weight, 1e-6, **rounds, out=out)
     assert got[0] is out[0] and all(
         torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True)
     )
-    got = fused_add_rms_norm(x, residual, weight, 1e-6, out=(x, residual))
+    got = fused_add_rms_norm(x, residual, weight, 1e-6, **rounds, out=(x, residual))
     assert got[0] is x and all(
         torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True)
     )

@@ -2,6 +2,8 @@
 switched off.
 """
 
+import itertools
+
 import pytest
 import torch
 from cases import OPTIONS, Calls, name, ops, pairs, random, random_weight, same_bits
@@ -182,10 +184,11 @@ def test_fused_add(in_dims, residual_dtype, options):
         batched(SHAPE, in_dims[1], residual_dtype),
     )
     weight = batched(SHAPE[-1:], in_dims[2], torch.bfloat16, mean=1.0)
-    for op in (fused_add_rms_norm, ops.fused_add_rms_norm_forward):
+    kinds = itertools.product((fused_add_rms_norm, ops.fused_add_rms_norm_forward), (True, False))
+    for op, round_sum in kinds:
 
         def function(x, residual, weight):
-            return op(x, residual, weight, 1e-5, **options)  # noqa: B023
+            return op(x, residual, weight, 1e-5, **options, round_sum=round_sum)  # noqa: B023
 
         close = exact if in_dims[2] is None else ulps_apart
         close(
@@ -228,12 +231,14 @@ def test_fused_add_in_place_needs_both_batched():
 )
 @pytest.mark.parametrize("added", [False, True])
 def test_quantized(added, kind):
-    x, residual, weight = random(SAMPLES, 4, 128), random(4, 128), random_weight(128, torch.float32)
+    x, residual = random(SAMPLES, 4, 128).bfloat16(), random(4, 128).bfloat16()
+    weight = random_weight(128, torch.float32)
 
     def function(x, residual):
         tensors = (x, residual) if added else (x,)
         op = fused_add_rms_norm_quant if added else rms_norm_quant
-        results = op(*tensors, weight, 1e-5, dtype=torch.int8, **kind)
+        more = {"round_sum": False} if added else {}
+        results = op(*tensors, weight, 1e-5, dtype=torch.int8, **kind, **more)
         return results[:1] + results[2:] if "scale" in kind else results
 
     got, want = torch.vmap(function, (0, None))(x, residual), loop(function, (0, None), x, residual)

@@ -153,6 +153,10 @@ template <class P>
 const Kernels& kernels_for(const P& p) {
   return has_fp64(p) ? kFp64 : kernels();
 }
+const Kernels& kernels_for(const RmsNormForward& p) {
+  const bool odd = is_unrounded(p) && p.addends.input_dtype != p.x_dtype;
+  return has_fp64(p) || odd ? kFp64 : kernels();
+}
 
 // Rows of a tile of y, which the step behind the norm reads.
 int64_t tile_rows(const RmsNormForward& p) {

@@ -94,9 +94,42 @@ struct SquaresOfSum {
   }
 };
 
+// input + residual, which both passes over an unrounded sum form: to keep it in memory takes
+// longer.
+template <class T>
+struct UnroundedSum {
+  const T* input;
+  const T* residual;
+
+  INLINE V operator()(int64_t i, int n) const { return load(input + i, n) + load(residual + i, n); }
+  INLINE Pair pair(int64_t i) const {
+    const Pair a = split(input + i), b = split(residual + i);
+    return {a.even + b.even, a.odd + b.odd};
+  }
+};
+
+// Of the sum of its squares.
+template <class T, bool kRound>
+struct SquaresOfUnrounded {
+  static constexpr bool kPairs = kIsBFloat16<T>;
+  SquaresOfSum<T, T, kRound> of;
+  UnroundedSum<T> sum{of.input, of.residual};
+
+  INLINE void fetch(int64_t i) const { of.fetch(i); }
+  INLINE Factors operator()(int64_t i, int n) const {
+    const V v = sum(i, n);
+    return {v, v};
+  }
+  INLINE PairFactors pair(int64_t i) const {
+    const Pair v = sum.pair(i);
+    if constexpr (kRound) of.small.look(Isa::interleave(U32(v.even), U32(v.odd)));
+    return {{v.even, v.even}, {v.odd, v.odd}};
+  }
+};
+
 // Forms a row of x, and sums its squares. fetches: there is a row to fetch meanwhile. kCols:
-// as of ForwardRows; an fp32 head takes a tenth less time so.
-template <class Tin, class Tx, bool kRound, int kCols>
+// as of ForwardRows; an fp32 head takes a tenth less time so. kUnrounded: sums the squares alone.
+template <class Tin, class Tx, bool kRound, int kCols, bool kUnrounded>
 Doubles add_and_sum(const RmsNormForward& p, int64_t row, bool fetches, Isa::SmallElements& small) {
   const int64_t cols = kCols ? kCols : p.cols;
   const Addends& a = p.addends;
@@ -118,20 +151,25 @@ Doubles add_and_sum(const RmsNormForward& p, int64_t row, bool fetches, Isa::Sma
         fetches ? next : nullptr,
         row_ahead(residual, a.residual_rows, schedule.ahead),
         schedule.in_halves};
-    add_products(sum, 0, cols, squares);
+    if constexpr (kUnrounded) {
+      add_products(sum, 0, cols, SquaresOfUnrounded<Tx, kRound>{squares});
+    } else {
+      add_products(sum, 0, cols, squares);
+    }
   }
   return sum;
 }
 
-using AddAndSum = decltype(&add_and_sum<float, float, false, 0>);
+using AddAndSum = decltype(&add_and_sum<float, float, false, 0, false>);
 
 // nullptr: x is no sum.
-template <class Tx, bool kRound, int kCols>
+template <class Tx, bool kRound, int kCols, bool kUnrounded>
 AddAndSum add_and_sum_of(const RmsNormForward& p) {
+  if constexpr (kUnrounded) return add_and_sum<Tx, Tx, kRound, kCols, true>;
   if (!p.addends.input) return nullptr;
-  AddAndSum result = add_and_sum<double, Tx, kRound, kCols>;
+  AddAndSum result = add_and_sum<double, Tx, kRound, kCols, false>;
   with_type(p.addends.input_dtype,
-            [&](auto in) { result = add_and_sum<decltype(in), Tx, kRound, kCols>; });
+            [&](auto in) { result = add_and_sum<decltype(in), Tx, kRound, kCols, false>; });
   return result;
 }
 
@@ -157,32 +195,63 @@ struct Scale {
   }
 };
 
+// A row as scale_row() reads it. kRound: by Isa::round_pair.
+template <class Tx>
+struct RowOfX {
+  const Tx* at;
+
+  INLINE V operator()(int64_t i, int n) const { return load(at + i, n); }
+  template <bool kRound>
+  INLINE Pair pair(int64_t i) const {
+    return split(at + i);
+  }
+};
+// The same of an unrounded sum. What is read is written too, rounded, to x.
+template <class T>
+struct RowOfUnrounded {
+  const T* at;  // the input
+  const T* residual;
+  T* x;
+
+  INLINE V operator()(int64_t i, int n) const {
+    const V v = UnroundedSum<T>{at, residual}(i, n);
+    store(x + i, v, n);
+    return v;
+  }
+  template <bool kRound>
+  INLINE Pair pair(int64_t i) const {
+    const Pair v = UnroundedSum<T>{at, residual}.pair(i);
+    join<false, kRound>(x + i, v);
+    return v;
+  }
+};
+
 // One row of y.
-template <bool kStream, bool kRound, class Tx, bool kCast, class W, class Ty>
-INLINE void scale_row(const Tx* x, W& weight, Ty* y, int64_t cols, double rstd, Prefetch<Tx> next) {
+template <bool kStream, bool kRound, class Tx, bool kCast, class W, class Ty, class Row>
+INLINE void scale_row(Row x, W& weight, Ty* y, int64_t cols, double rstd, Prefetch<Tx> next) {
   constexpr bool kPairs = kIsBFloat16<Tx> && kIsBFloat16<Ty>;
   const Scale<Tx, kCast> scaled{rstd};
   for (int64_t begin = 0; begin < cols; begin += WeightTiles::kTile) {
     const int64_t end = WeightTiles::tile_end(begin, cols);
     const auto w = weight.part(begin);
-    const bool from_last = kStream && waits<2>(y, x) + waits<2>(y, w.data) > 0;
+    const bool from_last = kStream && waits<2>(y, x.at) + waits<2>(y, w.data) > 0;
     const auto step = [&](int64_t i) {
       next.template along<true, kStep>(i);
       if constexpr (kPairs) {
         const auto pair = [&](int64_t j, int) INLINE_LAMBDA {
-          const Pair v = split(x + j), g = w.pair(j);
+          const Pair v = x.template pair<kRound>(j), g = w.pair(j);
           join<kStream, kRound>(y + j, {scaled(v.even, g.even), scaled(v.odd, g.odd)});
         };
         for_each_vector_of_step<2 * kLanes>(i, pair, from_last);
       } else {
         const auto vector = [&](int64_t j, int n) INLINE_LAMBDA {
-          write<kStream>(y + j, scaled(load(x + j, n), w(j, n)), n);
+          write<kStream>(y + j, scaled(x(j, n), w(j, n)), n);
         };
         for_each_vector_of_step(i, vector, from_last);
       }
     };
     const auto one = [&](int64_t i, int n)
-                         INLINE_LAMBDA { store(y + i, scaled(load(x + i, n), w(i, n)), n); };
+                         INLINE_LAMBDA { store(y + i, scaled(x(i, n), w(i, n)), n); };
     for_each_step<kPairs ? kBlock : kStep>(begin, end, step, one, from_last);
   }
 }
@@ -192,9 +261,10 @@ struct NoRotation {};
 
 // Some rows of y; or of what a Rotation makes of them. kStream: past the caches. kCols: the length
 // of the rows where it is known to the compiler, else 0. kRound: BFloat16 is rounded by
-// Isa::round_pair in groups without small elements; the caller has seen to the weight.
+// Isa::round_pair in groups without small elements; the caller has seen to the weight. kUnrounded:
+// the rows are unrounded sums, of two tensors of Tx.
 template <bool kStream, class Tx, class Ty, bool kCast, bool kRound, int kCols, class W,
-          class Rotation>
+          class Rotation, bool kUnrounded = false>
 class ForwardRows {
  public:
   // weight_is_in_range: else every product might leave the fast path's range.
@@ -267,9 +337,13 @@ class ForwardRows {
 
   // See kDominant; rstd[j] is the sum of squares yet.
   INLINE void look_for_dominant(int64_t row, int64_t j) {
-    if constexpr (kIsFloat<Tx>) {
+    if constexpr (kIsFloat<Tx> || kUnrounded) {
       if (__builtin_expect(exceeds(sums[j], kDominant * rstd[j]), false)) {
-        rstd[j] = sum_squares_in_double(row_of_x(row), cols());
+        if constexpr (kUnrounded) {
+          rstd[j] = sum_of_squares_fp64(p, row);
+        } else {
+          rstd[j] = sum_squares_in_double(row_of_x(row), cols());
+        }
       }
     }
   }
@@ -312,13 +386,33 @@ class ForwardRows {
       return rotation.write_row(row, x, row_of_y(row), cols(), rstd_of_row, next);
     }
     const auto scale = [&](auto rounds) INLINE_LAMBDA {
-      scale_row<kStream, rounds.value, Tx, kCast>(x, weight, row_of_y(row), cols(), rstd_of_row,
-                                                  next);
+      const auto scale_it = [&](auto row_of_it) INLINE_LAMBDA {
+        scale_row<kStream, rounds.value, Tx, kCast>(row_of_it, weight, row_of_y(row), cols(),
+                                                    rstd_of_row, next);
+      };
+      if constexpr (kUnrounded) {
+        scale_it(unrounded_row(row));
+      } else {
+        scale_it(RowOfX<Tx>{x});
+      }
     };
     round ? scale(Constant<kRound>()) : scale(Constant<false>());
   }
 
+  INLINE RowOfUnrounded<Tx> unrounded_row(int64_t row) const {
+    const Addends& a = p.addends;
+    return {static_cast<const Tx*>(a.input) + a.input_rows.offset(row),
+            static_cast<const Tx*>(a.residual) + a.residual_rows.offset(row),
+            const_cast<Tx*>(row_of_x(row))};
+  }
+
   INLINE void write_uncommon_row(int64_t row, double rstd_of_row) {
+    if constexpr (kUnrounded) {
+      if (rstd_of_row != rstd_of_row) {
+        const RowOfUnrounded<Tx> x = unrounded_row(row);
+        for_each_vector(0, cols(), [&](int64_t i, int n) { x(i, n); });
+      }
+    }
     if (rstd_of_row != rstd_of_row) return fill_with_nan(row_of_y(row), 0, cols());
     if constexpr (kRotates) return rotation.write_uncommon_row(row);
     forward_row_fp64(p, row, y_begin);
@@ -336,7 +430,8 @@ class ForwardRows {
   const RowSchedule schedule = schedule_rows<Tx>(cols());
   // From the row that is scaled to the one that is fetched.
   const int64_t window = schedule.ahead + (schedule.group > 1 ? schedule.group : 0);
-  const AddAndSum add_and_sum = add_and_sum_of<Tx, kRound, kCols>(p);  // nullptr: x is there
+  // nullptr: x is there.
+  const AddAndSum add_and_sum = add_and_sum_of<Tx, kRound, kCols, kUnrounded>(p);
   static_assert(Isa::kGroupRows % Isa::kTotals == 0);
   Doubles sums[Isa::kGroupRows];
   double rstd[Isa::kGroupRows];
@@ -359,7 +454,15 @@ template <class Tx, class Ty, bool kCast, bool kRound, class W>
 void forward_rows(const RmsNormForward& p, W& weight, bool in_range, int64_t row_begin,
                   int64_t row_end, int64_t y_begin) {
   NoRotation none;
+  // Not of the rows without a loop, which would be as many kernels again.
+  constexpr bool kMayBeUnrounded = !kIsFloat<Tx> && (kCast || kIsSame<Tx, Ty>);
   const auto run = [&](auto stream) {
+    if constexpr (kMayBeUnrounded) {
+      if (is_unrounded(p)) {
+        using Kernel = ForwardRows<stream.value, Tx, Ty, kCast, kRound, 0, W, NoRotation, true>;
+        return Kernel(p, weight, none, in_range, row_end, y_begin).run(row_begin);
+      }
+    }
     with_cols<kIsSame<Tx, Ty>>(p.cols, [&](auto cols) INLINE_LAMBDA {
       using Kernel = ForwardRows<stream.value, Tx, Ty, kCast, kRound, cols.value, W, NoRotation>;
       Kernel(p, weight, none, in_range, row_end, y_begin).run(row_begin);

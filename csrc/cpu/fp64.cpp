@@ -3,6 +3,7 @@
 // row: what the fast paths are held against. Exactness counts here, speed does not.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "../round_to_odd.h"
 #include "kernels.h"
@@ -75,15 +76,38 @@ double round_to(DType dtype, double value) {
   return load(&rounded, dtype, 0);
 }
 
+// A row that is formed first. In fp32, of fp64 tensors in fp64.
+struct RowOfSum {
+  const Addends* addends;
+  DType residual_dtype;
+  int64_t input, residual;
+
+  RowOfSum(const RmsNormForward& p, int64_t row)
+      : addends(&p.addends),
+        residual_dtype(p.x_dtype),
+        input(addends->input_rows.offset(row)),
+        residual(addends->residual_rows.offset(row)) {}
+
+  double operator[](int64_t i) const {
+    const double left = load(addends->input, addends->input_dtype, input + i);
+    const double right = load(addends->residual, residual_dtype, residual + i);
+    const bool in_double = addends->input_dtype == kDouble || residual_dtype == kDouble;
+    return in_double ? left + right : float(left) + float(right);
+  }
+};
+
 // One row of x, normalized: x * scale is near 1 where x * x would leave the range of double, and
 // rstd = scale * unit. The factors are applied one after the other: their product may overflow.
 struct Row {
   const void* x;
   DType dtype;
   int64_t offset;
+  std::optional<RowOfSum> unrounded;  // what is normalized in x's place
   double scale = 1, unit = 0;
 
-  double operator[](int64_t i) const { return load(x, dtype, offset + i) * scale; }
+  double operator[](int64_t i) const {
+    return (unrounded ? (*unrounded)[i] : load(x, dtype, offset + i)) * scale;
+  }
   double xhat(int64_t i) const { return (*this)[i] * unit; }
   double xhat(int64_t i, bool cast) const { return cast ? round_to(dtype, xhat(i)) : xhat(i); }
 };
@@ -105,11 +129,20 @@ double sum_of(int64_t count, const Term& term) {
   return lanes[0];
 }
 
+Row row_of(const RmsNormForward& p, int64_t row) {
+  Row x = {p.x, p.x_dtype, p.x_rows.offset(row), std::nullopt};
+  if (is_unrounded(p)) x.unrounded.emplace(p, row);
+  return x;
+}
+Row row_of(const RmsNormBackward& p, int64_t row) {
+  return {p.x, p.x_dtype, p.x_rows.offset(row), std::nullopt};
+}
+
 // The scale does not follow x below sqrt(eps), which is what bounds rstd there: eps * scale^2 stays
 // finite.
 template <class P>
 Row normalize(const P& p, int64_t row) {
-  Row x = {p.x, p.x_dtype, p.x_rows.offset(row)};
+  Row x = row_of(p, row);
   double largest = std::sqrt(p.eps);
   for (int64_t i = 0; i < p.cols; ++i) largest = std::fmax(largest, std::fabs(x[i]));
   if (std::isfinite(largest) && largest > 0 && (largest > 0x1p400 || largest < 0x1p-400)) {
@@ -133,7 +166,7 @@ INLINE double weight_at(const P& p, int64_t i) {
 void forward(const RmsNormForward& p, int64_t row_begin, int64_t row_end, int64_t y_begin) {
   set_last_isa("fp64");
   for (int64_t row = row_begin; row < row_end; ++row) {
-    if (p.addends.input) add_row_fp64(p, row);
+    if (p.addends.input && !is_unrounded(p)) add_row_fp64(p, row);
     forward_row_fp64(p, row, y_begin);
   }
 }
@@ -247,14 +280,14 @@ bool has_fp64(const RmsNormBackward& p) {
 }
 
 void add_row_fp64(const RmsNormForward& p, int64_t row) {
-  const Addends& a = p.addends;
-  const int64_t input = a.input_rows.offset(row), residual = a.residual_rows.offset(row);
-  const bool in_double = a.input_dtype == kDouble || p.x_dtype == kDouble;
-  store(const_cast<void*>(p.x), p.x_dtype, p.x_rows.offset(row), p.cols, [&](int64_t i) {
-    const double left = load(a.input, a.input_dtype, input + i);
-    const double right = load(a.residual, p.x_dtype, residual + i);
-    return in_double ? left + right : float(left) + float(right);
-  });
+  const RowOfSum sum(p, row);
+  store(const_cast<void*>(p.x), p.x_dtype, p.x_rows.offset(row), p.cols,
+        [&](int64_t i) { return sum[i]; });
+}
+
+double sum_of_squares_fp64(const RmsNormForward& p, int64_t row) {
+  const RowOfSum sum(p, row);
+  return sum_of(p.cols, [&](int64_t i) { return sum[i] * sum[i]; });
 }
 
 void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
@@ -263,6 +296,10 @@ void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin) {
   const bool narrows = p.x_dtype == DType::kFloat32 && p.y_dtype != kDouble;
   store(p.y, p.y_dtype, p.y_rows.offset(row - y_begin), p.cols, [&](int64_t i) {
     const double y = x.xhat(i, p.cast_before_weight) * weight_at(p, i);
+    if (x.unrounded) {  // each element before y takes the place of its addend
+      const double sum = (*x.unrounded)[i];
+      store(const_cast<void*>(p.x), p.x_dtype, x.offset + i, 1, [=](int64_t) { return sum; });
+    }
     return narrows ? float(y) : y;
   });
   if (!p.rstd) return;

@@ -106,10 +106,17 @@ constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kFoldRows = 32;
 inline int64_t dweight_sums(int64_t block_rows) { return block_rows > kFoldRows ? 2 : 1; }
 
+// Are y and rstd of another sum than x is?
+inline bool is_unrounded(const RmsNormForward& p) {
+  return p.addends.input && p.addends.unrounded && size_of(p.x_dtype) == 2;
+}
+
 // fp64.cpp: a row in double with dtypes read at run time, for those out of the fast path's range.
 bool has_fp64(const RmsNormForward& p);  // is one of the tensors fp64?
 bool has_fp64(const RmsNormBackward& p);
 void add_row_fp64(const RmsNormForward& p, int64_t row);
+// Of an unrounded sum: of its squares. And forward_row_fp64() forms x too.
+double sum_of_squares_fp64(const RmsNormForward& p, int64_t row);
 void forward_row_fp64(const RmsNormForward& p, int64_t row, int64_t y_begin);
 // The weight with its offset, to a row of that type; without one, ones.
 void weight_row_fp64(const RmsNormForward& p, DType to_dtype, void* to);

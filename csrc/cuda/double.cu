@@ -79,9 +79,9 @@ struct Normalized {
   __device__ double operator()(double x) const { return x * pre * r; }
 };
 
-// load(i): element i of a row.
+// Of the elements that load(i) gives.
 template <typename Load>
-__device__ Normalized normalize(const Load& load, int64_t cols, double eps) {
+__device__ Normalized normalize_by(const Load& load, int64_t cols, double eps) {
   const DoubleScale s = double_scale(load, cols, {eps, sqrt(eps), double(cols)}, kWarp);
   const int pre = s.exponent > 0 ? s.exponent : min(0, s.exponent + 900);  // as in rescued_scale
   return {s.r * pow2(s.exponent - pre), pow2(pre)};
@@ -89,24 +89,49 @@ __device__ Normalized normalize(const Load& load, int64_t cols, double eps) {
 template <typename P>
 __device__ Normalized normalize(const P& p, int64_t x_offset) {
   const auto load = [&](int64_t i) { return load_any(p.x, p.x_dtype, x_offset + i); };
-  return normalize(load, p.cols, p.eps);
+  return normalize_by(load, p.cols, p.eps);
 }
+
+// A row of x before it is formed, and rounded.
+struct RowOfSum {
+  const RmsNormForward& p;
+  const int64_t input, residual;
+
+  __device__ RowOfSum(const RmsNormForward& p, int64_t row)
+      : p(p),
+        input(row_offset(p.addends.input_rows, row)),
+        residual(row_offset(p.addends.residual_rows, row)) {}
+
+  __device__ double operator[](int64_t col) const {
+    const Addends& a = p.addends;
+    const double left = load_any(a.input, a.input_dtype, input + col);
+    const double right = load_any(a.residual, p.x_dtype, residual + col);
+    if (a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64) return left + right;
+    return double{static_cast<float>(left) + static_cast<float>(right)};
+  }
+};
 
 __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
   sync_dependent_launch();
   const int lane = threadIdx.x;
   for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
     const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
-    const Normalized normalized = normalize(p, x_offset);
+    const bool unrounded = is_unrounded(p);
+    const auto element = [&](int64_t i) {
+      return unrounded ? RowOfSum(p, row)[i] : load_any(p.x, p.x_dtype, x_offset + i);
+    };
+    const Normalized normalized = normalize_by(element, p.cols, p.eps);
     if (p.rstd != nullptr && lane == 0) {
       store_any(p.rstd, p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, row,
                 normalized.r * normalized.pre);
     }
     __syncwarp();  // all of x is read before y, which may be x, is written
     for (int64_t col = lane; col < p.cols; col += kWarp) {
-      double n = normalized(load_any(p.x, p.x_dtype, x_offset + col));
+      const double x = element(col);
+      double n = normalized(x);
       if (p.cast_before_weight) n = round_any(p.x_dtype, n);
       n *= weight_at(p, col);
+      if (unrounded) store_any(const_cast<void*>(p.x), p.x_dtype, x_offset + col, x);
       // The norm of a sum in fp32 is in fp32 before it takes input's dtype.
       if (p.x_dtype == DType::kFloat32 && p.y_dtype != DType::kFloat64) n = static_cast<float>(n);
       store_any(p.y, p.y_dtype, y_offset + col, n);
@@ -156,19 +181,11 @@ __global__ void rope_forward_double(const __grid_constant__ RmsNormRope r) {
 // x as the sum of its addends.
 __global__ void add_rows(const __grid_constant__ RmsNormForward p) {
   sync_dependent_launch();
-  const Addends& a = p.addends;
-  const bool in_double = a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64;
-  const int lane = threadIdx.x;
   for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
-    const int64_t input = row_offset(a.input_rows, row),
-                  residual = row_offset(a.residual_rows, row);
+    const RowOfSum sum(p, row);
     const int64_t x = row_offset(p.x_rows, row);
-    for (int64_t col = lane; col < p.cols; col += kWarp) {
-      const double left = load_any(a.input, a.input_dtype, input + col);
-      const double right = load_any(a.residual, p.x_dtype, residual + col);
-      const double sum =
-          in_double ? left + right : double{static_cast<float>(left) + static_cast<float>(right)};
-      store_any(const_cast<void*>(p.x), p.x_dtype, x + col, sum);
+    for (int64_t col = threadIdx.x; col < p.cols; col += kWarp) {
+      store_any(const_cast<void*>(p.x), p.x_dtype, x + col, sum[col]);
     }
   }
 }
@@ -281,7 +298,7 @@ struct GatedRow {
     return before_norm() ? x_at(col) * activated(col).value : x_at(col);
   }
   __device__ double weight(int64_t col) const { return weight_at(p.norm, begin + col); }
-  __device__ Normalized normalized() const { return normalize(*this, cols, p.norm.eps); }
+  __device__ Normalized normalized() const { return normalize_by(*this, cols, p.norm.eps); }
 
   // The product of the norm, an xhat, and the weight, rounded as the forward does.
   __device__ bool cast() const { return p.norm.cast_before_weight && p.norm.weight != nullptr; }

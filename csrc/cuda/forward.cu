@@ -55,10 +55,15 @@ int launch_forward(const NormArgs& a, const Plan& plan, cudaStream_t stream) {
 
 }  // namespace
 
-int rms_norm_forward(const RmsNormForward& p, void* stream) {
+int rms_norm_forward(const RmsNormForward& asked, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
+  const DType sum_dtype = asked.x_dtype;
+  const bool unrounded = is_unrounded(asked);
+  RmsNormForward p = asked;
   const Addends& addends = p.addends;
   const bool in_double = is_double(p.x_dtype) || is_double(weight_dtype(p));
+  if (unrounded && (in_double || is_double(addends.input_dtype))) return forward_in_double(p, s);
+  if (unrounded) p.x_dtype = DType::kFloat32;
   const bool in_kernel = p.x_dtype == DType::kFloat32 ? !is_double(addends.input_dtype)
                                                       : addends.input_dtype == p.x_dtype;
   const bool adds = addends.input != nullptr && !in_double && in_kernel;
@@ -73,12 +78,13 @@ int rms_norm_forward(const RmsNormForward& p, void* stream) {
   NormArgs a{row_args(p)};
   a.y = view_of(p, p.y, p.y_dtype, p.y_rows);
   if (adds) {
+    a.x = view_of(p, p.x, sum_dtype, p.x_rows);
     a.input = view_of(p, addends.input, addends.input_dtype, addends.input_rows);
-    a.residual = view_of(p, addends.residual, p.x_dtype, addends.residual_rows);
+    a.residual = view_of(p, addends.residual, sum_dtype, addends.residual_rows);
   }
   a.rstd = p.rstd;
   a.mean = mean_of(p.cols, p.eps);
-  const bool plain = is_plain(a, a.y, a.input, a.residual);
+  const bool plain = !unrounded && is_plain(a, a.y, a.input, a.residual);
   if (p.quant.data != nullptr) return launch_quant(p, a, plain, here, s);
   const Plan plan = plan_forward(p.rows, p.cols, p.x_dtype, here, adds || !plain);
   lay_out(a, plan);

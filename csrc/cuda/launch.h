@@ -98,6 +98,12 @@ DType weight_dtype(const P& p) {
   return p.weight != nullptr ? p.w_dtype : p.x_dtype;
 }
 
+// Are y and rstd of another sum than x is?
+RMSNORM_HOST_DEVICE inline bool is_unrounded(const RmsNormForward& p) {
+  return p.addends.input != nullptr && p.addends.unrounded &&
+         (p.x_dtype == DType::kFloat16 || p.x_dtype == DType::kBFloat16);
+}
+
 // Which launches a kernel is for. Plain ones have x and all results of x's type, evenly spaced rows
 // of whole aligned chunks, and any weight; kPlainCast is that with cast_before_weight. kAny takes
 // every launch.

@@ -28,19 +28,23 @@ __device__ float scaled(float x, float g, const Scale& s) {
   return isfinite(product) ? __fmaf_rn(x, product, x * rest) : plain;
 }
 
-// x * rstd * g; with kCast x * rstd is rounded to X before.
-template <typename X, bool kCast>
-__device__ float2 normalized(float2 x, float2 g, const Scale& s) {
+// x * rstd * g; with kCast x * rstd is rounded before, to X or by round().
+template <typename X, bool kCast, typename F>
+__device__ float2 normalized(float2 x, float2 g, const Scale& s, const F& round) {
   const float2 v = x * s.pre;
   if constexpr (kCast) {
     float2 n = v * s.hi;
     if constexpr (sizeof(X) == 4) {
       n = {__fmaf_rn(v.x, s.hi, v.x * s.lo), __fmaf_rn(v.y, s.hi, v.y * s.lo)};
     }
-    return round_to<X>(n) * g;
+    return round(n) * g;
   } else {
     return {scaled<X>(v.x, g.x, s), scaled<X>(v.y, g.y, s)};
   }
+}
+template <typename X, bool kCast>
+__device__ float2 normalized(float2 x, float2 g, const Scale& s) {
+  return normalized<X, kCast>(x, g, s, [](float2 n) { return round_to<X>(n); });
 }
 
 // The largest magnitude of elements of T, or NaN if one is. Its sum is that of both. As integers
@@ -86,7 +90,9 @@ __device__ Largest<T> of_lane(Largest<T> v, int distance) {
 }
 
 // y has the type of x or, where the kernel is not plain, any. kAdd: x is a sum, of a residual and
-// an input of type X or, where the kernel is not plain and X is fp32, of any.
+// an input of type X or, where the kernel is not plain and X is fp32, of any. There it may also be
+// an unrounded sum, which a.x is not: each pass over a row forms it of its addends, and the last
+// one stores it, rounded to the type of a.x, which may take the residual's place.
 template <typename XType, Form kForm, bool kAdd>
 struct Norm {
   using X = XType;
@@ -97,6 +103,16 @@ struct Norm {
   using Y = std::conditional_t<kPlain, X, float>;  // in which y is held
   using YChunk = Chunk<Y, kElems>;
   using LargestY = Largest<Y>;
+  static constexpr bool kMayBeUnrounded = kAdd && !kPlain && sizeof(X) == 4;
+
+  static __device__ bool is_unrounded(const NormArgs& a) {
+    return kMayBeUnrounded && a.x.dtype != DType::kFloat32;
+  }
+  // f(T()) with T the type of a.x, of an unrounded sum.
+  template <typename F>
+  static __device__ auto with_rounded_type(const NormArgs& a, const F& f) {
+    return a.x.dtype == DType::kFloat16 ? f(__half()) : f(__nv_bfloat16());
+  }
 
   // Squares of 16-bit numbers are exact in fp32 (or nearly), and 16-bit results forgive the rest
   // within a thread.
@@ -136,14 +152,33 @@ struct Norm {
     const int64_t offset = begin + a.x.offset<kPlain>(row);
     each([&](int k, auto col, int count) {
       unrolled<kElems / 2>([&](int i) { x[k].set(i, input[k].get(i) + x[k].get(i)); });
-      store_chunk<kPlain, X>(a.x, offset, col, x[k], count);
+      if (!is_unrounded(a)) store_chunk<kPlain, X>(a.x, offset, col, x[k], count);
     });
+  }
+
+  // Of an unrounded sum, beside y; of any other it is there.
+  template <typename Index>
+  static __device__ void store_sum(const NormArgs& a, int64_t row, int64_t begin, Index col,
+                                   int count, const XChunk& x) {
+    if constexpr (kMayBeUnrounded) {
+      if (!is_unrounded(a)) return;
+      const int64_t offset = begin + a.x.offset<kPlain>(row);
+      with_rounded_type(
+          a, [&](auto type) { store_chunk<false, decltype(type)>(a.x, offset, col, x, count); });
+    }
   }
 
   // x once more, when it is complete.
   template <typename Each, int kChunks>
   static __device__ void load_again(const NormArgs& a, int64_t row, int64_t begin, const Each& each,
                                     XChunk (&x)[kChunks]) {
+    if constexpr (kMayBeUnrounded) {
+      if (is_unrounded(a)) {
+        XChunk input[kChunks];
+        load(a, row, begin, each, x, input);
+        return add(a, row, begin, each, input, x);
+      }
+    }
     const int64_t offset = begin + a.x.offset<kPlain>(row);
     each([&](int k, auto col, int count) {
       x[k] = load_chunk<kPlain, X, kElems>(a.x, offset, col, count);
@@ -159,8 +194,7 @@ struct Norm {
     if (!fast_scale(sum, a.mean, s)) {
       // For what its other lanes wrote. Longer rows have had a barrier.
       if (kAdd && a.lanes <= 32) __syncwarp(group_mask(a.lanes));
-      const X* const x = static_cast<const X*>(a.x.data) + a.x.offset<kPlain>(row);
-      s = rescued_scale(x, a.cols, a.eps, a.lanes);
+      s = rescued(a, row);
       // Its warps read all of the row, which is the block's only one.
       if (a.lanes > 32) cluster.barrier();
       reload();
@@ -171,13 +205,35 @@ struct Norm {
     return s;
   }
 
+  static __device__ Scale rescued(const NormArgs& a, int64_t row) {
+    if constexpr (kMayBeUnrounded) {
+      if (is_unrounded(a)) {
+        const int64_t input = a.input.offset<kPlain>(row),
+                      residual = a.residual.offset<kPlain>(row);
+        const auto element = [&](int64_t i) {
+          return static_cast<float>(load_any(a.input.data, a.input.dtype, input + i)) +
+                 static_cast<float>(load_any(a.residual.data, a.residual.dtype, residual + i));
+        };
+        return rescued_scale_of(element, a.cols, a.eps, a.lanes);
+      }
+    }
+    const X* const x = static_cast<const X*>(a.x.data) + a.x.offset<kPlain>(row);
+    return rescued_scale(x, a.cols, a.eps, a.lanes);
+  }
+
   // y, rounded to its type.
   static __device__ YChunk norm(const NormArgs& a, XChunk& x, const WChunk& w, const Scale& s) {
     const bool cast = kForm == Form::kPlainCast || (!kPlain && a.cast_before_weight);
+    const auto round = [&](float2 n) {
+      if (is_unrounded(a)) {
+        return with_rounded_type(a, [&](auto type) { return round_to<decltype(type)>(n); });
+      }
+      return round_to<X>(n);
+    };
     YChunk y;
     x.stay_packed();
     unrolled<kElems / 2>([&](int i) {
-      float2 v = cast ? normalized<X, true>(x.get(i), w.get(i), s)
+      float2 v = cast ? normalized<X, true>(x.get(i), w.get(i), s, round)
                       : normalized<X, false>(x.get(i), w.get(i), s);
       if (!kPlain && a.y.dtype == DType::kFloat16) v = round_to<__half>(v);
       if (!kPlain && a.y.dtype == DType::kBFloat16) v = round_to<__nv_bfloat16>(v);
@@ -267,6 +323,8 @@ __device__ void norm_rows(const typename E::Args& a) {
             if (a.per_token) largest[r].take(y[r][k]);
           });
         });
+        each_chunk(
+            [&](int k, int col, int count) { N::store_sum(a, row, 0, col, count, x[r][k]); });
       });
       if (a.per_token) row_sum<kThreads>(largest, ++turn);
       group.each_row([&](int r, int64_t row) {
@@ -279,6 +337,7 @@ __device__ void norm_rows(const typename E::Args& a) {
         with_scale<N::kPlain>(scale_of(r, row), [&](const Scale& s) {
           each_chunk([&](int k, int col, int count) {
             place.store(col, count, N::norm(a, x[r][k], w[k], s));
+            N::store_sum(a, row, 0, col, count, x[r][k]);
           });
         });
       });
@@ -321,8 +380,8 @@ __device__ void norm_long_rows(const typename E::Args& a) {
     row_sum(sum, cluster, turn);
     // f(k, chunk, y) for all that a thread has. The tiles are gone through from the last to the
     // first: of a row that is read twice, what was read last is the likeliest still to be in the
-    // cache.
-    const auto each_norm = [&](const Scale& s, const auto& f) {
+    // cache. stores: an unrounded sum.
+    const auto each_norm = [&](const Scale& s, bool stores, const auto& f) {
       for (Index first = (slice.chunks - 1) / slice.tile * slice.tile; first >= 0;
            first -= slice.tile) {
         const auto each_chunk = [&](const auto& f) { slice.each_chunk(first, f); };
@@ -335,6 +394,7 @@ __device__ void norm_long_rows(const typename E::Args& a) {
           load_weights<N::kPlain>(
               a, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
           f(i, N::norm(a, x[k], w[0], s));
+          if (stores) N::store_sum(a, row, begin, slice.column(i), slice.count(i), x[k]);
         });
       }
     };
@@ -343,7 +403,7 @@ __device__ void norm_long_rows(const typename E::Args& a) {
         constexpr bool kKeeps = kShared && std::is_same_v<XChunk, YChunk>;
         typename N::LargestY largest;
         if (a.per_token) {
-          each_norm(s, [&](Index i, const YChunk& y) {
+          each_norm(s, kKeeps, [&](Index i, const YChunk& y) {
             largest.take(y);
             if constexpr (kKeeps) put_chunk(kept, slice.chunks, i, y);
           });
@@ -359,12 +419,14 @@ __device__ void norm_long_rows(const typename E::Args& a) {
             });
           }
         }
-        each_norm(
-            s, [&](Index i, const YChunk& y) { place.store(slice.column(i), slice.count(i), y); });
+        each_norm(s, true, [&](Index i, const YChunk& y) {
+          place.store(slice.column(i), slice.count(i), y);
+        });
       } else {
         const typename E::Place place(a, row, begin);
-        each_norm(
-            s, [&](Index i, const YChunk& y) { place.store(slice.column(i), slice.count(i), y); });
+        each_norm(s, true, [&](Index i, const YChunk& y) {
+          place.store(slice.column(i), slice.count(i), y);
+        });
       }
     });
   }

@@ -282,11 +282,12 @@ __device__ DoubleScale double_scale(const Load& load, int64_t cols, const Epsilo
 }
 
 // The scale of a row out of the range of fast_scale. Each warp (or smaller group) of the row finds
-// it by itself, from memory: load(i) is element i, as double. For fp32 and narrower x, whose
-// exponents fit pre and hi.
+// it by itself, from memory: load(i) is element i of what is normalized. For fp32 and narrower x,
+// whose exponents fit pre and hi.
 template <typename Load>
 __device__ Scale rescued_scale_of(const Load& load, int64_t cols, const Epsilon& eps, int lanes) {
-  const DoubleScale s = double_scale(load, cols, eps, min(lanes, 32));
+  const auto element = [&](int64_t i) { return static_cast<double>(load(i)); };
+  const DoubleScale s = double_scale(element, cols, eps, min(lanes, 32));
   // Tiny x are made larger first. With huge x, most of the exponent goes to hi (2^-96: its lo is
   // still normal), or the small elements of such a row would become subnormal on the way.
   const int pre = s.exponent > 0 ? min(126, s.exponent) : max(-126, min(0, s.exponent + 96));
@@ -300,8 +301,7 @@ __device__ Scale rescued_scale_of(const Load& load, int64_t cols, const Epsilon&
 }
 template <typename T>
 __device__ Scale rescued_scale(const T* x, int64_t cols, const Epsilon& eps, int lanes) {
-  const auto load = [=](int64_t i) { return double{static_cast<float>(x[i])}; };
-  return rescued_scale_of(load, cols, eps, lanes);
+  return rescued_scale_of([=](int64_t i) { return static_cast<float>(x[i]); }, cols, eps, lanes);
 }
 
 }  // namespace rmsnorm::cuda

@@ -37,10 +37,10 @@ Tensor row_factor(const Tensor& x, at::IntArrayRef dims, double eps) {
 
 Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
                  SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                 const NormOptions& options)
+                 const NormOptions& options, std::optional<at::ScalarType> cast_type)
     : Formula(name, rescaling, (check_norm(name, input, normalized_shape, weight, options), input),
               static_cast<int64_t>(normalized_shape.size()),
-              static_cast<int64_t>(normalized_shape.size()), weight, options) {}
+              static_cast<int64_t>(normalized_shape.size()), weight, options, cast_type) {}
 
 Formula::Formula(const char* name, Rescaling rescaling, const Tensor& input,
                  int64_t normalized_dims, int64_t weight_dims, const OptionalTensor& weight,

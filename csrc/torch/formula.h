@@ -17,9 +17,10 @@ enum class Rescaling : bool { kPlain, kRescaled };
 class Formula {
  public:
   // Checks its arguments as the op `name` does. It refers to the weight, which outlives it.
+  // cast_type: of cast_before_weight; nullopt: input's.
   Formula(const char* name, Rescaling rescaling, const Tensor& input,
-          SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-          const NormOptions& options);
+          SymIntArrayRef normalized_shape, const OptionalTensor& weight, const NormOptions& options,
+          std::optional<at::ScalarType> cast_type = std::nullopt);
   // The norm of the last dimension by a weight whose last `weight_dims` dimensions are input's:
   // [D], or of each head its own, [heads, D]. That has been checked. cast_type: what
   // cast_before_weight rounds to, of input where nullopt.

@@ -16,6 +16,7 @@ struct Call {
   const Tensor& residual;
   const OptionalTensor& weight;
   NormOptions options;
+  bool round_sum;  // is the sum normalized as it is rounded for the residual?
 
   int64_t lead() const { return input.dim() - 1; }
   at::ScalarType output_type() const { return rmsnorm::output_type(input, weight, options); }
@@ -37,12 +38,11 @@ void check(const char* op, const Call& call) {
 
 template <bool want_rstd>
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward(const Call& call) {
-  const auto& [input, residual, weight, options] = call;
   check(kName, call);
-  Tensor sum;
-  auto [y, rstd] = forward(kName, input, call.lead(), weight, options, call.output_type(),
-                           want_rstd, &residual, &sum);
-  return {std::move(y), std::move(sum), std::move(rstd)};
+  Sum sum{call.residual, call.round_sum};
+  auto [y, rstd] = forward(kName, call.input, call.lead(), call.weight, call.options,
+                           call.output_type(), want_rstd, &sum);
+  return {std::move(y), std::move(sum.result), std::move(rstd)};
 }
 std::tuple<Tensor, Tensor> fused_add_rms_norm(const Call& call) {
   auto [y, sum, rstd] = fused_add_rms_norm_forward<false>(call);
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm(const Call& call) {
 // The sum goes to residual_out, the norm to y; both may be what they are made of.
 void write(const char* op, const Call& call, const Tensor& y, const char* y_name,
            const Tensor& residual_out, const char* residual_name) {
-  const auto& [input, residual, weight, options] = call;
+  const auto& [input, residual, weight, options, round_sum] = call;
   const int64_t lead = call.lead(), cols = input.size(lead);
   const Rows y_rows = check_written_rows(op, y_name, y, lead, cols, "input", input);
   check_written_rows(op, residual_name, residual_out, lead, cols, "residual", residual);
@@ -62,7 +62,7 @@ void write(const char* op, const Call& call, const Tensor& y, const char* y_name
   check_apart(op, y_name, y, "residual", residual, lead, cols);
   check_apart(op, residual_name, residual_out, "input", input, lead, cols);
   ForwardLaunch launch(op, residual_out, lead, weight, options);
-  launch.add(input, residual);
+  launch.add(input, residual, round_sum);
   launch.write_to(y, y_rows, /*stream=*/false);
   launch.run();
 }
@@ -87,16 +87,17 @@ void fused_add_rms_norm_out(const OutCall& call) {
   write(kName, norm, out, "out", residual_out, "residual_out");
 }
 
-// Only the narrower dtype of the output differs from the norm of the sum.
+// Only the narrower dtype of the output, and of an unrounded sum that of the cast, differ from the
+// norm of the sum.
 template <Rescaling rescaling>
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_forward_formula(const Call& call) {
-  const auto& [input, residual, weight, options] = call;
+  const auto& [input, residual, weight, options, round_sum] = call;
   check_residual(kName, input, residual);
-  const at::ScalarType compute = compute_type(input, std::nullopt);
-  const Tensor sum = (input.to(compute) + residual.to(compute)).to(residual.scalar_type());
+  const at::ScalarType compute = compute_type(input, std::nullopt), type = residual.scalar_type();
+  const Tensor sum = input.to(compute) + residual.to(compute), rounded = sum.to(type);
   const SymIntArrayRef last = sum.sym_sizes().slice(sum.dim() - 1);
-  const Formula formula(kName, rescaling, sum, last, weight, options);
-  return {formula.output().to(call.output_type()), sum, formula.rstd()};
+  const Formula formula(kName, rescaling, round_sum ? rounded : sum, last, weight, options, type);
+  return {formula.output().to(call.output_type()), rounded, formula.rstd()};
 }
 template <Rescaling rescaling>
 std::tuple<Tensor, Tensor> fused_add_rms_norm_formula(const Call& call) {
@@ -111,11 +112,12 @@ struct Record : torch::autograd::Function<Record> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& residual,
                                const OptionalTensor& weight, const NormOptions& options,
-                               Tensor* rstd) {
+                               bool round_sum, Tensor* rstd) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     Tensor output, sum;
     std::tie(output, sum, *rstd) = ops::fused_add_rms_norm_forward::call(
-        input, residual, weight, options.eps, options.weight_offset, options.cast_before_weight);
+        input, residual, weight, options.eps, options.weight_offset, options.cast_before_weight,
+        round_sum);
     ctx->save_for_backward({sum, weight.value_or(Tensor()), *rstd});
     ctx->set_materialize_grads(false);
     if (!input.requires_grad() && !residual.requires_grad()) ctx->mark_non_differentiable({sum});
@@ -127,6 +129,8 @@ struct Record : torch::autograd::Function<Record> {
   }
 
   // The gradient that flows into the sum is added in the pass that forms that of the norm.
+  // Roundings count as the identity: that of the sum as it was rounded, by the rstd of what was
+  // normalized.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& sum = saved[0];
@@ -148,14 +152,14 @@ struct Record : torch::autograd::Function<Record> {
                    ? dsum
                    : dsum.to(static_cast<at::ScalarType>(dtype->second.toInt()));
     }
-    return {dinput, dsum, dweight, Tensor(), Tensor()};
+    return {dinput, dsum, dweight, Tensor(), Tensor(), Tensor()};
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> record_forward(const Call& call) {
   Tensor rstd;
   const variable_list results =
-      Record::apply(call.input, call.residual, call.weight, call.options, &rstd);
+      Record::apply(call.input, call.residual, call.weight, call.options, call.round_sum, &rstd);
   return {results[0], results[1], rstd};
 }
 std::tuple<Tensor, Tensor> record(const Call& call) {
@@ -168,7 +172,8 @@ std::tuple<Tensor, Tensor> record(const Call& call) {
 TORCH_LIBRARY_FRAGMENT(rmsnorm_cuda, m) {
   if (registered_elsewhere()) return;
   constexpr auto kPlain = Rescaling::kPlain, kRescaled = Rescaling::kRescaled;
-  const std::string options = "*, float weight_offset=0.0, bool cast_before_weight=False";
+  const std::string options =
+      "*, float weight_offset=0.0, bool cast_before_weight=False, bool round_sum=True";
   const std::string tensors = "Tensor? weight=None, float? eps=None, " + options;
   const std::string arguments = "Tensor input, Tensor residual, " + tensors;
   ops::fused_add_rms_norm::define<fused_add_rms_norm, fused_add_rms_norm_formula<kRescaled>, record,

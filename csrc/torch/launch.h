@@ -101,8 +101,9 @@ class ForwardLaunch {
   ForwardLaunch(const char* op, const at::Tensor& x, int64_t lead,
                 const std::optional<at::Tensor>& weight, const NormOptions& options);
 
-  // x is first written, as the sum of these.
-  void add(const at::Tensor& input, const at::Tensor& residual);
+  // x is first written, as the sum of these. Unless round_sum, it is rounded to x for the caller
+  // alone.
+  void add(const at::Tensor& input, const at::Tensor& residual, bool round_sum);
   // `stream`: past the caches, if the kernel can.
   void write_to(const at::Tensor& y, const Rows& rows, bool stream);
   void write_rstd(const at::Tensor& rstd);
@@ -123,12 +124,18 @@ class ForwardLaunch {
   RmsNormForward p_{};
 };
 
-// (y, rstd) in new tensors, y of this dtype. With a residual it is the norm of input + residual,
-// which is left in a new `sum`. On the meta device, and of no elements, nothing is launched.
+// What a norm adds first, and the sum, which is left in a new tensor.
+struct Sum {
+  const at::Tensor& residual;
+  bool round_sum;  // before it is normalized too
+  at::Tensor result{};
+};
+
+// (y, rstd) in new tensors, y of this dtype. With `sum` it is the norm of input + residual. On the
+// meta device, and of no elements, nothing is launched.
 std::tuple<at::Tensor, at::Tensor> forward(const char* op, const at::Tensor& input, int64_t lead,
                                            const std::optional<at::Tensor>& weight,
                                            const NormOptions& options, at::ScalarType y_type,
-                                           bool want_rstd, const at::Tensor* residual = nullptr,
-                                           at::Tensor* sum = nullptr);
+                                           bool want_rstd, Sum* sum = nullptr);
 
 }  // namespace rmsnorm

@@ -20,10 +20,10 @@ template <class Result>
 using NormBackward = Result(const Tensor&, const Tensor&, SymIntArrayRef, const OptionalTensor&,
                             const Tensor&, Eps, std::array<bool, 2>, const OptionalTensor&, double,
                             bool);
-// (input, residual, weight, eps, weight_offset, cast_before_weight, ...)
+// (input, residual, weight, eps, weight_offset, cast_before_weight, round_sum, ...)
 template <class Result, class... Out>
 using FusedNorm = Result(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool,
-                         Out...);
+                         bool, Out...);
 // (input, gate, weight, eps, activation, norm_before_gate, group_size, weight_offset,
 // cast_before_weight, ...)
 template <class Result, class... Out>
@@ -40,11 +40,11 @@ template <class Result, class... Out>
 using Quant = Result(const Tensor&, const OptionalTensor&, const OptionalTensor&, Eps,
                      at::ScalarType, std::optional<int64_t>, std::optional<double>, bool, bool,
                      double, bool, Out...);
-// the same with residual after input
+// the same with residual after input and round_sum after cast_before_weight
 template <class Result, class... Out>
 using FusedQuant = Result(const Tensor&, const Tensor&, const OptionalTensor&,
                           const OptionalTensor&, Eps, at::ScalarType, std::optional<int64_t>,
-                          std::optional<double>, bool, bool, double, bool, Out...);
+                          std::optional<double>, bool, bool, double, bool, bool, Out...);
 // (q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved, sections,
 // interleaved_sections, weight_offset, cast_before_weight, round_each_step, ...)
 template <class Result, class... Out>

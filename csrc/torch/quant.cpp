@@ -34,6 +34,7 @@ struct FusedCall {
   const Tensor& input;
   const Tensor& residual;
   Arguments arguments;
+  bool round_sum;
 };
 
 // A result that is not asked for is a tensor without elements: a compiler that writes into buffers
@@ -53,13 +54,14 @@ struct FusedOutCall {
 // One body for all four ops.
 class Quantization {
  public:
-  // residual: nullptr if none is added.
+  // residual: nullptr if none is added. round_sum: then also before it is normalized.
   Quantization(const char* op, const Tensor& input, const Tensor* residual,
-               const Arguments& arguments)
+               const Arguments& arguments, bool round_sum)
       : op_(op),
         input_(input),
         residual_(residual),
         arguments_(arguments),
+        round_sum_(round_sum),
         lead_(input.dim() - 1),
         sizes_(input.sym_sizes()) {
     check();
@@ -204,7 +206,7 @@ class Quantization {
                     : results.scale.mutable_data_ptr<float>();
     ForwardLaunch launch(op_, residual_ ? results.residual_out : input_, lead_, weight,
                          arguments_.options());
-    if (residual_) launch.add(input_, *residual_);
+    if (residual_) launch.add(input_, *residual_, round_sum_);
     launch.quantize(q, norm_type_);
     if (keep_norm) launch.write_to(results.norm, dense_rows(cols), /*stream=*/false);
     launch.run();
@@ -214,6 +216,7 @@ class Quantization {
   const Tensor& input_;
   const Tensor* const residual_;
   const Arguments& arguments_;
+  const bool round_sum_;
   const int64_t lead_;
   const SymIntArrayRef sizes_;
   c10::SymDimVector scale_shape_;
@@ -221,10 +224,10 @@ class Quantization {
 };
 
 Quantization quantization(const Call& call) {
-  return {"rms_norm_quant", call.input, nullptr, call.arguments};
+  return {"rms_norm_quant", call.input, nullptr, call.arguments, true};
 }
 Quantization quantization(const FusedCall& call) {
-  return {"fused_add_rms_norm_quant", call.input, &call.residual, call.arguments};
+  return {"fused_add_rms_norm_quant", call.input, &call.residual, call.arguments, call.round_sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_quant(const Call& call) {
@@ -251,7 +254,7 @@ TORCH_LIBRARY_FRAGMENT(rmsnorm_cuda, m) {
       "int? block=None, float? scale_ub=None, bool column_major=False, bool keep_norm=False, "
       "float weight_offset=0.0, bool cast_before_weight=False";
   const std::string norm = "Tensor input, " + arguments;
-  const std::string fused = "Tensor input, Tensor residual, " + arguments;
+  const std::string fused = "Tensor input, Tensor residual, " + arguments + ", bool round_sum=True";
   ops::rms_norm_quant::define<rms_norm_quant>(m, norm,
                                               "(Tensor output, Tensor scale, Tensor norm)");
   ops::rms_norm_quant_out::define<rms_norm_quant_out>(

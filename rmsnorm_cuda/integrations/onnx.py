@@ -58,7 +58,7 @@ class _Graph(_Ops):
         return self.opset.op("ReduceMean", x, constant, keepdims_i=1)
 
 
-def _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight):
+def _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight, cast_to=None):
     dtypes = {x_dtype} if weight is None else {x_dtype, op.dtype(weight)}
     compute, result = _DOUBLE if _DOUBLE in dtypes else _FLOAT, x_dtype
 
@@ -69,32 +69,34 @@ def _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weigh
     y = op("Div", wide, op("Sqrt", op("Add", op.mean(op("Mul", wide, wide), axes), constant(eps))))
     if weight is not None:
         if cast_before_weight:
-            y = op("Cast", op("Cast", y, to=result), to=compute)
+            y = op("Cast", op("Cast", y, to=cast_to or result), to=compute)
             result = result if len(dtypes) == 1 else compute
         gain = op("Cast", weight, to=compute)
         y = op("Mul", y, gain if weight_offset == 0 else op("Add", gain, constant(weight_offset)))
     return op("Cast", y, to=result)
 
 
-def _norm(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight):
+def _norm(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight, cast_to=None):
     if eps is None:
         eps = torch.finfo(torch.float64 if x_dtype == _DOUBLE else torch.float32).eps
     # RMSNormalization rounds once, in the weight's dtype, and computes in fp32.
-    rounds_once = not cast_before_weight or x_dtype == _FLOAT
+    rounds_once = not cast_before_weight or (cast_to or x_dtype) == _FLOAT
     has_op = op.has_norm and weight_offset == 0 and rounds_once and x_dtype != _DOUBLE
     if has_op and weight is not None and op.dtype(weight) == x_dtype:
         return op("RMSNormalization", x, weight, axis=axes[0], epsilon=eps, stash_type=_FLOAT)
-    return _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight)
+    return _formula(op, x, x_dtype, axes, weight, eps, weight_offset, cast_before_weight, cast_to)
 
 
-def _fused_add(op, input, residual, weight, eps, weight_offset, cast_before_weight):
+def _fused_add(op, input, residual, weight, eps, weight_offset, cast_before_weight, round_sum):
     dtype, total_dtype = op.dtype(input), op.dtype(residual)
     compute = _DOUBLE if dtype == _DOUBLE else _FLOAT
     total = op("Add", op("Cast", input, to=compute), op("Cast", residual, to=compute))
-    total = op("Cast", total, to=total_dtype)
-    y = _norm(op, total, total_dtype, [-1], weight, eps, weight_offset, cast_before_weight)
+    rounded = op("Cast", total, to=total_dtype)
+    x, x_dtype = (rounded, total_dtype) if round_sum else (total, compute)
+    options = weight_offset, cast_before_weight, total_dtype
+    y = _norm(op, x, x_dtype, [-1], weight, eps, *options)
     promoted = cast_before_weight and weight is not None and op.dtype(weight) != dtype
-    return op("Cast", y, to=compute if promoted else dtype), total
+    return op("Cast", y, to=compute if promoted else dtype), rounded
 
 
 def _register() -> None:
@@ -121,8 +123,10 @@ def _register() -> None:
             eps: float | None = None,
             weight_offset: float = 0.0,
             cast_before_weight: bool = False,
+            round_sum: bool = True,
         ):
-            return _fused_add(op, input, residual, weight, eps, weight_offset, cast_before_weight)
+            options = weight_offset, cast_before_weight, round_sum
+            return _fused_add(op, input, residual, weight, eps, *options)
 
         for function in (rms_norm, fused_add_rms_norm):
             overload = getattr(torch.ops.rmsnorm_cuda, function.__name__).default
@@ -137,13 +141,13 @@ def _register_symbolic() -> None:
 
     constant = symbolic_helper._maybe_get_const
 
-    def given(weight, eps, weight_offset, cast_before_weight):
+    def given(weight, eps, weight_offset, *flags):
         """As Python has them, without nodes of the graph that stand for None."""
         if weight is not None and symbolic_helper._is_none(weight):
             weight = None
         eps = constant(eps, "f")
         eps = eps if isinstance(eps, float) else None
-        return weight, eps, constant(weight_offset, "f"), constant(cast_before_weight, "b")
+        return weight, eps, constant(weight_offset, "f"), *(constant(flag, "b") for flag in flags)
 
     def implement(opset_version):
         def rms_norm(g, input, normalized_shape, *options):

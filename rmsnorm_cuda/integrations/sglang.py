@@ -13,9 +13,8 @@ SGLang takes its native forward, as it does under torch.compile; neither is touc
 
 Numerics are those of SGLang's CUDA kernels: one rounding, of x / rms * w (Gemma: * (1 + w), in
 fp32), where `cast_x_before_out_mul` is set round(x / rms) * w, in place on x and residual if there
-is a residual. In one thing they differ, in 16 bits: ours normalizes the sum x + residual as it is
-rounded for the residual, as transformers does and SGLang's native GemmaRMSNorm, where its CUDA
-kernels and native RMSNorm normalize the sum before it is rounded.
+is a residual. The sum x + residual is normalized before it is rounded for the residual, as by them
+and by SGLang's native RMSNorm (its native GemmaRMSNorm rounds it first).
 """
 
 from __future__ import annotations
@@ -77,5 +76,5 @@ def _forward(x, residual, post_residual_addition, norm, weight_offset, cast):
         return rms_norm(x, x.shape[-1:], weight, norm.variance_epsilon, **options)
     if post_residual_addition is not None:
         residual = residual + post_residual_addition
-    fused_add_rms_norm_(x, residual, weight, norm.variance_epsilon, **options)
+    fused_add_rms_norm_(x, residual, weight, norm.variance_epsilon, **options, round_sum=False)
     return x, residual

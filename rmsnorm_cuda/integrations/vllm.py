@@ -12,10 +12,8 @@ vLLM puts its platform's own implementations behind that, for arguments that our
 Numerics. The op is defined as the norm in fp32, rounded to the weight's dtype, times the weight,
 rounded to the input's. With a weight of the input's dtype that is the Llama family's order, with an
 fp32 weight (GemmaRMSNorm hands 1 + w over in fp32) one rounding: ours is the same but where a value
-is so near to a tie that the roundings of fp32 arithmetic decide. fused_add_rms_norm differs in 16
-bits: ours, as vLLM's CUDA kernel and as the two steps one by one, normalizes the sum as it is
-rounded for the residual, where the definition normalizes the sum before it is rounded. That is
-within the tolerance that vLLM states for the op. In fp32 there is no such rounding.
+is so near to a tie that the roundings of fp32 arithmetic decide. fused_add_rms_norm is that of the
+sum before it is rounded for the residual, as the definition has it (`round_sum=False`).
 
 Declined, and so left to the next implementation: `variance_size`, a weight of another 16-bit dtype
 or one narrower than the input, fp64, a residual of another dtype than the input, and a weight that
@@ -71,7 +69,8 @@ def _fused_add_rms_norm(
     variance_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     cast = _rounds_first(x, weight)
-    return fused_add_rms_norm(x, x_residual, weight, epsilon, cast_before_weight=cast)
+    options = {"cast_before_weight": cast, "round_sum": False}
+    return fused_add_rms_norm(x, x_residual, weight, epsilon, **options)
 
 
 def _rounds_first(x, weight):

@@ -210,6 +210,7 @@ ARGUMENTS = {
     "eps": chosen(None, 1e-6, 1e-5, 0.0, 1e-12, 1.0, 1e30),
     "weight_offset": chosen(0.0, 0.0, 1.0, -0.37, 1e30),
     "cast_before_weight": chosen(False, True),
+    "round_sum": chosen(True, False),
     "dtype": chosen(torch.float8_e4m3fn, torch.float8_e5m2, torch.int8),
     "block": lambda call: st.just(call.block),
     "scale": lambda call: (

@@ -75,10 +75,22 @@ def compute_dtype(*tensors):
 
 
 class Norm:
-    """The norm of x over its last `dims` dimensions, and what a result may be."""
+    """The norm of x over its last `dims` dimensions, and what a result may be. rounds_to: the dtype
+    that x, a sum in fp32, was not rounded to.
+    """
 
-    def __init__(self, x, dims, weight=None, eps=None, weight_offset=0.0, cast_before_weight=False):
+    def __init__(
+        self,
+        x,
+        dims,
+        weight=None,
+        eps=None,
+        weight_offset=0.0,
+        cast_before_weight=False,
+        rounds_to=None,
+    ):
         self.x, self.weight, self.cast = x, weight, cast_before_weight and weight is not None
+        self.rounds_to = rounds_to or x.dtype
         self.axes = tuple(range(x.dim() - dims, x.dim()))
         self.lead = tuple(range(x.dim() - dims))
         if eps is None:
@@ -99,7 +111,9 @@ class Norm:
 
     @property
     def dtype(self):
-        return torch.promote_types(self.x.dtype, self.weight.dtype) if self.cast else self.x.dtype
+        return (
+            torch.promote_types(self.rounds_to, self.weight.dtype) if self.cast else self.rounds_to
+        )
 
     def check(self, y, dtype=None):
         """`y` is the norm in `dtype`, its own unless another is given."""
@@ -108,21 +122,21 @@ class Norm:
         low, high = self._interval(dtype)
         good = is_between(y, low, high)
         if self.gain is not None:  # what vanishes in the dtype computed in, times infinity
-            first = self.x.dtype if self.cast else compute_dtype(self.x, self.weight)
+            first = self.rounds_to if self.cast else compute_dtype(self.x, self.weight)
             tiny = 2.0 ** FORMATS[first][1]
             good |= np.isinf(self.gain) & (np.abs(self.xhat) < tiny) & np.isnan(exact(y))
         assert good.all(), self._told("output", y, low, high, good)
 
     def _interval(self, dtype):
-        first = self.x.dtype if self.cast else dtype  # that is rounded to
+        first = self.rounds_to if self.cast else dtype  # that is rounded to
         slack = SLACK.get(first, SLACK_16_BIT)
         wide = compute_dtype(self.x, self.weight) == torch.float64
         with np.errstate(all="ignore"):
             bounds = [self.xhat * (1 - slack), self.xhat * (1 + slack)]
             if self.cast:
-                bounds = [rounded(b, self.x.dtype) for b in bounds]
-                if self.x.dtype == torch.float32 or wide:
-                    bounds = widened(*bounds, 8 if wide else 1, self.x.dtype)
+                bounds = [rounded(b, first) for b in bounds]
+                if first == torch.float32 or wide:
+                    bounds = widened(*bounds, 8 if wide else 1, first)
                 bounds = [b * self.gain for b in bounds]
             elif self.gain is not None:
                 bounds = [b * self.gain for b in bounds]
@@ -427,6 +441,14 @@ def check_codes(codes, scale, norm, dtype, given=None, block=None, scale_ub=None
             want = rounded(np.where(nan, 0, np.clip(q, -most, most)).astype(LONG), dtype)
             same = np.where(nan, np.isnan(got), got == want)
     assert same.all(), f"{(~same).sum()} of {same.size} codes are wrong"
+
+
+def unrounded_dtype(arguments):
+    """The residual's dtype, where the norm is of a sum that has not been rounded to it."""
+    if arguments.get("round_sum", True) or "residual" not in arguments:
+        return None
+    dtype = arguments["residual"].dtype
+    return dtype if dtype in SIXTEEN_BIT else None
 
 
 def sum_of(input, residual):

@@ -13,7 +13,7 @@ import torch
 from calls import BF16, FP16, Placed, calls
 from cases import same_bits
 from hypothesis import strategies as st
-from judge import Gated, Norm, check_codes, check_rotated, exact, sum_of
+from judge import Gated, Norm, check_codes, check_rotated, exact, sum_of, unrounded_dtype
 
 from rmsnorm_cuda import _C
 
@@ -310,7 +310,8 @@ def check_results(call, arguments, results):
         assert total.dtype == arguments["residual"].dtype
         got = exact(total)
         assert ((got == want) | ((got != got) & (want != want))).all(), "residual_out"
-        x = total
+        options["rounds_to"] = unrounded_dtype(arguments)
+        x = x.float() + arguments["residual"].float() if options["rounds_to"] else total
     norm = Norm(x, call.dims, **options)
     dtype = arguments["input"].dtype
     if norm.cast:
@@ -345,6 +346,7 @@ def check_isas(call, op, arguments, results):
         x = "residual" if "residual" in arguments else "input"
         read = arguments[x], arguments["weight"]
         narrow = all(t is None or t.dtype in (FP16, BF16) for t in read)
+        narrow &= unrounded_dtype(arguments) is None
     for isa in ISAS if main_of(arguments).numel() < 1 << 17 else VECTOR_ISAS:
         got = on(isa, run, op, arguments)
         on(isa, check_results, call, arguments, got)
@@ -397,6 +399,8 @@ def check_steps(call, op, arguments, results):
     """An addition and a norm in one have the bits of both, one after the other."""
     name = "norm" if "scale" in results else "output"
     if "residual" not in arguments or results[name].shape != call.shape:
+        return
+    if unrounded_dtype(arguments):
         return
     names = ("weight", "eps", "weight_offset", "cast_before_weight")
     options = {name: arguments[name] for name in names}
@@ -556,6 +560,17 @@ def check_autograd(call, op, arguments, results):
     grads = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), upstream)))
     x = got.get("residual_out", leaves["input"]).detach()
     options = {n: arguments[n] for n in ("weight", "eps", "weight_offset", "cast_before_weight")}
+    if unrounded_dtype(arguments):  # that of the rounded sum, by the rstd of the other
+        rstd = namespace.fused_add_rms_norm_forward(
+            *(arguments[name] for name in ("input", "residual")), round_sum=False, **options
+        )[2]
+        weight, eps = options.pop("weight"), options.pop("eps")
+        mask = (True, weight is not None)
+        want = namespace.rms_norm_backward(
+            dy, x, call.last, weight, rstd, eps, mask, upstream[1], **options
+        )
+        names = ("residual", "weight") if weight is not None else ("residual",)
+        return assert_same({n: grads[n] for n in names}, dict(zip(names, want)), "autograd")
     Norm(x, call.dims, **options).check_gradients(
         grads.get("residual", grads["input"]),
         grads.get("weight"),

@@ -308,11 +308,13 @@ std::vector<Forward> forward_mixes() {
 // A sum that is formed before it is normalized. Its bits are those of the sum rounded once, y's
 // those of the norm of that, rounded to the dtype of the input where the residual is a wider one.
 // In place: the sum takes the place of the residual, and y that of the input if it has its dtype.
+// unrounded: y and rstd are those of the formula, of the sum in fp32.
 struct Fused {
   Forward f;
   bool narrow, in_place;
   DType y_type;
-  Tensor input, residual, sum, w, x, y;
+  Tensor input, residual, sum, unrounded_sum, w, x, y, rstd;
+  bool unrounded = false;
 
   Fused(const Forward& forward, DType input_type, int64_t rows, int64_t cols, Layout layout,
         bool replace)
@@ -323,9 +325,11 @@ struct Fused {
         input(input_type, rows, cols, layout, kGuard),
         residual(f.x_type, rows, cols, layout, kGuard),
         sum(f.x_type, rows, cols),
+        unrounded_sum(DType::kFloat32, rows, cols),
         w(f.w_type, 1, cols),
         x(f.x_type, rows, cols, layout, kGuard),
-        y(y_type, rows, cols, layout, kGuard) {
+        y(y_type, rows, cols, layout, kGuard),
+        rstd(f.rstd_type(), 1, rows, Layout::kDense, kGuard) {
     fill_normal(input);
     fill_normal(residual, 3);
     fill_normal(w, 0.5, 1);
@@ -335,10 +339,12 @@ struct Fused {
 
   void add() {
     const bool in_double = f.x_type == DType::kFloat64 || input.dtype == DType::kFloat64;
-    fill(sum, [&](int64_t row, int64_t col) {
+    const auto total = [&](int64_t row, int64_t col) {
       const Real left = input.get(row, col), right = residual.get(row, col);
       return in_double ? Real(double(left) + double(right)) : Real(float(left) + float(right));
-    });
+    };
+    fill(sum, total);
+    fill(unrounded_sum, total);
   }
   template <class F>
   void fill_addends(const F& value) {
@@ -350,16 +356,34 @@ struct Fused {
   Tensor& x_there() { return in_place ? residual : x; }
   Tensor& y_there() { return in_place && y_type == input.dtype ? input : y; }
   RmsNormForward params() {
-    RmsNormForward p = ::params(f, x_there(), w, y_there(), nullptr);
+    RmsNormForward p = ::params(f, x_there(), w, y_there(), unrounded ? rstd.data() : nullptr);
     p.y_dtype = y_type;
-    p.addends = {input.data(), residual.data(), input.dtype, input.place, residual.place};
+    p.addends = {input.data(), residual.data(), input.dtype,
+                 input.place,  residual.place,  unrounded};
     return p;
   }
+  bool is_unrounded() const { return unrounded && format(f.x_type).bytes == 2; }
   // norm: that of `sum`, by the same kernels.
-  void compare(Tensor& norm, const char* where) {
-    const std::string name = std::string("fused ") + where + " " + f.name() +
-                             " input=" + format(input.dtype).name + " " + std::to_string(sum.rows) +
-                             "x" + std::to_string(sum.cols) + (in_place ? " in place" : "");
+  void compare(Tensor& norm, const char* where, int64_t rstd_bound = 1) {
+    const std::string name = std::string(unrounded ? "unrounded " : "fused ") + where + " " +
+                             f.name() + " input=" + format(input.dtype).name + " " +
+                             std::to_string(sum.rows) + "x" + std::to_string(sum.cols) +
+                             (in_place ? " in place" : "");
+    if (is_unrounded()) {
+      compare_forward(f, unrounded_sum, w, y_there(), rstd, name.c_str(), rstd_bound);
+      int64_t others = 0;  // a rounded sum has a norm within an ulp too
+      for (int64_t row = 0; row < sum.rows; ++row) {
+        const Real of_row = reference_rstd(f, unrounded_sum, row);
+        for (int64_t col = 0; col < sum.cols; ++col)
+          others += error(f, unrounded_sum.get(row, col), of_row, f.weight(w, col),
+                          y_there().bits(row, col)) != 0;
+      }
+      check(others <= 2 + sum.rows * sum.cols / 100, "%s: %ld are not rounded to nearest",
+            name.c_str(), others);
+      check(x_there().same_bits(sum), "%s: sum", name.c_str());
+      check(x_there().guards_intact(), "%s: wrote outside", name.c_str());
+      return;
+    }
     bool same = true;
     for (int64_t row = 0; row < sum.rows; ++row)
       for (int64_t col = 0; col < sum.cols; ++col)

@@ -81,19 +81,23 @@ void check_forward(const Forward& f, int64_t rows, int64_t cols, Layout layout) 
   check(x.same_bits(y), "%s: in place", name.c_str());
 }
 
-void check_fused(Fused fused) {
+void check_fused(Fused fused, bool unrounded = false) {
+  if (!unrounded && fused.input.dtype != DType::kFloat64) check_fused(fused, true);
+  fused.unrounded = unrounded;
   Tensor norm(fused.f.y_type(), fused.sum.rows, fused.sum.cols);
   run_forward(fused.f, fused.sum, fused.w, norm, nullptr);
   RmsNormForward p = fused.params();
   OnDevice input(fused.input), residual(fused.residual), w(fused.w), x(fused.x), y(fused.y);
+  OnDevice rstd(fused.rstd);
   if (p.weight) p.weight = w.data();
+  if (p.rstd) p.rstd = rstd.data();
   p.addends.input = input.data(), p.addends.residual = residual.data();
   p.x = fused.in_place ? residual.data() : x.data();
   p.y = &fused.y_there() == &fused.input ? input.data() : y.data();
   expect(cuda::rms_norm_forward(p, nullptr), "rms_norm_forward");
   expect(cudaDeviceSynchronize(), "rms_norm_forward");
-  input.fetch(), residual.fetch(), x.fetch(), y.fetch();
-  fused.compare(norm, "");
+  input.fetch(), residual.fetch(), x.fetch(), y.fetch(), rstd.fetch();
+  fused.compare(norm, "", 2);
 }
 
 Gradients run_backward(Backward& b, bool want_dx, bool want_dweight) {

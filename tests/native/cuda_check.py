@@ -348,6 +348,86 @@ def run_forward(
     return y, rb.read() if rb else None, yt
 
 
+def run_unrounded(
+    gpu, x, residual, t, w, wt, *, cast=False, offset=0.0, pad=0, shift=0, in_place=False
+):
+    """(y, rstd, sum) of a sum that is normalized before it is rounded to t; in place, y and the sum
+    where its addends were."""
+    rows, cols = x.shape
+    yt = promoted(t, wt if w is not None else t) if cast else t
+    layout = Layout([rows], [cols + pad], cols)
+
+    def buffer(values):
+        return Buffer(gpu, layout.place(values, nan_of(t)), shift * values.itemsize)
+
+    def blank(dtype):
+        full = np.full(layout.elements, nan_of(dtype), RAW[dtype])
+        return Buffer(gpu, full, shift * full.itemsize)
+
+    xb, old, wb = buffer(x), buffer(residual), Buffer(gpu, w) if w is not None else None
+    here = in_place and yt == t
+    yb, total = xb if here else blank(yt), old if in_place else blank(t)
+    rb = Buffer(gpu, np.full(rows, nan_of(F32), RAW[F32]))
+    p = STRUCTS["RmsNormForward"](
+        x=total.address,
+        weight=wb and wb.address,
+        y=yb.address,
+        rstd=rb.address,
+        x_rows=layout.rows,
+        y_rows=layout.rows,
+        rows=rows,
+        cols=cols,
+        eps=1e-6,
+        weight_offset=offset,
+        cast_before_weight=cast,
+        x_dtype=t,
+        w_dtype=wt if w is not None else t,
+        y_dtype=yt,
+        addends=Addends(
+            input=xb.address,
+            residual=old.address,
+            input_dtype=t,
+            input_rows=layout.rows,
+            residual_rows=layout.rows,
+            unrounded=True,
+        ),
+    )
+    gpu.check(gpu.k.forward(ctypes.byref(p), None))
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    if wb:
+        wb.read()
+    if not here:
+        assert (xb.read() == layout.place(x, nan_of(t))).all(), "input was written"
+    if not in_place:
+        assert (old.read() == layout.place(residual, nan_of(t))).all(), "residual was written"
+    y, sums = yb.read(), total.read()
+    for flat, dtype in ((y, yt), (sums, t)):
+        between = np.ones(flat.shape, bool)
+        between[layout.index] = False
+        assert (flat[between] == nan_of(dtype)).all(), "written between the rows"
+    return y[layout.index], rb.read(), sums[layout.index], yt
+
+
+def check_unrounded(gpu, x, residual, t, w, wt, *, cast=False, offset=0.0, **how):
+    y, rstd, sums, yt = run_unrounded(gpu, x, residual, t, w, wt, cast=cast, offset=offset, **how)
+    with np.errstate(all="ignore"):
+        exact = decode(x, t).astype(np.float32) + decode(residual, t).astype(np.float32)
+    assert (sums == encode(exact.astype(np.float64), t)).all(), "the sum"
+    raw = exact.view(np.uint32)
+    want, r = reference_forward(raw, F32, None, F32, 1e-6, 0.0, False)
+    assert (ulps(rstd, encode(r, F32), F32) <= 2).all(), "rstd"
+    g = gain(w, wt if w is not None else t, t, x.shape[1], offset, F64 in (wt,))
+    off = None
+    for nudge in (0, 2.0**-22, -(2.0**-22)) if cast else (0,):
+        n = wide(encode(want * (1 + nudge), t), t) if cast else want
+        with np.errstate(all="ignore"):
+            one = ulps(y, encode(np.float64(n * g), yt), yt)
+        off = one if off is None else np.minimum(off, one)
+    assert (off <= 1).all(), f"y is {off.max()} ulps off"
+    assert (off != 0).mean() <= 0.01 + 2 / off.size, "y is not rounded to the nearest"
+    return y, rstd, sums
+
+
 E4M3, E5M2, INT8 = range(3)  # QType
 MOST = [448.0, 57344.0, 127.0]
 
@@ -409,6 +489,7 @@ def run_quant(
     cast=False,
     offset=0.0,
     residual=None,
+    unrounded=False,
     shift=0,
     eps=1e-6,
 ):
@@ -469,6 +550,7 @@ def run_quant(
             input_dtype=xt,
             input_rows=place,
             residual_rows=place,
+            unrounded=unrounded,
         )
     gpu.check(gpu.k.forward(ctypes.byref(p), None))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
@@ -1598,6 +1680,35 @@ def shared_rows(gpu, rng, quick):
                         )
 
 
+def unrounded(gpu, rng, quick):
+    """Sums that are normalized before they are rounded: rows in registers, in shared memory, of
+    clusters, and read twice; in place, misaligned, one of them rescued."""
+    lengths = [1, 7, 33, 128, 300, 1000, 1024, 4097, 9001]
+    cases = [(cols, t) for cols in lengths for t in (BF16, F16)]
+    cases += [(20003, BF16), (70008, F16), (300_001, BF16), (600_004, BF16), (1_000_003, F16)]
+    for n, (cols, t) in enumerate(cases):
+        wt = (t, F32, None, F16, F64)[n % 5 if cols < 10_000 else n % 2]
+        cast, offset = n % 3 == 0 and wt is not None, float(n % 3 == 1)
+        rows = 5 if cols < 10_000 else 2
+        x, residual = (random_values(rng, (rows, cols), t) for _ in range(2))
+        w = None if wt is None else random_values(rng, cols, wt)
+        if t == BF16:  # out of the fast path's range
+            x[1] = encode(decode(x[1], t) * 1e25, t)
+            residual[-1] = encode(decode(residual[-1], t) * 1e-24, t)
+            x[-1] = encode(decode(x[-1], t) * 1e-24, t)
+        with Case(op="unrounded", x=NAMES[t], w=wt and NAMES[wt], cols=cols, cast=cast):
+            how = {"cast": cast, "offset": offset}
+            got = check_unrounded(gpu, x, residual, t, w, wt, **how)
+            for order in ("reverse", "random:3"):
+                gpu.option("order", order)
+                layout = {"pad": n % 3, "shift": n % 2}
+                again = check_unrounded(gpu, x, residual, t, w, wt, in_place=True, **how, **layout)
+                assert all((a == b).all() for a, b in zip(got, again)), f"in place, {order}"
+            gpu.option("order", "seq")
+            one = run_unrounded(gpu, x[1:2], residual[1:2], t, w, wt, **how)
+            assert all((a[1] == b[0]).all() for a, b in zip(got, one)), "a row alone"
+
+
 def quantized(gpu, rng, quick):
     """The bits of the norm, then the steps one by one: every format, way of scales and kernel."""
     lengths = (1, 7, 64, 96, 128, 384, 576, 1000, 1024, 4096, 5120, 16384, 40960, 300_032)
@@ -1642,6 +1753,7 @@ def quantized(gpu, rng, quick):
                             F32 if turn % 8 == 0 else xt,
                         )
                         how = kind | {"cast": cast, "offset": offset}
+                        unrounded = with_add and turn % 3 == 0 and xt != F32 and residual[1] == xt
                         codes, scales, norm, total = run_quant(
                             gpu,
                             x,
@@ -1652,6 +1764,7 @@ def quantized(gpu, rng, quick):
                             keep_norm=turn % 5 == 0,
                             shift=turn % 7 % 3,
                             residual=residual if with_add else None,
+                            unrounded=unrounded,
                             **how,
                         )
                         source, st = (total, residual[1]) if with_add else (x, xt)
@@ -1660,9 +1773,13 @@ def quantized(gpu, rng, quick):
                                 residual[0], st
                             ).astype(np.float32)
                             assert (total == encode(sums.astype(np.float64), st)).all(), "sum"
-                        y, _, yt = run_forward(
-                            gpu, source, st, w, wt, cast=cast, offset=offset, want_rstd=False
-                        )
+                        options = {"cast": cast, "offset": offset}
+                        if unrounded:
+                            y, _, _, yt = run_unrounded(gpu, x, residual[0], xt, w, wt, **options)
+                        else:
+                            y, _, yt = run_forward(
+                                gpu, source, st, w, wt, want_rstd=False, **options
+                            )
                         narrow = promoted(xt, wt if w is not None else xt) if cast else xt
                         if (
                             narrow != yt
@@ -2043,6 +2160,7 @@ def main():
         backward_forms,
         many_rows,
         shared_rows,
+        unrounded,
         quantized,
         rope,
         gated,

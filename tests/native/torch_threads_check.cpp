@@ -53,7 +53,7 @@ constexpr int kThreads = 6, kRounds = 30, kCols = 1000;
 std::vector<Tensor> work(const Tensor& x, const Tensor& residual, const Tensor& weight) {
   const c10::SymInt cols = kCols;
   const Tensor leaf = x.detach().set_requires_grad(true);
-  const auto [y, sum] = ops::fused_add_rms_norm::call(leaf, residual, weight, 1e-6, 0, false);
+  const auto [y, sum] = ops::fused_add_rms_norm::call(leaf, residual, weight, 1e-6, 0, false, true);
   std::vector<Tensor> results = torch::autograd::grad({y}, {leaf}, {residual.to(y.scalar_type())});
   const Tensor out = at::empty_like(x);
   ops::rms_norm_out::call(x, cols, weight, 1e-6, 0, false, out);
