@@ -38,7 +38,10 @@ def type_of(argument):
 
 def parameter(argument):
     text = f"{argument.name}: {type_of(argument)}"
-    return f"{text} = {argument.default_value!r}" if argument.has_default_value() else text
+    if not argument.has_default_value():
+        return text
+    default = repr(argument.default_value).replace("'", '"')
+    return f"{text} = {default}"
 
 
 def result(schema):
