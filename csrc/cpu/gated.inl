@@ -6,7 +6,7 @@
 // e^x of x <= 0, within 1 ulp.
 INLINE V exp_of_negative(V x) {
   const V lowest = set1(-104.0f), whole = set1(0x1.8p23f);  // e^-104 is 0; its units are 1
-  x = x < lowest ? lowest : x;
+  x = Isa::at_least(x, lowest);
   const V shifted = Isa::fma(x, set1(0x1.715476p0f), whole), n = shifted - whole;
   // ln 2 in two parts: n times the first is exact.
   const V r = Isa::fma(n, set1(-0x1.7f7d1cp-20f), Isa::fma(n, set1(-0x1.62e4p-1f), x));
@@ -16,36 +16,25 @@ INLINE V exp_of_negative(V x) {
   p = Isa::fma(p, r, set1(0x1.5558f2p-5f));
   p = Isa::fma(p, r, set1(0x1.555492p-3f));
   p = Isa::fma(p, r, set1(0x1.fffffcp-2f));
-  return Isa::scale_down(Isa::fma(r * r, p, r) + set1(1.0f), n);
-}
-
-// 1 / s of 1 <= s <= 2, within 0.6 ulp: a division takes as long as all of an activation else. The
-// polynomial is off by a 577th at most, and what is left of that, cubed, is below 2^-27.
-INLINE V reciprocal(V s) {
-  const V one = set1(1.0f);
-  if constexpr (!Isa::kFma) return one / s;
-  V r = Isa::fma(set1(-0x1.c65286p-3f), s, set1(0x1.54bde4p0f));
-  r = Isa::fma(r, s, set1(-0x1.783c56p1f));
-  r = Isa::fma(r, s, set1(0x1.6a09c2p1f));
-  const V rest = Isa::fma(-s, r, one);
-  return Isa::fma(r, Isa::fma(rest, rest, rest), r);
+  p = Isa::fma(p, r, set1(1.0f));
+  return Isa::scale_down(Isa::fma(p, r, set1(1.0f)), n);
 }
 
 // sigmoid(g) = e / (1 + e) with e = e^g, in which nothing overflows if e is that of -|g|.
 struct Sigmoid {
-  V over, under, inverse;  // over * inverse, and one less that is under * inverse
+  V over, under, sum;  // over / sum, and one less that is under / sum
 
   INLINE explicit Sigmoid(V g) {
     const V one = set1(1.0f), e = exp_of_negative(V(I32(g) | int32_t(0x80000000)));
     over = g < V{} ? e : one;
     under = g < V{} ? one : e;
-    inverse = reciprocal(one + e);
+    sum = one + e;
   }
 };
 
 template <Activation kActivation>
 INLINE V activated(V g, const Sigmoid& s) {
-  return (kActivation == Activation::kSilu ? g * s.over : s.over) * s.inverse;
+  return (kActivation == Activation::kSilu ? g * s.over : s.over) / s.sum;
 }
 template <Activation kActivation>
 INLINE V activated(V g) {
@@ -59,8 +48,8 @@ struct Slope {
 template <Activation kActivation>
 INLINE Slope with_slope(V g) {
   const Sigmoid s(g);
-  const V value = activated<kActivation>(g, s);
-  const V sigmoid = s.over * s.inverse, rest = s.under * s.inverse;
+  const V value = activated<kActivation>(g, s), inverse = set1(1.0f) / s.sum;
+  const V sigmoid = s.over * inverse, rest = s.under * inverse;
   if constexpr (kActivation == Activation::kSigmoid) return {value, sigmoid * rest};
   return {value, Isa::fma(g * sigmoid, rest, sigmoid)};
 }

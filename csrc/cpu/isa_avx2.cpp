@@ -94,6 +94,8 @@ struct Isa : OptionalVerbs {
     return v;
   }
 
+  static INLINE V at_least(V v, V least) { return _mm256_max_ps(least, v); }
+
   static constexpr bool kStreams = true;
   static INLINE void stream(void* p, V v) { _mm256_stream_ps(static_cast<float*>(p), v); }
   static INLINE void stream_bits(void* p, __m128i bits) {

@@ -104,6 +104,7 @@ struct Isa : OptionalVerbs {
   static INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static INLINE V fmsub(V a, V b, V c) { return _mm512_fmsub_ps(a, b, c); }
 
+  static INLINE V at_least(V v, V least) { return _mm512_max_ps(least, v); }
   static INLINE V scale_down(V v, V n) { return _mm512_scalef_ps(v, n); }
 
   // A core may load no more than 64 bytes in a cycle.

@@ -57,6 +57,9 @@ struct OptionalVerbs {
         ((__builtin_convertvector(v, D) * a) * ... * __builtin_convertvector(w, D)), T);
   }
 
+  // A NaN stays.
+  static INLINE V at_least(V v, V least) { return v < least ? least : v; }
+
   // v * 2^n of a whole n from -150 to 0, rounded once: in two steps, of which the first is exact.
   static INLINE V scale_down(V v, V n) {
     const I32 exponent = __builtin_convertvector(n, I32), half = exponent >> 1;
