@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "checks.h"
 #include "formula.h"
@@ -105,18 +106,33 @@ void with_type(DType type, const F& f) {
   f(at::BFloat16{});
 }
 
-// As torch multiplies by a number.
+// As torch multiplies by a number, in fp32 (fp64) and rounded.
+template <class T, class Compute>
+T times(T x, Compute factor) {
+  return static_cast<T>(static_cast<Compute>(x) * factor);
+}
+// By the bits: with a branch, as c10 rounds, or with a comparison of floats, the loop stays scalar.
+inline at::BFloat16 times(at::BFloat16 x, float factor) {
+  const uint32_t wide = static_cast<uint32_t>(x.x) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  value *= factor;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  x.x = static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded);
+  return x;
+}
+
 void scale_rows(const RmsNormForward& p, double scale, int64_t begin, int64_t end) {
   with_type(p.x_dtype, [&](auto zero) {
     using T = decltype(zero);
-    using Compute = at::opmath_type<T>;
-    const auto factor = static_cast<Compute>(scale);
+    const auto factor = static_cast<at::opmath_type<T>>(scale);
     for (int64_t row = begin; row < end; ++row) {
       T* const x = static_cast<T*>(const_cast<void*>(p.x)) + p.x_rows.offset(row);
 #pragma omp simd
-      for (int64_t i = 0; i < p.cols; ++i) {
-        x[i] = static_cast<T>(static_cast<Compute>(x[i]) * factor);
-      }
+      for (int64_t i = 0; i < p.cols; ++i) x[i] = times(x[i], factor);
     }
   });
 }
