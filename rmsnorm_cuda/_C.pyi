@@ -115,6 +115,60 @@ def rms_norm(
     cast_before_weight: bool,
     /,
 ) -> Tensor | None: ...
+def rms_norm_add(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+    /,
+) -> Tensor | None: ...
+def rms_norm_add_out(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    cast_before_weight: bool,
+    out: Tensor | None,
+    /,
+) -> bool | None: ...
+def rms_norm_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    scale: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    /,
+) -> tuple[Tensor, Tensor] | None: ...
+def rms_norm_add_rms_norm_(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    scale: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    /,
+) -> bool | None: ...
+def rms_norm_add_rms_norm_out(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    scale: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    out: Tensor | None,
+    residual_out: Tensor | None,
+    /,
+) -> bool | None: ...
 def rms_norm_forward(
     input: Tensor,
     normalized_shape: int | Sequence[int],

@@ -3,6 +3,8 @@
     rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0, ...)
     fused_add_rms_norm(input, residual, weight=None, eps=None, *, ...) -> (output, residual_out)
     rms_norm_quant(input, weight=None, eps=None, *, dtype, scale=None, ...) -> (output, scale)
+    rms_norm_add(input, residual, weight=None, eps=None, *, ...)      residual + norm(input)
+    rms_norm_add_rms_norm(input, residual, input_weight, weight, eps=None, *, ...)   and its norm
     rms_norm_gated(input, gate, weight=None, eps=None, *, activation="silu", group_size=None, ...)
     rms_norm_rope(q, k, q_weight, k_weight, cos, sin, ...) -> (q, k)
     rms_norm_sharded(input, normalized_size, ..., group=None)   rows spread over ranks
@@ -11,9 +13,9 @@
     replace_rms_norm(model), patch_transformers(*types)         swap a model's norms for ours
     monitor(model)                                              watches what norms are given
 
-fused_add_rms_norm_ and rms_norm_rope_ work in place; fused_add_rms_norm_quant does all three steps.
-include_dir(), library_dir(), torch_library_dir() and cmake_dir() are for C++. `python -m
-rmsnorm_cuda` shows what is built and checks it.
+fused_add_rms_norm_, rms_norm_add_rms_norm_ and rms_norm_rope_ work in place;
+fused_add_rms_norm_quant does all three steps. include_dir(), library_dir(), torch_library_dir() and
+cmake_dir() are for C++. `python -m rmsnorm_cuda` shows what is built and checks it.
 """
 
 from importlib import import_module
@@ -30,6 +32,9 @@ from .functional import (
     fused_add_rms_norm_,
     fused_add_rms_norm_quant,
     rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+    rms_norm_add_rms_norm_,
     rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
@@ -49,6 +54,7 @@ __version__ = "0.1.0"
 __all__ = ["RMSNorm", "rms_norm", "rms_norm_quant", "rms_norm_rope", "rms_norm_rope_"]
 __all__ += ["RMSNormGated", "rms_norm_gated", "rms_norm_sharded"]
 __all__ += ["fused_add_rms_norm", "fused_add_rms_norm_", "fused_add_rms_norm_quant"]
+__all__ += ["rms_norm_add", "rms_norm_add_rms_norm", "rms_norm_add_rms_norm_"]
 __all__ += ["config", "decompositions", "monitor", "monitoring", "ops"]
 __all__ += ["patch_transformers", "replace_rms_norm"]
 __all__ += ["cmake_dir", "include_dir", "library_dir", "torch_library_dir"]

@@ -156,6 +156,12 @@ def checks(device, generator):
         for got, want in zip(rmsnorm_cuda.fused_add_rms_norm(*args, 1e-6), (norm, total)):
             ulps = ulp_distance(got.cpu(), want).max().item()
             yield "fused", f"fused_add_rms_norm {name}", ulps, 0
+        first = rmsnorm_cuda.rms_norm(args[0], cols, args[2], 1e-6)
+        want = rmsnorm_cuda.fused_add_rms_norm(first, *args[1:], 1e-6)
+        got = rmsnorm_cuda.rms_norm_add_rms_norm(*args, args[2], 1e-6)
+        for a, b in zip(got, want):
+            ulps = ulp_distance(a.cpu(), b.cpu()).max().item()
+            yield "fused", f"rms_norm_add_rms_norm {name}", ulps, 0
         output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*args, 1e-6, dtype=quant_dtype)
         want, want_scale = quantize_reference(norm, quant_dtype)
         differing = (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item()

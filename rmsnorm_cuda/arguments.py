@@ -48,6 +48,7 @@ def _converted(value, expected):
 
 _KINDS = {  # what each argument is expected to be
     **dict.fromkeys(("input", "residual", "gate", "weight", "scale", "out"), "a Tensor"),
+    "input_weight": "a Tensor",
     **dict.fromkeys(("q", "k", "q_weight", "k_weight", "cos", "sin", "positions"), "a Tensor"),
     **dict.fromkeys(("eps", "scale_ub", "weight_offset"), "a number"),
     **dict.fromkeys(("cast_before_weight", "column_major", "keep_norm", "round_sum"), "a bool"),
@@ -76,12 +77,14 @@ def _checked(op, name, given):
     if given is None and _is_optional(op, name):
         return None
     expected = _KINDS[name]
+    if name == "scale" and op.startswith("rms_norm_add"):  # of the sum, not of 8 bits
+        expected = "a number"
     value = _converted(given, expected)
     if value is NotImplemented:
         expected += " or None" if _is_optional(op, name) else ""
         name = "return_norm" if name == "keep_norm" else name  # as the function calls it
         got = type(given).__name__
-        if name == "weight" and isinstance(given, int | tuple | list) and op != "rms_norm":
+        if "weight" in name and isinstance(given, int | tuple | list) and op != "rms_norm":
             got += "; it normalizes the last dimension, and takes no normalized_shape"
         raise TypeError(f"{op}: expected {name} to be {expected}, but got {got}")
     return value

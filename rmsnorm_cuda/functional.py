@@ -316,6 +316,186 @@ def fused_add_rms_norm_(
     _ops.fused_add_rms_norm_(*args.values(), **options)
 
 
+def rms_norm_add(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The norm of what a sublayer returned, and the residual addition: `residual + norm(input)`, as
+    in Olmo 2 and 3 and behind the MLP of Gemma 2 to 4.
+
+    The same bits as the two steps: `input` is normalized over the last dimension and rounded as
+    :func:`rms_norm` does it; the sum is formed in fp32 (fp64 if both are fp64) and rounded once, to
+    the dtype of ``residual``. Differentiable in all three tensors; the roundings count as the
+    identity. On the CPU it is one pass, a few rows at a time; on CUDA two kernels, a norm and
+    torch's addition.
+
+    Args:
+        input: ``(*, N)``, fp32, fp16, bf16 or fp64; rows may be strided.
+        residual: the same shape; the norm's dtype (that of ``input``; with ``cast_before_weight``
+            the promotion of that and the weight's) or, beside 16 bits, fp32.
+        weight: ``(N,)`` in any of these dtypes, or None.
+        eps: added to the mean of the squares; None: the machine epsilon of the type computed in.
+        weight_offset, cast_before_weight: as of :func:`rms_norm`.
+        out: written to and returned instead of a new tensor: same shape, ``residual``'s dtype,
+            dense rows. May be ``input`` or ``residual``. Refused where a gradient would be
+            recorded.
+
+    Returns: ``(*, N)`` in ``residual``'s dtype, contiguous.
+
+    Raises:
+        NotImplementedError: a dtype that is not one of the four.
+        TypeError: an argument is of the wrong Python type.
+        ValueError: ``eps`` or ``weight_offset`` is not finite, or ``eps`` negative; ``input`` is a
+            scalar.
+        RuntimeError: shapes, dtypes or devices do not match; ``out`` does not fit, or overlaps what
+            is read partly. Nothing is written when an error is raised.
+    """
+    if not is_dynamo_compiling():
+        if out is None:
+            y = _C.rms_norm_add(input, residual, weight, eps, weight_offset, cast_before_weight)
+            if y is not None:
+                return y
+        else:
+            if _C.rms_norm_add_out(
+                input, residual, weight, eps, weight_offset, cast_before_weight, out
+            ):
+                return out
+            checked("rms_norm_add", {"out": out})
+    args = {"input": input, "residual": residual, "weight": weight, "eps": eps}
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    if out is None:
+        return _call(_ops.rms_norm_add, args, options, None)
+    _call(_ops.rms_norm_add, args, options, {"out": out})
+    return out
+
+
+def rms_norm_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None = None,
+    *,
+    scale: float = 1,  # an int, as weight_offset of rms_norm
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What stands between two sublayers that have norms on both sides, as those of Gemma 2 to 4:
+    the norm of what the one returned, the residual addition, and the norm for the next.
+
+    ``residual_out = (residual + norm(input) * input_weight) * scale`` and ``output =
+    norm(residual_out) * weight``, to the bits of the steps: :func:`rms_norm`; the sum in fp32 (fp64
+    if both are fp64), rounded once, to the dtype of ``residual``; unless it is 1 times ``scale``,
+    rounded again; then the norm, as :func:`fused_add_rms_norm` forms it. Both norms are over the
+    last dimension, with the same eps and options. Differentiable in all four tensors; the roundings
+    count as the identity. The gradient that flows into the sum is added in the pass that forms that
+    of its norm.
+
+    On the CPU all of it happens to a few rows at a time, which stay in the caches between the
+    steps. On CUDA it is two kernels, the norm and the fused addition, and the first result passes
+    through memory; with a ``scale`` four.
+
+    Args:
+        input: ``(*, N)``, fp32, fp16, bf16 or fp64; rows may be strided.
+        residual: the same shape; the dtype of ``input``'s norm (that of ``input``; with
+            ``cast_before_weight`` the promotion of that and ``input_weight``'s) or, beside 16 bits,
+            fp32.
+        input_weight: of the norm of ``input``, ``(N,)`` in any of these dtypes, or None.
+        weight: of the norm of the sum, alike.
+        eps: added to both means of squares; None: the machine epsilon of the type computed in.
+        scale: what the sum is multiplied by, finite.
+        weight_offset: added to both weights in fp32; 1.0 is the Gemma family.
+        cast_before_weight: round before the weight is multiplied in, as of :func:`rms_norm` and
+            :func:`fused_add_rms_norm`.
+        out: ``(output, residual_out)`` to write to and return instead of new tensors, with dense
+            rows; they may be ``input`` and ``residual``. Refused where a gradient would be
+            recorded.
+
+    Returns:
+        ``(output, residual_out)``: ``(*, N)`` in the dtype of ``input``'s norm (with
+        ``cast_before_weight`` the promotion of that and the weight's), and ``(*, N)`` in
+        ``residual``'s.
+
+    Raises:
+        NotImplementedError: a dtype that is not one of the four.
+        TypeError: an argument is of the wrong Python type; ``out`` is no tuple.
+        ValueError: ``eps``, ``scale`` or ``weight_offset`` is not finite, or ``eps`` negative;
+            ``input`` is a scalar; ``out`` holds another number of tensors.
+        RuntimeError: shapes, dtypes or devices do not match; ``out`` does not fit, or overlaps what
+            is read partly. Nothing is written then.
+    """
+    if out is None and not is_dynamo_compiling():
+        results = _C.rms_norm_add_rms_norm(
+            input, residual, input_weight, weight, eps, scale, weight_offset, cast_before_weight
+        )
+        if results is not None:
+            return results
+    if out is not None:
+        check_out("rms_norm_add_rms_norm", out, 2)
+        if not is_dynamo_compiling():
+            if _C.rms_norm_add_rms_norm_out(
+                input, residual, input_weight, weight, eps, scale, weight_offset,
+                cast_before_weight, *out,
+            ):  # fmt: skip
+                return tuple(out)
+    args, options = _sandwich_arguments(
+        input, residual, input_weight, weight, eps, scale, weight_offset, cast_before_weight
+    )
+    if out is None:
+        return _call(_ops.rms_norm_add_rms_norm, args, options, None)
+    written = dict(zip(("out", "residual_out"), out))
+    _call(_ops.rms_norm_add_rms_norm, args, options, written)
+    return tuple(out)
+
+
+def rms_norm_add_rms_norm_(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None = None,
+    *,
+    scale: float = 1,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+) -> None:
+    """:func:`rms_norm_add_rms_norm` in place, for inference: ``input`` becomes the output and
+    ``residual`` the sum.
+
+    Rows may be strided; the last dimension has to be contiguous. Arguments as there.
+
+    Raises:
+        RuntimeError: one of the tensors requires grad; ``input`` and ``residual`` share memory;
+            rows overlap or are not contiguous; the result would not have ``input``'s dtype
+            (``cast_before_weight`` beside a wider weight). Nothing is written then.
+    """
+    if not is_dynamo_compiling():
+        if _C.rms_norm_add_rms_norm_(
+            input, residual, input_weight, weight, eps, scale, weight_offset, cast_before_weight
+        ):
+            return
+    args, options = _sandwich_arguments(
+        input, residual, input_weight, weight, eps, scale, weight_offset, cast_before_weight
+    )
+    if not is_dynamo_compiling():
+        args, options = checked("rms_norm_add_rms_norm_", args, options)
+    _ops.rms_norm_add_rms_norm_(*args.values(), **options)
+
+
+def _sandwich_arguments(*values):
+    """By the names of the schema: arguments and options."""
+    names = "input", "residual", "input_weight", "weight", "eps"
+    flags = "scale", "weight_offset", "cast_before_weight"
+    return dict(zip(names, values)), dict(zip(flags, values[len(names) :]))
+
+
 def rms_norm_rope(
     q: Tensor,
     k: Tensor | None,

@@ -120,6 +120,110 @@ def rms_norm(
     cast_before_weight: bool = False,
     out: Tensor,
 ) -> None: ...
+@overload
+def rms_norm_add(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor: ...
+@overload
+def rms_norm_add(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    out: Tensor,
+) -> None: ...
+def rms_norm_add_formula(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor: ...
+def rms_norm_add_forward(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+
+rms_norm_add_forward_formula = rms_norm_add_forward
+
+@overload
+def rms_norm_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None = None,
+    *,
+    scale: float = 1.0,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rms_norm_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None = None,
+    *,
+    scale: float = 1.0,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    out: Tensor,
+    residual_out: Tensor,
+) -> None: ...
+def rms_norm_add_rms_norm_(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None = None,
+    *,
+    scale: float = 1.0,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> None: ...
+def rms_norm_add_rms_norm_formula(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None = None,
+    *,
+    scale: float = 1.0,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm_add_rms_norm_forward(
+    input: Tensor,
+    residual: Tensor,
+    input_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None = None,
+    *,
+    scale: float = 1.0,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+rms_norm_add_rms_norm_forward_formula = rms_norm_add_rms_norm_forward
+
 def rms_norm_backward(
     grad_output: Tensor,
     input: Tensor,

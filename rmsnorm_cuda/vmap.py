@@ -353,6 +353,49 @@ def _gated(name, grads=0):
     return rule
 
 
+def _added(name, weights):
+    """Of an op whose arguments are input, residual and so many weights. Where samples have weights
+    of their own, the formula.
+    """
+    op, formula = (getattr(_ops, n).default for n in (name, f"{name}_formula"))
+
+    def rule(info, in_dims, *args, **options):
+        dims = [*in_dims, *(None,) * (len(args) - len(in_dims))]
+        if any(dim is not None for dim in dims[2 : 2 + weights]):
+            return _by_formula(formula, dims, args, options)
+        front = (_front(t, dim, info.batch_size) for t, dim in zip(args[:2], dims))
+        results = op(*front, *args[2:], **options)
+        return results, 0 if isinstance(results, torch.Tensor) else (0,) * len(results)
+
+    return rule
+
+
+def _rms_norm_add_rms_norm_(info, in_dims, *args, **options):
+    if None in in_dims[:2]:
+        raise RuntimeError(
+            "rms_norm_add_rms_norm_: under vmap, input and residual are overwritten by results for "
+            "each sample, but one of them is not batched; use rms_norm_add_rms_norm"
+        )
+    input, residual = (t.movedim(dim, 0) for t, dim in zip(args, in_dims[:2]))
+    if in_dims[2] is None and in_dims[3] is None:
+        _ops.rms_norm_add_rms_norm_(input, residual, *args[2:], **options)
+        return None, None
+    sample = _no_rows(input, 0), _no_rows(residual, 0), *map(_one, args[2:4], in_dims[2:4])
+    _ops.rms_norm_add_rms_norm_(*sample, *args[4:], **options)
+    tensors = [t for t in (input, residual, *args[2:4]) if t is not None]
+    if any(starmap(torch._C._is_alias_of, combinations(tensors, 2))):
+        raise RuntimeError(
+            "rms_norm_add_rms_norm_: under vmap over weights, expected all tensors to have memory "
+            "of their own, but two of them share theirs; use rms_norm_add_rms_norm"
+        )
+    given = input, residual, *args[2:]
+    dims = 0, 0, *in_dims[2:], *(None,) * (len(args) - len(in_dims))
+    results, of = _by_formula(_ops.rms_norm_add_rms_norm_formula.default, dims, given, options)
+    for t, result, dim in zip((input, residual), results, of):
+        t.copy_(result.movedim(dim, 0))
+    return None, None
+
+
 RULES = {
     "rms_norm": _rms_norm,
     "rms_norm_forward": _rms_norm_forward,
@@ -360,6 +403,11 @@ RULES = {
     "fused_add_rms_norm": _fused_add_rms_norm,
     "fused_add_rms_norm_forward": _fused_add_rms_norm_forward,
     "fused_add_rms_norm_": _fused_add_rms_norm_,
+    "rms_norm_add": _added("rms_norm_add", 1),
+    "rms_norm_add_forward": _added("rms_norm_add_forward", 1),
+    "rms_norm_add_rms_norm": _added("rms_norm_add_rms_norm", 2),
+    "rms_norm_add_rms_norm_forward": _added("rms_norm_add_rms_norm_forward", 2),
+    "rms_norm_add_rms_norm_": _rms_norm_add_rms_norm_,
     "rms_norm_gated": _gated("rms_norm_gated"),
     "rms_norm_gated_forward": _gated("rms_norm_gated_forward"),
     "rms_norm_gated_backward": _gated("rms_norm_gated_backward", grads=1),

@@ -113,6 +113,18 @@ def in_place_samples():
         )
 
 
+def sandwich_samples():
+    for (x, residual, *rest), options in fused_samples():
+        weight, eps = *rest, *(None,) * (2 - len(rest))
+        yield (x, residual, None, weight, eps), {"scale": 0.5} | options
+    x, residual, weight = random(4, 32), random(4, 32), random_weight(32, torch.float32)
+    leaves = [leaf(t) for t in (x, residual, weight, weight.clone())]
+    yield (*leaves, 1e-6), {"scale": 0.5} | GEMMA
+    yield (x.detach(), residual.detach(), *leaves[2:]), {}
+    narrow = [t.detach().bfloat16() for t in leaves]
+    yield (narrow[0], narrow[1], narrow[2], leaves[3].detach()), {}
+
+
 def quant_samples(*more):
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, LLAMA | {"keep_norm": True})):
         options = options | ({"round_sum": False} if more else {})
@@ -215,6 +227,10 @@ DIFFERENTIABLE = {
     "rms_norm_backward": backward_samples,
     "fused_add_rms_norm": fused_samples,
     "fused_add_rms_norm_forward": fused_samples,
+    "rms_norm_add": fused_samples,
+    "rms_norm_add_forward": fused_samples,
+    "rms_norm_add_rms_norm": sandwich_samples,
+    "rms_norm_add_rms_norm_forward": sandwich_samples,
     "rms_norm_gated": gated_samples,
     "rms_norm_gated_forward": gated_samples,
     "rms_norm_gated_backward": gated_backward_samples,
@@ -239,6 +255,20 @@ SAMPLES = [
         (ops.fused_add_rms_norm.out, sample)
         for sample in with_out(
             ops.fused_add_rms_norm, list(fused_samples())[:-1], ("out", "residual_out")
+        )
+    ),
+    *(
+        (ops.rms_norm_add.out, sample)
+        for sample in with_out(ops.rms_norm_add, without_grad(fused_samples()), ("out",))
+    ),
+    *(
+        (ops.rms_norm_add_rms_norm_.default, sample)
+        for sample in list(without_grad(sandwich_samples()))[-3:]
+    ),
+    *(
+        (ops.rms_norm_add_rms_norm.out, sample)
+        for sample in with_out(
+            ops.rms_norm_add_rms_norm, without_grad(sandwich_samples()), ("out", "residual_out")
         )
     ),
     *(

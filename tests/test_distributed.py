@@ -24,6 +24,9 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_,
     fused_add_rms_norm_quant,
     rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+    rms_norm_add_rms_norm_,
     rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
@@ -344,6 +347,49 @@ def gradient_of_the_sum_placed_otherwise(rank, world, folder):
             )
             assert all(same_bits(full(a), b) for a, b in zip(grads[:2], want[:2])), placements
             torch.testing.assert_close(full(grads[2]), want[2], rtol=1e-5, atol=1e-5)
+
+
+@check(2)
+def sandwich(rank, world, folder):
+    """Rows may be sharded; both weights are whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = mesh_of(world)
+    x, residual, dy, dsum = (random(4, 6, 16) for _ in range(4))
+    weights = random_weight(16, FP32), random_weight(16, FP32)
+    plain = [t.clone().requires_grad_() for t in (x, residual, *weights)]
+    want = rms_norm_add_rms_norm(*plain, 1e-6, scale=0.5)
+    wanted = torch.autograd.grad(want, plain, (dy, dsum))
+    of_add = torch.autograd.grad(rms_norm_add(*plain[:3], 1e-6), plain[:3], dy)
+    for rows in (Replicate(), Shard(0), Shard(1)):
+        placements = rows, rows, Replicate(), Replicate()
+        leaves = [
+            everywhere(t, mesh, p).requires_grad_()
+            for t, p in zip((x, residual, *weights), placements)
+        ]
+        upstream = everywhere(dy, mesh, rows), everywhere(dsum, mesh, rows)
+        with no_communication():
+            got = rms_norm_add_rms_norm(*leaves, 1e-6, scale=0.5)
+            total = rms_norm_add(*leaves[:3], 1e-6)
+        assert all(a.placements == (rows,) for a in (*got, total))
+        assert all(same_bits(full(a), b.detach()) for a, b in zip(got, want))
+        assert same_bits(full(total), rms_norm_add(x, residual, weights[0], 1e-6))
+        grads = torch.autograd.grad(got, leaves, upstream)
+        assert all(same_bits(full(a), b) for a, b in zip(grads[:2], wanted))
+        for a, b in zip(grads[2:], wanted[2:]):
+            torch.testing.assert_close(full(a), b, rtol=1e-5, atol=1e-5)
+        for a, b in zip(torch.autograd.grad(total, leaves[:3], upstream[0]), of_add):
+            torch.testing.assert_close(full(a), b, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            there = [everywhere(t, mesh, p) for t, p in zip((x, residual, *weights), placements)]
+            rms_norm_add_rms_norm_(*there, 1e-6, scale=0.5)
+            assert all(same_bits(full(a), b.detach()) for a, b in zip(there, want))
+    with pytest.raises(
+        (RuntimeError, ValueError), match="expected residual to be placed as input is"
+    ):
+        rms_norm_add_rms_norm_(
+            everywhere(x, mesh, Shard(0)), everywhere(residual, mesh, Replicate()), None, None
+        )
 
 
 @check(2)

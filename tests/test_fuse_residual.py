@@ -16,8 +16,17 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsnorm_cuda
-from rmsnorm_cuda import replace_rms_norm
+from rmsnorm_cuda import monitor, replace_rms_norm
 from rmsnorm_cuda.integrations import rewrite
+from rmsnorm_cuda.integrations.fuse_residual import _AddsInNorms
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+needs_transformers = pytest.mark.skipif(
+    transformers is None, reason="transformers is not installed"
+)
 
 
 class PreNorm(nn.Module):
@@ -287,8 +296,6 @@ def test_arguments_and_dtypes_of_a_fused_layer():
     assert not swap.fused and type(layer[0]) is not PreNorm
     assert torch.equal(layer[0](x, None, factor=3.0), want[0]) and torch.equal(layer[0](x), want[1])
     # A residual of another dtype is promoted as torch does, not rounded to that of the residual.
-    from rmsnorm_cuda.integrations.fuse_residual import _AddsInNorms
-
     norm = rmsnorm_cuda.RMSNorm(16, 1e-5)
     for a, b in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         hidden, residual = torch.randn(3, 16).to(a), torch.randn(1, 16).to(b)
@@ -326,6 +333,225 @@ def test_hooked_norms_and_instances_are_left_alone():
             "hooks (norm2 has)" in swap.skipped[0].reason
             and "replaced on this instance" in swap.skipped[1].reason
         )
+
+
+# Norms on both sides of what a layer adds
+
+
+class Sandwich(PreNorm):
+    """Gemma 2's."""
+
+    def forward(self, x):
+        residual = x
+        x = self.norm1(x)
+        x = self.attention(x)
+        x = self.norm2(x)
+        x = residual + x
+
+        residual = x
+        x = self.norm3(x)
+        x = self.mlp(x)
+        x = self.norm1(x)
+        x = residual + x
+        return x
+
+
+class NormsBehind(PreNorm):
+    """Olmo 2's, by other names; what is normalized is any expression."""
+
+    def forward(self, hidden):
+        skip = hidden
+        hidden = self.norm1(self.attention(hidden))
+        hidden = hidden + skip
+        skip = hidden
+        if self.scale:
+            hidden = self.norm2(self.mlp(hidden))
+            hidden = skip + hidden
+        return hidden
+
+
+class SumIsOneOfTwo(Sandwich):
+    """The second norm is of something else: the first is added alone."""
+
+    def forward(self, x):
+        residual = x
+        x = self.norm1(x)
+        x = residual + x
+        residual = x
+        x = self.norm2(residual)
+        return residual + x
+
+
+class NormIsReadLater(PreNorm):
+    def forward(self, x):
+        residual = x
+        normed = self.norm1(self.attention(x))
+        x = residual + normed
+        y = self.norm2(x)
+        y = y + y
+        z = self.norm3(*[y])
+        z = residual + z
+        return x + normed + z
+
+
+SANDWICHES = {
+    Sandwich: ("norm2", "norm3", "norm1"),
+    NormsBehind: ("norm1", "norm2"),
+    SumIsOneOfTwo: ("norm1",),
+}
+CALLS = {  # of one layer, its norms fused
+    Sandwich: ["rms_norm", "rms_norm_add_rms_norm", "rms_norm_add"],
+    NormsBehind: ["rms_norm_add", "rms_norm_add"],
+    SumIsOneOfTwo: ["rms_norm_add", "rms_norm"],
+}
+
+
+def our_calls(model, x):
+    with torch.no_grad(), Record() as record:
+        model(x)
+    return [n.partition("::")[2] for n in record.names if n.startswith("rmsnorm_cuda")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cls, norms", SANDWICHES.items())
+def test_norms_on_both_sides(cls, norms, dtype):
+    model, x = layers(cls, dtype)
+    with replace_rms_norm(model):
+        leaf = x.clone().requires_grad_()
+        want = model(leaf)
+        leaves = [leaf, *model.parameters()]
+        wanted = torch.autograd.grad(want.sin().sum(), leaves, allow_unused=True)
+    with replace_rms_norm(model, fuse_residual=True) as swap:
+        assert [entry.norms for entry in swap.fused] == [norms] * 2 and not swap.skipped
+        assert our_calls(model, x) == CALLS[cls] * 2
+        got = model(leaf)
+        assert same_bits(got.detach(), want.detach())
+        grads = torch.autograd.grad(got.sin().sum(), leaves, allow_unused=True)
+        tolerance = 32 * torch.finfo(dtype).eps  # a few roundings of each layer
+        for a, b in zip(grads, wanted):
+            assert b is None or (a - b).abs().max() <= tolerance * b.abs().max()
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert all(same_bits(twin(x), want.detach()) for twin in twins)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert same_bits(compiled(x), want.detach())
+    assert type(model[0]) is cls and type(model[1]) is cls
+
+
+def test_norms_that_are_read_later_are_left_alone():
+    model, x = layers(NormIsReadLater)
+    with replace_rms_norm(model, fuse_residual=True) as swap:
+        assert not swap.fused and "does not read" in swap.skipped[0].reason
+
+
+CHANGED = {
+    "another eps": lambda norm: setattr(norm, "eps", 0.5),
+    "another offset": lambda norm: setattr(norm, "weight_offset", 0.25),
+    "another order": lambda norm: setattr(norm, "cast_before_weight", True),
+    "no weight": lambda norm: setattr(norm, "weight", None),
+    "a wider weight": lambda norm: setattr(
+        norm, "weight", nn.Parameter(torch.arange(16.0).double())
+    ),
+    "its forward": lambda norm: setattr(norm, "forward", torch.sin),
+    "a hook": lambda norm: norm.register_forward_hook(lambda m, args, y: 2 * y),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("which", ["norm1", "norm2", "norm3"])
+def test_norms_that_changed_since(which, change):
+    """What fits is fused when it is called, and the bits are those of the layer that is not."""
+    model, x = layers(Sandwich)
+    plain = copy.deepcopy(model)
+    for each, fuses in ((plain, False), (model, True)):
+        assert bool(replace_rms_norm(each, fuse_residual=fuses).fused) == fuses
+        CHANGED[change](getattr(each[0], which))
+    with torch.no_grad():
+        assert same_bits(model(x), plain(x))
+    calls = our_calls(model, x)
+    assert len(calls) < len(our_calls(plain, x)) + 2 and calls[-3:] == CALLS[Sandwich]
+
+
+def test_another_norm_in_its_place():
+    model, x = layers(Sandwich, torch.float32)
+    plain = copy.deepcopy(model)
+    for each, fuses in ((plain, False), (model, True)):
+        replace_rms_norm(each, fuse_residual=fuses)
+        torch.manual_seed(1)
+        each[0].norm2, each[0].norm1 = nn.Linear(16, 16), nn.LayerNorm(16)
+        each[1].norm3 = nn.Tanh()
+    assert same_bits(model(x).detach(), plain(x).detach())
+
+
+def test_sums_that_torch_would_promote_or_broadcast():
+    norm, other = rmsnorm_cuda.RMSNorm(16, 1e-5), rmsnorm_cuda.RMSNorm(16, 1e-5)
+    for a, b in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        for rows in (1, 3):
+            hidden, residual = torch.randn(3, 16).to(a), torch.randn(rows, 16).to(b)
+            total = residual + norm(hidden)
+            assert same_bits(_AddsInNorms._norm_add(norm, hidden, residual), total)
+            got = _AddsInNorms._norm_add_norm(norm, other, hidden, residual)
+            assert all(map(same_bits, got, (other(total), total)))
+
+
+def test_a_monitor_sees_all_norms():
+    model, x = layers(Sandwich)
+    with torch.no_grad():
+        replace_rms_norm(model)
+        want = model(x)
+        replace_rms_norm(model, fuse_residual=True)
+        replace_rms_norm(model).restore()
+        with monitor(model) as watch:
+            assert same_bits(model(x), want)
+        assert len(watch.norms) == 6
+        assert same_bits(model(x), want)
+
+
+MODELS = {
+    "Gemma2": ("post_attention_layernorm", "pre_feedforward_layernorm"),
+    "Gemma3Text": ("post_attention_layernorm", "pre_feedforward_layernorm"),
+    "Olmo2": ("post_attention_layernorm",),
+    "Olmo3": ("post_attention_layernorm",),
+}
+
+
+@needs_transformers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_norms_on_both_sides(name, dtype):
+    sizes = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, head_dim=12)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():  # else a weight that is not applied would not be seen
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    ids = torch.randint(3, 128, (2, 9))
+    options = dict(do_sample=False, max_new_tokens=12, min_new_tokens=12)
+    options["attention_mask"] = torch.ones_like(ids)
+
+    def run():
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        return output.logits.detach(), [p.grad for p in model.parameters()]
+
+    classes = [type(m) for m in model.modules()]
+    with replace_rms_norm(model):
+        logits, grads = run()
+        tokens = model.generate(ids, **options)
+    with replace_rms_norm(model, fuse_residual=True) as swap:
+        norms = (*MODELS[name], "post_feedforward_layernorm")
+        assert [entry.norms for entry in swap.fused] == [norms] * 2 and not swap.skipped
+        got, got_grads = run()
+        assert same_bits(got, logits)
+        assert torch.equal(model.generate(ids, **options), tokens)
+        tolerance = 16 * torch.finfo(dtype).eps
+        for a, b in zip(got_grads, grads):
+            assert (a - b).abs().max() <= tolerance * b.abs().max()
+    assert [type(m) for m in model.modules()] == classes
 
 
 # Hooks, which expect the sum and one result

@@ -12,6 +12,9 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_,
     replace_rms_norm,
     rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+    rms_norm_add_rms_norm_,
     rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
@@ -133,6 +136,25 @@ def test_override_is_handed_what_f_rms_norm_would():
         2,
         ["cast_before_weight", "eps", "weight", "weight_offset"],
     )
+
+
+def test_sandwich():
+    first = [t.requires_grad_() for t in (values(8), values(8), torch.rand(8), torch.rand(8))]
+    x, residual, *weights = second = [t.detach().clone().requires_grad_() for t in first]
+    want = rms_norm_add_rms_norm(*first, 1e-6)
+    got = rms_norm_add_rms_norm(jagged(x), jagged(residual), *weights, 1e-6)
+    assert all(same_bits(a.values().detach(), b.detach()) for a, b in zip(got, want))
+    sum(t.sin().sum() for t in want).backward()
+    sum(t.values().sin().sum() for t in got).backward()
+    assert all(same_bits(a.grad, b.grad) for a, b in zip(first, second))
+    total = rms_norm_add(jagged(x), jagged(residual), weights[0], 1e-6)
+    assert same_bits(total.values().detach(), want[1].detach())
+    with pytest.raises(RuntimeError, match="expected residual to be a nested tensor as input is"):
+        rms_norm_add(jagged(x), residual)
+    with torch.no_grad():
+        there = jagged(x.clone()), jagged(residual.clone())
+        rms_norm_add_rms_norm_(*there, *weights, 1e-6)
+        assert all(same_bits(a.values(), b) for a, b in zip(there, want))
 
 
 @pytest.mark.parametrize("group_size", [None, 4])

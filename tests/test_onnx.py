@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from rmsnorm_cuda import RMSNorm, fused_add_rms_norm, replace_rms_norm
+from rmsnorm_cuda import (
+    RMSNorm,
+    fused_add_rms_norm,
+    replace_rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+)
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -44,6 +50,24 @@ class Layer(nn.Module):
         return y + total
 
 
+class Sandwich(nn.Module):
+    """Norms on both sides of the addition."""
+
+    def __init__(self, options, scale):
+        super().__init__()
+        weights = (None if options == "no weight" else nn.Parameter(torch.rand(16)) for _ in "12")
+        self.first, self.second = weights
+        self.options, self.scale = dict(OPTIONS[options]), scale
+        self.options.pop("elementwise_affine", None)
+        self.eps = self.options.pop("eps", 1e-6)
+
+    def forward(self, x):
+        y = rms_norm_add(x.sin(), x, self.first, self.eps, **self.options)
+        weights = self.first, self.second, self.eps
+        y, total = rms_norm_add_rms_norm(x.cos(), y, *weights, scale=self.scale, **self.options)
+        return y + total
+
+
 def run(model_proto, x):
     session = onnxruntime.InferenceSession(model_proto, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
@@ -65,6 +89,20 @@ def test_export(options, opset):
         torch.testing.assert_close(
             run(proto.SerializeToString(), x), model(x), rtol=1e-5, atol=1e-5
         )  # fp32, some roundings
+
+
+@pytest.mark.parametrize("opset", [17, 18, 23])
+@pytest.mark.parametrize("scale", [1, 0.5])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_norms_on_both_sides(options, scale, opset):
+    model, x, file = Sandwich(options, scale).eval(), torch.randn(5, 16), io.BytesIO()
+    if opset > 17:
+        proto = export(model, x, opset)[0].SerializeToString()
+    else:
+        torch.onnx.export(model, (x,), file, dynamo=False, opset_version=opset)
+        proto = file.getvalue()
+    with torch.no_grad():
+        torch.testing.assert_close(run(proto, x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", ["", "llama"])

@@ -13,6 +13,9 @@ from rmsnorm_cuda import (
     fused_add_rms_norm_,
     fused_add_rms_norm_quant,
     rms_norm,
+    rms_norm_add,
+    rms_norm_add_rms_norm,
+    rms_norm_add_rms_norm_,
     rms_norm_gated,
     rms_norm_quant,
     rms_norm_rope,
@@ -517,6 +520,74 @@ def test_every_op_but_those_with_out_has_a_rule():
     with pytest.raises(RuntimeError, match="vmap|[Bb]atching"):
         torch.vmap(lambda x, out: rms_norm(x, 8, out=out))(
             random(SAMPLES, 4, 8), random(SAMPLES, 4, 8)
+        )
+
+
+# -------------------------------------------------------------------------------------- sandwich
+
+SANDWICH_DIMS = [
+    (0, 0, None, None),
+    (1, 0, None, None),
+    (0, None, None, None),
+    (None, 1, None, None),
+    (0, 0, 0, None),
+    (None, 0, None, 0),
+    (None, None, 0, 1),
+]
+
+
+@pytest.mark.parametrize("in_dims", SANDWICH_DIMS)
+@pytest.mark.parametrize("how", [{}, {"weight_offset": 1.0}, {"cast_before_weight": True}])
+def test_sandwich(in_dims, how):
+    """Forward, gradients for each sample, and in place."""
+    shapes = (2, 5, 8), (2, 5, 8), (8,), (8,)
+    args = [batched(s, dim, torch.float32) for s, dim in zip(shapes, in_dims)]
+
+    def pair(x, residual, v, w):
+        return rms_norm_add_rms_norm(x, residual, v, w, 1e-5, scale=0.5, **how)
+
+    def forward(x, residual, v, w):
+        return ops.rms_norm_add_rms_norm_forward(x, residual, v, w, 1e-5, **how)
+
+    def add(x, residual, v, w):
+        return rms_norm_add(x, residual, v, 1e-5, **how), *ops.rms_norm_add_forward(x, residual, v)
+
+    def in_place(x, residual, v, w):
+        x, residual = x.clone(), residual.clone()
+        rms_norm_add_rms_norm_(x, residual, v, w, 1e-5, **how)
+        return x, residual
+
+    each = [pair, forward]
+    each += [add] if any(dim is not None for dim in in_dims[:3]) else []
+    each += [in_place] if None not in in_dims[:2] else []
+    for function in each:
+        got, want = torch.vmap(function, in_dims)(*args), loop(function, in_dims, *args)
+        if in_dims[2:] == (None, None):
+            exact(got, want)
+        else:  # the formula's roundings, of sums and norms of size 1
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def gradients(*args):
+        loss = lambda *args: sum(t.sin().sum() for t in pair(*args))  # noqa: E731
+        return torch.func.grad(loss, (0, 1, 2, 3))(*args)
+
+    got, want = torch.vmap(gradients, in_dims)(*args), loop(gradients, in_dims, *args)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_sandwich_refusals():
+    x, w = random(3, 2, 8), random(3, 8)
+    with pytest.raises(RuntimeError, match="one of them is not batched"):
+        torch.vmap(lambda x: rms_norm_add_rms_norm_(x, torch.ones(2, 8), None, None))(x)
+    with pytest.raises(RuntimeError, match="two of them share theirs"):
+        torch.vmap(lambda x, r, v, w: rms_norm_add_rms_norm_(x, r, v, w))(x, x.clone(), w, w)
+    with pytest.raises(RuntimeError, match="input_weight of shape"):
+        torch.vmap(lambda x, v: rms_norm_add_rms_norm(x, x, v, None))(x, random(3, 9))
+    with pytest.raises(RuntimeError, match="input_weight of shape"):
+        torch.vmap(lambda x, r, v: rms_norm_add_rms_norm_(x, r, v, None))(
+            x, x.clone(), random(3, 9)
         )
 
 

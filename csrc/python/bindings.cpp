@@ -83,9 +83,13 @@ bool parse(PyObject* object, std::string_view& value) {
   return text;
 }
 bool parse(PyObject* object, double& value) {
-  value = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object) : 0;
   int64_t whole = 0;
-  return PyFloat_CheckExact(object) || (parse(object, whole) && whole == 0);
+  if (!PyFloat_CheckExact(object)) {  // the defaults of some, 0 and 1, are ints
+    value = static_cast<double>(parse(object, whole) ? whole : 2);
+    return value == 0 || value == 1;
+  }
+  value = PyFloat_AS_DOUBLE(object);
+  return true;
 }
 bool parse(PyObject* object, Columns& value) {
   int64_t count = 0;
@@ -184,6 +188,11 @@ PyMethodDef kEntryPoints[] = {
     method<ops::fused_add_rms_norm>("fused_add_rms_norm"),
     method<ops::fused_add_rms_norm_out>("fused_add_rms_norm_out"),
     method<ops::fused_add_rms_norm_>("fused_add_rms_norm_"),
+    method<ops::rms_norm_add>("rms_norm_add"),
+    method<ops::rms_norm_add_out>("rms_norm_add_out"),
+    method<ops::rms_norm_add_rms_norm>("rms_norm_add_rms_norm"),
+    method<ops::rms_norm_add_rms_norm_out>("rms_norm_add_rms_norm_out"),
+    method<ops::rms_norm_add_rms_norm_>("rms_norm_add_rms_norm_"),
     method<ops::rms_norm_gated>("rms_norm_gated"),
     method<ops::rms_norm_gated_out>("rms_norm_gated_out"),
     method<ops::rms_norm_rope>("rms_norm_rope"),

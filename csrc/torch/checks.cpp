@@ -117,16 +117,18 @@ SymIntArrayRef check_last_dim(const char* op, const Tensor& input, const Optiona
   return last;
 }
 
-void check_residual(const char* op, const Tensor& input, const Tensor& residual) {
+void check_residual(const char* op, const Tensor& input, const Tensor& residual,
+                    std::optional<at::ScalarType> added_type) {
   TORCH_CHECK_VALUE(input.dim() > 0, op,
                     ": expected input with at least one dimension, but got a scalar");
   TORCH_CHECK(same_sizes(residual.sym_sizes(), input.sym_sizes()), op,
               ": expected residual of input's shape ", input.sym_sizes(), ", but got ",
               residual.sym_sizes());
-  const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(residual.scalar_type() == input.scalar_type() ||
-                  (half && residual.scalar_type() == at::kFloat),
-              op, ": expected residual of input's dtype ", input.scalar_type(),
+  const at::ScalarType type = added_type.value_or(input.scalar_type());
+  const bool half = type == at::kHalf || type == at::kBFloat16;
+  TORCH_CHECK(residual.scalar_type() == type || (half && residual.scalar_type() == at::kFloat), op,
+              ": expected residual of ",
+              type == input.scalar_type() ? "input's dtype " : "the norm's dtype ", type,
               half ? " or of Float" : "", ", but got ", residual.scalar_type());
 }
 

@@ -52,8 +52,10 @@ void check_norm(const char* op, const at::Tensor& input, c10::SymIntArrayRef nor
 c10::SymIntArrayRef check_last_dim(const char* op, const at::Tensor& input,
                                    const OptionalTensor& weight, const NormOptions& options);
 
-// The residual of a fused add: input's shape, and its dtype or, beside 16 bits, fp32.
-void check_residual(const char* op, const at::Tensor& input, const at::Tensor& residual);
+// The residual of a fused add: input's shape, and its dtype or, beside 16 bits, fp32. `added_type`:
+// of what is added to it, where that is not input itself.
+void check_residual(const char* op, const at::Tensor& input, const at::Tensor& residual,
+                    std::optional<at::ScalarType> added_type = std::nullopt);
 
 // Another tensor of a call: its shape and, if one is named, its dtype.
 void check_tensor(const char* op, const char* name, const at::Tensor& t, c10::SymIntArrayRef shape,

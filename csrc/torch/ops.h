@@ -1,6 +1,6 @@
-// Every op by its C++ type, which is that of its schema. rms_norm.cpp, fused_add.cpp, gated.cpp,
-// quant.cpp and rope.cpp define them. Whoever calls ops::rms_norm::call(...) goes through the
-// dispatcher. An alias of a signature serves every op that has it.
+// Every op by its C++ type, which is that of its schema. rms_norm.cpp, fused_add.cpp, sandwich.cpp,
+// gated.cpp, quant.cpp and rope.cpp define them. Whoever calls ops::rms_norm::call(...) goes
+// through the dispatcher. An alias of a signature serves every op that has it.
 #pragma once
 #include "op.h"
 
@@ -24,6 +24,14 @@ using NormBackward = Result(const Tensor&, const Tensor&, SymIntArrayRef, const 
 template <class Result, class... Out>
 using FusedNorm = Result(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool,
                          bool, Out...);
+// (input, residual, weight, eps, weight_offset, cast_before_weight, ...)
+template <class Result, class... Out>
+using NormAdd = Result(const Tensor&, const Tensor&, const OptionalTensor&, Eps, double, bool,
+                       Out...);
+// (input, residual, input_weight, weight, eps, scale, weight_offset, cast_before_weight, ...)
+template <class Result, class... Out>
+using SandwichNorm = Result(const Tensor&, const Tensor&, const OptionalTensor&,
+                            const OptionalTensor&, Eps, double, double, bool, Out...);
 // (input, gate, weight, eps, activation, norm_before_gate, group_size, weight_offset,
 // cast_before_weight, ...)
 template <class Result, class... Out>
@@ -75,6 +83,15 @@ RMSNORM_OP(fused_add_rms_norm, "fused_add_rms_norm", "", FusedNorm<Tensors<2>>);
 RMSNORM_OP(fused_add_rms_norm_, "fused_add_rms_norm_", "", FusedNorm<void>);
 RMSNORM_OP(fused_add_rms_norm_out, "fused_add_rms_norm", "out", FusedNorm<void, Out, Out>);
 RMSNORM_OP(fused_add_rms_norm_forward, "fused_add_rms_norm_forward", "", FusedNorm<Tensors<3>>);
+RMSNORM_OP(rms_norm_add, "rms_norm_add", "", NormAdd<Tensor>);
+RMSNORM_OP(rms_norm_add_out, "rms_norm_add", "out", NormAdd<void, Out>);
+RMSNORM_OP(rms_norm_add_forward, "rms_norm_add_forward", "", NormAdd<Tensors<2>>);  // sum, rstd
+// output, residual_out, of the forward also input_rstd, rstd
+RMSNORM_OP(rms_norm_add_rms_norm, "rms_norm_add_rms_norm", "", SandwichNorm<Tensors<2>>);
+RMSNORM_OP(rms_norm_add_rms_norm_, "rms_norm_add_rms_norm_", "", SandwichNorm<void>);
+RMSNORM_OP(rms_norm_add_rms_norm_out, "rms_norm_add_rms_norm", "out", SandwichNorm<void, Out, Out>);
+RMSNORM_OP(rms_norm_add_rms_norm_forward, "rms_norm_add_rms_norm_forward", "",
+           SandwichNorm<Tensors<4>>);
 RMSNORM_OP(rms_norm_gated, "rms_norm_gated", "", GatedNorm<Tensor>);
 RMSNORM_OP(rms_norm_gated_out, "rms_norm_gated", "out", GatedNorm<void, Out>);
 RMSNORM_OP(rms_norm_gated_forward, "rms_norm_gated_forward", "",

@@ -56,7 +56,7 @@ def register() -> None:
                     else None,
                     "grad_weight": total if dweight and given["weight"] is not None else None,
                 }
-                of_tensor = {"weight": whole, "scale": whole}
+                of_tensor = {"weight": whole, "input_weight": whole, "scale": whole}
                 if has_groups and rows != whole:  # which are in front of rstd's rows
                     of_result["rstd"] = of_tensor["rstd"] = Shard(rows.dim + 1)
                 placed = [

@@ -1,5 +1,5 @@
 """Lets the norms of a model's layers add the residual: the layer's forward, as its source reads,
-with three lines made one.
+with a few lines made one.
 
     hidden_states = residual + hidden_states
     residual = hidden_states
@@ -7,8 +7,15 @@ with three lines made one.
 becomes
     hidden_states, residual = self._add_norm(self.norm, hidden_states, residual)
 
-The variables may have any names, and anything may be added to the residual. Another form is left
-alone.
+With `hidden_states = self.norm_a(hidden_states)` right before them (Gemma 2) all four become
+    hidden_states, residual = self._norm_add_norm(
+        self.norm_a, self.norm, hidden_states, residual
+    )
+and where only the addition is behind it (Olmo 2), both lines become
+    hidden_states = self._norm_add(self.norm_a, hidden_states, residual)
+
+The variables may have any names, and anything may be added to the residual, or normalized before.
+Another form is left alone.
 """
 
 from __future__ import annotations
@@ -17,9 +24,11 @@ import ast
 import functools
 import types
 
+import torch
 from torch import Tensor, nn
 
 from ..again import is_a, same
+from ..functional import rms_norm_add, rms_norm_add_rms_norm
 from ..modules import RMSNorm
 from .rewrite import Forward, LeftAlone, Rewritten, has_hooks, rewritten_class
 
@@ -55,6 +64,7 @@ class _AddsInNorms(Rewritten):
             (cls is RMSNorm or same(cls, RMSNorm))
             and isinstance(hidden, Tensor)
             and isinstance(residual, Tensor)
+            and "forward" not in vars(norm)
             and not has_hooks(norm)
             and hidden.dtype == residual.dtype
             and hidden.shape == residual.shape
@@ -63,6 +73,60 @@ class _AddsInNorms(Rewritten):
         # Promoted or broadcast as torch does it; or another norm has been put there.
         total = residual + hidden
         return norm(total), total
+
+    @staticmethod
+    def _norm_add(norm: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor:
+        if not _adds(norm, hidden, residual):
+            return residual + norm(hidden)
+        return rms_norm_add(hidden, residual, norm.weight, norm.eps, **_options(norm))
+
+    @staticmethod
+    def _norm_add_norm(
+        first: nn.Module, second: nn.Module, hidden: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if (
+            _adds(first, hidden, residual)
+            and _computes(second)
+            and second.normalized_shape == first.normalized_shape
+            and second.eps == first.eps
+            and _options(second) == _options(first)
+        ):
+            weights = first.weight, second.weight
+            return rms_norm_add_rms_norm(hidden, residual, *weights, first.eps, **_options(first))
+        return _AddsInNorms._add_norm(second, first(hidden), residual)
+
+
+def _computes(norm: nn.Module) -> bool:
+    """Whether nobody sees if its numbers are used without a call of it: no hook, no monitor, no
+    other forward."""
+    return (
+        same(type(norm), RMSNorm)
+        and not hasattr(type(norm), "_original")  # a monitor's
+        and len(norm.normalized_shape) == 1
+        and "forward" not in vars(norm)
+        and not has_hooks(norm)
+    )
+
+
+def _adds(norm: nn.Module, hidden: Tensor, residual: Tensor) -> bool:
+    """Whether norm(hidden) has the residual's shape and dtype, and may be part of the addition."""
+    if not (_computes(norm) and isinstance(hidden, Tensor) and isinstance(residual, Tensor)):
+        return False
+    dtype, weight = hidden.dtype, norm.weight
+    if norm.cast_before_weight and weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    return (
+        dtype == residual.dtype
+        and hidden.shape == residual.shape
+        and hidden.shape[-1:] == norm.normalized_shape
+    )
+
+
+def _options(norm: nn.Module) -> dict[str, float | bool]:
+    return {
+        "weight_offset": norm.weight_offset,
+        "cast_before_weight": norm.cast_before_weight,
+    }
 
 
 @functools.cache  # one class for all layers of a model: torch.compile compiles its forward once
@@ -78,8 +142,9 @@ def _fused_class(
                 return "its forward calls super()"
             named = any("residual" in name for name in code.co_varnames)
             if named or _norms_a_sum(forward.tree(), norms):
-                pattern = "`h = residual + h; residual = h; h = self.norm(h)`"
-                return f"its forward does not read {pattern} anywhere"
+                before = "`h = residual + h; residual = h; h = self.norm(h)`"
+                behind = "`h = self.norm(h); h = residual + h`"
+                return f"its forward does not read {before} or {behind} anywhere"
             return ()
         new = forward.rewritten(rewritten)
     except LeftAlone as error:
@@ -119,10 +184,59 @@ class _Rewriter(ast.NodeTransformer):
     def _block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         result = []
         while statements:
-            new = self._fuse(*statements[:3]) if len(statements) >= 3 else None
+            new, count = self._fuse_first(statements)
             result.append(new or statements[0])
-            statements = statements[3 if new else 1 :]
+            statements = statements[count if new else 1 :]
         return result
+
+    def _fuse_first(self, statements: list[ast.stmt]) -> tuple[ast.stmt | None, int]:
+        """What takes the place of the first ones, and of how many."""
+        for count, fuse in ((4, self._fuse_both), (2, self._fuse_behind), (3, self._fuse)):
+            if len(statements) >= count and (new := fuse(*statements[:count])):
+                return new, count
+        return None, 0
+
+    def _fuse_behind(self, norm: ast.stmt, add: ast.stmt) -> ast.stmt | None:
+        match norm, add:
+            case (
+                ast.Assign(
+                    [ast.Name(normed)],
+                    ast.Call(ast.Attribute(ast.Name("self"), attribute), [argument], []),
+                ),
+                ast.Assign(
+                    [ast.Name(total)], ast.BinOp(ast.Name(left), ast.Add(), ast.Name(right))
+                ),
+            ) if total == normed and attribute in self.norms and {left, right} > {normed}:
+                # Else the norm may be read later.
+                if not isinstance(argument, ast.Starred):
+                    residual = left if right == normed else right
+                    call = f"self._norm_add(self.{attribute}, argument, {residual})"
+                    return self._made([attribute], f"{total} = {call}", norm, argument)
+        return None
+
+    def _fuse_both(
+        self, first: ast.stmt, add: ast.stmt, keep: ast.stmt, norm: ast.stmt
+    ) -> ast.stmt | None:
+        fused = list(self.fused)
+        second, behind = self._fuse(add, keep, norm), self._fuse_behind(first, add)
+        self.fused = fused
+        if not second or not behind:
+            return None
+        attributes = [first.value.func.attr, norm.value.func.attr]
+        names = ", ".join(f"self.{attribute}" for attribute in attributes)
+        residual = keep.targets[0].id
+        call = f"self._norm_add_norm({names}, argument, {residual})"
+        text = f"{norm.targets[0].id}, {residual} = {call}"
+        return self._made(attributes, text, first, first.value.args[0])
+
+    def _made(self, attributes: list[str], text: str, at: ast.stmt, argument: ast.expr) -> ast.stmt:
+        """The statement of a text, with this expression for the argument before the last."""
+        self.fused += attributes
+        new = ast.parse(text).body[0]
+        for node in ast.walk(new):
+            ast.copy_location(node, at)
+        new.value.args[-2] = argument
+        return new
 
     def _fuse(self, add: ast.stmt, keep: ast.stmt, norm: ast.stmt) -> ast.stmt | None:
         match add, keep, norm:
@@ -137,11 +251,6 @@ class _Rewriter(ast.NodeTransformer):
                 # Else the sum may be read later.
                 for one, other in ((left, right), (right, left)):
                     if isinstance(one, ast.Name) and one.id == residual:
-                        self.fused.append(attribute)
                         call = f"self._add_norm(self.{attribute}, other, {residual})"
-                        new = ast.parse(f"{output}, {residual} = {call}").body[0]
-                        for node in ast.walk(new):
-                            ast.copy_location(node, add)
-                        new.value.args[1] = other
-                        return new
+                        return self._made([attribute], f"{output}, {residual} = {call}", add, other)
         return None

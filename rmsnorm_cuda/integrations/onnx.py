@@ -99,6 +99,36 @@ def _fused_add(op, input, residual, weight, eps, weight_offset, cast_before_weig
     return op("Cast", y, to=compute if promoted else dtype), rounded
 
 
+def _added_dtype(op, input, weight, cast_before_weight):
+    """Of the norm of an input."""
+    dtype = op.dtype(input)
+    if not cast_before_weight or weight is None or op.dtype(weight) == dtype:
+        return dtype
+    return _DOUBLE if _DOUBLE in (dtype, op.dtype(weight)) else _FLOAT
+
+
+def _norm_add(op, input, residual, weight, eps, scale, weight_offset, cast_before_weight):
+    options = weight, eps, weight_offset, cast_before_weight
+    norm = _norm(op, input, op.dtype(input), [-1], *options)
+    total_dtype = op.dtype(residual)
+    compute = _DOUBLE if total_dtype == _DOUBLE else _FLOAT
+    total = op("Add", op("Cast", norm, to=compute), op("Cast", residual, to=compute))
+    total = op("Cast", total, to=total_dtype)
+    if scale != 1:
+        factor = op("Cast", op.number(scale), to=compute)
+        total = op("Cast", op("Mul", op("Cast", total, to=compute), factor), to=total_dtype)
+    return total
+
+
+def _norm_add_norm(op, input, residual, input_weight, weight, eps, scale, *options):
+    total = _norm_add(op, input, residual, input_weight, eps, scale, *options)
+    y = _norm(op, total, op.dtype(residual), [-1], weight, eps, *options)
+    dtype = _added_dtype(op, input, input_weight, options[1])
+    if options[1] and weight is not None and op.dtype(weight) != dtype:
+        dtype = _DOUBLE if _DOUBLE in (dtype, op.dtype(weight)) else _FLOAT
+    return op("Cast", y, to=dtype), total
+
+
 def _register() -> None:
     from onnxscript.onnx_opset import opset18, opset23
     from torch.onnx._internal.exporter._torchlib._torchlib_registry import onnx_impl
@@ -128,7 +158,32 @@ def _register() -> None:
             options = weight_offset, cast_before_weight, round_sum
             return _fused_add(op, input, residual, weight, eps, *options)
 
-        for function in (rms_norm, fused_add_rms_norm):
+        def rms_norm_add(
+            input,
+            residual,
+            weight=None,
+            eps: float | None = None,
+            weight_offset: float = 0.0,
+            cast_before_weight: bool = False,
+        ):
+            options = weight_offset, cast_before_weight
+            return _norm_add(op, input, residual, weight, eps, 1, *options)
+
+        def rms_norm_add_rms_norm(
+            input,
+            residual,
+            input_weight,
+            weight,
+            eps: float | None = None,
+            scale: float = 1.0,
+            weight_offset: float = 0.0,
+            cast_before_weight: bool = False,
+        ):
+            options = eps, scale, weight_offset, cast_before_weight
+            return _norm_add_norm(op, input, residual, input_weight, weight, *options)
+
+        functions = rms_norm, fused_add_rms_norm, rms_norm_add, rms_norm_add_rms_norm
+        for function in functions:
             overload = getattr(torch.ops.rmsnorm_cuda, function.__name__).default
             onnx_impl(overload, trace_only=True, opset_introduced=introduced)(function)
 
@@ -158,7 +213,19 @@ def _register_symbolic() -> None:
         def fused_add_rms_norm(g, input, residual, *options):
             return _fused_add(_Graph(g, opset_version), input, residual, *given(*options))
 
-        for name, function in ("rms_norm", rms_norm), ("fused_add_rms_norm", fused_add_rms_norm):
+        def rms_norm_add(g, input, residual, *options):
+            weight, eps, *rest = given(*options)
+            return _norm_add(_Graph(g, opset_version), input, residual, weight, eps, 1, *rest)
+
+        def rms_norm_add_rms_norm(g, input, residual, input_weight, weight, eps, scale, *rest):
+            op, scale = _Graph(g, opset_version), constant(scale, "f")
+            weight, eps, *rest = given(weight, eps, *rest)
+            input_weight = None if symbolic_helper._is_none(input_weight) else input_weight
+            return _norm_add_norm(op, input, residual, input_weight, weight, eps, scale, *rest)
+
+        functions = rms_norm, fused_add_rms_norm, rms_norm_add, rms_norm_add_rms_norm
+        for function in functions:
+            name = function.__name__
             register_custom_op_symbolic(f"rmsnorm_cuda::{name}", function, opset_version)
 
     implement(9)

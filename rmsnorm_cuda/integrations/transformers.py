@@ -120,10 +120,11 @@ def replace_rms_norm(
             ...RMSNorm. Each of them is tried in the same way, and swapped or skipped. Their one
             parameter has to be called `weight`.
         fuse_residual: also let the norms of decoder layers add the residual themselves, where the
-            layer's forward is seen to do ``h = residual + h; residual = h; h = self.norm(h)``. The
-            same bits in the forward, two passes over memory less; in the backward both gradients of
-            the sum are added before they are rounded, once instead of twice. A layer whose forward
-            has no such place is listed in `.skipped`.
+            layer's forward is seen to do ``h = residual + h; residual = h; h = self.norm(h)``, or
+            ``h = self.norm(h); h = residual + h``, or one after the other. The same bits in the
+            forward, fewer passes over memory; in the backward both gradients of the sum are added
+            before they are rounded, once instead of twice. A layer whose forward has no such place
+            is listed in `.skipped`.
         fuse_rope: also let the norms of q and k do the rotary embedding, where an attention's
             forward is seen to norm both and then to call ``apply_rotary_pos_emb(q, k, cos, sin)``.
             One call of :func:`rms_norm_rope` for all of it. The same bits in the forward; in the

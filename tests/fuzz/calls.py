@@ -184,6 +184,11 @@ def masks(call):
     return st.sampled_from([[True] * count, *one_alone])
 
 
+def is_added(op):
+    """Whether what is added to the residual is itself a norm."""
+    return op.startswith("rms_norm_add")
+
+
 def is_quant(call):
     return "quant" in call.op
 
@@ -196,28 +201,36 @@ def dtypes_of_gradient(call):
     return st.sampled_from([call.dtype, FP32] if call.dtype != FP64 else [FP64])
 
 
+WEIGHTS = tensors(
+    ["normal", "normal", "constant", "tiny", "huge", "zero", "special"],
+    last=True,
+    dtype=dtypes_of_weight,
+    layouts=["dense", "dense", "scattered"],
+    optional=True,
+)
+
+
+def scales(call):
+    """Of 8 bits, or what a sum of norm and residual is multiplied by."""
+    if not is_quant(call):
+        return st.sampled_from([1.0, 1.0, 0.37, -2.0, 0.0, 1e30])
+    static = [None, None, torch.tensor([0.013]), torch.tensor([3.0])]
+    return st.sampled_from(static) if call.block is None else st.none()
+
+
 ARGUMENTS = {
     "input": tensors(),
     "residual": tensors(dtype=lambda call: st.just(call.residual_dtype)),
     "normalized_shape": lambda call: st.just(list(call.last)),
-    "weight": tensors(
-        ["normal", "normal", "constant", "tiny", "huge", "zero", "special"],
-        last=True,
-        dtype=dtypes_of_weight,
-        layouts=["dense", "dense", "scattered"],
-        optional=True,
-    ),
+    "weight": WEIGHTS,
+    "input_weight": WEIGHTS,
     "eps": chosen(None, 1e-6, 1e-5, 0.0, 1e-12, 1.0, 1e30),
     "weight_offset": chosen(0.0, 0.0, 1.0, -0.37, 1e30),
     "cast_before_weight": chosen(False, True),
     "round_sum": chosen(True, False),
     "dtype": chosen(torch.float8_e4m3fn, torch.float8_e5m2, torch.int8),
     "block": lambda call: st.just(call.block),
-    "scale": lambda call: (
-        st.sampled_from([None, None, torch.tensor([0.013]), torch.tensor([3.0])])
-        if call.block is None
-        else st.none()
-    ),
+    "scale": scales,
     "scale_ub": chosen(None, None, 1.25, 1e-3, 1e39),
     "column_major": lambda call: st.booleans() if call.block else st.just(False),
     "keep_norm": chosen(True, True, False),
@@ -355,6 +368,12 @@ def calls(draw, op):
     for argument in names:
         if argument not in DERIVED:
             call.arguments[argument] = draw(ARGUMENTS[argument](call))
-    if call.arguments.get("scale") is not None:
+    if quant and call.arguments["scale"] is not None:
         call.arguments["scale_ub"] = None
+    if is_added(call.op):  # a norm of the residual's dtype, or of 16 bits beside fp32
+        weight = call.arguments["input_weight" if "input_weight" in names else "weight"]
+        if weight is not None and torch.promote_types(dtype, weight.dtype) != dtype:
+            call.arguments["cast_before_weight"] &= residual_dtype == torch.promote_types(
+                dtype, weight.dtype
+            )
     return call

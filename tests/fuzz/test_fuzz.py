@@ -10,7 +10,7 @@ import time
 import hypothesis
 import pytest
 import torch
-from calls import BF16, FP16, Placed, calls
+from calls import BF16, FP16, Placed, calls, is_added
 from cases import same_bits
 from hypothesis import strategies as st
 from judge import Gated, Norm, check_codes, check_rotated, exact, sum_of, unrounded_dtype
@@ -284,12 +284,70 @@ def check_gated(call, arguments, results):
     judge.check_gradients(results, dy, {f"grad_{n}": g for n, g in zip(wanted, grads)})
 
 
+def sandwich_options(arguments):
+    return {name: arguments[name] for name in ("eps", "weight_offset", "cast_before_weight")}
+
+
+def check_sandwich(call, arguments, results):
+    """The bits of the steps, each of which has a test of its own."""
+    x, options = arguments["input"], sandwich_options(arguments)
+    is_pair, cols = "input_weight" in arguments, call.last
+    weight = arguments["input_weight" if is_pair else "weight"]
+    norm, rstd = namespace.rms_norm_forward(x, cols, weight, **options)
+    total = (norm + arguments["residual"]).to(arguments["residual"].dtype)
+    want = {"output": total, "rstd": rstd}
+    if is_pair:
+        scale, weight = arguments["scale"], arguments["weight"]
+        total = total if scale == 1 else total * scale
+        y, sum_rstd = namespace.rms_norm_forward(total, cols, weight, **options)
+        if options["cast_before_weight"] and weight is not None:
+            dtype = torch.promote_types(norm.dtype, weight.dtype)
+        else:
+            dtype = norm.dtype
+        want = {"output": y.to(dtype), "residual_out": total, "rstd": sum_rstd, "input_rstd": rstd}
+    assert_same(results, {name: want[name] for name in results}, "sandwich")
+
+
+def check_sandwich_autograd(op, arguments, results):
+    """The backward op twice; the gradient that flows into the sum is added in the first."""
+    if not arguments["input"].numel():
+        return
+    x, options = arguments["input"], sandwich_options(arguments)
+    is_pair, shape = "input_weight" in arguments, [arguments["input"].shape[-1]]
+    tensors = ("input", "residual", "input_weight", "weight")
+    leaves = {n: arguments[n] for n in tensors if arguments.get(n) is not None}
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in leaves.items()}
+    got = run(op, {**arguments, **leaves})
+    assert_same({k: v.detach() for k, v in got.items()}, results, "recording")
+    ys = [got[n] for n in ("output", "residual_out") if n in got]
+    dys = [torch.cos(y.detach().float()).to(y.dtype) for y in ys]
+    Counter.calls += 1
+    grads = torch.autograd.grad(ys, list(leaves.values()), dys)
+    want, first = {}, "input_weight" if is_pair else "weight"
+    dsum, eps = dys[-1], options.pop("eps")
+
+    def backward(dy, x, weight, dsum=None):
+        given = x, shape, weight
+        _, rstd = namespace.rms_norm_forward(*given, eps, **options)
+        return namespace.rms_norm_backward(dy, *given, rstd, eps, [True, True], dsum, **options)
+
+    if is_pair:
+        total = results["residual_out"]
+        dsum, want["weight"] = backward(dys[0], total, arguments["weight"], dsum)
+        dsum = dsum if arguments["scale"] == 1 else dsum * arguments["scale"]
+    want["residual"] = dsum
+    want["input"], want[first] = backward(dsum, x, arguments[first])
+    assert_same(dict(zip(leaves, grads)), {n: want[n] for n in leaves}, "autograd")
+
+
 def check_results(call, arguments, results):
     """By the names of results. One with a new meaning needs a line here."""
     if "q" in arguments:
         return check_rope(call, arguments, results)
     if "gate" in arguments:
         return check_gated(call, arguments, results)
+    if is_added(call.op):
+        return check_sandwich(call, arguments, results)
     x, options = arguments["input"], {}
     for name in ("weight", "eps", "weight_offset", "cast_before_weight"):
         options[name] = arguments[name]
@@ -342,7 +400,7 @@ def check_isas(call, op, arguments, results):
     16-bit values are exact.
     """
     narrow = False
-    if not {"q", "gate"} & set(arguments):
+    if not {"q", "gate"} & set(arguments) and not is_added(call.op):
         x = "residual" if "residual" in arguments else "input"
         read = arguments[x], arguments["weight"]
         narrow = all(t is None or t.dtype in (FP16, BF16) for t in read)
@@ -398,7 +456,7 @@ def check_dense(call, op, arguments, results):
 def check_steps(call, op, arguments, results):
     """An addition and a norm in one have the bits of both, one after the other."""
     name = "norm" if "scale" in results else "output"
-    if "residual" not in arguments or results[name].shape != call.shape:
+    if "residual_out" not in results or results[name].shape != call.shape:
         return
     if unrounded_dtype(arguments):
         return
@@ -537,6 +595,8 @@ def check_autograd(call, op, arguments, results):
         return check_rope_autograd(op, arguments, results)
     if "gate" in arguments:
         return check_gated_autograd(op, arguments, results)
+    if is_added(call.op):
+        return check_sandwich_autograd(op, arguments, results)
     if not call.op.startswith(("rms_norm", "fused_add_rms_norm")) or (
         "quant" in call.op or "grad_output" in arguments or not arguments["input"].numel()
     ):
@@ -635,6 +695,10 @@ FAULTS = {
     "eps that is no number": lambda a: {"eps": float("nan")},
     "an infinite offset": lambda a: {"weight_offset": float("inf")},
     "a weight too long": lambda a: a.get("weight") is not None and {"weight": longer(a["weight"])},
+    "the other weight too long": lambda a: (
+        a.get("input_weight") is not None and {"input_weight": longer(a["input_weight"])}
+    ),
+    "an infinite scale": lambda a: "input_weight" in a and {"scale": float("inf")},
     "a weight of integers": lambda a: a.get("weight") is not None and {"weight": a["weight"].int()},
     "an input of integers": lambda a: "input" in a and {"input": a["input"].int()},
     "an input too long": lambda a: (
