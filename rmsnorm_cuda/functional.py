@@ -399,7 +399,7 @@ def rms_norm_add_rms_norm(
     of its norm.
 
     On the CPU all of it happens to a few rows at a time, which stay in the caches between the
-    steps. A ``scale`` costs a pass of them more, and in 16 bits may take longer than the steps. On
+    steps. A ``scale`` costs a pass of them more, and in 16 bits takes longer than the steps. On
     CUDA it is two kernels, the norm and the fused addition, and the first result passes through
     memory; with a ``scale`` five.
 
