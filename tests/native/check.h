@@ -273,7 +273,7 @@ void compare_forward(const Forward& f, Tensor& x, Tensor& w, Tensor& y, Tensor& 
       if (e > worst) worst = e, worst_row = row, worst_col = col, rstd_there = rstd;
       const Real product = x.get(row, col) * rstd * f.weight(w, col);
       // In fp32 a zero is a sum of two products, which may have other signs.
-      other_zeros += (exact || f.x_type != DType::kFloat32) && product == 0 &&
+      other_zeros += (exact || x.dtype != DType::kFloat32) && product == 0 &&
                      std::signbit(product) != std::signbit(y.get(row, col));
     }
   }
