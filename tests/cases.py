@@ -26,6 +26,21 @@ WEIGHT_DTYPES = [*DTYPES, None]  # None: no weight
 GEMMA, LLAMA = {"weight_offset": 1.0}, {"cast_before_weight": True}
 OPTIONS = [{}, GEMMA, LLAMA]
 
+# Of a model of transformers that is built in no time.
+TINY = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    vocab_size=128,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
 # Around: a vector of AVX2, of AVX-512, of 16-bit types; the 64 lanes that a row is summed in, and
 # head sizes; the fold of the lanes into double; a tile of the backward, from which on fewer rows
 # are a group; sizes of models; more than a tile of weights (8192), with a tail.

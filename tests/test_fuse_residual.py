@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from cases import same_bits
+from cases import TINY, same_bits
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -518,11 +518,8 @@ MODELS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_with_norms_on_both_sides(name, dtype):
-    sizes = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, head_dim=12)
-    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
-    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64)
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**sizes)
+    config = getattr(transformers, f"{name}Config")(**TINY)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():  # else a weight that is not applied would not be seen
         for key, parameter in model.named_parameters():

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from cases import same_bits
+from cases import TINY, same_bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1090,21 +1090,6 @@ class Attention(Base):
 
 
 # The models of transformers
-
-
-TINY = dict(
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=12,
-    vocab_size=128,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)

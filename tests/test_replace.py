@@ -12,7 +12,7 @@ import types
 
 import pytest
 import torch
-from cases import same_bits
+from cases import TINY, same_bits
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -32,19 +32,6 @@ needs_transformers = pytest.mark.skipif(
     transformers is None, reason="transformers is not installed"
 )
 
-TINY = dict(
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=12,
-    vocab_size=128,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 LOW_RANK = dict(
     kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, head_dim=4
 )
