@@ -161,8 +161,9 @@ void run(const char* op, const PairCall& call, const Results& results) {
   const Placed total{c10::MaybeOwned<Tensor>::borrowed(results.sum), results.sum_rows};
   set_norm(add, total, lead, *weight, call.options());
   add.x = sum;
-  add.addends = {nullptr, residual.tensor->const_data_ptr(), norm.y_dtype, norm.y_rows,
-                 residual.rows};
+  add.addends = {nullptr,       residual.tensor->const_data_ptr(),
+                 norm.y_dtype,  norm.y_rows,
+                 residual.rows, /*unrounded=*/false};
   // The sum alone: its norm is left where what was added lay.
   RmsNormForward add_alone = add;
   add_alone.weight = nullptr;
