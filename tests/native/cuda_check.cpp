@@ -97,7 +97,7 @@ void check_fused(Fused fused, bool unrounded = false) {
   expect(cuda::rms_norm_forward(p, nullptr), "rms_norm_forward");
   expect(cudaDeviceSynchronize(), "rms_norm_forward");
   input.fetch(), residual.fetch(), x.fetch(), y.fetch(), rstd.fetch();
-  fused.compare(norm, "", 2);
+  fused.compare(norm, "", 2, /*in_fp32=*/true);
 }
 
 Gradients run_backward(Backward& b, bool want_dx, bool want_dweight) {
