@@ -276,9 +276,12 @@ class Gated:
             eps = 2.0**-52 if x.dtype == torch.float64 else 2.0**-23
         self.slack, self.underflow = SLACK[self.computed], UNDERFLOW[self.computed]
         values, self.act, self.slope, off = exact(x), LONG(1), LONG(0), LONG(0)
+        self.unit = self.underflow  # of a denormal exponential, which silu multiplies by the gate
         with np.errstate(all="ignore"):
             if gate is not None:
                 g = exact(gate)
+                if activation == "silu":
+                    self.unit = self.underflow * (1 + np.where(np.abs(g) < 800, np.abs(g), 0))
                 sigmoid = 1 / (1 + np.exp(-g))
                 self.act = g * sigmoid if activation == "silu" else sigmoid
                 self.slope = sigmoid * (1 - sigmoid)
@@ -286,7 +289,7 @@ class Gated:
                     self.slope = sigmoid + g * self.slope
             if self.is_first:
                 values = values * self.act
-                off = np.abs(values) * 8 * self.slack + self.underflow * (1 + np.abs(exact(x)))
+                off = np.abs(values) * 8 * self.slack + self.unit * (1 + np.abs(exact(x)))
             groups = self.grouped(values)
             self.rstd = 1 / np.sqrt((groups * groups).mean(-1, keepdims=True) + LONG(eps))
             self.xhat = (groups * self.rstd).reshape(values.shape)
@@ -350,7 +353,7 @@ class Gated:
             # A denormal activation is off by a unit of these, which the norm multiplies.
             size = np.maximum(np.abs(low), np.abs(high))
             low, high = self._times(low, high, self.act, 16 * self.slack)
-            low, high = low - size * self.underflow, high + size * self.underflow
+            low, high = low - size * self.unit, high + size * self.unit
         good = is_between(y, rounded(low, result), rounded(high, result)) | ~judged
         at = None if good.all() else tuple(int(i) for i in np.argwhere(~good)[0])
         assert at is None, (
