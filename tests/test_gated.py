@@ -22,7 +22,7 @@ from torch.nn.functional import silu
 
 import rmsnorm_cuda
 from rmsnorm_cuda import RMSNormGated, rms_norm, rms_norm_gated
-from rmsnorm_cuda.reference import rms_norm_gated_reference, ulp_distance
+from rmsnorm_cuda.reference import rms_norm_gated_reference, rms_norm_reference, ulp_distance
 
 EPS = 1e-6
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -333,6 +333,30 @@ def test_gradients(device, dtypes, options, order, activation, shape):
         scale = want.abs().amax(-1 if i < 2 else None, keepdim=i < 2)
         error = (got.cpu().double() - want).abs()
         assert (error <= relative * want.abs() + (relative / 4 + 4e-6) * scale).all(), i
+
+
+# Added in fp32 it would turn a quarter of the products, which are rounded to fp32 on the way.
+OFFSET_IN_FP64 = {"weight_offset": -0.37, "cast_before_weight": True}
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=name)
+def test_beside_a_gate_in_fp64_the_offset_is_added_in_fp64(device, order):
+    x, gate, weight = operands((300,), 64, FP32, FP64)
+    how = OFFSET_IN_FP64 | order
+    y = rms_norm_gated(*(t.to(device) for t in (x, gate, weight)), EPS, **how)
+    want = rms_norm_gated_reference(x, gate, weight, EPS, **how)
+    assert (ulp_distance(y.cpu(), want) > 0).double().mean() < 1e-3
+
+
+def test_the_gradient_of_a_gate_in_fp64_sees_that_offset(device):
+    x, gate, weight = operands((300,), 64, FP32, FP64)
+    leaf = gate.to(device).requires_grad_()
+    y = rms_norm_gated(x.to(device), leaf, weight.to(device), EPS, **OFFSET_IN_FP64)
+    (got,) = torch.autograd.grad(y.sum(), leaf)
+    product = (rms_norm_reference(x, 64, eps=EPS) * (weight.double() - 0.37)).float().double()
+    gate.requires_grad_()
+    (want,) = torch.autograd.grad((silu(gate) * product).sum(), gate)
+    assert torch.isclose(got.cpu(), want, rtol=1e-12, atol=0).double().mean() > 0.999
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=name)

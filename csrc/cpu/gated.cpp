@@ -95,6 +95,12 @@ Rows dense(int64_t cols) { return {1, {}, {cols}}; }
 RowsAt tile_at(void* tile, int64_t row, int64_t cols, DType dtype) {
   return {tile, dense(cols), dtype, row};
 }
+// Of an fp64 gate alone a norm knows nothing: it would add the offset in fp32.
+void set_weight(RmsNormForward& norm, void* weight_with_offset) {
+  norm.weight = weight_with_offset;
+  norm.w_dtype = kDouble;
+  norm.weight_offset = 0;
+}
 // For what takes no first row: where row 0 would be.
 void* row_0_of(void* tile, int64_t row, int64_t cols, DType dtype) {
   return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tile) - row * cols * size_of(dtype));
@@ -104,7 +110,8 @@ void* row_0_of(void* tile, int64_t row, int64_t cols, DType dtype) {
 
 struct ForwardTiles {
   int64_t rows;  // at a time
-  void *tile, *rounded, *weight;
+  void *tile, *rounded;
+  void* weight;  // with its offset; nullptr: it is read as it is
   int64_t bytes;
 
   ForwardTiles(const RmsNormGated& p, void* workspace) {
@@ -114,10 +121,10 @@ struct ForwardTiles {
     rows = std::clamp<int64_t>(std::min(wanted, tile_bytes() / row_bytes), 1, p.norm.rows);
     Tiles tiles(workspace);
     tile = tiles.take(rows, cols, type);
-    const bool is_cast = p.gate.before_norm && p.norm.cast_before_weight && p.norm.weight;
-    rounded = tiles.take(is_cast ? rows : 0, cols, p.norm.x_dtype);
-    // Else it is read as it is.
-    weight = tiles.take(is_cast && p.norm.weight_offset != 0, cols, type);
+    const bool is_cast = p.norm.cast_before_weight && p.norm.weight, first = p.gate.before_norm;
+    rounded = tiles.take(is_cast && first ? rows : 0, cols, p.norm.x_dtype);
+    weight = tiles.take(is_cast && (first || type == kDouble) && p.norm.weight_offset != 0, cols,
+                        type);
     bytes = tiles.bytes();
   }
 };
@@ -143,6 +150,7 @@ void forward(const Kernels& chosen, const RmsNormGated& p, const ForwardTiles& t
     inner.y = tiles.tile;
     inner.y_rows = dense(norm.cols);
     inner.y_dtype = norm.cast_before_weight ? promoted(norm.x_dtype, norm.w_dtype) : type;
+    if (tiles.weight) set_weight(inner, tiles.weight);
     chosen.forward(inner, row, end, row);
     gated.v = tile_at(tiles.tile, row, norm.cols, inner.y_dtype);
     gated.result = y;
@@ -178,7 +186,7 @@ void forward(const Kernels& chosen, const RmsNormGated& p, const ForwardTiles& t
 // ---------------------------------------------------------------- backward
 
 struct BackwardTiles {
-  void *dy, *v, *dx, *ones;
+  void *dy, *v, *dx, *ones, *weight;
   DType dx_dtype;
   int64_t bytes;
 
@@ -193,6 +201,8 @@ struct BackwardTiles {
     dx_dtype = before_norm ? type : p.norm.x_dtype;
     dx = tiles.take(before_norm || p.groups > 1 ? rows : 0, cols, dx_dtype);
     ones = tiles.take(p.groups > 1, cols, type);
+    const bool casts = p.norm.cast_before_weight && p.norm.weight && p.norm.weight_offset != 0;
+    weight = tiles.take(gated && !before_norm && casts && type == kDouble, cols, type);
     bytes = tiles.bytes();
   }
 };
@@ -256,6 +266,10 @@ class GroupBackward {
     again.rows = norm.rows, again.cols = cols, again.eps = norm.eps;
     again.y = tiles.v, again.y_rows = dense(cols);
     again.y_dtype = norm.cast_before_weight ? promoted(norm.x_dtype, norm.w_dtype) : type;
+    if (tiles.weight) {
+      weight_row_fp64(again, type, tiles.weight);
+      set_weight(again, tiles.weight);
+    }
     chosen.forward(again, row, end, row);
     gated.d = dy;
     gated.v = tile_at(tiles.v, row, cols, again.y_dtype);

@@ -114,9 +114,6 @@ struct Operands {
   }
 };
 
-// A part of a workspace begins at a cache line of its own.
-int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 void run_forward(const Call& call, const Tensor& y, const Rows& y_rows, bool is_new,
                  const Tensor& rstd) {
   const Operands operands(call);
@@ -136,7 +133,7 @@ void run_forward(const Call& call, const Tensor& y, const Rows& y_rows, bool is_
   const int64_t rows = p.norm.rows;
   const int64_t bytes =
       size_of(p.norm.x_dtype) + size_of(p.norm.y_dtype) + (p.gate.data ? size_of(p.gate.dtype) : 0);
-  in_parts(rows, p.norm.cols * bytes, whole_lines(cpu::rms_norm_gated_workspace(p)), call.input,
+  in_parts(rows, p.norm.cols * bytes, cpu::rms_norm_gated_workspace(p), call.input,
            [&](int64_t part, int64_t parts, void* workspace) {
              cpu::rms_norm_gated_forward(p, part * rows / parts, (part + 1) * rows / parts,
                                          workspace);
@@ -233,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_backward(const BackwardCall& c
   const int64_t bytes = 2 * size_of(p.norm.x_dtype) + size_of(p.norm.dy_dtype) +
                         (p.gate.data ? 2 * size_of(p.gate.dtype) : 0);
   in_parts(plan.blocks, std::min(plan.block_rows, p.norm.rows) * p.norm.cols * bytes,
-           whole_lines(cpu::rms_norm_gated_backward_workspace(p)), input,
+           cpu::rms_norm_gated_backward_workspace(p), input,
            [&](int64_t part, int64_t parts, void* tiles) {
              cpu::rms_norm_gated_backward(p, part * plan.blocks / parts,
                                           (part + 1) * plan.blocks / parts, tiles);

@@ -40,12 +40,16 @@ inline int64_t size_of(DType type) {
 // Bytes that a call of one part has on its stack, where a tensor would take longer to come by.
 constexpr int64_t kSmallWorkspace = 8 << 10;
 
+// Each part of a workspace begins at a cache line.
+inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 // f(part, parts, memory) for each of the parts that `count` items of so many bytes are worth, in
 // several threads at once. Each has a workspace of its own, which is there before anything is
 // written, or nullptr.
 template <class F>
 void in_parts(int64_t count, int64_t item_bytes, int64_t workspace_bytes, const at::Tensor& like,
               const F& f) {
+  workspace_bytes = whole_lines(workspace_bytes);
   const int64_t least = grain(item_bytes), threads = at::get_num_threads();
   const int64_t parts = count * item_bytes <= kGrainBytes
                             ? 1

@@ -497,7 +497,7 @@ class Launch {
       workspace_bytes = std::max(workspace_bytes, cpu::rms_norm_rope_workspace(p));
     }
     const int64_t tokens = angles_.rope().tokens;
-    in_parts(tokens, bytes_of(sides_) / tokens, (workspace_bytes + 63) / 64 * 64, call_.q,
+    in_parts(tokens, bytes_of(sides_) / tokens, workspace_bytes, call_.q,
              [&](int64_t part, int64_t parts, void* workspace) {
                for (const RmsNormRope& p : units) {
                  const int64_t rows = p.norm.rows;
@@ -724,7 +724,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rope_backward(const Backward
     most_blocks = std::max(most_blocks, plan.blocks);
     tile_bytes = std::max(tile_bytes, cpu::rms_norm_rope_backward_workspace(p));
   }
-  in_parts(most_blocks, 2 * bytes_of(params) / most_blocks, (tile_bytes + 63) / 64 * 64, call.q,
+  in_parts(most_blocks, 2 * bytes_of(params) / most_blocks, tile_bytes, call.q,
            [&](int64_t part, int64_t parts, void* workspace) {
              for (size_t i = 0; i < units.size(); ++i) {
                cpu::rms_norm_rope_backward(units[i], part * blocks[i] / parts,

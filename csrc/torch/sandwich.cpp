@@ -142,8 +142,6 @@ void* row_0_of(void* tile, int64_t row, int64_t row_bytes) {
   return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tile) - row * row_bytes);
 }
 
-int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 void run(const char* op, const PairCall& call, const Results& results) {
   const Tensor& input = call.input;
   const int64_t lead = input.dim() - 1;
@@ -213,7 +211,7 @@ void run(const char* op, const PairCall& call, const Results& results) {
   const int64_t tile_rows = std::clamp<int64_t>(tile_bytes() / row_bytes, 1, norm.rows);
   const int64_t bytes_of_tile = whole_lines(tile_rows * row_bytes);
   const int64_t item_bytes = 2 * norm.cols * (size_of(norm.x_dtype) + size_of(add.x_dtype));
-  const int64_t workspace_bytes = bytes_of_tile + (scales ? whole_lines(row_bytes) : 0);
+  const int64_t workspace_bytes = bytes_of_tile + (scales ? row_bytes : 0);
   in_parts(norm.rows, item_bytes, workspace_bytes, input,
            [&](int64_t part, int64_t parts, void* workspace) {
              void* const nothing = static_cast<char*>(workspace) + bytes_of_tile;
