@@ -39,6 +39,8 @@ FLAGS += ["-fno-math-errno", "-Wno-psabi"]
 DTYPES = {"BFloat16": "bf16", "Half": "fp16", "float": "fp32"}
 DTYPE_ENUM = {"BFloat16": "kBFloat16", "Half": "kFloat16", "float": "kFloat32"}
 FAMILIES = "forward", "backward", "quant", "gated", "rope"
+# What is compiled once, for all instruction sets.
+SHARED = [p.stem for p in sorted((ROOT / CPU).glob("*.cpp")) if not p.stem.startswith("isa_")]
 # What of an instruction set is compiled, the quickest first; None: for all dtypes.
 STEPS = [("avx2", "BFloat16"), ("avx2", "float"), ("scalar", "float"), ("avx512", "BFloat16")]
 STEPS += [("avx2", None)]
@@ -46,7 +48,7 @@ EMULATED = ["-include", ROOT / "tests/native/cpu_avx512_emulated.h"]
 PYTEST = {
     "plan": ["tests/test_plan.py"],
     "cpu": ["tests/test_forward.py", "tests/test_backward.py", "tests/test_quant.py"]
-    + ["tests/test_fused_add.py", "tests/test_invariance.py"]
+    + ["tests/test_fused_add.py", "tests/test_invariance.py", "tests/test_gated.py"]
     + ["tests/fuzz", "--fuzz-seconds", "20", "--fuzz-seed", "1"],
 }
 
@@ -253,7 +255,7 @@ def choice(name, dtype, mutated):
 def link(objects, isa=None, dtype=None, emulated=False):
     """librmsnorm.so of these objects, and of the originals of what they lack."""
     stems = {path.stem for path in objects}
-    for source in ("dispatch", "fp64", "plan", "isa_scalar", "isa_avx2"):
+    for source in (*SHARED, "plan", "isa_scalar", "isa_avx2"):
         if source not in stems:
             objects = [*objects, original(source, emulated and source == "dispatch")]
     for instruction_set, names in KERNELS.items():
@@ -331,16 +333,16 @@ def outcome(mutant):
             to = compiled(BUILD / PLAN.with_suffix(".cpp"), BUILD / "plan.o")
             link([to])
             return python("plan") or "survived"
-        if file.name in ("kernels.h", "tuning.h", "dispatch.cpp", "fp64.cpp"):
+        if file.suffix == ".h" or file.stem in SHARED:
             folder = copy_sources(mutant, None)
-            sources = [file.stem] if file.suffix == ".cpp" else ["dispatch", "fp64"]
+            sources = [file.stem] if file.suffix == ".cpp" else SHARED
             objects = [
                 compiled(folder / f"{s}.cpp", BUILD / f"{s}.o", *supports(False)) for s in sources
             ]
             same = all(o.read_bytes() == original(o.stem).read_bytes() for o in objects)
             if not same:
                 link(objects)
-                for part in (["choice"], ["fp64"], ["avx2"]):
+                for part in (["gated"], ["choice"], ["fp64"], ["avx2"]):
                     if result := native(*part):
                         return result
             if file.suffix == ".cpp":

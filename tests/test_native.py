@@ -37,6 +37,10 @@ def test_cpu_kernels_from_cpp(tmp_path):
     assert last.endswith(" 0 failed") and int(last.split()[0]) > 1000, last
 
 
+def test_each_excused_mutant_is_a_line_of_the_sources():
+    run([sys.executable, ROOT / ".ci/mutate.py", "--list"])
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -123,8 +123,8 @@ struct ForwardTiles {
     tile = tiles.take(rows, cols, type);
     const bool is_cast = p.norm.cast_before_weight && p.norm.weight, first = p.gate.before_norm;
     rounded = tiles.take(is_cast && first ? rows : 0, cols, p.norm.x_dtype);
-    weight = tiles.take(is_cast && (first || type == kDouble) && p.norm.weight_offset != 0, cols,
-                        type);
+    weight =
+        tiles.take(is_cast && (first || type == kDouble) && p.norm.weight_offset != 0, cols, type);
     bytes = tiles.bytes();
   }
 };
