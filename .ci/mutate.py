@@ -333,9 +333,10 @@ def outcome(mutant):
             to = compiled(BUILD / PLAN.with_suffix(".cpp"), BUILD / "plan.o")
             link([to])
             return python("plan") or "survived"
-        if file.suffix == ".h" or file.stem in SHARED:
+        is_shared = file.suffix == ".cpp" and file.stem in SHARED
+        if is_shared or file.suffix == ".h":
             folder = copy_sources(mutant, None)
-            sources = [file.stem] if file.suffix == ".cpp" else SHARED
+            sources = [file.stem] if is_shared else SHARED
             objects = [
                 compiled(folder / f"{s}.cpp", BUILD / f"{s}.o", *supports(False)) for s in sources
             ]
@@ -345,7 +346,7 @@ def outcome(mutant):
                 for part in (["gated"], ["choice"], ["fp64"], ["avx2"]):
                     if result := native(*part):
                         return result
-            if file.suffix == ".cpp":
+            if is_shared:
                 return "same code" if same else python("cpu") or "survived"
         return outcome_of_kernels(mutant, objects)
     except NotCompiled:
@@ -360,7 +361,7 @@ def outcome_of_kernels(mutant, shared):
     for isa, dtype in steps:
         for family in families:
             folder = copy_sources(mutant, dtype)
-            to = compile_family(folder, isa, family, BUILD / f"{family}.o")
+            to = compile_family(folder, isa, family, BUILD / "kernels.o")
             if to.read_bytes() == original_family(isa, family, dtype):
                 continue
             changed, emulated = True, isa == "avx512"

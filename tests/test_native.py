@@ -37,6 +37,14 @@ def test_cpu_kernels_from_cpp(tmp_path):
     assert last.endswith(" 0 failed") and int(last.split()[0]) > 1000, last
 
 
+def test_each_intrinsic_of_avx512_is_emulated():
+    """For `make mutate`, and machines without it."""
+    used = re.findall(r"_mm512_\w+(?=\()", (ROOT / "csrc/cpu/isa_avx512.cpp").read_text())
+    emulation = (ROOT / "tests/native/cpu_avx512_emulated.h").read_text()
+    there = set(re.findall(r"#define (\w+)\(", emulation))
+    assert len(set(used)) > 30 and set(used) - there == {"_mm512_undefined"}  # in a comment
+
+
 def test_each_excused_mutant_is_a_line_of_the_sources():
     run([sys.executable, ROOT / ".ci/mutate.py", "--list"])
 

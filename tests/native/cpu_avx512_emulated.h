@@ -3,6 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -165,6 +166,14 @@ EMU unsigned unordered(__m512 a, __m512 b) {
   for (int i = 0; i < 16; ++i) mask |= unsigned(a[i] != a[i] || b[i] != b[i]) << i;
   return mask;
 }
+EMU __m512 max(__m512 a, __m512 b) {
+  return join<__m512>(_mm256_max_ps(half<__m256>(a, 0), half<__m256>(b, 0)),
+                      _mm256_max_ps(half<__m256>(a, 1), half<__m256>(b, 1)));
+}
+EMU __m512 scalef(__m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) a[i] = b[i] == b[i] ? std::ldexp(a[i], int(std::floor(b[i]))) : b[i];
+  return a;
+}
 // Element i of the result is element place(i) of a and b together.
 template <class F>
 EMU __m512d gather(__m512d a, __m512d b, F place) {
@@ -190,6 +199,8 @@ EMU __m512d unpack(__m512d a, __m512d b, int odd) {
 #define _mm512_set1_epi32(a) emulated::set1(int(a))
 #define _mm512_fmadd_ps(a, b, c) emulated::fmadd(a, b, c)
 #define _mm512_fmsub_ps(a, b, c) emulated::fmadd(a, b, -(c))
+#define _mm512_max_ps(a, b) emulated::max(a, b)
+#define _mm512_scalef_ps(a, b) emulated::scalef(a, b)
 #define _mm512_loadu_ps(p) emulated::load(p)
 #define _mm512_storeu_ps(p, v) emulated::store(p, v)
 #define _mm512_maskz_loadu_ps(m, p) emulated::masked_load<__m512, float>(m, p)

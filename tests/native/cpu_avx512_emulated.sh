@@ -12,5 +12,5 @@ $cxx -I"$cpu" -include "$here/cpu_avx512_emulated.h" -c "$build/isa_avx512.cpp" 
   -o "$build/isa_avx512.o"
 $cxx -D'__builtin_cpu_supports(feature)=1' -c "$cpu/dispatch.cpp" -o "$build/dispatch.o"
 $cxx "$here/cpu_check.cpp" "$cpu/isa_scalar.cpp" "$cpu/isa_avx2.cpp" "$cpu/fp64.cpp" \
-  "$build/isa_avx512.o" "$build/dispatch.o" -o "$build/cpu_check"
+  "$cpu/gated.cpp" "$build/isa_avx512.o" "$build/dispatch.o" -o "$build/cpu_check"
 "$build/cpu_check"
