@@ -13,13 +13,17 @@ from pathlib import Path
 
 
 def vllm() -> None:
-    """Registers our implementations of vLLM's IR ops, which --ir-op-priority chooses."""
+    """Registers our implementations of vLLM's IR ops, which --ir-op-priority chooses; and our
+    layers with a gate if VLLM_PLUGINS names us.
+    """
     _register("vLLM", "rmsnorm_cuda.integrations.vllm")
+    if _is_named("VLLM_PLUGINS"):
+        _register("vLLM", "rmsnorm_cuda.integrations.vllm", "register_gated_layers")
 
 
 def sglang() -> None:
     """Registers our hooks if SGLANG_PLUGINS names us: unset, SGLang loads every plug-in."""
-    if "rmsnorm_cuda" in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
+    if _is_named("SGLANG_PLUGINS"):
         _register("SGLang", "rmsnorm_cuda.integrations.sglang")
 
 
@@ -28,9 +32,14 @@ def pyinstaller() -> list[str]:
     return [str(Path(__file__).parent / "rmsnorm_cuda/installation/pyinstaller")]
 
 
-def _register(server: str, module: str) -> None:
+def _is_named(variable: str) -> bool:
+    names = os.environ.get(variable, "").split(",")
+    return "rmsnorm_cuda" in [name.strip() for name in names]
+
+
+def _register(server: str, module: str, function: str = "register") -> None:
     try:
-        importlib.import_module(module).register()
+        getattr(importlib.import_module(module), function)()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         logger = logging.getLogger("rmsnorm_cuda")

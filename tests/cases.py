@@ -1,10 +1,12 @@
-"""What the tests of the op share: dtypes, options, lengths, hard rows, the formula, and the
-tolerances.
+"""What the tests share: dtypes, options, lengths, hard rows, the formula, the tolerances, and
+modules that stand in for libraries.
 """
 
 import contextlib
 import itertools
 import math
+import sys
+import types
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -279,3 +281,22 @@ def refused_alike_while_tracing(function, *args, **options):
             else:
                 told.append(None)
     assert told[0] == told[1] and told[0] is not None
+
+
+def close(got, want, ulps):
+    """Within so many ulp, and in 16 bits the same but for near-ties of a rounding."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    assert ulp_distance(got, want).max() <= ulps
+    if got.dtype != torch.float32:
+        assert (got == want).float().mean() > 0.99
+
+
+def stub_modules(monkeypatch, modules):
+    """{name: contents} in sys.modules, with the packages that they lie in."""
+    for name, contents in modules.items():
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            monkeypatch.setitem(
+                sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end]))
+            )
+        vars(sys.modules[name]).update(contents)

@@ -17,36 +17,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import close, stub_modules
 from torch import nn
 
 import rmsnorm_cuda
 import rmsnorm_cuda_plugins
 from rmsnorm_cuda import rms_norm_gated
 from rmsnorm_cuda.integrations.families import FAMILIES
-from rmsnorm_cuda.reference import ulp_distance
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIXTEEN = [BF16, FP16]
 COMPILES_LAYERS = torch.__version__ >= "2.12.dev0"
-
-
-def close(got, want, ulps):
-    """Within so many ulp, and in 16 bits the same but for near-ties of a rounding."""
-    assert got.dtype == want.dtype and got.shape == want.shape
-    assert ulp_distance(got, want).max() <= ulps
-    if got.dtype != FP32:
-        assert (got == want).float().mean() > 0.99
-
-
-def stub_modules(monkeypatch, modules):
-    """{name: contents} in sys.modules, with the packages that they lie in."""
-    for name, contents in modules.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            monkeypatch.setitem(
-                sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end]))
-            )
-        vars(sys.modules[name]).update(contents)
 
 
 def test_entry_points():

@@ -1,5 +1,5 @@
 """A vLLM plug-in: implementations of its IR ops rms_norm and fused_add_rms_norm, under the provider
-name "rmsnorm_cuda".
+name "rmsnorm_cuda", and of its layers with a gate.
 
 Installed, it is found by vLLM through the entry point `vllm.general_plugins`, and does nothing
 until it is asked for:
@@ -7,25 +7,36 @@ until it is asked for:
     vllm serve MODEL --ir-op-priority.rms_norm=rmsnorm_cuda \
         --ir-op-priority.fused_add_rms_norm=rmsnorm_cuda
 
-vLLM puts its platform's own implementations behind that, for arguments that ours declines.
+    VLLM_PLUGINS=rmsnorm_cuda vllm serve MODEL -cc.custom_ops+=+rms_norm_gated
+
+vLLM puts its platform's own implementations behind an IR op's, for arguments that ours declines. A
+layer with a gate is a CustomOp: `custom_ops` says whether its kernel runs, or its formula for the
+compiler. Named in VLLM_PLUGINS, ours is the kernel, on CUDA and on CPUs.
 
 Numerics. The op is defined as the norm in fp32, rounded to the weight's dtype, times the weight,
 rounded to the input's. With a weight of the input's dtype that is the Llama family's order, with an
 fp32 weight (GemmaRMSNorm hands 1 + w over in fp32) one rounding: ours is the same but where a value
 is so near to a tie that the roundings of fp32 arithmetic decide. fused_add_rms_norm is that of the
-sum before it is rounded for the residual, as the definition has it (`round_sum=False`).
+sum before it is rounded for the residual, as the definition has it (`round_sum=False`). A layer
+with a gate computes what its forward_native() does: RMSNormGated and FusedRMSNormGated round once,
+Mixer2RMSNormGated (Mamba 2) before the weight, too.
 
 Declined, and so left to the next implementation: `variance_size`, a weight of another 16-bit dtype
 or one narrower than the input, fp64, a residual of another dtype than the input, and a weight that
-is broadcast.
+is broadcast. A layer with a gate keeps vLLM's own forward for fp64, for FusedRMSNormGated with a
+residual, and for Mixer2RMSNormGated where ranks share a group or the weight has another dtype.
 """
 
+import functools
+import sys
 import warnings
 
 import torch
 from torch import Tensor
 
 from ..functional import fused_add_rms_norm, rms_norm
+from .gated_layers import around_fused_rms_norm_gated, around_mixer2, around_rms_norm_gated
+from .when_imported import when_imported
 
 PROVIDER = "rmsnorm_cuda"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,6 +60,50 @@ def register() -> None:
         norm.register_impl(PROVIDER, supports_args=_supports)(_rms_norm)
     if PROVIDER not in fused.impls:
         fused.register_impl(PROVIDER, supports_args=_supports_fused)(_fused_add_rms_norm)
+
+
+# The modules that define layers with a gate.
+_GATED_LAYERS = {
+    "vllm.model_executor.layers.layernorm": ("RMSNormGated", around_rms_norm_gated),
+    "vllm.third_party.flash_linear_attention.ops.kda": (
+        "FusedRMSNormGated",
+        around_fused_rms_norm_gated,
+    ),
+    "vllm.model_executor.layers.mamba.mamba_mixer2": (
+        "Mixer2RMSNormGated",
+        functools.partial(around_mixer2, cast_before_weight=True),
+    ),
+}
+
+
+def register_gated_layers() -> None:
+    """Has vLLM build its layers with a gate as ours, each from when vLLM has imported it. A class
+    for which a platform has registered one of its own stays that.
+    """
+    for module, (name, around) in _GATED_LAYERS.items():
+        register_it = functools.partial(_register_layer, module, name, around)
+        when_imported((module,), register_it, f"{name} of vLLM")
+
+
+def _register_layer(module: str, name: str, around) -> None:
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    if name in op_registry_oot:
+        return
+    theirs = getattr(sys.modules[module], name)
+    methods = {
+        key: _around(getattr(theirs, key), around) for key in ("forward_cuda", "forward_cpu")
+    }
+    ours = type(theirs)(name, (theirs,), methods)
+    theirs.register_oot(ours, name=name)
+    ours.name = theirs.name  # by which `custom_ops` means it
+
+
+def _around(original, around):
+    def forward(self, *args, **kwargs):
+        return around(original, self, *args, **kwargs)
+
+    return forward
 
 
 # vLLM demands the names, types and defaults of its own. Not in place: of an op that works in place
