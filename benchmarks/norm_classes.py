@@ -17,7 +17,6 @@ import importlib
 import importlib.metadata
 import inspect
 import io
-import os
 import pkgutil
 import random
 import sys
@@ -156,7 +155,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--md", help="also write the list here")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # fla looks for a GPU when it is imported
     warnings.simplefilter("ignore")
     lines, wrong = [], 0
     for library in args.libraries:

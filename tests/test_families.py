@@ -32,6 +32,7 @@ CLASSES = [
     ("torch", "transformers.moshi.MoshiRMSNorm", {"eps": 1e-3}),
     ("torch", "transformers.gemma3n.Gemma3nRMSNorm", {"eps": 1e-3}),
     ("torch", "transformers.gemma3n.Gemma3nRMSNorm", {"eps": 1e-3, "with_scale": False}),
+    ("torch", "transformers.falcon_mamba.FalconMambaWeightlessRMSNorm", {"eps": 1e-3}),
     ("llama", "transformers.llama.LlamaRMSNorm", {"eps": 1e-3}),
     ("llama", "transformers.mistral.MistralRMSNorm", {"eps": 1e-3}),
     ("llama", "transformers.mixtral.MixtralRMSNorm", {"eps": 1e-3}),
@@ -103,8 +104,8 @@ def test_class(family, path, options):
         (torch.float16, (torch.float16, torch.float32)),
     ):
         old = load(path)(96, **options).to(w_dtype)
-        if getattr(old, "weight", None) is not None:
-            nn.init.normal_(old.weight, mean=0.0 if family == "gemma" else 1.0, std=0.25)
+        for weight in old.parameters():
+            nn.init.normal_(weight, mean=0.0 if family == "gemma" else 1.0, std=0.25)
         found = recognize(old)
         assert (found.family.name, found.eps) == (family, options.get("eps"))
         new = twin(old, *found)
@@ -465,6 +466,37 @@ def test_twin_without_a_weight_or_a_mark():
     assert isinstance(ours, Marked) and not hasattr(ours, "kernel_layer_name")
     ours = twin(Bare(), *recognize(Bare()))
     assert repr(ours) == "RMSNormOfAnyWidth(eps=1e-05, elementwise_affine=False)"
+
+
+class OnesBeside(nn.Module):
+    """FalconMamba's: the weight is a buffer of ones, for a kernel that wants one."""
+
+    def __init__(self, reads=False, width=40):
+        super().__init__()
+        self.eps, self.reads = 1e-5, reads
+        self.register_buffer("weight", torch.ones(width), persistent=False)
+
+    def forward(self, x):
+        y = x.float() * rms(x, self.eps)
+        return (y * self.weight if self.reads else y).to(x.dtype)
+
+
+def test_weight_that_is_a_buffer():
+    model = nn.ModuleList([OnesBeside(), OnesBeside(reads=True), OnesBeside(), OnesBeside()])
+    model[2].weight[3] = 2
+    model[3].weight = torch.ones(40, device="meta")
+    ones, old = model[0].weight, model[0]
+    x = torch.randn(3, 40)
+    swap = rmsnorm_cuda.replace_rms_norm(model, lambda name, module: name != "")
+    assert [entry.name for entry in swap] == ["0"] and model[0].weight is ones
+    assert repr(model[0]) == "RMSNormOfAnyWidth(eps=1e-05, elementwise_affine=False)"
+    torch.testing.assert_close(model[0](x), old(x))
+    assert not model.state_dict() and [*dict(model[0].named_buffers())] == ["weight"]
+    reasons = [skipped.reason for skipped in swap.skipped]
+    assert "it computes what no known family computes" in reasons[0]
+    assert all("is not a parameter" in reason for reason in reasons[1:]) and len(reasons) == 3
+    swap.restore()
+    assert model[0] is old and type(old) is OnesBeside and old.weight is ones
 
 
 def test_the_attribute_that_is_read():

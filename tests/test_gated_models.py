@@ -1,4 +1,6 @@
-"""Norms with a gate of other libraries: which they are; swapped, alone and in models."""
+"""Norms with a gate of other libraries: which they are; swapped, alone and in models. And models
+that norm both sides of a sublayer.
+"""
 
 import copy
 import importlib
@@ -130,6 +132,46 @@ def test_own_class():
     assert type(model["norm"]) is Own and model["norm"].epsilon == 0.5
 
 
+class OnAGpu(Own):
+    """As fla's RMSNormGated, a kernel of Triton."""
+
+    def forward(self, x, z=None):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+
+class WithResidual(Own):
+    """As fla's FusedRMSNormGated."""
+
+    def forward(self, x, g, residual=None, prenorm=False, residual_in_fp32=False):
+        return super().forward(x, g)
+
+
+@pytest.mark.parametrize(
+    "norm, reason",
+    [
+        (OnAGpu, "it could not be tried on the CPU: RuntimeError: 0 active drivers"),
+        (WithResidual, "takes more than the input: x, g, residual, prenorm, residual_in_fp32"),
+    ],
+)
+def test_what_cannot_be_tried_stays(norm, reason):
+    model = nn.ModuleDict({"norm": norm()})
+    swap = replace_rms_norm(model, match=lambda name, module: name == "norm")
+    assert not swap and type(model["norm"]) is norm and reason in swap.skipped[0].reason
+
+
+def test_norms_of_fla_stay():
+    """They run on a GPU, and are tried on the CPU. Triton's interpreter, which runs RMSNormGated
+    there, cuts bf16 off where the GPU rounds."""
+    fla = pytest.importorskip("fla.modules")
+    gated = pytest.importorskip("fla.modules.norm.layernorm_gated").RMSNormGated
+    kinds = fla.RMSNorm, fla.FusedRMSNormGated, fla.FusedRMSNormSwishGate, gated
+    model = nn.ModuleList(cls(32) for cls in kinds)
+    swap = replace_rms_norm(model)
+    assert not swap and len(swap.skipped) == len(kinds)
+    for *_, reason in swap.skipped:
+        assert "could not be tried on the CPU" in reason or "takes more than the input" in reason
+
+
 @pytest.mark.parametrize("what", [{"rounds": True}, {"factor": 1.01}])
 def test_what_computes_something_else_stays(what):
     model = nn.ModuleDict({"norm": Own(**what)})
@@ -175,6 +217,8 @@ LINEAR = dict(
 MIXER = dict(num_heads=8, head_dim=12, state_size=8, n_groups=2, chunk_size=8)
 # architecture: (gated norms, more of its config)
 MODELS = {
+    "Gemma3Text": (0, {}),  # this one and the next norm both sides of a sublayer
+    "Olmo2": (0, {}),
     "Qwen3Next": (1, EXPERTS | LINEAR | {"layer_types": ["linear_attention", "full_attention"]}),
     "Qwen3_5Text": (1, LINEAR | {"layer_types": ["linear_attention", "full_attention"]}),
     "Mamba2": (2, MIXER),
@@ -254,6 +298,12 @@ MODELS = {
 }
 
 
+# Layers and attentions whose norms add the residual or rotate. In those of Mamba 2, Nemotron-H and
+# Zamba 2 no norm follows an addition.
+FUSED = {"Gemma3Text": 4, "Olmo2": 4, "Qwen3Next": 3, "Qwen3_5Text": 3}
+FUSED |= dict.fromkeys(("FalconH1", "KimiLinear", "Bamba", "GraniteMoeHybrid"), 2)
+
+
 def build_model(name, dtype):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**TINY | MODELS[name][1])
@@ -278,12 +328,14 @@ def test_models(name, dtype):
         gated = [entry for entry in swap if isinstance(entry.new, RMSNormGated)]
         assert len(gated) == MODELS[name][0] and not swap.skipped
         assert torch.equal(model.generate(ids, **options), tokens)
-    with replace_rms_norm(model, fuse_residual=True, fuse_rope=True):
+    with replace_rms_norm(model, fuse_residual=True, fuse_rope=True) as swap:
+        assert len(swap.fused) == FUSED.get(name, 0)
         assert torch.equal(model.generate(ids, **options), tokens)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["swapped", "fused"])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_models(name):
+def test_gradients_of_models(name, fused):
     model, ids = build_model(name, FP32)
 
     def gradients():
@@ -292,7 +344,7 @@ def test_gradients_of_models(name):
         return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
     want = gradients()
-    with replace_rms_norm(model):
+    with replace_rms_norm(model, fuse_residual=fused, fuse_rope=fused):
         got = gradients()
     assert got.keys() == want.keys()
     for key, gradient in want.items():

@@ -654,7 +654,9 @@ def sglang(request, monkeypatch):
     class HookRegistry:
         @staticmethod
         def register(target, hook, hook_type):
-            assert hook_type == "around" and target.startswith("sglang.srt.layers.layernorm.")
+            assert hook_type == "around" and target.startswith("sglang.")
+            if ".layernorm." not in target:  # test_gated_layers.py
+                return
             cls, method = target.split(".")[-2:]
             original = getattr(classes[cls], method)
             setattr(classes[cls], method, lambda *args, **kwargs: hook(original, *args, **kwargs))

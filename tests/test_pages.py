@@ -336,8 +336,11 @@ def check_server(name):
 
 def check_vllm(words):
     assert '"vllm.general_plugins"' in (ROOT / "pyproject.toml").read_text()
+    plugin = (ROOT / "rmsnorm_cuda" / "integrations" / "vllm.py").read_text()
     for op in (option.partition(".")[2] for option in options(words)):
-        assert op in (ROOT / "rmsnorm_cuda" / "integrations" / "vllm.py").read_text(), op
+        assert op in plugin, op
+    for word in (word for word in words if word.startswith("-cc.")):
+        assert re.fullmatch(r"-cc\.custom_ops\+=(\+[a-z0-9_]+,?)+", word), word
 
 
 PROGRAMS = {
@@ -367,7 +370,7 @@ def test_commands(folder):
         assert program in PROGRAMS, program
         PROGRAMS[program](words)
         for variable in (word.partition("=")[0] for word in environment):
-            assert variable in VARIABLES | {"PATH", "SGLANG_PLUGINS"}, variable
+            assert variable in VARIABLES | {"PATH", "SGLANG_PLUGINS", "VLLM_PLUGINS"}, variable
 
 
 def variables_that_are_read():

@@ -140,20 +140,21 @@ def twin(
 
 def _become_twin(module, family, eps, eps_name, also_read) -> None:
     """twin(), made of the module itself."""
-    state, weight = vars(module), getattr(module, "weight", None)
+    state, weight = vars(module), module._parameters.get("weight")
     if isinstance(family, GatedFamily):
         return _become_gated_twin(module, family, eps, eps_name, also_read)
     shape = getattr(module, "normalized_shape", None) or None
     of_its_weight = "normalized_shape" not in state and weight is not None
     base = RMSNormInWeightDtype if family.result == "weight" else RMSNorm
-    if shape is None and weight is None:
+    if weight is None and (shape is None or "weight" in module._buffers):
         base = RMSNormOfAnyWidth
     elif shape is None:
         shape = tuple(weight.shape)
     if eps_name is not None and eps_name != "eps":
         state.pop(eps_name)  # the class has it
     module.__class__ = twin_class(type(module), base, eps_name, of_its_weight, also_read)
-    module._parameters.setdefault("weight", None)
+    if "weight" not in module._buffers:  # of ones, which nothing reads
+        module._parameters.setdefault("weight", None)
     state.update(
         normalized_shape=(shape,) if isinstance(shape, int) else shape,
         eps=eps,

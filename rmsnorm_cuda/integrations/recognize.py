@@ -101,7 +101,7 @@ def _structural_reason(module: nn.Module) -> str:
     others = [key for key, value in held if value is not None and key != "weight"]
     if others:
         return f"{name} has {', '.join(others)}, where one parameter is expected, called weight"
-    if getattr(module, "weight", None) is not weight:
+    if getattr(module, "weight", None) is not weight and not has_buffer_of_ones(module):
         return (
             f"the weight of {name} is not a parameter; "
             "where it was sharded or parametrized, swap before that"
@@ -126,6 +126,15 @@ def _structural_reason(module: nn.Module) -> str:
     return ""
 
 
+def has_buffer_of_ones(module: nn.Module) -> bool:
+    """Whether its `weight` is a buffer of ones, which FalconMamba has for a kernel that wants one.
+    The trial shows whether the forward reads it.
+    """
+    held = module._buffers.get("weight")
+    plain = type(held) is Tensor and held.dim() == 1 < held.numel() and not held.is_meta
+    return plain and len(_inputs(type(module)) or ()) == 1 and bool((held == 1).all())
+
+
 def _inputs(cls: type[nn.Module]) -> list[inspect.Parameter] | None:
     try:
         _, *parameters = inspect.signature(cls.forward).parameters.values()
@@ -135,7 +144,7 @@ def _inputs(cls: type[nn.Module]) -> list[inspect.Parameter] | None:
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    weight = module._parameters.get("weight")
+    weight = getattr(module, "weight", None)
     built = getattr(module, "normalized_shape", None)
     shape = built or ((256,) if weight is None else weight.shape)
     return (shape,) if isinstance(shape, int) else tuple(shape)
@@ -539,7 +548,9 @@ def _other_numbers(laboratory, copied: nn.Module, names: Iterable[str]) -> tuple
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Without the module's parameters and hooks, and with lists and tensors of its own."""
+    """Without the module's parameters and hooks, and with lists and tensors of its own; ones of a
+    buffer are other values, which show if they are read.
+    """
     new = object.__new__(type(module))
     nn.Module.__init__(new)
     memo = {id(module): new}
@@ -551,6 +562,8 @@ def _copy(module: nn.Module) -> nn.Module:
                 vars(new)[key] = value
     new._parameters.update(dict.fromkeys(module._parameters))
     new._buffers.update(dict.fromkeys(module._buffers))
+    if has_buffer_of_ones(module):
+        new._buffers["weight"] = torch.linspace(-1, 3, len(module.weight))
     return new
 
 

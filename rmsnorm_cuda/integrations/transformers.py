@@ -23,7 +23,7 @@ from ..modules import RMSNorm, RMSNormGated
 from .families import Family, GatedFamily, give_back, twin
 from .fuse_residual import fuse
 from .fuse_rope import fuser
-from .recognize import MODULE_ATTRIBUTES, Recognized, recognize
+from .recognize import MODULE_ATTRIBUTES, Recognized, has_buffer_of_ones, recognize
 from .rewrite import unfuse
 
 
@@ -290,7 +290,7 @@ def _recognize_once(module: nn.Module, known: dict[tuple, Recognized | str]) -> 
         return recognize(module)
     held = (*module._parameters.items(), *module._buffers.items())
     shapes = ((name, None if t is None else t.shape) for name, t in held)
-    key = type(module), *attributes.items(), *shapes
+    key = type(module), *attributes.items(), *shapes, has_buffer_of_ones(module)
     if key not in known:
         known[key] = recognize(module)
     return known[key]
