@@ -245,6 +245,26 @@ def test_vllm_layers(vllm_layers, calls):
 
 
 @torch.no_grad()
+def test_vllm_compiles_the_layers(vllm_layers):
+    """In one graph, with one node of ours."""
+    gated, fused, mixer2 = vllm_layers
+    x, gate = torch.randn(5, 96), torch.randn(5, 96)
+    for norm in (gated(96, group_size=24), fused(96), mixer2(96, 4)):
+        nn.init.normal_(norm.weight)
+        graphs = []
+        torch._dynamo.reset()
+
+        def backend(graph, inputs):
+            graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+            return graph
+
+        y = torch.compile(norm, backend=backend, fullgraph=True)(x, gate)
+        assert torch.equal(y, norm(x, gate))
+        assert len(graphs) == 1 and sum("rms_norm_gated" in node for node in graphs[0]) == 1
+        assert not any("silu" in node or "rsqrt" in node for node in graphs[0])
+
+
+@torch.no_grad()
 def test_sglang_layers(sglang_layers, calls):
     """SGLang's Triton kernels run on no CPU: the definition is the stand-ins'."""
     of_name = dict(zip((cls.__name__ for cls in sglang_layers), STAND_INS))

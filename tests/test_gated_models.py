@@ -219,6 +219,7 @@ MIXER = dict(num_heads=8, head_dim=12, state_size=8, n_groups=2, chunk_size=8)
 MODELS = {
     "Gemma3Text": (0, {}),  # this one and the next norm both sides of a sublayer
     "Olmo2": (0, {}),
+    "FalconMamba": (0, {"state_size": 8}),  # has norms with no weight, and a buffer of that name
     "Qwen3Next": (1, EXPERTS | LINEAR | {"layer_types": ["linear_attention", "full_attention"]}),
     "Qwen3_5Text": (1, LINEAR | {"layer_types": ["linear_attention", "full_attention"]}),
     "Mamba2": (2, MIXER),
@@ -298,8 +299,8 @@ MODELS = {
 }
 
 
-# Layers and attentions whose norms add the residual or rotate. In those of Mamba 2, Nemotron-H and
-# Zamba 2 no norm follows an addition.
+# Layers and attentions whose norms add the residual or rotate. In those of the others no norm
+# follows an addition.
 FUSED = {"Gemma3Text": 4, "Olmo2": 4, "Qwen3Next": 3, "Qwen3_5Text": 3}
 FUSED |= dict.fromkeys(("FalconH1", "KimiLinear", "Bamba", "GraniteMoeHybrid"), 2)
 
