@@ -426,6 +426,24 @@ def test_make_figures_draws_the_charts():
         assert (ROOT / data).exists(), data
 
 
+def test_counts_of_norm_classes():
+    """They are those of the list that benchmarks/norm_classes.py has written."""
+    listed = (ROOT / "benchmarks" / "results" / "norm_classes.md").read_text()
+    classes, swapped = re.search(
+        r"## transformers .*\n\n(\d+) classes, (\d+) of them swapped", listed
+    ).groups()
+    items = listed[: listed.index("## diffusers")].split("\n- ")[1:]
+    stay = [" ".join(item.split()) for item in items if "stays: " in item]
+    biased = sum("bias" in reason for reason in stay)
+    built = sum("it is not built from a width" in reason for reason in stay)
+    text = " ".join(PAGES["rmsnorm_cuda/integrations"].read_text().split())
+    assert len(stay) == int(classes) - int(swapped) and built == 2
+    assert (
+        f"Of {classes} in transformers 5.24 it swaps {swapped}. Of the others {biased} have a bias, "
+        f"{len(stay) - biased - built} compute something else, and two are small networks."
+    ) in text
+
+
 def table_of_what_was_tested():
     """What `pytest --record=tests/tested.json` has seen."""
     lines = ["| Python | torch | installed | tests passed, skipped |", "|---|---|---|---|"]
