@@ -433,14 +433,14 @@ def test_counts_of_norm_classes():
         r"## transformers .*\n\n(\d+) classes, (\d+) of them swapped", listed
     ).groups()
     items = listed[: listed.index("## diffusers")].split("\n- ")[1:]
-    stay = [" ".join(item.split()) for item in items if "stays: " in item]
+    stay = [item for item in (" ".join(item.split()) for item in items) if "stays: " in item]
     biased = sum("bias" in reason for reason in stay)
     built = sum("it is not built from a width" in reason for reason in stay)
     text = " ".join(PAGES["rmsnorm_cuda/integrations"].read_text().split())
     assert len(stay) == int(classes) - int(swapped) and built == 2
     assert (
-        f"Of {classes} in transformers 5.24 it swaps {swapped}. Of the others {biased} have a bias, "
-        f"{len(stay) - biased - built} compute something else, and two are small networks."
+        f"Of {classes} in transformers 5.24 it swaps {swapped}. Of the others {biased} have a "
+        f"bias, {len(stay) - biased - built} compute something else, and two are small networks."
     ) in text
 
 
