@@ -16,15 +16,14 @@ def vllm() -> None:
     """Registers our implementations of vLLM's IR ops, which --ir-op-priority chooses; and our
     layers with a gate if VLLM_PLUGINS names us.
     """
-    _register("vLLM", "rmsnorm_cuda.integrations.vllm")
-    if _is_named("VLLM_PLUGINS"):
-        _register("vLLM", "rmsnorm_cuda.integrations.vllm", "register_gated_layers")
+    layers = ["register_gated_layers"] if _is_named("VLLM_PLUGINS") else []
+    _register("vLLM", "rmsnorm_cuda.integrations.vllm", "register", *layers)
 
 
 def sglang() -> None:
     """Registers our hooks if SGLANG_PLUGINS names us: unset, SGLang loads every plug-in."""
     if _is_named("SGLANG_PLUGINS"):
-        _register("SGLang", "rmsnorm_cuda.integrations.sglang")
+        _register("SGLang", "rmsnorm_cuda.integrations.sglang", "register")
 
 
 def pyinstaller() -> list[str]:
@@ -37,9 +36,11 @@ def _is_named(variable: str) -> bool:
     return "rmsnorm_cuda" in [name.strip() for name in names]
 
 
-def _register(server: str, module: str, function: str = "register") -> None:
+def _register(server: str, module: str, *functions: str) -> None:
     try:
-        getattr(importlib.import_module(module), function)()
+        plugin = importlib.import_module(module)
+        for function in functions:
+            getattr(plugin, function)()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         logger = logging.getLogger("rmsnorm_cuda")

@@ -530,7 +530,8 @@ def test_server_that_cannot_import_the_package(server, spoilt, tmp_path, package
         shutil.rmtree(package / "lib")
     elif spoilt == "an error":
         (package / "__init__.py").write_text("raise RuntimeError('this\\nand that')")
-    said = load_plugins(SERVERS[server][0], package, *other, SGLANG_PLUGINS="rmsnorm_cuda")
+    asked = dict.fromkeys(("SGLANG_PLUGINS", "VLLM_PLUGINS"), "rmsnorm_cuda")
+    said = load_plugins(SERVERS[server][0], package, *other, **asked)
     reason = {
         "nothing compiled": f"ImportError: rmsnorm_cuda is not compiled in {package}. ",
         "another torch": f"ImportError: rmsnorm_cuda in {package} carries builds for torch ",
