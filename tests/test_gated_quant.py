@@ -1,4 +1,4 @@
-"""rms_norm_gated_quant: the bits of rms_norm_gated and of the quantization behind it, layouts, out=,
+"""rms_norm_gated_quant: the bits of rms_norm_gated and of the quantization behind, layouts, out=,
 errors, torch.compile.
 """
 
@@ -15,7 +15,6 @@ from cases import (
     ops,
     pairs,
     random,
-    random_weight,
     refused_alike_while_tracing,
     same_bits,
 )

@@ -114,6 +114,10 @@ __device__ void gated_norm_rows(const typename E::Args& a) {
   using X = typename N::X;
   using Floats = typename N::Floats;
   constexpr int kElems = N::kElems, kRows = kGatedVectors / kVectors;
+  // Of two rows that are to be quantized x stays packed: in fp32 they would take too many
+  // registers.
+  constexpr bool kUnpacksTwice =
+      E::kFindsLargest && kRows > 1 && N::kGateOrder == Order::kBehind && sizeof(X) == 2;
   const Cluster alone(1);
   const int64_t begin = blockIdx.x * a.cols;
   RowGroup<unsigned, kRows, kVectors, kElems, GroupBlocks> group{a.rows, static_cast<int>(a.cols),
@@ -156,8 +160,13 @@ __device__ void gated_norm_rows(const typename E::Args& a) {
       with_choice(a.cast_before_weight, [&](auto cast) {
         with_scale<true>(s, [&](const Scale& s) {
           each_chunk([&](int k, int col, int count) {
+            Floats chunk = v[r][k];
+            if constexpr (kUnpacksTwice) {
+              x[r][k].stay_packed();
+              chunk = x[r][k].template to<float>();
+            }
             f(k, col, count,
-              N::template norm<decltype(cast)::value>(a, v[r][k], factor[r][k], w[k], s));
+              N::template norm<decltype(cast)::value>(a, chunk, factor[r][k], w[k], s));
           });
         });
       });

@@ -23,9 +23,8 @@ struct QuantScale {
   enum { kProduct, kQuotient, kAnyQuotient } method;
 
   QuantScale() = default;
-  // A static one.
-  __device__ explicit QuantScale(float scale)
-      : scale(scale), inverse(1.0f / scale), method(kProduct) {}
+  // A static one, of which no more is needed.
+  __device__ explicit QuantScale(float inverse) : scale(0), inverse(inverse), method(kProduct) {}
 
   // A dynamic one, of the largest magnitude of the values that share it.
   __device__ QuantScale(const QuantEnd& a, float magnitude) {
@@ -122,10 +121,10 @@ struct StoreQuant {
   static constexpr int kElems = N::kElems, kPairs = kElems / 2;
   using YChunk = typename N::YChunk;
   static constexpr bool kFindsLargest = true;
-  QuantScale fixed;  // if the scale is static
+  float inverse;  // of a static scale
 
   __device__ void prepare(const Args& a) {
-    if (a.quant.block == 0) fixed = QuantScale(*a.quant.scale);
+    inverse = a.quant.block == 0 ? 1.0f / *a.quant.scale : 0;
   }
 
   struct Place {
@@ -138,7 +137,7 @@ struct StoreQuant {
     // `first`: it stores the scale of a row.
     __device__ Place(const StoreQuant& e, const Args& a, int64_t row, int64_t begin,
                      typename N::LargestY largest, bool first)
-        : a(a), row(row), begin(begin), scale(e.fixed) {
+        : a(a), row(row), begin(begin), scale(e.inverse) {
       if (!a.per_token) return;
       scale = QuantScale(a, largest.value());
       if (first) *scales = scale.scale;
