@@ -1246,7 +1246,8 @@ def check_gated_quant(gpu, s, y, turn):
     name = "quantize_rows" if spans else "gated_quant_any_rows"
     if keep != NOWHERE and plain and not spans:
         name = ("gated_quant_rows", "gated_quant_shared_rows")[keep]
-    assert ran == name, f"{ran} ran, not {name}"
+    # One row is plain wherever the next one would be.
+    assert s.rows == 1 or ran == name, f"{ran} ran, not {name}"
     codes, scales = written.read()
     kind.pop("column_major", None)
     kind["block"] = kind["block"] or s.cols
