@@ -181,10 +181,15 @@ struct Gate {
 // y = norm(x) * act(gate), or norm(x * act(gate)). With cast_before_weight the product with the
 // weight is rounded to the promotion of x_dtype and w_dtype; before the norm this is y_dtype.
 struct RmsNormGated {
-  RmsNormForward norm;  // x is no sum, and nothing is quantized
+  RmsNormForward norm;  // x is no sum; what is quantized is y
   // Its rstd is [groups, rows]; of a gate before the norm fp64 if any dtype here is kFloat64.
   Gate gate;
   int64_t groups;  // of cols / groups columns, each of which is normalized by itself
+
+  // Is a scale of columns that are not all of one group? Then CUDA wants y too.
+  RMSNORM_HOST_DEVICE bool scales_span_groups() const {
+    return norm.quant.block != 0 && norm.cols / groups % norm.quant.block != 0;
+  }
 };
 
 // The roundings of the forward count as the identity.

@@ -14,8 +14,9 @@
     monitor(model)                                              watches what norms are given
 
 fused_add_rms_norm_, rms_norm_add_rms_norm_ and rms_norm_rope_ work in place;
-fused_add_rms_norm_quant does all three steps. include_dir(), library_dir(), torch_library_dir() and
-cmake_dir() are for C++. `python -m rmsnorm_cuda` shows what is built and checks it.
+fused_add_rms_norm_quant and rms_norm_gated_quant do all of their steps. include_dir(),
+library_dir(), torch_library_dir() and cmake_dir() are for C++. `python -m rmsnorm_cuda` shows what
+is built and checks it.
 """
 
 from importlib import import_module
@@ -36,6 +37,7 @@ from .functional import (
     rms_norm_add_rms_norm,
     rms_norm_add_rms_norm_,
     rms_norm_gated,
+    rms_norm_gated_quant,
     rms_norm_quant,
     rms_norm_rope,
     rms_norm_rope_,
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["RMSNorm", "rms_norm", "rms_norm_quant", "rms_norm_rope", "rms_norm_rope_"]
-__all__ += ["RMSNormGated", "rms_norm_gated", "rms_norm_sharded"]
+__all__ += ["RMSNormGated", "rms_norm_gated", "rms_norm_gated_quant", "rms_norm_sharded"]
 __all__ += ["fused_add_rms_norm", "fused_add_rms_norm_", "fused_add_rms_norm_quant"]
 __all__ += ["rms_norm_add", "rms_norm_add_rms_norm", "rms_norm_add_rms_norm_"]
 __all__ += ["config", "decompositions", "monitor", "monitoring", "ops"]

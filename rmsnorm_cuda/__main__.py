@@ -123,11 +123,15 @@ def checks(device, generator):
     for dtype, first, group_size in itertools.product(DTYPES, (False, True), (None, 64)):
         x, gate, weight = (randn(*shape, dtype=dtype) for shape in ((5, 192), (5, 192), (192,)))
         options = {"norm_before_gate": not first, "group_size": group_size}
-        args = (t.to(device) for t in (x, gate, weight))
+        args = [t.to(device) for t in (x, gate, weight)]
         got = rmsnorm_cuda.rms_norm_gated(*args, 1e-6, **options)
         want = rms_norm_gated_reference(x, gate, weight, 1e-6, **options)
         name = f"{str(dtype)[6:]} {'gate, norm' if first else 'norm, gate'} {group_size or ''}"
         yield "gated", f"rms_norm_gated {name}", ulp_distance(got.cpu(), want).max().item(), 4
+        for block in (None, 64):
+            quant = {"dtype": torch.float8_e4m3fn, "block": block}
+            codes, scale = rmsnorm_cuda.rms_norm_gated_quant(*args, 1e-6, **quant, **options)
+            yield from in_8_bits(f"rms_norm_gated_quant {name}", codes, scale, got, **quant)
 
     # In ulps of the largest: those of the norm, and half a one of a product and of the sum each.
     for dtype, interleaved in itertools.product(DTYPES, (False, True)):
@@ -163,11 +167,15 @@ def checks(device, generator):
             ulps = ulp_distance(a.cpu(), b.cpu()).max().item()
             yield "fused", f"rms_norm_add_rms_norm {name}", ulps, 0
         output, scale, _ = rmsnorm_cuda.fused_add_rms_norm_quant(*args, 1e-6, dtype=quant_dtype)
-        want, want_scale = quantize_reference(norm, quant_dtype)
-        differing = (output.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item()
-        yield "8 bits", f"rms_norm_quant {name}", differing, 0
-        ulps = ulp_distance(scale.cpu(), want_scale).max().item()
-        yield "8 bits", f"rms_norm_quant scale {name}", ulps, 0
+        yield from in_8_bits(f"rms_norm_quant {name}", output, scale, norm, quant_dtype)
+
+
+def in_8_bits(what, codes, scale, norm, dtype, block=None):
+    """What is fused has the bits of the steps."""
+    want, want_scale = quantize_reference(norm.cpu(), dtype, block=block)
+    differing = (codes.cpu().view(torch.uint8) != want.view(torch.uint8)).sum().item()
+    yield "8 bits", what, differing, 0
+    yield "8 bits", f"{what}, scale", ulp_distance(scale.cpu(), want_scale).max().item(), 0
 
 
 def self_check():

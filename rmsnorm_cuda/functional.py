@@ -788,8 +788,48 @@ def fused_add_rms_norm_quant(
     return _quantized("fused_add_rms_norm_quant", args, quant, out, names)
 
 
+def rms_norm_gated_quant(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    block: int | None = None,
+    scale_ub: float | None = None,
+    column_major: bool = False,
+    return_norm: bool = False,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0,
+    cast_before_weight: bool = False,
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`rms_norm_quant` of a norm with a gate, or of groups of columns: of what
+    :func:`rms_norm_gated` returns, rounded as there. For inference.
+
+    The dynamic scale of a row is that of all of its groups. Arguments and errors as of these two;
+    ``input``, ``gate`` and ``weight`` are fp32, fp16 or bf16. ``scale`` and ``block`` are about the
+    result, ``group_size`` is about the norm: neither needs to divide the other.
+
+    Returns: as :func:`rms_norm_quant`.
+    """
+    quant = dtype, block, scale_ub, column_major, return_norm
+    quant = *quant, activation, norm_before_gate, group_size, weight_offset, cast_before_weight
+    if out is None and not is_dynamo_compiling():
+        results = _C.rms_norm_gated_quant(input, gate, weight, scale, eps, *quant)
+        if results is not None:
+            output, dynamic, norm = results
+            scale = dynamic if scale is None else scale
+            return (output, scale, norm) if return_norm else (output, scale)
+    args = {"input": input, "gate": gate, "weight": weight, "scale": scale, "eps": eps}
+    return _quantized("rms_norm_gated_quant", args, quant, out, ("out", "scale_out", "norm_out"))
+
+
 def _quantized(op, args, quant, out, names_of_out):
-    """What both functions do while compiling, with `out`, or with other than plain arguments."""
+    """What all three do while compiling, with `out`, or with other than plain arguments."""
     scale, return_norm, done = args["scale"], quant[4], None
     count = len(names_of_out) - 1 + return_norm
     if out is not None:
@@ -801,6 +841,8 @@ def _quantized(op, args, quant, out, names_of_out):
             done = getattr(_C, f"{op}_out")(*args.values(), *quant, *written)
     if not done:
         names = "dtype", "block", "scale_ub", "column_major", "keep_norm"
+        if "gate" in args:
+            names = *names, "activation", "norm_before_gate", "group_size"
         names = *names, "weight_offset", "cast_before_weight", "round_sum"
         options = dict(zip(names, quant))
         if not is_dynamo_compiling():

@@ -334,6 +334,47 @@ def rms_norm_gated_forward(
 rms_norm_gated_forward_formula = rms_norm_gated_forward
 
 @overload
+def rms_norm_gated_quant(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: dtype,
+    block: int | None = None,
+    scale_ub: float | None = None,
+    column_major: bool = False,
+    keep_norm: bool = False,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def rms_norm_gated_quant(
+    input: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dtype: dtype,
+    block: int | None = None,
+    scale_ub: float | None = None,
+    column_major: bool = False,
+    keep_norm: bool = False,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    out: Tensor,
+    scale_out: Tensor,
+    norm_out: Tensor,
+) -> None: ...
+@overload
 def rms_norm_quant(
     input: Tensor,
     weight: Tensor | None = None,

@@ -168,6 +168,8 @@ def _fused_add_rms_norm_(info, in_dims, input, residual, weight=None, eps=None, 
 
 
 def _quant(op, tensors):
+    """Of an op whose first so many tensors are input, and a residual or a gate."""
+
     def rule(info, in_dims, *args, **options):
         front = [_front(t, dim, info.batch_size) for t, dim in zip(args[:tensors], in_dims)]
         weight, scale, eps, *_ = *args[tensors:], None, None, None
@@ -195,11 +197,15 @@ def _quant_by_steps(op, info, front, weight, weight_dim, scale, scale_dim, eps, 
         return op(*front, *sample, **options)
     if len(front) == 1:
         rule, dims, front = _rms_norm_forward, (0, None), (*front, front[0].shape[-1:])
+    elif op is _ops.rms_norm_gated_quant.default:
+        rule, dims = _gated("rms_norm_gated_forward"), (0, None if front[1] is None else 0)
     else:
         rule, dims = _fused_add_rms_norm_forward, (0, 0)
-    names = "weight_offset", "cast_before_weight", "round_sum"
-    norms = {key: options[key] for key in names if key in options}
-    (norm, *total, _), _ = rule(info, (*dims, weight_dim), *front, weight, eps, **norms)
+    names = "weight_offset", "cast_before_weight", "round_sum", "activation", "norm_before_gate"
+    norms = {key: options[key] for key in (*names, "group_size") if key in options}
+    results, (of_norm, *_) = rule(info, (*dims, weight_dim), *front, weight, eps, **norms)
+    norm, *total, _ = results
+    norm = norm.movedim(of_norm, 0)
     static = scale is not None
     if static:  # one number for each sample, or for all
         scale = scale if scale_dim is None else scale.movedim(scale_dim, 0)
@@ -417,6 +423,7 @@ RULES = {
     "rms_norm_rope_": _rms_norm_rope_,
     "rms_norm_quant": _quant(_ops.rms_norm_quant.default, 1),
     "fused_add_rms_norm_quant": _quant(_ops.fused_add_rms_norm_quant.default, 2),
+    "rms_norm_gated_quant": _quant(_ops.rms_norm_gated_quant.default, 2),
 }
 for _name, _rule in RULES.items():
     if not has_kernel(_name, "FuncTorchBatched"):

@@ -158,6 +158,16 @@ def gated_samples():
     yield (leaf(x.double()), gate), {}
 
 
+def gated_quant_samples():
+    x, gate, weight = random(4, 128), random(4, 256)[:, 128:], random_weight(128, torch.float32)
+    yield (x, gate, weight, None, 1e-6), {"dtype": torch.float8_e4m3fn, "keep_norm": True} | GEMMA
+    yield (x, gate, weight, torch.tensor([0.1])), {"dtype": torch.int8, "activation": "sigmoid"}
+    narrow = x.bfloat16(), gate.bfloat16(), weight
+    blocks = {"dtype": torch.int8, "block": 64, "column_major": True, "scale_ub": 1.0}
+    yield narrow, blocks | GATE_FIRST | LLAMA
+    yield (x, None), {"dtype": torch.float8_e5m2, "group_size": 32}
+
+
 def gated_backward_samples():
     for (*tensors, eps), options in (
         ((*args, *(None,) * (4 - len(args))), options) for args, options in gated_samples()
@@ -278,6 +288,11 @@ SAMPLES = [
     *(
         (ops.rms_norm_gated.out, sample)
         for sample in with_out(ops.rms_norm_gated, without_grad(gated_samples()), ("out",))
+    ),
+    *((ops.rms_norm_gated_quant.default, sample) for sample in gated_quant_samples()),
+    *(
+        (ops.rms_norm_gated_quant.out, sample)
+        for sample in with_out(ops.rms_norm_gated_quant, gated_quant_samples(), QUANT_OUT)
     ),
     *((ops.rms_norm_rope_.default, sample) for sample in list(without_grad(rope_samples()))[:2]),
     *(

@@ -28,6 +28,7 @@ from rmsnorm_cuda import (
     rms_norm_add_rms_norm,
     rms_norm_add_rms_norm_,
     rms_norm_gated,
+    rms_norm_gated_quant,
     rms_norm_quant,
     rms_norm_rope,
     rms_norm_rope_,
@@ -425,6 +426,10 @@ def gated(rank, world, folder):
             grads = torch.autograd.grad(got, leaves, everywhere(dy, mesh, rows))
             assert all(same_bits(full(a), b) for a, b in zip(grads[:2], wanted))
             torch.testing.assert_close(full(grads[2]), wanted[2], rtol=1e-5, atol=1e-5)
+            with torch.no_grad(), no_communication():
+                got = rms_norm_gated_quant(*leaves, 1e-6, dtype=torch.int8, **how)
+                codes = rms_norm_gated_quant(*plain, 1e-6, dtype=torch.int8, **how)
+            assert all(torch.equal(full(a), b) for a, b in zip(got, codes))
         with torch.no_grad():
             columns = everywhere(x, mesh, Shard(2))
             got = rms_norm_gated(columns, everywhere(gate, mesh, Shard(0)), **how)

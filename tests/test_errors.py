@@ -13,6 +13,8 @@ from rmsnorm_cuda import (
     fused_add_rms_norm,
     fused_add_rms_norm_,
     rms_norm,
+    rms_norm_gated,
+    rms_norm_gated_quant,
     rms_norm_quant,
 )
 
@@ -232,6 +234,10 @@ WITHOUT_MEMORY = {  # the tensor's name: what reads or writes it
         lambda t: rms_norm_quant(X, t(W), dtype=torch.int8),
         lambda t: ops.rms_norm_backward(X, X, [8], t(W), RSTD, None, [True, True]),
     ],
+    "gate": [
+        lambda t: rms_norm_gated(X, t(X), W),
+        lambda t: rms_norm_gated_quant(X, t(X), W, dtype=torch.int8),
+    ],
     "residual": [
         lambda t: fused_add_rms_norm(X, t(X), W),
         lambda t: fused_add_rms_norm_(X.clone(), t(X), W),
@@ -327,6 +333,10 @@ KINDS = {  # of the ops whose arguments torch.ops would judge
     ),
     "text for eps, quantized": (
         lambda: rms_norm_quant(X, W, "a", dtype=torch.int8),
+        "expected eps to be a number or None, but got str",
+    ),
+    "text for eps, gated and quantized": (
+        lambda: rms_norm_gated_quant(X, X, W, "a", dtype=torch.int8),
         "expected eps to be a number or None, but got str",
     ),
     "normalized_shape for weight": (

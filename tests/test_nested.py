@@ -16,6 +16,7 @@ from rmsnorm_cuda import (
     rms_norm_add_rms_norm,
     rms_norm_add_rms_norm_,
     rms_norm_gated,
+    rms_norm_gated_quant,
     rms_norm_quant,
     rms_norm_rope,
 )
@@ -174,6 +175,9 @@ def test_gated(group_size, norm_before_gate):
     with torch.no_grad():
         got = rms_norm(jagged(x), 8, w, 1e-6, group_size=4)
         assert same_bits(got.values(), rms_norm(x, 8, w, 1e-6, group_size=4))
+        want = rms_norm_gated_quant(x, gate, w, dtype=torch.int8, **how)
+        got = rms_norm_gated_quant(jagged(x), jagged(gate), w, dtype=torch.int8, **how)
+        assert all(torch.equal(a.values(), b) for a, b in zip(got, want))
 
 
 @pytest.mark.parametrize("weight_shape", [(8,), (4, 8), (32,)])

@@ -122,6 +122,10 @@ int main() {
   }
   const Plan p = plan_backward(100000, 16384, DType::kFloat32, DType::kBFloat16, asked);
   std::printf("%d of %d, %ld; ", p.cluster, int(p.resident), p.blocks);
+  for (int64_t cols : {128, 8192, 100000}) {
+    const Plan p = plan_quantize(100000, cols, DType::kBFloat16, h100);
+    std::printf("%s %d x %ld; ", p.kernel, p.threads, p.blocks);
+  }
   const Device a100{80, 108, 163 << 10};
   const DType bf16 = DType::kBFloat16, fp32 = DType::kFloat32;
   for (const GatedPlan& p :
@@ -131,6 +135,8 @@ int main() {
         plan_gated_forward(8192, 1, 4097, bf16, h100),
         plan_gated_forward(8192, 1, 40000, fp32, h100),
         plan_gated_forward(100, 1, 3000000, bf16, h100),
+        plan_gated_forward(8192, 8, 1024, bf16, h100, true),
+        plan_gated_forward(8192, 1, 5120, bf16, h100, true),
         plan_gated_backward(8192, 1, 256, bf16, h100),
         plan_gated_backward(8192, 8, 1024, bf16, h100),
         plan_gated_backward(8192, 1, 5120, bf16, h100),
@@ -151,6 +157,8 @@ gated_rows 2 of 64/64 1 of 1024 0 3 in 24
 gated_shared_rows 2 of 288/288 1 of 4352 17408 1024 in 1024
 gated_shared_rows 2 of 320/320 8 of 5120 40960 128 in 1024
 gated_any_rows 2 of 512/512 1 of 3000000 0 100 in 100
+gated_quant_rows 2 of 64/64 1 of 1024 0 745 in 5960
+gated_quant_shared_rows 2 of 320/320 1 of 5120 20480 1024 in 1024
 gated_backward_rows 1 of 32/256 1 of 256 0 256 in 256
 gated_backward_rows 2 of 64/256 1 of 1024 0 33 in 264
 gated_backward_shared_rows 2 of 320/320 1 of 5120 81920 256 in 256
@@ -171,7 +179,8 @@ def test_plans_of_launches(tmp_path):
     subprocess.run(list(map(str, command)), check=True)
     assert subprocess.run([program], capture_output=True, text=True).stdout == (
         "quant_rows 128 4; quant_shared_rows 64 3; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
-        "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; 4 of 3, 392; " + GATED_PLANS
+        "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; 4 of 3, 392; quantize_rows 32 x 16667; "
+        "quantize_rows 512 x 1053; quantize_rows 512 x 1053; " + GATED_PLANS
     )
 
 

@@ -17,6 +17,7 @@ from rmsnorm_cuda import (
     rms_norm_add_rms_norm,
     rms_norm_add_rms_norm_,
     rms_norm_gated,
+    rms_norm_gated_quant,
     rms_norm_quant,
     rms_norm_rope,
     rms_norm_rope_,
@@ -636,6 +637,35 @@ def test_gated(in_dims, how):
         got, want = torch.vmap(each, in_dims)(*args), loop(each, in_dims, *args)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("in_dims", GATED_DIMS)
+@pytest.mark.parametrize("how", GATED_KINDS)
+@pytest.mark.parametrize("kind", [{}, {"block": 64, "column_major": True}])
+def test_gated_in_8_bits(in_dims, how, kind):
+    shapes = zip(((2, 5, 128), (2, 5, 128), (128,)), in_dims)
+    args = [batched(shape, dim, torch.float32) for shape, dim in shapes]
+
+    def function(x, gate, w):
+        options = {"dtype": torch.int8, "return_norm": True} | kind | how
+        return rms_norm_gated_quant(x, gate, w, 1e-5, **options)
+
+    got, want = torch.vmap(function, in_dims)(*args), loop(function, in_dims, *args)
+    if in_dims[2] is None:
+        return exact(got, want)
+    ulps_apart_of_rotated(got[1:], want[1:])
+    assert (got[0].int() - want[0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_gated_with_a_scale_for_each_sample(has_gate):
+    x, gate, scales = random(4, 64), random(4, 64), torch.rand(SAMPLES) + 0.01
+
+    def function(scale):
+        tensors = x, gate if has_gate else None
+        return rms_norm_gated_quant(*tensors, scale=scale, dtype=torch.int8, group_size=16)[:1]
+
+    exact(torch.vmap(function)(scales), loop(function, (0,), scales))
 
 
 def test_groups_without_a_gate():

@@ -1,5 +1,6 @@
 // Norms with a gate, and norms of groups of columns: the steps of an instruction set (gated.inl and
-// the norm's own), a few rows at a time, with what lies between them in tiles.
+// the norm's own), a few rows at a time, with what lies between them in tiles. Where y is quantized
+// and not wanted itself, it is a tile too.
 #include <algorithm>
 #include <type_traits>
 
@@ -112,14 +113,19 @@ struct ForwardTiles {
   int64_t rows;  // at a time
   void *tile, *rounded;
   void* weight;  // with its offset; nullptr: it is read as it is
+  void* y;       // of whole rows
   int64_t bytes;
 
   ForwardTiles(const RmsNormGated& p, void* workspace) {
     const DType type = compute_type(p);
     const int64_t cols = p.norm.cols / p.groups, row_bytes = cols * size_of(type);
     const int64_t wanted = std::max(gated_tile_bytes() / row_bytes, kLeastGatedRows);
-    rows = std::clamp<int64_t>(std::min(wanted, tile_bytes() / row_bytes), 1, p.norm.rows);
+    int64_t most = tile_bytes() / row_bytes;
+    const bool holds_y = p.norm.quant.data && !p.norm.y;
+    if (holds_y) most = std::min(most, tile_bytes() / (p.norm.cols * size_of(p.norm.y_dtype)));
+    rows = std::clamp<int64_t>(std::min(wanted, most), 1, p.norm.rows);
     Tiles tiles(workspace);
+    y = tiles.take(holds_y ? rows : 0, p.norm.cols, p.norm.y_dtype);
     tile = tiles.take(rows, cols, type);
     const bool is_cast = p.norm.cast_before_weight && p.norm.weight, first = p.gate.before_norm;
     rounded = tiles.take(is_cast && first ? rows : 0, cols, p.norm.x_dtype);
@@ -129,15 +135,16 @@ struct ForwardTiles {
   }
 };
 
-// Some rows of one group, as many as the tiles hold. Those of the next tile, before `last`, are
-// fetched while the gate of these has the processor busy.
+// Some rows of one group, as many as the tiles hold. y starts with row y_begin. Those of the next
+// tile, before `last`, are fetched while the gate of these has the processor busy.
 void forward(const Kernels& chosen, const RmsNormGated& p, const ForwardTiles& tiles, int64_t row,
-             int64_t end, int64_t last) {
+             int64_t end, int64_t last, int64_t y_begin) {
   const RmsNormForward& norm = p.norm;
   const DType type = compute_type(p);
-  const RowsAt x{norm.x, norm.x_rows, norm.x_dtype, 0}, y{norm.y, norm.y_rows, norm.y_dtype, 0};
+  const RowsAt x{norm.x, norm.x_rows, norm.x_dtype, 0};
+  const RowsAt y{norm.y, norm.y_rows, norm.y_dtype, y_begin};
   const RowsAt gate{p.gate.data, p.gate.rows, p.gate.dtype, 0};
-  if (!p.gate.data) return chosen.forward(norm, row, end, 0);
+  if (!p.gate.data) return chosen.forward(norm, row, end, y_begin);
   GatedRows gated{};
   gated.gate = gate;
   gated.cols = norm.cols;
@@ -163,7 +170,7 @@ void forward(const Kernels& chosen, const RmsNormGated& p, const ForwardTiles& t
   inner.x = row_0_of(tiles.tile, row, norm.cols, type);
   inner.x_rows = dense(norm.cols);
   inner.x_dtype = type;
-  if (!norm.cast_before_weight) return chosen.forward(inner, row, end, 0);
+  if (!norm.cast_before_weight) return chosen.forward(inner, row, end, y_begin);
   // Rounded to x's own dtype, and then multiplied by the weight.
   inner.weight = nullptr;
   inner.cast_before_weight = inner.stream = false;
@@ -318,16 +325,23 @@ void rms_norm_gated_forward(const RmsNormGated& p, int64_t row_begin, int64_t ro
                             void* workspace) {
   const Kernels& chosen = kernels_for(p);
   const ForwardTiles tiles(p, workspace);
+  RmsNormGated whole = p;
+  if (tiles.y) {
+    whole.norm.y = tiles.y;
+    whole.norm.y_rows = dense(p.norm.cols);
+  }
   const auto run = [&](int64_t begin, int64_t last) {
     for (int64_t row = begin, end; row < last; row = end) {
       end = std::min(row + tiles.rows, last);
+      const int64_t y_begin = tiles.y ? row : 0;
       for (int64_t group = 0; group < p.groups; ++group) {
-        const RmsNormGated part = group_of(p, group);
+        const RmsNormGated part = group_of(whole, group);
         if (tiles.weight && (p.groups > 1 || row == row_begin)) {
           weight_row_fp64(part.norm, compute_type(p), tiles.weight);
         }
-        forward(chosen, part, tiles, row, end, row_end);
+        forward(chosen, part, tiles, row, end, row_end, y_begin);
       }
+      if (p.norm.quant.data) chosen.quantize(whole.norm, row, end, y_begin);
     }
   };
   map_and_forward(p.norm, row_begin, row_end, run);

@@ -1,5 +1,4 @@
-// Norms with a gate, and norms of groups of columns: what gated_forward.cu and gated_backward.cu
-// share.
+// Norms with a gate, and norms of groups of columns: what their kernels of both directions share.
 //
 // A group's columns are a row of their own: blockIdx.x tells the group of a block (and its rank in
 // a cluster), blockIdx.y which of the group's rows it has. So a block has one part of the weight,
@@ -159,6 +158,10 @@ GateArgs gate_args(const P& p) {
 }
 
 // Each group has to begin where the widest instruction can access it.
+template <typename P>
+bool has_whole_groups(const P& p) {
+  return p.groups == 1 || p.norm.cols / p.groups % vector_elems(p.norm.x_dtype) == 0;
+}
 template <typename... Views>
 void align_groups(bool whole, Views&... views) {
   ((views.aligned = views.aligned && whole), ...);

@@ -206,9 +206,9 @@ inline GatedPlan plan_gated(Plan plan, int64_t groups, const KernelLimits* limit
 }
 
 inline GatedPlan plan_gated_forward(int64_t rows, int64_t groups, int64_t cols, DType x,
-                                    const Device& device) {
+                                    const Device& device, bool quant = false) {
   const Tuning& tuning = tuning_for(device);
-  const KernelLimits* const limits = tuning.limits + kGatedRows;
+  const KernelLimits* const limits = tuning.limits + (quant ? kGatedQuantRows : kGatedRows);
   // Of shared memory, for a vector of x: that and as much of the gate, or their product in fp32.
   Plan row = plan_row(cols, x, kGatedVectors, limits, tuning.forward_block_threads, 32,
                       tuning.slice_bytes, device);
@@ -233,6 +233,23 @@ inline GatedPlan of_any_rows(GatedPlan plan, const KernelLimits& kernel, const D
   plan.registers = kernel.registers;
   plan.shared_bytes = 0;
   plan.resident = resident_blocks(plan, device);
+  return plan;
+}
+
+// Of rows of y that are there and only to be quantized: a block has a row.
+inline Plan plan_quantize(int64_t rows, int64_t cols, DType y, const Device& device) {
+  const Tuning& tuning = tuning_for(device);
+  const KernelLimits& kernel = tuning.limits[kQuantizeRows];
+  Plan plan{};
+  plan.kernel = kernel.kernel;
+  plan.keep = Keep::kNowhere;
+  plan.vectors = plan.cluster = 1;
+  plan.bytes_in_flight = 16;
+  plan.slice = cols;
+  plan.registers = kernel.registers;
+  plan = share_slice(plan, ceil_div(cols, vector_elems(y)), kernel.threads, plan.vectors);
+  plan.resident = resident_blocks(plan, device);
+  plan.blocks = even_blocks(rows, resident_rows(plan, device) * tuning.forward_waves);
   return plan;
 }
 

@@ -51,6 +51,10 @@ enum KernelIndex {
   kGatedBackwardRows,
   kGatedBackwardSharedRows,
   kGatedBackwardAnyRows,
+  kGatedQuantRows,
+  kGatedQuantSharedRows,
+  kGatedQuantAnyRows,
+  kQuantizeRows,
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
@@ -82,6 +86,10 @@ constexpr KernelLimits kLimits[] = {
     {"gated_backward_rows", 256, 128, 128},
     {"gated_backward_shared_rows", 768, 80, 80},
     {"gated_backward_any_rows", 768, 80, 80},
+    {"gated_quant_rows", 256, 80, 80},
+    {"gated_quant_shared_rows", 384, 80, 80},
+    {"gated_quant_any_rows", 512, 128, 128},
+    {"quantize_rows", 512, 64, 64},
     {nullptr, 0, 0, 0},
 };
 

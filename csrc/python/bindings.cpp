@@ -202,6 +202,8 @@ PyMethodDef kEntryPoints[] = {
     method<ops::rms_norm_quant_out>("rms_norm_quant_out"),
     method<ops::fused_add_rms_norm_quant>("fused_add_rms_norm_quant"),
     method<ops::fused_add_rms_norm_quant_out>("fused_add_rms_norm_quant_out"),
+    method<ops::rms_norm_gated_quant>("rms_norm_gated_quant"),
+    method<ops::rms_norm_gated_quant_out>("rms_norm_gated_quant_out"),
     // The monitor's, which looks at rstd.
     method<ops::rms_norm_forward>("rms_norm_forward"),
     method<ops::fused_add_rms_norm_forward>("fused_add_rms_norm_forward"),

@@ -1,5 +1,7 @@
 // Norms with a gate, and norms of groups of columns: rms_norm_gated, rms_norm_gated.out,
 // rms_norm_gated_forward, rms_norm_gated_backward.
+#include "gated.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sigmoid.h>
@@ -13,43 +15,8 @@
 namespace rmsnorm {
 namespace {
 
-struct Options {
-  std::string_view activation;
-  bool norm_before_gate;
-  std::optional<int64_t> group_size;
-  double weight_offset;
-  bool cast_before_weight;
-};
-struct Call {
-  const Tensor& input;
-  const OptionalTensor& gate;
-  const OptionalTensor& weight;
-  std::optional<double> eps;
-  Options options;
+using gated::Call, gated::Options;
 
-  NormOptions norm() const { return {eps, options.weight_offset, options.cast_before_weight}; }
-  int64_t lead() const { return input.dim() - 1; }
-  bool gate_is_first() const { return gate && !options.norm_before_gate; }
-  at::ScalarType compute_type() const {
-    const bool fp64 = gate && gate->scalar_type() == at::kDouble;
-    return fp64 ? at::kDouble : rmsnorm::compute_type(input, weight);
-  }
-  at::ScalarType product_type() const { return rmsnorm::output_type(input, weight, norm()); }
-  at::ScalarType output_type() const {
-    return gate && options.norm_before_gate ? input.scalar_type() : product_type();
-  }
-  at::ScalarType rstd_type() const {
-    return gate_is_first() ? compute_type() : rmsnorm::rstd_type(input);
-  }
-  // One of each row, or [groups, *rows].
-  c10::SymDimVector rstd_shape() const {
-    c10::SymDimVector shape(input.sym_sizes().slice(0, lead()));
-    if (options.group_size) {
-      shape.insert(shape.begin(), input.sym_size(-1) / *options.group_size);
-    }
-    return shape;
-  }
-};
 struct OutCall {
   Call gated;
   const Tensor& out;
@@ -68,24 +35,6 @@ struct BackwardCall {
 };
 
 constexpr const char* kName = "rms_norm_gated";
-
-void check(const char* op, const Call& call) {
-  const auto& [input, gate, weight, eps, options] = call;
-  const std::string_view activation = options.activation;
-  check_last_dim(op, input, weight, call.norm());
-  if (gate) {
-    check_dtype(op, "gate", *gate);
-    check_tensor(op, "gate", *gate, input.sym_sizes());
-  }
-  TORCH_CHECK_VALUE(activation == "silu" || activation == "sigmoid", op,
-                    ": expected activation to be 'silu' or 'sigmoid', but got '", activation, "'");
-  if (!options.group_size) return;
-  TORCH_CHECK_VALUE(*options.group_size > 0, op, ": expected group_size to be positive, but got ",
-                    *options.group_size);
-  TORCH_SYM_CHECK((input.sym_size(-1) % *options.group_size).sym_eq(0), op,
-                  ": expected rows of whole groups of ", *options.group_size,
-                  " columns, but got input of size ", input.sym_sizes());
-}
 
 // ------------------------------------------------------------------------------------- launch
 
@@ -114,37 +63,71 @@ struct Operands {
   }
 };
 
-void run_forward(const Call& call, const Tensor& y, const Rows& y_rows, bool is_new,
-                 const Tensor& rstd) {
+}  // namespace
+
+void gated::check(const char* op, const Call& call) {
+  const auto& [input, gate, weight, eps, options] = call;
+  const std::string_view activation = options.activation;
+  check_last_dim(op, input, weight, call.norm());
+  if (gate) {
+    check_dtype(op, "gate", *gate);
+    check_tensor(op, "gate", *gate, input.sym_sizes());
+  }
+  TORCH_CHECK_VALUE(activation == "silu" || activation == "sigmoid", op,
+                    ": expected activation to be 'silu' or 'sigmoid', but got '", activation, "'");
+  if (!options.group_size) return;
+  TORCH_CHECK_VALUE(*options.group_size > 0, op, ": expected group_size to be positive, but got ",
+                    *options.group_size);
+  TORCH_SYM_CHECK((input.sym_size(-1) % *options.group_size).sym_eq(0), op,
+                  ": expected rows of whole groups of ", *options.group_size,
+                  " columns, but got input of size ", input.sym_sizes());
+}
+
+void gated::run(const char* op, const Call& call, const RmsNormForward& results) {
   const Operands operands(call);
   RmsNormGated p{};
+  p.norm = results;
   operands.set(p, call);
-  p.norm.y = y.mutable_data_ptr();
-  p.norm.y_rows = y_rows;
-  p.norm.y_dtype = dtype(y);
-  p.norm.rstd = rstd.defined() ? rstd.mutable_data_ptr() : nullptr;
-  p.norm.stream = p.norm.x != p.norm.y && cpu::writes_past_caches(y.nbytes(), is_new);
-  p.norm.fresh = is_new;
+  RmsNormForward& norm = p.norm;
+  norm.stream = norm.stream && norm.x != norm.y;
   if (!call.input.is_cpu()) {
-    return run_cuda(kName, call.input,
+    Tensor y;
+    if (!norm.y && p.scales_span_groups()) {
+      y = at::empty({norm.rows, norm.cols}, call.input.options().dtype(call.output_type()));
+      norm.y = y.mutable_data_ptr();
+      norm.y_rows = dense_rows(norm.cols);
+    }
+    return run_cuda(op, call.input,
                     [&](void* stream) { return cuda::rms_norm_gated_forward(p, stream); });
   }
   cpu::isa();  // throws outside the parallel region if the environment asks for what is not there
-  const int64_t rows = p.norm.rows;
+  const int64_t rows = norm.rows;
   const int64_t bytes =
-      size_of(p.norm.x_dtype) + size_of(p.norm.y_dtype) + (p.gate.data ? size_of(p.gate.dtype) : 0);
-  in_parts(rows, p.norm.cols * bytes, cpu::rms_norm_gated_workspace(p), call.input,
+      size_of(norm.x_dtype) + size_of(norm.y_dtype) + (p.gate.data ? size_of(p.gate.dtype) : 0);
+  in_parts(rows, norm.cols * bytes, cpu::rms_norm_gated_workspace(p), call.input,
            [&](int64_t part, int64_t parts, void* workspace) {
              cpu::rms_norm_gated_forward(p, part * rows / parts, (part + 1) * rows / parts,
                                          workspace);
            });
 }
 
+namespace {
+
 // ------------------------------------------------------------------------------------- forward
+
+RmsNormForward result(const Tensor& y, const Rows& rows, bool is_new) {
+  RmsNormForward p{};
+  p.y = y.mutable_data_ptr();
+  p.y_rows = rows;
+  p.y_dtype = dtype(y);
+  p.stream = cpu::writes_past_caches(y.nbytes(), is_new);
+  p.fresh = is_new;
+  return p;
+}
 
 template <bool want_rstd>
 std::tuple<Tensor, Tensor> rms_norm_gated_forward(const Call& call) {
-  check(kName, call);
+  gated::check(kName, call);
   const Tensor& input = call.input;
   Tensor y = allocate(input.sym_sizes(), input, call.output_type()), rstd;
   if (want_rstd) rstd = allocate(call.rstd_shape(), input, call.rstd_type());
@@ -153,14 +136,16 @@ std::tuple<Tensor, Tensor> rms_norm_gated_forward(const Call& call) {
     if (want_rstd) rstd.fill_(std::numeric_limits<double>::quiet_NaN());  // a mean over nothing
     return {y, rstd};
   }
-  run_forward(call, y, dense_rows(input.size(-1)), /*is_new=*/true, rstd);
+  RmsNormForward results = result(y, dense_rows(input.size(-1)), /*is_new=*/true);
+  if (want_rstd) results.rstd = rstd.mutable_data_ptr();
+  gated::run(kName, call, results);
   return {y, rstd};
 }
 Tensor rms_norm_gated(const Call& call) { return std::get<0>(rms_norm_gated_forward<false>(call)); }
 
 void rms_norm_gated_out(const OutCall& out_call) {
   const auto& [call, out] = out_call;
-  check(kName, call);
+  gated::check(kName, call);
   const Tensor& input = call.input;
   check_tensor(kName, "out", out, input.sym_sizes(), call.output_type());
   if (input.is_meta() || input.numel() == 0) return;
@@ -168,7 +153,7 @@ void rms_norm_gated_out(const OutCall& out_call) {
   const Rows rows = check_written_rows(kName, "out", out, lead, cols, "input", input);
   if (call.gate) check_apart(kName, "out", out, "gate", *call.gate, lead, cols);
   if (call.weight) check_apart(kName, "out", out, "weight", *call.weight);
-  run_forward(call, out, rows, /*is_new=*/false, Tensor());
+  gated::run(kName, call, result(out, rows, /*is_new=*/false));
 }
 
 // ------------------------------------------------------------------------------------ backward
@@ -178,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_backward(const BackwardCall& c
   const Call forward = call.forward();
   const Tensor &grad_output = call.grad_output, &input = call.input;
   const auto [want_dx, want_dgate, want_dweight] = call.output_mask;
-  check(op, forward);
+  gated::check(op, forward);
   check_dtype(op, "grad_output", grad_output);
   check_tensor(op, "grad_output", grad_output, input.sym_sizes());
   check_tensor(op, "rstd", call.rstd, forward.rstd_shape(), forward.rstd_type());
@@ -249,7 +234,7 @@ class GatedFormula {
  public:
   // casts: whether what the weight multiplies is rounded before.
   GatedFormula(const char* op, Rescaling rescaling, const Call& call, bool casts)
-      : call_((check(op, call), call)),
+      : call_((gated::check(op, call), call)),
         compute_(call.compute_type()),
         x_(call.input.to(compute_)),
         gate_(call.gate ? call.gate->to(compute_) : Tensor()),

@@ -53,6 +53,13 @@ template <class Result, class... Out>
 using FusedQuant = Result(const Tensor&, const Tensor&, const OptionalTensor&,
                           const OptionalTensor&, Eps, at::ScalarType, std::optional<int64_t>,
                           std::optional<double>, bool, bool, double, bool, bool, Out...);
+// the same with gate after input, and activation, norm_before_gate and group_size before
+// weight_offset
+template <class Result, class... Out>
+using GatedQuant = Result(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                          const OptionalTensor&, Eps, at::ScalarType, std::optional<int64_t>,
+                          std::optional<double>, bool, bool, std::string_view, bool,
+                          std::optional<int64_t>, double, bool, Out...);
 // (q, k, q_weight, k_weight, cos, sin, positions, eps, heads_dim, interleaved, sections,
 // interleaved_sections, weight_offset, cast_before_weight, round_each_step, ...)
 template <class Result, class... Out>
@@ -104,6 +111,9 @@ RMSNORM_OP(rms_norm_quant_out, "rms_norm_quant", "out", Quant<void, Out, Out, Ou
 RMSNORM_OP(fused_add_rms_norm_quant, "fused_add_rms_norm_quant", "", FusedQuant<Tensors<4>>);
 RMSNORM_OP(fused_add_rms_norm_quant_out, "fused_add_rms_norm_quant", "out",
            FusedQuant<void, Out, Out, Out, Out>);
+RMSNORM_OP(rms_norm_gated_quant, "rms_norm_gated_quant", "", GatedQuant<Tensors<3>>);
+RMSNORM_OP(rms_norm_gated_quant_out, "rms_norm_gated_quant", "out",
+           GatedQuant<void, Out, Out, Out>);
 // q_out, k_out, of the forward also q_rstd, k_rstd
 RMSNORM_OP(rms_norm_rope, "rms_norm_rope", "", NormRope<Tensors<2>>);
 RMSNORM_OP(rms_norm_rope_, "rms_norm_rope_", "", NormRope<void>);

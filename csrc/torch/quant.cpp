@@ -1,10 +1,11 @@
 // The norm in 8 bits for the matrix product that follows, for inference: rms_norm_quant,
-// fused_add_rms_norm_quant, and their overloads out.
+// fused_add_rms_norm_quant, rms_norm_gated_quant, and their overloads out.
 #include <ATen/ops/empty.h>
 
 #include <limits>
 
 #include "checks.h"
+#include "gated.h"
 #include "launch.h"
 #include "ops.h"
 
@@ -21,20 +22,32 @@ struct Arguments {
   std::optional<double> scale_ub;
   bool column_major;  // dynamic scales of blocks
   bool keep_norm;
-  double weight_offset;
-  bool cast_before_weight;
-
-  NormOptions options() const { return {eps, weight_offset, cast_before_weight}; }
 };
 struct Call {
   const Tensor& input;
   Arguments arguments;
+  double weight_offset;
+  bool cast_before_weight;
+
+  NormOptions norm() const { return {arguments.eps, weight_offset, cast_before_weight}; }
 };
 struct FusedCall {
   const Tensor& input;
   const Tensor& residual;
   Arguments arguments;
+  double weight_offset;
+  bool cast_before_weight;
   bool round_sum;
+
+  NormOptions norm() const { return {arguments.eps, weight_offset, cast_before_weight}; }
+};
+struct GatedCall {
+  const Tensor& input;
+  const OptionalTensor& gate;
+  Arguments arguments;
+  gated::Options options;
+
+  gated::Call gated() const { return {input, gate, arguments.weight, arguments.eps, options}; }
 };
 
 // A result that is not asked for is a tensor without elements: a compiler that writes into buffers
@@ -50,27 +63,22 @@ struct FusedOutCall {
   FusedCall quant;
   const Tensor &out, &scale_out, &residual_out, &norm_out;
 };
+struct GatedOutCall {
+  GatedCall quant;
+  const Tensor &out, &scale_out, &norm_out;
+};
 
-// One body for all four ops.
+// One body for all six ops.
 class Quantization {
  public:
-  // residual: nullptr if none is added. round_sum: then also before it is normalized.
-  Quantization(const char* op, const Tensor& input, const Tensor* residual,
-               const Arguments& arguments, bool round_sum)
-      : op_(op),
-        input_(input),
-        residual_(residual),
-        arguments_(arguments),
-        round_sum_(round_sum),
-        lead_(input.dim() - 1),
-        sizes_(input.sym_sizes()) {
-    check();
-    scale_shape_.assign(sizes_.begin(), sizes_.end());
-    const auto& block = arguments_.block;
-    scale_shape_[lead_] = block ? sizes_[lead_] / *block : c10::SymInt(1);
-    if (arguments_.scale) scale_shape_ = {0};
-    norm_type_ = output_type(input_, arguments_.weight, arguments_.options());
-  }
+  explicit Quantization(const Call& call)
+      : Quantization("rms_norm_quant", call.input, call.arguments, call.norm()) {}
+  explicit Quantization(const FusedCall& call)
+      : Quantization("fused_add_rms_norm_quant", call.input, call.arguments, call.norm(),
+                     &call.residual, call.round_sum) {}
+  explicit Quantization(const GatedCall& call)
+      : Quantization("rms_norm_gated_quant", call.input, call.arguments, call.gated().norm(),
+                     nullptr, true, call.gated()) {}
 
   Results operator()() const {
     Results results;
@@ -91,15 +99,37 @@ class Quantization {
   }
 
  private:
+  // residual: nullptr if none is added. round_sum: then also before it is normalized.
+  Quantization(const char* op, const Tensor& input, const Arguments& arguments,
+               const NormOptions& norm, const Tensor* residual = nullptr, bool round_sum = true,
+               std::optional<gated::Call> gated = std::nullopt)
+      : op_(op),
+        input_(input),
+        residual_(residual),
+        gated_(std::move(gated)),
+        arguments_(arguments),
+        norm_(norm),
+        round_sum_(round_sum),
+        lead_(input.dim() - 1),
+        sizes_(input.sym_sizes()) {
+    check();
+    scale_shape_.assign(sizes_.begin(), sizes_.end());
+    const auto& block = arguments_.block;
+    scale_shape_[lead_] = block ? sizes_[lead_] / *block : c10::SymInt(1);
+    if (arguments_.scale) scale_shape_ = {0};
+    norm_type_ = gated_ ? gated_->output_type() : output_type(input_, arguments_.weight, norm_);
+  }
+
   void check() const {
-    const auto& [weight, scale, eps, dtype, block, scale_ub, column_major, keep_norm, offset,
-                 cast] = arguments_;
+    const auto& [weight, scale, eps, dtype, block, scale_ub, column_major, keep_norm] = arguments_;
     if (residual_) check_residual(op_, input_, *residual_);
-    check_last_dim(op_, input_, weight, arguments_.options());
+    gated_ ? gated::check(op_, *gated_)
+           : static_cast<void>(check_last_dim(op_, input_, weight, norm_));
     TORCH_CHECK_VALUE(as_qtype(dtype), op_,
                       ": expected dtype to be float8_e4m3fn, float8_e5m2 or int8, but got ", dtype);
     check_not_double(input_);
     if (weight) check_not_double(*weight);
+    if (gated_ && gated_->gate) check_not_double(*gated_->gate);
     if (scale) {
       TORCH_CHECK(scale->scalar_type() == at::kFloat && scale->sym_numel() == 1, op_,
                   ": expected scale to be one float32, but got ", scale->scalar_type(),
@@ -125,7 +155,9 @@ class Quantization {
 
   void check_not_double(const Tensor& t) const {
     if (t.scalar_type() != at::kDouble) return;
-    refuse_dtype(op_, t, "expected input and weight to be float32, float16 or bfloat16");
+    refuse_dtype(op_, t,
+                 std::string("expected input") + (gated_ ? ", gate" : "") +
+                     " and weight to be float32, float16 or bfloat16");
   }
 
   Tensor allocate_scale() const {
@@ -156,6 +188,7 @@ class Quantization {
       if (!t->defined()) continue;
       if (t != &residual_out) check_apart(op_, name, *t, "input", input_);
       if (residual_ && t != &residual_out) check_apart(op_, name, *t, "residual", *residual_);
+      if (gated_ && gated_->gate) check_apart(op_, name, *t, "gate", *gated_->gate);
       if (arguments_.weight) check_apart(op_, name, *t, "weight", *arguments_.weight);
       if (arguments_.scale) check_apart(op_, name, *t, "scale", *arguments_.scale);
       for (const auto& [other_name, other] : written) {
@@ -187,8 +220,7 @@ class Quantization {
       if (results.scale.numel() > 0) results.scale.fill_(least_scale);
       return;
     }
-    const auto& [weight, scale, eps, dtype, block, scale_ub, column_major, keep_norm, offset,
-                 cast] = arguments_;
+    const auto& [weight, scale, eps, dtype, block, scale_ub, column_major, keep_norm] = arguments_;
     const int64_t cols = input_.size(lead_), rows = input_.numel() / cols;
     const int64_t blocks = block ? cols / *block : 1;
     Quant q{};
@@ -204,18 +236,29 @@ class Quantization {
     // The kernels only read a static scale.
     q.scale = scale ? const_cast<float*>(scale->const_data_ptr<float>())
                     : results.scale.mutable_data_ptr<float>();
-    ForwardLaunch launch(op_, residual_ ? results.residual_out : input_, lead_, weight,
-                         arguments_.options());
+    if (gated_) return run_gated(q, results.norm);
+    ForwardLaunch launch(op_, residual_ ? results.residual_out : input_, lead_, weight, norm_);
     if (residual_) launch.add(input_, *residual_, round_sum_);
     launch.quantize(q, norm_type_);
     if (keep_norm) launch.write_to(results.norm, dense_rows(cols), /*stream=*/false);
     launch.run();
   }
 
+  void run_gated(const Quant& q, const Tensor& norm) const {
+    RmsNormForward p{};
+    p.quant = q;
+    p.y = arguments_.keep_norm ? norm.mutable_data_ptr() : nullptr;
+    p.y_rows = dense_rows(input_.size(lead_));
+    p.y_dtype = *as_dtype(norm_type_);
+    gated::run(op_, *gated_, p);
+  }
+
   const char* const op_;
   const Tensor& input_;
   const Tensor* const residual_;
+  const std::optional<gated::Call> gated_;
   const Arguments& arguments_;
+  const NormOptions norm_;
   const bool round_sum_;
   const int64_t lead_;
   const SymIntArrayRef sizes_;
@@ -223,26 +266,21 @@ class Quantization {
   at::ScalarType norm_type_;
 };
 
-Quantization quantization(const Call& call) {
-  return {"rms_norm_quant", call.input, nullptr, call.arguments, true};
-}
-Quantization quantization(const FusedCall& call) {
-  return {"fused_add_rms_norm_quant", call.input, &call.residual, call.arguments, call.round_sum};
-}
-
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quant(const Call& call) {
-  auto [output, scale, residual_out, norm] = quantization(call)();
+template <class Call>
+std::tuple<Tensor, Tensor, Tensor> quant(const Call& call) {
+  auto [output, scale, residual_out, norm] = Quantization(call)();
   return {std::move(output), std::move(scale), std::move(norm)};
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_add_rms_norm_quant(const FusedCall& call) {
-  auto [output, scale, residual_out, norm] = quantization(call)();
+  auto [output, scale, residual_out, norm] = Quantization(call)();
   return {std::move(output), std::move(scale), std::move(residual_out), std::move(norm)};
 }
-void rms_norm_quant_out(const OutCall& call) {
-  quantization(call.quant)({call.out, call.scale_out, Tensor(), call.norm_out});
+template <class OutCall>
+void quant_out(const OutCall& call) {
+  Quantization(call.quant)({call.out, call.scale_out, Tensor(), call.norm_out});
 }
 void fused_add_rms_norm_quant_out(const FusedOutCall& call) {
-  quantization(call.quant)({call.out, call.scale_out, call.residual_out, call.norm_out});
+  Quantization(call.quant)({call.out, call.scale_out, call.residual_out, call.norm_out});
 }
 
 }  // namespace
@@ -251,14 +289,21 @@ TORCH_LIBRARY_FRAGMENT(rmsnorm_cuda, m) {
   if (registered_elsewhere()) return;
   const std::string arguments =
       "Tensor? weight=None, Tensor? scale=None, float? eps=None, *, ScalarType dtype, "
-      "int? block=None, float? scale_ub=None, bool column_major=False, bool keep_norm=False, "
-      "float weight_offset=0.0, bool cast_before_weight=False";
-  const std::string norm = "Tensor input, " + arguments;
-  const std::string fused = "Tensor input, Tensor residual, " + arguments + ", bool round_sum=True";
-  ops::rms_norm_quant::define<rms_norm_quant>(m, norm,
-                                              "(Tensor output, Tensor scale, Tensor norm)");
-  ops::rms_norm_quant_out::define<rms_norm_quant_out>(
-      m, norm + ", Tensor(a!) out, Tensor(b!) scale_out, Tensor(c!) norm_out", "()");
+      "int? block=None, float? scale_ub=None, bool column_major=False, bool keep_norm=False, ";
+  const std::string options = "float weight_offset=0.0, bool cast_before_weight=False";
+  const std::string norm = "Tensor input, " + arguments + options;
+  const std::string fused =
+      "Tensor input, Tensor residual, " + arguments + options + ", bool round_sum=True";
+  const std::string gated = "Tensor input, Tensor? gate, " + arguments +
+                            "str activation=\"silu\", bool norm_before_gate=True, "
+                            "int? group_size=None, " +
+                            options;
+  const char* const results = "(Tensor output, Tensor scale, Tensor norm)";
+  const std::string out = ", Tensor(a!) out, Tensor(b!) scale_out, Tensor(c!) norm_out";
+  ops::rms_norm_quant::define<quant<Call>>(m, norm, results);
+  ops::rms_norm_quant_out::define<quant_out<OutCall>>(m, norm + out, "()");
+  ops::rms_norm_gated_quant::define<quant<GatedCall>>(m, gated, results);
+  ops::rms_norm_gated_quant_out::define<quant_out<GatedOutCall>>(m, gated + out, "()");
   ops::fused_add_rms_norm_quant::define<fused_add_rms_norm_quant>(
       m, fused, "(Tensor output, Tensor scale, Tensor residual_out, Tensor norm)");
   ops::fused_add_rms_norm_quant_out::define<fused_add_rms_norm_quant_out>(

@@ -260,6 +260,13 @@ def gated_forward(arguments):
 def check_gated(call, arguments, results):
     given = gated_forward(arguments)
     judge = Gated(*given.values())
+    if "scale" in results:
+        if arguments["keep_norm"]:
+            judge.check(results["norm"])
+            norm = namespace.rms_norm_gated(**given)
+            assert_same({"norm": norm}, results, "a quantization", ["norm"])
+            check_quantized(arguments, results)
+        return
     if "grad_output" not in arguments:
         return judge.check(results["output"])
     tensors, mask = ("input", "gate", "weight"), arguments["output_mask"]
@@ -380,16 +387,13 @@ def check_results(call, arguments, results):
         return norm.check(results["output"], dtype)
     if arguments["keep_norm"]:
         norm.check(results["norm"], dtype)
-        if x.numel():
-            check_codes(
-                results["output"],
-                results["scale"],
-                results["norm"],
-                arguments["dtype"],
-                arguments["scale"],
-                arguments["block"],
-                arguments["scale_ub"],
-            )
+        check_quantized(arguments, results)
+
+
+def check_quantized(arguments, results):
+    if arguments["input"].numel():
+        kind = (arguments[name] for name in ("dtype", "scale", "block", "scale_ub"))
+        check_codes(results["output"], results["scale"], results["norm"], *kind)
 
 
 # ------------------------------------------------------------------------------------ properties
@@ -571,7 +575,7 @@ def check_rope_autograd(op, arguments, results):
 
 def check_gated_autograd(op, arguments, results):
     """Those of the backward op, which has a test of its own."""
-    if "grad_output" in arguments or not arguments["input"].numel():
+    if {"grad_output", "scale"} & set(arguments) or not arguments["input"].numel():
         return
     tensors = ("input", "gate", "weight")
     leaves = {n: arguments[n] for n in tensors if arguments[n] is not None}

@@ -404,21 +404,74 @@ uint8_t code_of(QType type, float v) {
   return sign | uint8_t(units + ((exponent + bias - 1) << fraction));
 }
 
+// What a quantization writes: of a given scale, of rows, of bounded rows, of blocks in columns or
+// in rows.
+struct Codes {
+  int64_t rows, cols;
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+  Quant quant;
+
+  static bool has(int way, int64_t cols) { return way < 3 || cols % 64 == 0; }
+
+  Codes(QType type, int way, int64_t row_count, int64_t col_count)
+      : rows(row_count), cols(col_count), codes(rows * cols + 2 * kGuard, 0xa5) {
+    const int64_t block = way >= 3 ? 64 : cols, blocks = cols / block;
+    scales.assign(way ? rows * blocks + 2 : 3, -1.0f);
+    if (!way) scales[1] = 0.0137f;
+    const float least = type == QType::kInt8 ? 0x1p-23f : 1 / (512 * max_value(type));
+    quant = {
+        codes.data() + kGuard, scales.data() + 1,          way ? block : 0, way == 3 ? 1 : blocks,
+        way == 3 ? rows : 1,   way == 2 ? 1.5f : INFINITY, least,           type};
+  }
+  Codes(const Codes&) = delete;
+
+  bool are_of(Tensor& norm) const {
+    const Quant& q = quant;
+    const bool int8 = q.dtype == QType::kInt8;
+    const int64_t width = q.block ? q.block : cols;
+    bool same = true;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t b = 0; b < cols / width; ++b) {
+        float largest = 0;
+        for (int64_t i = b * width; i < (b + 1) * width; ++i) {
+          const float v = std::fabs(float(norm.get(row, i)));
+          if (!(v <= largest)) largest = largest != largest ? largest : v;
+        }
+        float scale = (largest > q.bound ? q.bound : largest) / max_value(q.dtype);
+        scale = q.block ? (scale < q.least ? q.least : scale) : 0.0137f;
+        const float there = q.scale[q.block ? row * q.row_stride + b * q.block_stride : 0];
+        same &= there == scale || (there != there && scale != scale);
+        for (int64_t i = b * width; i < (b + 1) * width; ++i) {
+          const float v = float(norm.get(row, i));
+          const float scaled = q.block && !int8 ? v / scale : v * (1 / scale);
+          const uint8_t code = codes[kGuard + row * cols + i], want = code_of(q.dtype, scaled);
+          same &= code == want || (scaled != scaled && !int8 && (code & 0x7f) == 0x7f);
+        }
+      }
+    return same;
+  }
+
+  bool guards_intact() const {
+    bool intact = scales.front() == -1 && scales.back() == -1;
+    for (size_t i = 0; i < kGuard; ++i)
+      intact &= codes[i] == 0xa5 && codes[codes.size() - 1 - i] == 0xa5;
+    return intact;
+  }
+};
+
 void check_quant() {
   int turn = 0;
-  const float kMost[] = {448, 57344, 127};
   for (const DType x_type : kFast)
     for (const bool cast : {false, true})
       for (const QType type : {QType::kFloat8E4M3, QType::kFloat8E5M2, QType::kInt8})
         for (const int64_t cols : {1, 7, 33, 64, 128, 300, 4224, 9000})
-          for (const int way :
-               {0, 1, 2, 3, 4}) {  // a given scale, rows, bounded rows, blocks in columns, in rows
-            if (way >= 3 && cols % 64) continue;
+          for (const int way : {0, 1, 2, 3, 4}) {
+            if (!Codes::has(way, cols)) continue;
             ++turn;
             const Forward f = {x_type, turn % 2 ? x_type : DType::kFloat32, true, cast};
             if (!is_chosen({f.x_type, f.w_type})) continue;
-            const int64_t rows = cols < 200 ? 21 : 3, block = way >= 3 ? 64 : cols,
-                          blocks = cols / block;
+            const int64_t rows = cols < 200 ? 21 : 3;
             Tensor x(f.x_type, rows, cols, kLayouts[turn % 4]), w(f.w_type, 1, cols);
             fill_normal(x);
             fill_normal(w, 0.5, 1);
@@ -432,22 +485,10 @@ void check_quant() {
               Tensor norm(f.y_type(), rows, cols),
                   y(f.y_type(), rows, cols, Layout::kDense, kGuard);
               cpu::rms_norm_forward(params(f, x, w, norm, nullptr), 0, rows);
-              std::vector<uint8_t> codes(rows * cols + 2 * kGuard, 0xa5);
-              std::vector<float> scales(way ? rows * blocks + 2 : 3, -1.0f);
-              if (!way) scales[1] = 0.0137f;
+              const Codes codes(type, way, rows, cols);
               RmsNormForward p = params(f, x, w, y, nullptr);
               if (turn % 3) p.y = nullptr;
-              const bool int8 = type == QType::kInt8;
-              const float most = kMost[int(type)], bound = way == 2 ? 1.5f : INFINITY,
-                          least = int8 ? 0x1p-23f : 1 / (512 * most);
-              p.quant = {codes.data() + kGuard,
-                         scales.data() + 1,
-                         way ? block : 0,
-                         way == 3 ? 1 : blocks,
-                         way == 3 ? rows : 1,
-                         bound,
-                         least,
-                         type};
+              p.quant = codes.quant;
               const int64_t workspace_bytes = cpu::rms_norm_forward_workspace(p),
                             row_bytes = cols * format(f.y_type()).bytes;
               check(p.y ? workspace_bytes == 0
@@ -461,35 +502,12 @@ void check_quant() {
                 if (begin < end)
                   cpu::rms_norm_forward(p, begin, end, workspace_bytes ? space : nullptr);
               }
-              bool same = true;
-              for (int64_t row = 0; row < rows; ++row)
-                for (int64_t b = 0; b < blocks; ++b) {
-                  float largest = 0;
-                  for (int64_t i = b * block; i < (b + 1) * block; ++i) {
-                    const float v = std::fabs(float(norm.get(row, i)));
-                    if (!(v <= largest)) largest = largest != largest ? largest : v;
-                  }
-                  float scale = (largest > bound ? bound : largest) / most;
-                  scale = way ? (scale < least ? least : scale) : 0.0137f;
-                  const float there = scales[1 + (way == 3 ? b * rows + row
-                                                  : way    ? row * blocks + b
-                                                           : 0)];
-                  same &= there == scale || (there != there && scale != scale);
-                  for (int64_t i = b * block; i < (b + 1) * block; ++i) {
-                    const float v = float(norm.get(row, i)),
-                                q = way && !int8 ? v / scale : v * (1 / scale);
-                    const uint8_t code = codes[kGuard + row * cols + i], want = code_of(type, q);
-                    same &= code == want || (q != q && !int8 && (code & 0x7f) == 0x7f);
-                  }
-                }
               const std::string name = isa + " " + f.name() + " " + std::to_string(rows) + "x" +
                                        std::to_string(cols) + " format " +
                                        std::to_string(int(type)) + " way " + std::to_string(way);
-              check(same, "quant: %s", name.c_str());
+              check(codes.are_of(norm), "quant: %s", name.c_str());
               check(!p.y || y.same_bits(norm), "quant: %s: norm", name.c_str());
-              bool intact = scales.front() == -1 && scales.back() == -1 && y.guards_intact();
-              for (size_t i = 0; i < kGuard; ++i)
-                intact &= codes[i] == 0xa5 && codes[codes.size() - 1 - i] == 0xa5;
+              bool intact = codes.guards_intact() && y.guards_intact();
               for (const uint8_t* at = space + workspace_bytes;
                    at < workspace.data() + workspace.size(); ++at)
                 intact &= *at == 0xa5;
@@ -1000,6 +1018,25 @@ void compare_gated(Gated& g, Tensor& y, Tensor& rstd, const std::string& name) {
   check(close, "gated: %s", name.c_str());
 }
 
+// In two parts, the last rows first, with y and without it.
+void check_gated_quant(Gated& g, Tensor& y, const std::string& name) {
+  static int turn = 0;
+  const int way = ++turn % 5;
+  if (g.wide() || !Codes::has(way, g.x.cols)) return;
+  for (const bool keeps_y : {false, true}) {
+    const Codes codes(QType(turn / 5 % 3), way, g.x.rows, g.x.cols);
+    Tensor kept = g.result();
+    RmsNormGated p = g.params(kept, nullptr);
+    if (!keeps_y) p.norm.y = nullptr;
+    p.norm.quant = codes.quant;
+    run(p, (g.x.rows + 1) / 2);
+    check(codes.are_of(y), "gated: %s in 8 bits, way %d", name.c_str(), way);
+    check(codes.guards_intact() && kept.guards_intact(), "gated: %s in 8 bits: wrote outside",
+          name.c_str());
+    check(!keeps_y || kept.same_bits(y), "gated: %s in 8 bits: norm", name.c_str());
+  }
+}
+
 void check_gated_forward(Gated g) {
   std::vector<Tensor> results;
   for (const std::string& isa : instruction_sets()) {
@@ -1010,6 +1047,7 @@ void check_gated_forward(Gated g) {
     check(g.wide() || isa == cpu::last_isa(), "gated: ran %s", cpu::last_isa());
     check(y.guards_intact() && rstd.guards_intact(), "gated: %s: wrote outside", name.c_str());
     compare_gated(g, y, rstd, name);
+    check_gated_quant(g, y, name);
     if (isa.find("avx512") == 0 && !results.empty())
       check(y.same_bits(results.back()), "gated: %s: AVX-512 is not AVX2", name.c_str());
     results.push_back(y);

@@ -473,6 +473,50 @@ def quantize(y, yt, dtype, block, scale=None, bound=np.inf):
         return code.astype(np.uint8), scale
 
 
+class Codes:
+    """What a quantization writes; block 0 stands for a row. `quant` tells a kernel of it."""
+
+    def __init__(
+        self,
+        gpu,
+        shape,
+        dtype,
+        block,
+        *,
+        scale=None,
+        bound=np.inf,
+        column_major=False,
+        shift=0,
+    ):
+        rows, cols = shape
+        self.is_static, self.column_major, block = scale is not None, column_major, block or cols
+        self.grid = rows, cols // block
+        self.codes = Buffer(gpu, np.full(shape, 0xAA, np.uint8), shift)
+        scales = np.full(rows * self.grid[1], nan_of(F32), RAW[F32])
+        scales = np.float32([scale]).view(np.uint32) if self.is_static else scales
+        self.scales = Buffer(gpu, scales)
+        most = np.float32(MOST[dtype])
+        least = np.finfo(np.float32).eps if dtype == INT8 else np.float32(1) / (most * 512)
+        strides = (1, rows) if column_major else (self.grid[1], 1)
+        self.quant = Quant(
+            data=self.codes.address,
+            scale=self.scales.address,
+            block=0 if self.is_static else block,
+            row_stride=strides[0],
+            block_stride=strides[1],
+            bound=bound,
+            least=least,
+            dtype=dtype,
+        )
+
+    def read(self):
+        scales = self.scales.read().view(np.float32)
+        if not self.is_static:
+            grid = self.grid
+            scales = scales.reshape(grid[::-1]).T if self.column_major else scales.reshape(grid)
+        return self.codes.read(), scales
+
+
 def run_quant(
     gpu,
     x,
@@ -482,46 +526,22 @@ def run_quant(
     dtype,
     block,
     *,
-    scale=None,
-    bound=np.inf,
-    column_major=False,
     keep_norm=False,
     cast=False,
     offset=0.0,
     residual=None,
     unrounded=False,
-    shift=0,
     eps=1e-6,
+    **kind,
 ):
     """(codes, scales, norm, sum): block 0 stands for a row; residual, of dtype rt = fp32 or xt."""
     rows, cols = x.shape
     rt = xt if residual is None else residual[1]
     yt = promoted(xt, wt if w is not None else xt) if cast else xt
     xb, wb = Buffer(gpu, x), Buffer(gpu, w) if w is not None else None
-    qb = Buffer(gpu, np.full((rows, cols), 0xAA, np.uint8), shift)
-    block = block or cols
-    blocks = cols // block
-    sb = Buffer(
-        gpu,
-        np.full(rows * blocks, nan_of(F32), RAW[F32])
-        if scale is None
-        else np.float32([scale]).view(np.uint32),
-    )
+    written = Codes(gpu, x.shape, dtype, block, **kind)
     yb = Buffer(gpu, np.full((rows, cols), nan_of(yt), RAW[yt])) if keep_norm else None
     place = dense(rows, cols).rows
-    most = np.float32(MOST[dtype])
-    least = np.finfo(np.float32).eps if dtype == INT8 else np.float32(1) / (most * np.float32(512))
-    strides = (1, rows) if column_major else (blocks, 1)
-    quant = Quant(
-        data=qb.address,
-        scale=sb.address,
-        block=block if scale is None else 0,
-        row_stride=strides[0],
-        block_stride=strides[1],
-        bound=bound,
-        least=least,
-        dtype=dtype,
-    )
     p = STRUCTS["RmsNormForward"](
         x=xb.address,
         weight=wb and wb.address,
@@ -536,7 +556,7 @@ def run_quant(
         x_dtype=rt,
         w_dtype=wt if w is not None else xt,
         y_dtype=yt,
-        quant=quant,
+        quant=written.quant,
     )
     if residual is not None:
         total, old = (
@@ -555,12 +575,9 @@ def run_quant(
     gpu.check(gpu.k.forward(ctypes.byref(p), None))
     gpu.check(gpu.rt.cudaDeviceSynchronize())
     assert (xb.read() == x).all(), "x was written"
-    scales = sb.read().view(np.float32)
-    if scale is None:
-        scales = scales.reshape(blocks, rows).T if column_major else scales.reshape(rows, blocks)
     norm = yb.read().reshape(rows, cols) if keep_norm else None
     total = total.read().reshape(rows, cols) if residual is not None else None
-    return qb.read().reshape(rows, cols), scales, norm, total
+    return *written.read(), norm, total
 
 
 def wide(raw, dtype):
@@ -1190,6 +1207,54 @@ def check_gated(gpu, s):
         off = ulps(rstd, encode(r, s.rt), s.rt).max()
         assert off <= (4 if s.before or s.exact or s.xt != F32 else 1), f"rstd is {off} ulp off"
     return y, rstd
+
+
+QUANT_KINDS = (
+    {"block": 0},
+    {"block": 64},
+    {"block": 0, "scale": 0.013},
+    {"block": 128, "column_major": True},
+    {"block": 0, "bound": 1.5},
+)
+
+
+def check_gated_quant(gpu, s, y, turn):
+    """The codes and scales of y: in one launch, or of scales that span groups in two."""
+    kinds = [kind for kind in QUANT_KINDS if s.cols % (kind["block"] or 1) == 0]
+    kind, dtype = dict(kinds[turn % len(kinds)]), (E4M3, E5M2, INT8)[turn // len(kinds) % 3]
+    written = Codes(gpu, y.shape, dtype, shift=s.shift + turn % 7 // 6, **kind)
+    block = written.quant.block
+    spans = block != 0 and s.group_cols % block != 0
+    keep = []
+    p = s.arguments(gpu, keep, "RmsNormGated", y_dtype=s.yt)
+    yb = None
+    if spans or turn % 3 == 0:
+        yb = Buffer(gpu, np.full(y.shape, nan_of(s.yt), RAW[s.yt]), s.shift)
+        p.norm.y, p.norm.y_rows = yb.address, dense(*y.shape).rows
+    p.norm.quant = written.quant
+    launches = gpu.launches()
+    gpu.check(gpu.k.gated_forward(ctypes.byref(p), None))
+    ran = gpu.k.last_plan().kernel.decode()
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    assert not gpu.simulated or gpu.launches() == launches + 1 + spans
+    assert all((buffer.read() == buffer.like).all() for buffer in keep), "an argument was written"
+    assert yb is None or (ulps(yb.read(), y, s.yt) == 0).all(), "the norm has other bits"
+    keep = gpu.k.gated_plan(0, s.rows, s.groups, s.group_cols, s.xt, gpu.k.device()).keep
+    plain = (
+        s.kind() and s.yt == s.xt != F32 and written.quant.data % (16 // RAW[s.xt]().nbytes) == 0
+    )
+    name = "quantize_rows" if spans else "gated_quant_any_rows"
+    if keep != NOWHERE and plain and not spans:
+        name = ("gated_quant_rows", "gated_quant_shared_rows")[keep]
+    # One row is plain wherever the next one would be.
+    assert s.rows == 1 or ran == name, f"{ran} ran, not {name}"
+    codes, scales = written.read()
+    kind.pop("column_major", None)
+    kind["block"] = kind["block"] or s.cols
+    want, want_scales = quantize(y, s.yt, dtype, **kind)
+    broken = np.isnan(decode(y, s.yt)).any(-1)  # of which numpy's minimum makes other scales
+    assert (scales == want_scales)[~broken].all() if kind.get("scale") is None else True, "scales"
+    assert (codes == want)[~broken].all(), f"{(codes != want)[~broken].sum()} codes differ"
 
 
 def run_gated_backward(gpu, s, dy, dyt, want=(True, True, True)):
@@ -1919,6 +1984,8 @@ def gated(gpu, rng, quick):
                 if keep != NOWHERE and s.kind() and s.yt == s.xt:
                     name = ("gated_rows", "gated_shared_rows")[keep]
                 assert ran == name, f"{ran} ran, not {name}"
+            if not s.exact:
+                check_gated_quant(gpu, s, y, Case.passed)
             if s.yt == s.xt:
                 other, _ = run_gated(gpu, s, in_place=True, want_rstd=False)
                 assert (ulps(other, y, s.yt) == 0).all(), "other bits in place"
@@ -1943,6 +2010,7 @@ def gated(gpu, rng, quick):
                 other, other_rstd = run_gated(gpu, s)
                 assert (ulps(other, y, s.yt) == 0).all(), "other bits of rows that are not plain"
                 assert (other_rstd == rstd).all(), "rstd of rows that are not plain"
+                check_gated_quant(gpu, s, y, Case.passed)
                 again = run_gated_backward(gpu, s, dy, dyt, (True, s.gated, True))
                 for a, b in zip(found, again):
                     assert a is None or (a == b).all(), "other gradients of rows that are not plain"
@@ -2011,6 +2079,7 @@ def gated(gpu, rng, quick):
                     y, _ = run_gated(gpu, s)
                     other, _ = run_gated(gpu, s, in_place=True)
                     assert (other == y).all(), "other bits in place"
+                    check_gated_quant(gpu, s, y, Case.passed)
                     if xt != F16:
                         check_gated_backward(gpu, rng, s, xt)
     # What is no number, as in the formula.
