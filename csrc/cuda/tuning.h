@@ -51,6 +51,9 @@ enum KernelIndex {
   kGatedBackwardRows,
   kGatedBackwardSharedRows,
   kGatedBackwardAnyRows,
+  kSandwichRows,
+  kSandwichSharedRows,
+  kSandwichAnyRows,
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
@@ -82,6 +85,9 @@ constexpr KernelLimits kLimits[] = {
     {"gated_backward_rows", 256, 128, 128},
     {"gated_backward_shared_rows", 768, 80, 80},
     {"gated_backward_any_rows", 768, 80, 80},
+    {"sandwich_rows", 256, 128, 128},
+    {"sandwich_shared_rows", 512, 64, 64},
+    {"sandwich_any_rows", 512, 128, 128},
     {nullptr, 0, 0, 0},
 };
 
