@@ -131,18 +131,18 @@ sandwich_shared_rows(const __grid_constant__ SandwichArgs a) {
     const int64_t residual_offset = begin + a.next.residual.offset<true>(row);
     with_plain<X>(a.norm, s, [&](auto norm, const Scale& s) {
       for (int first = 0; first < slice.chunks; first += slice.tile) {
-        XChunk residual[kForwardVectors], sums[kForwardVectors] = {};
+        XChunk v[kForwardVectors];  // the residual, then the sum
         slice.each_chunk(first, [&](int k, int col, int count) {
-          residual[k] = load_chunk<true, X, kElems>(a.next.residual, residual_offset, col, count);
+          v[k] = load_chunk<true, X, kElems>(a.next.residual, residual_offset, col, count);
         });
         slice.each_index(first, [&](int k, int i) {
           if (i >= slice.chunks) return;
           XChunk x = get_chunk<XChunk>(kept, slice.chunks, i);
-          sums[k] = sum_of(a, norm.norm(a.norm, x, weights(a.norm, i), s), residual[k]);
-          store_chunk<true, X>(a.next.x, offset, slice.column(i), sums[k], slice.count(i));
-          put_chunk(kept, slice.chunks, i, sums[k]);
+          v[k] = sum_of(a, norm.norm(a.norm, x, weights(a.norm, i), s), v[k]);
+          store_chunk<true, X>(a.next.x, offset, slice.column(i), v[k], slice.count(i));
+          put_chunk(kept, slice.chunks, i, v[k]);
         });
-        total = total + Sum(Next::sum_of_squares(sums));
+        total = total + Sum(Next::sum_of_squares(v));
       }
     });
     if (!a.has_y) continue;
@@ -210,6 +210,7 @@ sandwich_any_rows(const __grid_constant__ SandwichArgs a) {
     sum_over_row(sum);
     Scale s{};
     if (is_there) s = First::scale(a.norm, sum, row, cluster, slice.lane, [] {});
+    const int64_t x_offset = begin + a.norm.x.offset<false>(row);
     const auto with_sum_type = [&](auto type) {
       using T = decltype(type);
       using Next = Norm<T, Form::kAny, true>;
@@ -219,20 +220,25 @@ sandwich_any_rows(const __grid_constant__ SandwichArgs a) {
                       a.next.x.offset<false>(row);
       Sum total;
 #pragma unroll 1
-      for (int64_t first = 0; first < slice.chunks; first += slice.tile) {
-        typename First::XChunk x[kForwardVectors];
-        Chunk<T, kElems> v[kForwardVectors];
-        load_x(first, x);
-        const auto each_chunk = chunks_from(first);
-        each_chunk([&](int k, int64_t col, int count) {
-          v[k] = load_chunk<T, kElems>(residual + col, count, a.next.residual.aligned);
-        });
-        each_chunk([&](int k, int64_t col, int count) {
-          if (count <= 0) return;
-          v[k] = sum_of(a, First::norm(a.norm, x[k], weights(a.norm, col, count), s), v[k]);
-          store_chunk(sums + col, v[k], count, a.next.x.aligned);
-        });
-        total = total + Sum(Next::sum_of_squares(v));
+      for (int64_t first = slice.lane; first < slice.chunks; first += slice.tile) {
+        Total<T> tile{}, pair{};
+#pragma unroll 1
+        for (int k = 0; k < kForwardVectors; ++k) {
+          const int64_t i = first + k * slice.lanes, col = slice.column(i);
+          const int count = is_there ? slice.count(i) : 0;
+          if (count > 0) {
+            auto x = load_chunk<false, X, kElems>(a.norm.x, x_offset, col, count);
+            Chunk<T, kElems> v[1] = {
+                load_chunk<T, kElems>(residual + col, count, a.next.residual.aligned)};
+            v[0] = sum_of(a, First::norm(a.norm, x, weights(a.norm, col, count), s), v[0]);
+            store_chunk(sums + col, v[0], count, a.next.x.aligned);
+            pair = pair + Next::sum_of_squares(v);
+          }
+          if (k % 2 == 0) continue;  // two and two, as a tree
+          tile = tile + pair;
+          pair = {};
+        }
+        total = total + Sum(tile);
       }
       if (!a.has_y) return;
       Total<T> sum = total;

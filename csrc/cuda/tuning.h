@@ -87,7 +87,7 @@ constexpr KernelLimits kLimits[] = {
     {"gated_backward_any_rows", 768, 80, 80},
     {"sandwich_rows", 256, 128, 128},
     {"sandwich_shared_rows", 512, 64, 64},
-    {"sandwich_any_rows", 512, 128, 128},
+    {"sandwich_any_rows", 512, 80, 80},
     {nullptr, 0, 0, 0},
 };
 
