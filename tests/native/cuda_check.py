@@ -1319,7 +1319,7 @@ class Sandwich:
         size = RAW[self.xt]().nbytes
         plain = {self.xt} == {self.nt, self.st, self.yt} and not (
             self.shift % 16
-            or self.pad * size % 16
+            or (self.rows > 1 and self.pad * size % 16)
             or self.cols * size % 16
             or (self.apart and self.rows % self.apart == 0)
         )
@@ -2185,7 +2185,7 @@ def gated(gpu, rng, quick):
                 check_gated_backward(gpu, rng, s, BF16)
 
 
-def sandwich(gpu, rng, quick):
+def sandwich_rows(gpu, rng, quick):
     """Each kernel and what it is laid out by; dtypes, roundings, layouts, in place."""
 
     def check(rows, cols, xt, wt, change=None, **how):
@@ -2210,8 +2210,7 @@ def sandwich(gpu, rng, quick):
                 one = [v[row : row + 1] for v in got]
                 same(run_sandwich(gpu, s.one_row(row)), "of one row alone", one)
             if s.kernel(gpu) in ("sandwich_rows", "sandwich_shared_rows"):
-                s.apart = 2 if rows % 2 == 0 else 0
-                s.pad += not s.apart
+                s.apart, s.shift = (2, 0) if rows % 2 == 0 else (0, 8)
                 assert s.kernel(gpu) == "sandwich_any_rows"
                 same(run_sandwich(gpu, s, in_place="both"), "of rows that are not plain")
 
@@ -2415,7 +2414,7 @@ def main():
         quantized,
         rope,
         gated,
-        sandwich,
+        sandwich_rows,
         traffic,
     ):
         if args.only and args.only not in part.__name__:
