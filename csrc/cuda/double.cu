@@ -164,9 +164,8 @@ __global__ void sandwich_forward_double(const __grid_constant__ RmsNormSandwich 
       const double n = round_any(norm.y_dtype, norm_of(norm, normalized, x, col));
       double v = round_any(next.x_dtype, sum.with(n, col));
       if (p.scale != 1) {
-        v = is_double(next.x_dtype)
-                ? v * p.scale
-                : double{static_cast<float>(v) * static_cast<float>(p.scale)};
+        v = is_double(next.x_dtype) ? v * p.scale
+                                    : double{static_cast<float>(v) * static_cast<float>(p.scale)};
       }
       store_any(const_cast<void*>(next.x), next.x_dtype, offset + col, v);
     }

@@ -65,8 +65,8 @@ sandwich_rows(const __grid_constant__ SandwichArgs a) {
     unrolled<kRows>([&](int r) { sum[r] = First::sum_of_squares(x[r]); });
     row_sum<kMostThreads>(sum, turn++);
     group.each_row([&](int r, int64_t row) {
-      const Scale s = First::scale(a.norm, sum[r], row, alone, group.lane,
-                                   [&] { load(r, row, each_chunk); });
+      const Scale s =
+          First::scale(a.norm, sum[r], row, alone, group.lane, [&] { load(r, row, each_chunk); });
       const int64_t offset = a.next.x.offset<true>(row);
       with_plain<X>(a.norm, s, [&](auto norm, const Scale& s) {
         each_chunk([&](int k, int col, int count) {
@@ -107,8 +107,7 @@ sandwich_shared_rows(const __grid_constant__ SandwichArgs a) {
   const Slice<int, kForwardVectors, kElems> slice{begin, min(a.norm.cols, begin + a.norm.slice)};
   const auto weights = [&](const NormArgs& of, int i) {
     typename Next::WChunk w[1];
-    load_weights<true>(
-        of, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
+    load_weights<true>(of, begin, [&](const auto& f) { f(0, slice.column(i), slice.count(i)); }, w);
     return w[0];
   };
   int turn = 0;
@@ -191,9 +190,8 @@ sandwich_any_rows(const __grid_constant__ SandwichArgs a) {
     const bool is_there = row < a.norm.rows;
     const auto chunks_from = [&](int64_t first) {
       return [&, first](const auto& f) {
-        slice.each_chunk(first, [&](int k, int64_t col, int count) {
-          f(k, col, is_there ? count : 0);
-        });
+        slice.each_chunk(first,
+                         [&](int k, int64_t col, int count) { f(k, col, is_there ? count : 0); });
       };
     };
     const auto load_x = [&](int64_t first, auto& x) {
@@ -216,8 +214,8 @@ sandwich_any_rows(const __grid_constant__ SandwichArgs a) {
       using Next = Norm<T, Form::kAny, true>;
       const T* const residual =
           static_cast<const T*>(a.next.residual.data) + begin + a.next.residual.offset<false>(row);
-      T* const sums = static_cast<T*>(const_cast<void*>(a.next.x.data)) + begin +
-                      a.next.x.offset<false>(row);
+      T* const sums =
+          static_cast<T*>(const_cast<void*>(a.next.x.data)) + begin + a.next.x.offset<false>(row);
       Sum total;
 #pragma unroll 1
       for (int64_t first = slice.lane; first < slice.chunks; first += slice.tile) {
@@ -278,7 +276,8 @@ int rms_norm_sandwich_forward(const RmsNormSandwich& p, void* stream) {
   a.next.x = view_of(norm, next.x, next.x_dtype, next.x_rows);
   a.next.residual = view_of(norm, next.addends.residual, next.x_dtype, next.addends.residual_rows);
   a.next.y = view_of(norm, next.y, next.y_dtype, next.y_rows);
-  a.next.weight.aligned = view_of(norm, next.weight, weight_dtype(next), a.next.weight.rows).aligned;
+  a.next.weight.aligned =
+      view_of(norm, next.weight, weight_dtype(next), a.next.weight.rows).aligned;
   a.norm.rstd = norm.rstd;
   a.next.rstd = next.rstd;
   a.norm.mean = a.next.mean = mean_of(norm.cols, norm.eps);

@@ -167,8 +167,8 @@ void run(const char* op, const PairCall& call, const Results& results) {
   }
   if (!input.is_cpu()) {
     const RmsNormSandwich both{norm, add, call.scale};
-    return run_cuda(
-        op, input, [&](void* stream) { return cuda::rms_norm_sandwich_forward(both, stream); });
+    return run_cuda(op, input,
+                    [&](void* stream) { return cuda::rms_norm_sandwich_forward(both, stream); });
   }
 
   cpu::isa();  // throws outside the parallel region if the environment asks for what is not there

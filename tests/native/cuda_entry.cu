@@ -7,11 +7,10 @@ using namespace rmsnorm;
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
 ENTRY int sizes(int which) {
-  const size_t sizes[] = {sizeof(RmsNormForward), sizeof(RmsNormBackward),
-                          sizeof(cuda::Device),   sizeof(cuda::Plan),
-                          sizeof(RmsNormRope),    sizeof(RmsNormRopeBackward),
-                          sizeof(RmsNormGated),   sizeof(RmsNormGatedBackward),
-                          sizeof(RmsNormSandwich)};
+  const size_t sizes[] = {
+      sizeof(RmsNormForward), sizeof(RmsNormBackward),      sizeof(cuda::Device),
+      sizeof(cuda::Plan),     sizeof(RmsNormRope),          sizeof(RmsNormRopeBackward),
+      sizeof(RmsNormGated),   sizeof(RmsNormGatedBackward), sizeof(RmsNormSandwich)};
   return static_cast<int>(sizes[which]);
 }
 
