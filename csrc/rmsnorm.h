@@ -200,6 +200,16 @@ struct RmsNormGatedBackward {
   int64_t groups;
 };
 
+// sum = residual + norm(x), and y = norm(sum). On CUDA one pass; where any dtype here is kFloat64,
+// all of it is in fp64.
+struct RmsNormSandwich {
+  RmsNormForward norm;  // of x, rounded to y_dtype and added; nothing is written to its y
+  // Of the sum, its x, which may be the residual of its addends; their input is not looked at.
+  // Without y the sum alone is wanted.
+  RmsNormForward next;
+  double scale;  // the sum times this, in fp32 and rounded again; 1: as it is
+};
+
 // A row is done in fp32 while its rstd is in this range. Then mean(x^2) + eps is in [2^-60, 2^60],
 // and neither the sum of squares nor a product with rstd over- or underflows.
 constexpr float kMinFastRstd = 0x1p-30f;
@@ -335,6 +345,7 @@ int rms_norm_rope_backward(const RmsNormRopeBackward* sides, int count, void* st
 int rms_norm_gated_forward(const RmsNormGated& p, void* stream);
 int64_t rms_norm_gated_backward_workspace(const RmsNormGatedBackward& p);
 int rms_norm_gated_backward(const RmsNormGatedBackward& p, void* stream);
+int rms_norm_sandwich_forward(const RmsNormSandwich& p, void* stream);
 Plan last_plan();  // of what this thread launched last; its kernel is "" before the first
 
 }  // namespace cuda

@@ -158,6 +158,8 @@ def test_kernels_that_were_not_built(tmp_path):
           if (rmsnorm::cuda::rms_norm_gated_backward_workspace(dgated) != 0) return 1;
           if (rmsnorm::cuda::rms_norm_gated_forward(gated, nullptr) == 0) return 1;
           if (rmsnorm::cuda::rms_norm_gated_backward(dgated, nullptr) == 0) return 1;
+          const rmsnorm::RmsNormSandwich sandwich{};
+          if (rmsnorm::cuda::rms_norm_sandwich_forward(sandwich, nullptr) == 0) return 1;
           return rmsnorm::cuda::rms_norm_backward(p, nullptr) == 0;
         }
     """

@@ -97,8 +97,8 @@ def test_plans(line):
     assert [str(value) for value in p.values()] == numbers[5:]
 
 
-# What launches alone ask for: plans of the kernels with quant, of the backward's second pass, and
-# of rows with a gate.
+# What launches alone ask for: plans of the kernels with quant, of the backward's second pass, of
+# rows with a gate, and of the norms on both sides of a sublayer.
 PROGRAM = """
 #include <cstdio>
 #include "cuda/plan.h"
@@ -146,6 +146,15 @@ int main() {
         plan_gated_backward(7, 300, 64, fp32, h100)})
     std::printf("\\n%s %d of %d/%d %d of %ld %ld %ld in %ld", p.kernel, p.vectors, p.lanes,
                 p.threads, p.cluster, p.slice, p.shared_bytes, p.group_blocks, p.blocks);
+  const auto print = [](const Plan& p) {
+    std::printf("\\n%s %d of %d/%d %d of %ld %ld, %d: %ld in %ld", p.kernel, p.vectors, p.lanes,
+                p.threads, p.cluster, p.slice, p.shared_bytes, p.registers, p.resident, p.blocks);
+  };
+  for (int64_t cols : {128, 4096, 8200, 131072, 1000000}) {
+    const Plan p = plan_sandwich(8192, cols, bf16, h100);
+    print(p);
+    print(of_any_rows(p, kLimits[kSandwichAnyRows], h100));
+  }
 }
 """
 
@@ -167,6 +176,20 @@ gated_backward_shared_rows 2 of 256/256 2 of 8192 81920 100 in 200
 gated_backward_any_rows 2 of 768/768 1 of 20000 0 108 in 108
 gated_backward_rows 1 of 16/256 1 of 64 0 1 in 300"""
 
+# kernel, vectors of lanes/threads, cluster of slice, shared bytes, registers: blocks of a
+# multiprocessor in all; and the same of a launch that is not plain
+SANDWICH_PLANS = """
+sandwich_rows 1 of 16/128 1 of 128 0, 128: 4 in 256
+sandwich_any_rows 1 of 16/128 1 of 128 0, 80: 6 in 256
+sandwich_rows 4 of 128/128 1 of 4096 0, 128: 4 in 2048
+sandwich_any_rows 4 of 128/128 1 of 4096 0, 80: 6 in 2048
+sandwich_shared_rows 4 of 288/288 1 of 8448 16896, 64: 3 in 1366
+sandwich_any_rows 4 of 288/288 1 of 8448 0, 80: 2 in 1366
+sandwich_shared_rows 4 of 512/512 4 of 32768 65536, 64: 2 in 1024
+sandwich_any_rows 4 of 512/512 4 of 32768 0, 80: 1 in 1024
+sandwich_any_rows 4 of 512/512 1 of 1000000 0, 80: 1 in 512
+sandwich_any_rows 4 of 512/512 1 of 1000000 0, 80: 1 in 512"""
+
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
 def test_plans_of_launches(tmp_path):
@@ -180,7 +203,7 @@ def test_plans_of_launches(tmp_path):
     assert subprocess.run([program], capture_output=True, text=True).stdout == (
         "quant_rows 128 4; quant_shared_rows 64 3; quant_long_rows 128 1; 977 x 1; 20 x 6; 30 x 2; "
         "2 of 2, 264; 4 of 2, 264; 8 of 1, 120; 4 of 3, 392; quantize_rows 32 x 16667; "
-        "quantize_rows 512 x 1053; quantize_rows 512 x 1053; " + GATED_PLANS
+        "quantize_rows 512 x 1053; quantize_rows 512 x 1053; " + GATED_PLANS + SANDWICH_PLANS
     )
 
 

@@ -28,6 +28,7 @@ from rmsnorm_cuda import (
     rms_norm_add_rms_norm,
     rms_norm_add_rms_norm_,
 )
+from rmsnorm_cuda.reference import ulp_distance
 
 EPS = 1e-6
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -71,24 +72,37 @@ def steps(input, residual, input_weight, weight, eps, scale=1.0, **options):
     return fused_add_rms_norm(zeros, total.to(device), weight, eps, **options)[0].cpu(), total
 
 
+def alike(got, want, dtypes, device):
+    """The same bits. On CUDA a sum in fp32 beside 16 bits is summed up in another order than in
+    the steps, and beside fp64 all is in fp64: one of 10,000 may fall to the other side of a tie.
+    """
+    if same_bits(got, want):
+        return True
+    in_double = {t == FP64 for t in dtypes if t is not None}
+    if device == "cpu" or (dtypes[0] == dtypes[1] and len(in_double) == 1):
+        return False
+    distance = ulp_distance(got.cpu(), want)
+    return distance.max() <= 1 and (distance > 0).sum() <= 1 + distance.numel() // 10_000
+
+
 @pytest.mark.parametrize(
     "dtypes, options, scale",
     [c for c in pairs(DTYPES, OPTIONS, (1.0, 0.37)) if fits(c[0], c[1])],
     ids=name,
 )
-def test_bits_of_the_steps(dtypes, options, scale, device, painted, torch_kernels):
-    if scale != 1.0:
-        torch_kernels(device)
+def test_bits_of_the_steps(dtypes, options, scale, device, painted):
     for rows, cols in SHAPES:
         x, residual, input_weight, weight = operands(rows, cols, dtypes, device)
         want = steps(x, residual, input_weight, weight, EPS, scale, **options)
         how = {"scale": scale} | options
         got = rms_norm_add_rms_norm(x, residual, input_weight, weight, EPS, **how)
-        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True)), (rows, cols)
+        near = (alike(a, b, dtypes, device) for a, b in zip(got, want, strict=True))
+        assert all(near), (rows, cols)
+        want = [t.cpu() for t in got]
         out = [torch.empty_like(t) for t in got]
         returned = rms_norm_add_rms_norm(x, residual, input_weight, weight, EPS, out=out, **how)
         assert all(a is b for a, b in zip(returned, out)) and all(map(same_bits, out, want))
-        if scale == 1.0 and device == "cpu":
+        if scale == 1.0:
             assert same_bits(rms_norm_add(x, residual, input_weight, EPS, **options), want[1])
             out = torch.empty_like(residual)
             assert rms_norm_add(x, residual, input_weight, EPS, out=out, **options) is out
@@ -98,8 +112,7 @@ def test_bits_of_the_steps(dtypes, options, scale, device, painted, torch_kernel
             assert done is None and all(map(same_bits, (x, residual), want))
 
 
-def test_addition_alone(device, torch_kernels):
-    torch_kernels(device)
+def test_addition_alone(device):
     for dtypes, options in (((BF16,) * 4, {}), ((FP32,) * 4, GEMMA), ((FP16, FP32) * 2, LLAMA)):
         x, residual, weight, _ = operands(33, 300, dtypes, device)
         weight = weight.to(x.dtype)
@@ -108,16 +121,14 @@ def test_addition_alone(device, torch_kernels):
         for out in (x.clone(), residual.clone()):
             if out.dtype != want.dtype:
                 continue
-            given = (out, residual) if torch.equal(out, x) else (x, out)
+            given = (out, residual) if same_bits(out, x) else (x, out)
             assert rms_norm_add(*given, weight, out=out, **options) is out
             assert same_bits(out, want)
 
 
 @pytest.mark.parametrize("scale", (1.0, 2.5))
-def test_hard_rows(device, scale, torch_kernels):
+def test_hard_rows(device, scale):
     """NaN, infinity, zeros of both signs and what overflows pass as in the steps."""
-    if scale != 1.0:
-        torch_kernels(device)
     for dtype in (FP32, FP16, BF16):
         x, residual = random(6, 130, dtype=dtype), random(6, 130, dtype=dtype)
         x[0, 3], residual[1, 4], residual[2, 5] = torch.nan, torch.inf, -torch.inf
@@ -156,13 +167,14 @@ def test_layouts(device, painted, torch_kernels):
 
 
 @pytest.mark.parametrize("shape", ((0, 64), (3, 0), (2, 0, 8)), ids=str)
-def test_empty(shape, device):
+def test_empty(shape, device, torch_kernels):
     x = torch.empty(shape).to(device)
     output, total = rms_norm_add_rms_norm(x, x.clone(), None, None)
     assert output.shape == total.shape == rms_norm_add(x, x.clone()).shape == shape
     assert rms_norm_add_rms_norm(x, x.clone(), None, None, out=(output, total)) == (output, total)
     assert rms_norm_add(x, x.clone(), out=output) is output
     rms_norm_add_rms_norm_(x, x.clone(), None, None)
+    torch_kernels(device)  # for the fill of rstd
     for rstds in (
         ops.rms_norm_add_forward(x, x.clone())[1:],
         ops.rms_norm_add_rms_norm_forward(x, x.clone(), None, None)[2:],
@@ -348,7 +360,8 @@ def assert_close(got, want, dtypes, casts):
 )
 def test_gradients(dtypes, used, options, scale, device, torch_kernels):
     """Beside the formula in fp64."""
-    torch_kernels(device)
+    if scale != 1.0:
+        torch_kernels(device)
     leaves = operands(9, 300, dtypes)
     there = [None if t is None else t.to(device).requires_grad_() for t in leaves]
     results = rms_norm_add_rms_norm(*there, EPS, scale=scale, **options)
@@ -372,8 +385,7 @@ def test_gradients(dtypes, used, options, scale, device, torch_kernels):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 @pytest.mark.parametrize("dtypes", ((FP32,) * 3, (BF16,) * 3, (BF16, FP32, BF16)), ids=name)
-def test_gradients_of_the_addition(dtypes, options, device, torch_kernels):
-    torch_kernels(device)
+def test_gradients_of_the_addition(dtypes, options, device):
     leaves = operands(9, 300, (*dtypes, None))
     there = [t.to(device).requires_grad_() for t in leaves[:3]]
     total = rms_norm_add(*there, EPS, **options)

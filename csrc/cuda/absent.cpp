@@ -20,6 +20,7 @@ int rms_norm_rope_backward(const RmsNormRopeBackward*, int, void*) { return kNot
 int rms_norm_gated_forward(const RmsNormGated&, void*) { return kNotBuilt; }
 int64_t rms_norm_gated_backward_workspace(const RmsNormGatedBackward&) { return 0; }
 int rms_norm_gated_backward(const RmsNormGatedBackward&, void*) { return kNotBuilt; }
+int rms_norm_sandwich_forward(const RmsNormSandwich&, void*) { return kNotBuilt; }
 Plan last_plan() { return {}; }
 
 }  // namespace rmsnorm::cuda

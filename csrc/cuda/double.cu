@@ -103,17 +103,36 @@ struct RowOfSum {
         residual(row_offset(p.addends.residual_rows, row)) {}
 
   __device__ double operator[](int64_t col) const {
+    return with(load_any(p.addends.input, p.addends.input_dtype, input + col), col);
+  }
+  // Of the input's element.
+  __device__ double with(double left, int64_t col) const {
     const Addends& a = p.addends;
-    const double left = load_any(a.input, a.input_dtype, input + col);
     const double right = load_any(a.residual, p.x_dtype, residual + col);
-    if (a.input_dtype == DType::kFloat64 || p.x_dtype == DType::kFloat64) return left + right;
+    if (is_double(a.input_dtype) || is_double(p.x_dtype)) return __dadd_rn(left, right);
     return double{static_cast<float>(left) + static_cast<float>(right)};
   }
 };
 
+__device__ void store_rstd(const RmsNormForward& p, int64_t row, const Normalized& normalized) {
+  if (p.rstd == nullptr || threadIdx.x != 0) return;
+  store_any(p.rstd, is_double(p.x_dtype) ? DType::kFloat64 : DType::kFloat32, row,
+            normalized.r * normalized.pre);
+}
+
+// The norm of x, in column col, before it is rounded to y_dtype.
+__device__ double norm_of(const RmsNormForward& p, const Normalized& normalized, double x,
+                          int64_t col) {
+  double n = normalized(x);
+  if (p.cast_before_weight) n = round_any(p.x_dtype, n);
+  n *= weight_at(p, col);
+  // The norm of a sum in fp32 is in fp32 before it takes input's dtype.
+  const bool by_way_of_fp32 = p.x_dtype == DType::kFloat32 && !is_double(p.y_dtype);
+  return by_way_of_fp32 ? static_cast<float>(n) : n;
+}
+
 __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
   sync_dependent_launch();
-  const int lane = threadIdx.x;
   for (int64_t row = first_item(); row < p.rows; row += items_apart()) {
     const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
     const bool unrounded = is_unrounded(p);
@@ -121,20 +140,43 @@ __global__ void forward_double(const __grid_constant__ RmsNormForward p) {
       return unrounded ? RowOfSum(p, row)[i] : load_any(p.x, p.x_dtype, x_offset + i);
     };
     const Normalized normalized = normalize_by(element, p.cols, p.eps);
-    if (p.rstd != nullptr && lane == 0) {
-      store_any(p.rstd, p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, row,
-                normalized.r * normalized.pre);
-    }
+    store_rstd(p, row, normalized);
     __syncwarp();  // all of x is read before y, which may be x, is written
-    for (int64_t col = lane; col < p.cols; col += kWarp) {
-      const double x = element(col);
-      double n = normalized(x);
-      if (p.cast_before_weight) n = round_any(p.x_dtype, n);
-      n *= weight_at(p, col);
+    for (int64_t col = threadIdx.x; col < p.cols; col += kWarp) {
+      const double x = element(col), y = norm_of(p, normalized, x, col);
       if (unrounded) store_any(const_cast<void*>(p.x), p.x_dtype, x_offset + col, x);
-      // The norm of a sum in fp32 is in fp32 before it takes input's dtype.
-      if (p.x_dtype == DType::kFloat32 && p.y_dtype != DType::kFloat64) n = static_cast<float>(n);
-      store_any(p.y, p.y_dtype, y_offset + col, n);
+      store_any(p.y, p.y_dtype, y_offset + col, y);
+    }
+  }
+}
+
+__global__ void sandwich_forward_double(const __grid_constant__ RmsNormSandwich p) {
+  sync_dependent_launch();
+  const RmsNormForward &norm = p.norm, &next = p.next;
+  for (int64_t row = first_item(); row < norm.rows; row += items_apart()) {
+    const int64_t x_offset = row_offset(norm.x_rows, row), offset = row_offset(next.x_rows, row);
+    const RowOfSum sum(next, row);
+    const Normalized normalized = normalize(norm, x_offset);
+    store_rstd(norm, row, normalized);
+    __syncwarp();
+    for (int64_t col = threadIdx.x; col < norm.cols; col += kWarp) {
+      const double x = load_any(norm.x, norm.x_dtype, x_offset + col);
+      const double n = round_any(norm.y_dtype, norm_of(norm, normalized, x, col));
+      double v = round_any(next.x_dtype, sum.with(n, col));
+      if (p.scale != 1) {
+        v = is_double(next.x_dtype) ? v * p.scale
+                                    : double{static_cast<float>(v) * static_cast<float>(p.scale)};
+      }
+      store_any(const_cast<void*>(next.x), next.x_dtype, offset + col, v);
+    }
+    if (next.y == nullptr) continue;
+    __syncwarp();
+    const Normalized of_sum = normalize(next, offset);
+    store_rstd(next, row, of_sum);
+    const int64_t y_offset = row_offset(next.y_rows, row);
+    for (int64_t col = threadIdx.x; col < norm.cols; col += kWarp) {
+      const double v = load_any(next.x, next.x_dtype, offset + col);
+      store_any(next.y, next.y_dtype, y_offset + col, norm_of(next, of_sum, v, col));
     }
   }
 }
@@ -150,10 +192,7 @@ __global__ void rope_forward_double(const __grid_constant__ RmsNormRope r) {
     const int64_t x_offset = row_offset(p.x_rows, row), y_offset = row_offset(p.y_rows, row);
     const int64_t weight = weight_begin(r, p.rows, p.cols, row);
     const Normalized normalized = normalize(p, x_offset);
-    if (p.rstd != nullptr && threadIdx.x == 0) {
-      store_any(p.rstd, p.x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, row,
-                normalized.r * normalized.pre);
-    }
+    store_rstd(p, row, normalized);
     const auto norm = [&](int64_t col) {
       double n = normalized(load_any(p.x, p.x_dtype, x_offset + col));
       if (p.cast_before_weight) n = round_any(p.x_dtype, n);
@@ -403,6 +442,11 @@ int add_any(const RmsNormForward& p, cudaStream_t stream) {
 
 int forward_in_double(const RmsNormForward& p, cudaStream_t stream) {
   return launch(forward_double, plan_items("forward_double", p.rows, kWarp), p, stream);
+}
+
+int forward_in_double(const RmsNormSandwich& p, cudaStream_t stream) {
+  const Plan plan = plan_items("sandwich_forward_double", p.norm.rows, kWarp);
+  return launch(sandwich_forward_double, plan, p, stream);
 }
 
 int forward_in_double(const RmsNormRope& p, cudaStream_t stream) {

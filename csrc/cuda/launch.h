@@ -27,6 +27,7 @@ int backward_in_double(const RmsNormRopeBackward& p, cudaStream_t stream);
 int forward_in_double(const RmsNormGated& p, cudaStream_t stream);
 int64_t backward_in_double_workspace(const RmsNormGatedBackward& p);
 int backward_in_double(const RmsNormGatedBackward& p, cudaStream_t stream);
+int forward_in_double(const RmsNormSandwich& p, cudaStream_t stream);
 
 // Are kernels launched so that they may overlap with the one ahead of them (programmatic dependent
 // launch)?

@@ -1,4 +1,5 @@
-// From x to its scale and its norm: what forward.cu, quant.cu and rope_forward.cu share.
+// From x to its scale and its norm: what forward.cu, quant.cu, rope_forward.cu and sandwich.cu
+// share.
 #pragma once
 #include "launch.h"
 #include "reduce.cuh"
@@ -116,10 +117,10 @@ struct Norm {
 
   // Squares of 16-bit numbers are exact in fp32 (or nearly), and 16-bit results forgive the rest
   // within a thread.
-  template <int kChunks>
-  static __device__ Total<X> sum_of_squares(const XChunk (&x)[kChunks]) {
-    return tree_sum<kChunks * kElems / 2>([&](int i) {
-      const float2 v = x[i / (kElems / 2)].get(i % (kElems / 2));
+  template <int kChunks, int kCount>
+  static __device__ Total<X> sum_of_squares(const Chunk<X, kCount> (&x)[kChunks]) {
+    return tree_sum<kChunks * kCount / 2>([&](int i) {
+      const float2 v = x[i / (kCount / 2)].get(i % (kCount / 2));
       if constexpr (sizeof(X) == 4) {
         return Sum::of_square(v.x) + Sum::of_square(v.y);
       } else {
@@ -222,7 +223,9 @@ struct Norm {
   }
 
   // y, rounded to its type.
-  static __device__ YChunk norm(const NormArgs& a, XChunk& x, const WChunk& w, const Scale& s) {
+  template <int kCount>
+  static __device__ Chunk<Y, kCount> norm(const NormArgs& a, Chunk<X, kCount>& x,
+                                          const Chunk<float, kCount>& w, const Scale& s) {
     const bool cast = kForm == Form::kPlainCast || (!kPlain && a.cast_before_weight);
     const auto round = [&](float2 n) {
       if (is_unrounded(a)) {
@@ -230,9 +233,9 @@ struct Norm {
       }
       return round_to<X>(n);
     };
-    YChunk y;
+    Chunk<Y, kCount> y;
     x.stay_packed();
-    unrolled<kElems / 2>([&](int i) {
+    unrolled<kCount / 2>([&](int i) {
       float2 v = cast ? normalized<X, true>(x.get(i), w.get(i), s, round)
                       : normalized<X, false>(x.get(i), w.get(i), s);
       if (!kPlain && a.y.dtype == DType::kFloat16) v = round_to<__half>(v);
@@ -242,9 +245,9 @@ struct Norm {
     return y;
   }
 
-  template <typename Index>
+  template <typename Index, int kCount>
   static __device__ void store(const NormArgs& a, int64_t offset, Index col, int count,
-                               const YChunk& y) {
+                               const Chunk<Y, kCount>& y) {
     if constexpr (kPlain) {
       store_chunk<true, X>(a.y, offset, col, y, count);
     } else {

@@ -44,7 +44,7 @@ inline Tuning tuning_for(const Device& device) {
 inline const Tuning& tuning_for(const Device& device) { return tuning_of(device.arch); }
 #endif
 
-inline bool is_double(DType t) { return t == DType::kFloat64; }
+constexpr RMSNORM_HOST_DEVICE bool is_double(DType t) { return t == DType::kFloat64; }
 inline int size_of(DType t) { return is_double(t) ? 8 : t == DType::kFloat32 ? 4 : 2; }
 
 // Elements of one 16-byte vector of x: what a thread handles at a time.
@@ -124,11 +124,12 @@ inline int64_t resident_rows(const Plan& plan, const Device& device) {
   return std::max(device.multiprocessors / gpc * (gpc * plan.resident / plan.cluster), int64_t{1});
 }
 
-// wide: with a residual, or not plain (Form in launch.h): more registers.
-inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device,
-                         bool wide = false, bool quant = false) {
+// first: of the family's kernels. wide: with a residual, or not plain (Form in launch.h): more
+// registers.
+inline Plan plan_norm(int64_t rows, int64_t cols, DType x, const Device& device, KernelIndex first,
+                      bool wide) {
   const Tuning& tuning = tuning_for(device);
-  const KernelLimits* const limits = tuning.limits + (quant ? kQuantRows : kForwardRows);
+  const KernelLimits* const limits = tuning.limits + first;
   Plan plan = plan_row(cols, x, kForwardVectors, limits, tuning.forward_block_threads, 16,
                        tuning.slice_bytes, device);
   if (plan.lanes > kWarp) plan.threads = plan.lanes;  // one row: its threads may meet at a barrier
@@ -142,6 +143,27 @@ inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& devi
   const int64_t groups = ceil_div(spread, kForwardVectors / plan.vectors);
   plan.blocks =
       (spread <= resident ? spread : even_blocks(groups, resident * waves)) * plan.cluster;
+  return plan;
+}
+
+inline Plan plan_forward(int64_t rows, int64_t cols, DType x, const Device& device,
+                         bool wide = false, bool quant = false) {
+  return plan_norm(rows, cols, x, device, quant ? kQuantRows : kForwardRows, wide);
+}
+
+// Rows are laid out as those of the norm: one has the same bits.
+inline Plan plan_sandwich(int64_t rows, int64_t cols, DType x, const Device& device) {
+  return plan_norm(rows, cols, x, device, kSandwichRows, false);
+}
+
+// The same of a launch that is not plain, of the kernel that reads a row more than once.
+template <typename P>
+P of_any_rows(P plan, const KernelLimits& kernel, const Device& device) {
+  plan.kernel = kernel.kernel;
+  plan.keep = Keep::kNowhere;
+  plan.registers = kernel.registers;
+  plan.shared_bytes = 0;
+  plan.resident = resident_blocks(plan, device);
   return plan;
 }
 
@@ -223,16 +245,6 @@ inline GatedPlan plan_gated_forward(int64_t rows, int64_t groups, int64_t cols, 
     plan.group_blocks = even_blocks(row_groups, plan.group_blocks * waves);
   }
   plan.blocks = plan.group_blocks * groups * plan.cluster;
-  return plan;
-}
-
-// The same of a launch that is not plain.
-inline GatedPlan of_any_rows(GatedPlan plan, const KernelLimits& kernel, const Device& device) {
-  plan.kernel = kernel.kernel;
-  plan.keep = Keep::kNowhere;
-  plan.registers = kernel.registers;
-  plan.shared_bytes = 0;
-  plan.resident = resident_blocks(plan, device);
   return plan;
 }
 

@@ -55,6 +55,9 @@ enum KernelIndex {
   kGatedQuantSharedRows,
   kGatedQuantAnyRows,
   kQuantizeRows,
+  kSandwichRows,
+  kSandwichSharedRows,
+  kSandwichAnyRows,
 };
 
 // Rows in registers: two or three blocks of the most threads fit a multiprocessor. Rows in shared
@@ -90,6 +93,9 @@ constexpr KernelLimits kLimits[] = {
     {"gated_quant_shared_rows", 384, 80, 80},
     {"gated_quant_any_rows", 512, 128, 128},
     {"quantize_rows", 512, 64, 64},
+    {"sandwich_rows", 256, 128, 128},
+    {"sandwich_shared_rows", 512, 64, 64},
+    {"sandwich_any_rows", 512, 80, 80},
     {nullptr, 0, 0, 0},
 };
 

@@ -3,9 +3,6 @@
 // rms_norm_add_rms_norm.out, rms_norm_add_rms_norm_ (in place), rms_norm_add_rms_norm_forward.
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/mul.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -162,51 +159,34 @@ void run(const char* op, const PairCall& call, const Results& results) {
   add.addends = {nullptr,       residual.tensor->const_data_ptr(),
                  norm.y_dtype,  norm.y_rows,
                  residual.rows, /*unrounded=*/false};
-  // The sum alone: its norm is left where what was added lay.
-  RmsNormForward add_alone = add;
-  add_alone.weight = nullptr;
-  add_alone.y_dtype = norm.y_dtype;
-  add_alone.y_rows = norm.y_rows;
-  // The norm of the sum alone: what is added to it is -0, in all rows the same.
-  RmsNormForward norm_alone{};
   if (has_output) {
     add.y = output;
     add.y_rows = results.output_rows;
     add.y_dtype = dtype(results.output);
     add.rstd = data_of(results.rstd);
-    norm_alone = add;
-    norm_alone.addends.residual = sum;
-    norm_alone.addends.residual_rows = add.x_rows;
-    norm_alone.addends.input_rows = Rows{1, {1}, {0}};
   }
-
   if (!input.is_cpu()) {
-    const auto launch = [&](const RmsNormForward& p) {
-      run_cuda(op, input, [&](void* stream) { return cuda::rms_norm_forward(p, stream); });
-    };
-    const Tensor normed = allocate(input.sym_sizes(), input, call.norm_type());
-    norm.y = normed.mutable_data_ptr();
-    launch(norm);
-    if (has_output && !scales) {
-      add.addends.input = norm.y;
-      return launch(add);
-    }
-    Tensor into = results.sum;
-    at::add_out(into, call.residual, normed);
-    if (!has_output) return;
-    into.mul_(call.scale);
-    const Tensor nothing = at::full({norm.cols}, -0.0, normed.options());
-    norm_alone.addends.input = nothing.const_data_ptr();
-    return launch(norm_alone);
+    const RmsNormSandwich both{norm, add, call.scale};
+    return run_cuda(op, input,
+                    [&](void* stream) { return cuda::rms_norm_sandwich_forward(both, stream); });
   }
 
   cpu::isa();  // throws outside the parallel region if the environment asks for what is not there
+  // The sum alone: its norm is left where what was added lay.
+  RmsNormForward add_alone = add;
+  add_alone.weight = nullptr;
+  add_alone.y = add_alone.rstd = nullptr;
+  add_alone.y_dtype = norm.y_dtype;
+  add_alone.y_rows = norm.y_rows;
   if (has_output) {
-    const bool is_new = results.are_new;
-    norm_alone.stream = add.stream =
-        is_new && cpu::writes_past_caches(results.output.nbytes(), is_new);
-    norm_alone.fresh = add.fresh = is_new;
+    add.stream = results.are_new && cpu::writes_past_caches(results.output.nbytes(), true);
+    add.fresh = results.are_new;
   }
+  // The norm of the sum alone: what is added to it is -0, in all rows the same.
+  RmsNormForward norm_alone = add;
+  norm_alone.addends.residual = sum;
+  norm_alone.addends.residual_rows = add.x_rows;
+  norm_alone.addends.input_rows = Rows{1, {1}, {0}};
   const int64_t row_bytes = norm.cols * size_of(norm.y_dtype);
   const int64_t tile_rows = std::clamp<int64_t>(tile_bytes() / row_bytes, 1, norm.rows);
   const int64_t bytes_of_tile = whole_lines(tile_rows * row_bytes);

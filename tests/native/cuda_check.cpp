@@ -100,6 +100,47 @@ void check_fused(Fused fused, bool unrounded = false) {
   fused.compare(norm, "", 2, /*in_fp32=*/true);
 }
 
+// Of one dtype, in place: the bits of the steps.
+void check_sandwich(const Forward& f, int64_t rows, int64_t cols, Layout layout) {
+  if (f.y_type() != f.x_type) return;
+  Tensor x(f.x_type, rows, cols, layout, kGuard), residual = x, w(f.w_type, 1, cols);
+  Tensor rstd(f.rstd_type(), 1, rows, Layout::kDense, kGuard), next_rstd = rstd;
+  fill_normal(x);
+  fill_normal(residual);
+  const Real huge = f.x_type == DType::kFloat16 ? 1e4L : 1e30L;
+  if (rows > 1) x.set(1, 0, huge), residual.set(rows - 1, cols - 1, -huge);
+  fill_normal(w, 0.5, f.offset != 0 ? 0 : 1);
+  Tensor norm = x, sum = x, y = x, want_rstd = rstd, want_next_rstd = rstd;
+  run_forward(f, x, w, norm, &want_rstd);
+  fill(sum, [&](int64_t row, int64_t col) {
+    const Real exact = norm.get(row, col) + residual.get(row, col);
+    return f.x_type == DType::kFloat64 ? exact : Real(float(exact));
+  });
+  run_forward(f, sum, w, y, &want_next_rstd);
+
+  OnDevice x_there(x), residual_there(residual), w_there(w), rstd_there(rstd),
+      next_rstd_there(next_rstd);
+  RmsNormSandwich p{params(f, x, w, x, rstd_there.data()),
+                    params(f, residual, w, x, next_rstd_there.data()), 1};
+  p.norm.x = p.next.y = x_there.data();
+  p.norm.y = nullptr;
+  p.next.x = p.next.addends.residual = residual_there.data();
+  p.next.addends.residual_rows = residual.place;
+  p.next.addends.input_dtype = f.x_type;
+  if (f.weighted) p.norm.weight = p.next.weight = w_there.data();
+  expect(cuda::rms_norm_sandwich_forward(p, nullptr), "rms_norm_sandwich_forward");
+  expect(cudaDeviceSynchronize(), "rms_norm_sandwich_forward");
+  x_there.fetch(), residual_there.fetch(), rstd_there.fetch(), next_rstd_there.fetch();
+  const std::string name =
+      "sandwich " + f.name() + " " + std::to_string(rows) + "x" + std::to_string(cols);
+  check(residual.same_bits(sum), "%s: the sum", name.c_str());
+  check(x.same_bits(y), "%s: y", name.c_str());
+  check(rstd.same_bits(want_rstd) && next_rstd.same_bits(want_next_rstd), "%s: rstd", name.c_str());
+  check(x.guards_intact() && residual.guards_intact() && rstd.guards_intact() &&
+            next_rstd.guards_intact(),
+        "%s: wrote outside", name.c_str());
+}
+
 Gradients run_backward(Backward& b, bool want_dx, bool want_dweight) {
   Gradients result(b);
   OnDevice x(b.x), dy(b.dy), w(b.w), rstd(b.rstd), dresidual(b.dresidual), dx(result.dx),
@@ -159,6 +200,7 @@ int main() {
       check_forward(f, rows, cols, layout);
       check_fused(Fused(f, f.x_type == f32 || turn % 4 == 0 ? kFast[turn % 3] : f.x_type, rows,
                         cols, layout, turn % 2));
+      check_sandwich(f, rows, cols, layout);
       check_backward(f, kFast[turn++ / 4 % 3], rows, cols, layout);
     }
   }
@@ -166,12 +208,16 @@ int main() {
     for (const DType type : {bf16, f32}) {
       check_forward({type, type}, 2, cols, Layout::kDense);
       check_fused(Fused({type, type}, bf16, 3, cols, Layout::kDense, type == bf16));
+      check_sandwich({type, type}, 2, cols, Layout::kDense);
       check_backward({type, type}, type, 2, cols, Layout::kDense);
     }
   }
   check_forward({bf16, f32}, 2, 1000003, Layout::kDense);  // read twice
   check_backward({bf16, f32}, bf16, 2, 1000003, Layout::kDense);
   check_forward({bf16, bf16}, 5000, 64, Layout::kDense);  // more rows than the grid holds
+  check_sandwich({bf16, bf16}, 2, 1000003, Layout::kDense);
+  check_sandwich({bf16, bf16}, 5000, 64, Layout::kDense);
+  check_sandwich({f64, f64}, 5, 300, Layout::kTwoDims);
   check_backward({bf16, bf16}, bf16, 5000, 64, Layout::kDense);
   check_forward({f64, f64}, 5, 300, Layout::kTwoDims);
   check_fused(Fused({f64, f64}, f32, 5, 300, Layout::kTwoDims, true));

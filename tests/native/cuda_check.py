@@ -175,6 +175,7 @@ class Gpu:
         self.k.gated_plan.restype = Plan
         names = ("RmsNormForward", "RmsNormBackward", "Device", "Plan")
         names += ("RmsNormRope", "RmsNormRopeBackward", "RmsNormGated", "RmsNormGatedBackward")
+        names += ("RmsNormSandwich",)
         for which, name in enumerate(names):
             assert self.k.sizes(which) == ctypes.sizeof(STRUCTS[name]), (
                 f"{name} was read wrong from rmsnorm.h"
@@ -1348,6 +1349,160 @@ def check_gated_backward(gpu, rng, s, dyt):
 # What is checked
 
 
+class Sandwich:
+    """residual + norm(x), and the norm of that: its tensors, and how a call gets them."""
+
+    def __init__(self, rng, rows, cols, xt, wt, **options):
+        how = {"nwt": wt, "st": None, "cast": False, "offset": 0.0, "eps": 1e-6, "scale": 1.0}
+        self.__dict__.update(how | {"pad": 0, "shift": 0, "apart": 0} | options)
+        self.rows, self.cols, self.xt = rows, cols, xt
+        self.w, self.next_w = (
+            t if t is None else random_values(rng, cols, t) for t in (wt, self.nwt)
+        )
+        self.wt = xt if wt is None else wt
+        self.nt = promoted(xt, self.wt) if self.cast else xt  # of the norm
+        self.nwt = self.nt if self.nwt is None else self.nwt
+        self.st = self.nt if self.st is None else self.st  # of the sum
+        self.yt = promoted(self.nt, self.nwt) if self.cast else self.nt
+        self.rts = [F64 if t == F64 else F32 for t in (xt, self.st)]
+        self.exact = F64 in (xt, self.wt, self.st, self.nwt)
+        self.x = random_values(rng, (rows, cols), xt)
+        self.residual = random_values(rng, (rows, cols), self.st)
+
+    place = Gated.place
+
+    def one_row(self, row):
+        alone = copy.copy(self)
+        alone.rows, alone.x, alone.residual = (
+            1,
+            self.x[row : row + 1],
+            self.residual[row : row + 1],
+        )
+        return alone
+
+    def kernel(self, gpu):
+        if self.exact:
+            return "sandwich_forward_double"
+        size = RAW[self.xt]().nbytes
+        plain = {self.xt} == {self.nt, self.st, self.yt} and not (
+            self.shift % 16
+            or (self.rows > 1 and self.pad * size % 16)
+            or self.cols * size % 16
+            or (self.apart and self.rows % self.apart == 0)
+        )
+        keep = gpu.plan(False, self.cols, self.xt, self.xt).keep if plain else NOWHERE
+        return ("sandwich_rows", "sandwich_shared_rows", "sandwich_any_rows")[keep]
+
+
+def run_sandwich(gpu, s, in_place="", has_y=True, want_rstd=True):
+    """(sum, y, rstd, that of the sum). in_place: "x" is overwritten by y (by the sum, if that is
+    all), "residual" by the sum, "both"."""
+    layouts = [s.place(extra) for extra in ((0, 16, 32, 48) if s.pad % 8 == 0 else (0, 1, 2, 3))]
+    places = {"x": (s.xt, layouts[0]), "residual": (s.st, layouts[1])}
+    there = {
+        name: Buffer(gpu, layout.place(getattr(s, name), nan_of(dtype)), s.shift)
+        for name, (dtype, layout) in places.items()
+    }
+    weights = [w if w is None else Buffer(gpu, w, s.shift) for w in (s.w, s.next_w)]
+
+    def blank(name, layout, dtype):
+        places[name] = (dtype, layout)
+        full = np.full(layout.elements, nan_of(dtype), RAW[dtype])
+        there[name] = Buffer(gpu, full, s.shift)
+        return name
+
+    total, y = "residual", "x"
+    if in_place == "x" and not has_y:
+        total = "x"
+    elif in_place not in ("residual", "both"):
+        total = blank("sum", layouts[2], s.st)
+    if has_y and in_place not in ("x", "both"):
+        y = blank("y", layouts[3], s.yt)
+    rstds = [Buffer(gpu, np.full(s.rows, nan_of(t), RAW[t])) if want_rstd else None for t in s.rts]
+    how = {"rows": s.rows, "cols": s.cols, "eps": s.eps, "weight_offset": s.offset}
+    how |= {"cast_before_weight": s.cast}
+
+    def norm(x, xt, w, wt, rstd, **rest):
+        placed = {"x": there[x].address, "x_rows": places[x][1].rows, "x_dtype": xt}
+        placed |= {"weight": w and w.address, "w_dtype": wt, "rstd": rstd and rstd.address}
+        return STRUCTS["RmsNormForward"](**how, **placed, **rest)
+
+    addends = Addends(
+        residual=there["residual"].address, input_dtype=s.nt, residual_rows=layouts[1].rows
+    )
+    written = {"y": there[y].address, "y_rows": places[y][1].rows} if has_y else {}
+    p = STRUCTS["RmsNormSandwich"](
+        norm=norm("x", s.xt, weights[0], s.wt, rstds[0], y_dtype=s.nt),
+        next=norm(
+            total,
+            s.st,
+            weights[1],
+            s.nwt,
+            rstds[1] if has_y else None,
+            y_dtype=s.yt,
+            addends=addends,
+            **written,
+        ),
+        scale=s.scale,
+    )
+    before = gpu.launches()
+    gpu.check(gpu.k.sandwich_forward(ctypes.byref(p), None))
+    assert gpu.launches() - before == gpu.simulated, "launches"
+    ran = gpu.k.last_plan().kernel.decode()
+    assert ran == s.kernel(gpu), f"{ran} ran, not {s.kernel(gpu)}"
+    gpu.check(gpu.rt.cudaDeviceSynchronize())
+    for w in weights:
+        assert w is None or (w.read() == w.like).all(), "a weight was written"
+    results = {}
+    for name, (dtype, layout) in places.items():
+        flat = there[name].read()
+        if name not in (total, has_y and y):
+            assert (flat == there[name].like).all(), f"{name} was written"
+            continue
+        results[name] = flat[layout.index]
+        flat[layout.index] = nan_of(dtype)
+        assert (flat == nan_of(dtype)).all(), "written between the rows"
+    rstd, of_sum = (t and t.read() for t in rstds)
+    return results[total], results[y] if has_y else None, rstd, of_sum if has_y else None
+
+
+def check_sandwich(gpu, s):
+    """Beside the steps, each of which is held against the formula in fp64."""
+    got = total, y, rstd, of_sum = run_sandwich(gpu, s)
+    how = {"eps": s.eps, "offset": s.offset, "cast": s.cast}
+
+    def step(x, xt, w, wt, yt):
+        # With fp64 among the dtypes all is in fp64, which a step without it is not.
+        if s.exact and F64 not in (xt, wt):
+            values, r = reference_forward(x, xt, w, wt, *how.values())
+            values = encode(np.float64(values), F32 if xt == F32 else yt)
+            r = encode(r, F32)
+        else:
+            values, r = check_forward(gpu, x, xt, w, wt, **how)
+        narrowed = F32 if xt == F32 and F64 not in (yt, wt) else yt
+        return encode(decode(values, narrowed), yt), r
+
+    with np.errstate(all="ignore"):
+        n, want_rstd = step(s.x, s.xt, s.w, s.wt, s.nt)
+        compute = np.float64 if F64 in (s.nt, s.st) else np.float32
+        want = decode(n, s.nt).astype(compute) + decode(s.residual, s.st).astype(compute)
+        want = encode(want.astype(np.float64), s.st)
+        if s.scale != 1:
+            compute = np.float64 if s.st == F64 else np.float32
+            want = decode(want, s.st).astype(compute) * compute(s.scale)
+            want = encode(want.astype(np.float64), s.st)
+        assert (rstd == want_rstd).all(), "rstd"
+        assert (ulps(total, want, s.st) == 0).all(), "the sum"
+        want, want_rstd = step(total, s.st, s.next_w, s.nwt, s.yt)
+    off = ulps(y, want, s.yt)
+    # A sum in fp32 beside narrower x is summed up in another order, which rarely shows.
+    most = 0 if s.st == s.xt or s.exact else 1
+    assert (ulps(of_sum, want_rstd, s.rts[1]) <= most).all(), "rstd of the sum"
+    assert off.max() <= most, f"y is {off.max()} ulps off"
+    assert (off != 0).sum() <= 1 + off.size // 10_000, "y differs from that of the steps"
+    return got
+
+
 def boundaries(gpu, backward, x, dy=None, limit=20000):
     """Row lengths around each change of the plan, and a few more."""
     dy = x if dy is None else dy
@@ -2101,6 +2256,103 @@ def gated(gpu, rng, quick):
                 check_gated_backward(gpu, rng, s, BF16)
 
 
+def sandwich_rows(gpu, rng, quick):
+    """Each kernel and what it is laid out by; dtypes, roundings, layouts, in place."""
+
+    def check(rows, cols, xt, wt, change=None, **how):
+        with Case(op="sandwich", rows=rows, cols=cols, x=NAMES[xt], w=wt, **how):
+            s = Sandwich(rng, rows, cols, xt, wt, **how)
+            if change:
+                change(s)
+            got = check_sandwich(gpu, s)
+
+            def same(other, what, want=got):
+                for a, b, t in zip(other, want, (s.st, s.yt, *s.rts)):
+                    assert a is None or (ulps(a, b, t) == 0).all(), f"other bits {what}"
+
+            for order, where in (("reverse", "residual"), ("random:5", "both"), ("seq", "x")):
+                gpu.option("order", order)
+                if where == "residual" or s.yt == xt:
+                    same(run_sandwich(gpu, s, in_place=where), f"in place of {where}")
+            same(run_sandwich(gpu, s, has_y=False, want_rstd=False), "of the sum alone")
+            if s.st == xt:
+                same(run_sandwich(gpu, s, in_place="x", has_y=False), "of the sum in place of x")
+            for row in {0, rows - 1}:
+                one = [v[row : row + 1] for v in got]
+                same(run_sandwich(gpu, s.one_row(row)), "of one row alone", one)
+            if s.kernel(gpu) in ("sandwich_rows", "sandwich_shared_rows"):
+                s.apart, s.shift = (2, 0) if rows % 2 == 0 else (0, 8)
+                assert s.kernel(gpu) == "sandwich_any_rows"
+                same(run_sandwich(gpu, s, in_place="both"), "of rows that are not plain")
+
+    turn = 0
+    for xt in (BF16, F32, F16):
+        types = (xt, F32 if xt != F32 else BF16)
+        lengths = [8, 64, 128, 256, 264, 512, 768, 1024, 2048, 4096, 4104, 8192, 8200, 20_000]
+        lengths += [70_000] * (xt != F16) + [131_072] * (xt == F32)
+        for cols in lengths:
+            turn += 1
+            if quick and turn % 3 == 0 and 600 < cols < 8000:
+                continue
+            how = {"cast": turn % 4 > 1, "offset": 1.0 if turn % 5 == 0 else 0.0}
+            how |= {"pad": 16 * (turn % 3), "scale": 0.37 if turn % 3 == 1 else 1.0}
+            how["nwt"] = types[0] if how["cast"] else types[turn // 2 % 2]
+            rows = (37 if cols <= 64 else 12 if cols <= 512 else 4) // (1 + (cols > 8192))
+            wt = None if turn % 7 == 0 else types[0 if how["cast"] else turn % 2]
+            check(rows, cols, xt, wt, **how)
+    # All others: dtypes, alignment, dimensions of rows, lengths that are no whole chunks.
+    for n in range(18 if quick else 90):
+        xt = (BF16, F32, F16)[n % 3]
+        how = {"nwt": (xt, F32, F16, None)[n // 5 % 4], "cast": n // 2 % 2 == 1}
+        how |= {"st": F32 if n // 3 % 2 else None, "scale": (1.0, 2.5)[n // 4 % 2]}
+        how |= {"pad": (0, 3, 16)[n // 2 % 3], "shift": (0, 8)[n % 11 == 5]}
+        how |= {"apart": 2 if n % 4 == 2 else 0, "offset": 1.0 if n % 6 == 2 else 0.0}
+        cols = (64, 33, 128, 5, 300, 1, 1000, 96, 2304)[n % 9]
+        check((6, 1, 10, 40)[n // 3 % 4], cols, xt, (xt, F32, None, BF16)[n // 4 % 4], **how)
+    check(2, 9001, BF16, BF16, st=F32)
+    check(2, 40_001, F32, F16, cast=True)
+    check(2, 1_000_003, BF16, F32)
+    check(1, 1_000_000, BF16, BF16, cast=True, scale=0.5)
+    for n, (xt, wt, st, nwt) in enumerate(
+        (
+            (F64, F64, F64, F64),
+            (F32, F64, F32, F32),
+            (BF16, BF16, BF16, F64),
+            (F32, F32, F32, F64),
+            (F64, F32, F64, BF16),
+            (BF16, F64, F32, BF16),
+        )
+    ):
+        for cols in (33, 300):
+            how = {"cast": n % 2 == 0 and wt != F64, "scale": (1.0, 0.37)[n // 2 % 2]}
+            check(7, cols, xt, wt, nwt=nwt, st=st, pad=n % 2, **how)
+    # Rows out of the fast path's range: x, the sum, and both.
+    for xt, scale in ((BF16, 1e25), (BF16, 1e-25), (F32, 1e28), (F32, 1e-28), (F16, 1e-6)):
+
+        def change(s):
+            s.eps = 0.0
+            s.x[1], s.x[-1] = (encode(decode(s.x[i], xt) * scale, xt) for i in (1, -1))
+            s.x[2] = 0
+            for row in (2, 4, -1):
+                s.residual[row] = encode(decode(s.residual[row], s.st) * scale, s.st)
+
+        for cols, how in itertools.product((64, 264, 1032, 8200), ({}, {"pad": 3}, {"st": F32})):
+            check(6, cols, xt, xt, change, **how)
+    # What is no number.
+    for xt, pad in itertools.product((BF16, F32, F16), (0, 3)):
+
+        def change(s):
+            odd = encode(np.array([np.nan, np.inf, -np.inf]), xt)
+            s.x[1, 5], s.x[2, 7], s.residual[3, 9] = odd[0], odd[1], odd[0]
+            s.residual[4, 9], s.residual[5, 3] = odd[1:]
+            s.x[6] = s.residual[6] = 0
+
+        check(8, 64, xt, xt, change, pad=pad)
+    # More rows than the grid holds.
+    for cols in (64, 512, 1024):
+        check((1 << (17 if quick else 19)) // cols * 4, cols, BF16, BF16)
+
+
 def traffic(gpu, rng, quick):
     """A row is read once and written once, with few instructions and without bank conflicts."""
     if not gpu.simulated:
@@ -2179,6 +2431,13 @@ def traffic(gpu, rng, quick):
                         gpu.traffic(),
                         bytes_of_x,
                     )
+                    run_sandwich(gpu, Sandwich(rng, rows, cols, xt, None))
+                    if cols * size % 16 == 0:
+                        assert gpu.traffic() == (2 * bytes_of_x, 2 * bytes_of_x + 8 * rows), (
+                            "sandwich",
+                            gpu.traffic(),
+                            bytes_of_x,
+                        )
                 rstd = encode(reference_forward(x, xt, None, xt, 1e-6, 0, False)[1], F32)
                 run_backward(gpu, dy, xt, x, xt, None, None, rstd, want=(True, False))
                 plan = gpu.plan(True, cols, xt, xt)
@@ -2233,6 +2492,7 @@ def main():
         quantized,
         rope,
         gated,
+        sandwich_rows,
         traffic,
     ):
         if args.only and args.only not in part.__name__:

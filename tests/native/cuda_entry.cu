@@ -7,10 +7,10 @@ using namespace rmsnorm;
 #define ENTRY extern "C" __attribute__((visibility("default")))
 
 ENTRY int sizes(int which) {
-  const size_t sizes[] = {sizeof(RmsNormForward), sizeof(RmsNormBackward),
-                          sizeof(cuda::Device),   sizeof(cuda::Plan),
-                          sizeof(RmsNormRope),    sizeof(RmsNormRopeBackward),
-                          sizeof(RmsNormGated),   sizeof(RmsNormGatedBackward)};
+  const size_t sizes[] = {
+      sizeof(RmsNormForward), sizeof(RmsNormBackward),      sizeof(cuda::Device),
+      sizeof(cuda::Plan),     sizeof(RmsNormRope),          sizeof(RmsNormRopeBackward),
+      sizeof(RmsNormGated),   sizeof(RmsNormGatedBackward), sizeof(RmsNormSandwich)};
   return static_cast<int>(sizes[which]);
 }
 
@@ -53,6 +53,10 @@ ENTRY cuda::Plan gated_plan(int is_backward, int64_t rows, int64_t groups, int64
   const auto type = static_cast<DType>(x);
   return is_backward ? cuda::plan_gated_backward(rows, groups, cols, type, *device)
                      : cuda::plan_gated_forward(rows, groups, cols, type, *device);
+}
+
+ENTRY int sandwich_forward(const RmsNormSandwich* p, void* stream) {
+  return cuda::rms_norm_sandwich_forward(*p, stream);
 }
 
 ENTRY const char* error_string(int error) { return cuda::error_string(error); }
