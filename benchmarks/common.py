@@ -1,124 +1,12 @@
-"""What the benchmarks share: contenders, verification, timing on the CPU, the chart."""
+"""What the benchmarks share beside rmsnorm_cuda/bench/: verification, medians, the chart."""
 
-import gc
-import platform
-import random
 import statistics
 import sys
-import time
-from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 import rmsnorm_cuda
+from rmsnorm_cuda.bench.contenders import EPS
+from rmsnorm_cuda.bench.timing import samples
 from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
-
-DTYPES = {  # of x and of weight
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "bf16/fp32": (torch.bfloat16, torch.float32),
-}
-EPS = 1e-6
-# How often the bytes of x (of 16 bits) have to move at least: see the head of cpu.py and of gpu.py.
-PASSES = {"forward": 2, "training": 5, "fused": 4, "quantized": 1.5}
-OWN_THREADS = "onnxruntime"  # has a pool of threads beside torch's
-ROTATE_BYTES = 256 << 20  # beyond any cache here: a large cell finds none of its data in it
-
-
-def llama(x, weight):
-    """The formula of the Llama family in transformers: the rounding order of cast_before_weight."""
-    hidden = x.float()
-    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)
-    return weight * hidden.to(x.dtype)
-
-
-FORMULAS = {
-    "F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
-    "llama": llama,
-}
-
-
-def norms(cols, weight, bias, compiled):
-    """Name: (a norm of x, its parameters). compiled: those of FORMULAS under torch.compile too."""
-    result = {
-        "ours": (lambda x: rmsnorm_cuda.rms_norm(x, cols, weight, EPS), [weight]),
-        "F.rms_norm": (lambda x: F.rms_norm(x, cols, weight, EPS), [weight]),
-        "F.layer_norm": (lambda x: F.layer_norm(x, cols, weight, bias, EPS), [weight, bias]),
-    }
-    if compiled:
-        torch._dynamo.reset()
-    for name in compiled:
-        formula = torch.compile(FORMULAS[name], dynamic=False)
-        result[f"compile({name})"] = (lambda x, formula=formula: formula(x, weight), [weight])
-    return result
-
-
-def fused_adds(cols, weight, compiled):
-    """Name: a function of x and residual, to the norm of their sum and the sum."""
-
-    def add_then_norm(x, residual):
-        total = x + residual
-        return F.rms_norm(total, cols, weight, EPS), total
-
-    result = {
-        "ours": lambda x, residual: rmsnorm_cuda.fused_add_rms_norm(x, residual, weight, EPS),
-        "F.rms_norm": add_then_norm,
-    }
-    if "F.rms_norm" in compiled:
-        torch._dynamo.reset()
-        result["compile(F.rms_norm)"] = torch.compile(add_then_norm, dynamic=False)
-    return result
-
-
-def quantized(cols, weight, compiled):
-    """Name: a function of x, to the norm in float8_e4m3fn (or int8) and per-token scales.
-
-    "ours unquantized" leaves the norm as it is.
-    """
-
-    def then_torch(norm, dtype=torch.float8_e4m3fn, most=448.0):
-        y = norm.float()
-        scale = (y.abs().amax(-1, keepdim=True) / most).clamp(min=1 / (512 * most))
-        return (y / scale).clamp(-most, most).to(dtype), scale
-
-    def steps(x):
-        return then_torch(F.rms_norm(x, cols, weight, EPS))
-
-    given = torch.tensor([0.02]).to(weight.device)
-    e4m3 = torch.float8_e4m3fn
-    result = {
-        "ours": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=e4m3),
-        "ours int8": lambda x: rmsnorm_cuda.rms_norm_quant(x, weight, EPS, dtype=torch.int8),
-        "ours blocks of 128": lambda x: rmsnorm_cuda.rms_norm_quant(
-            x, weight, EPS, dtype=e4m3, block=128
-        ),
-        "ours scale given": lambda x: rmsnorm_cuda.rms_norm_quant(
-            x, weight, EPS, dtype=e4m3, scale=given
-        ),
-        "ours fused add": lambda x: rmsnorm_cuda.fused_add_rms_norm_quant(
-            x, x, weight, EPS, dtype=e4m3
-        ),
-        "ours unquantized": lambda x: rmsnorm_cuda.rms_norm(x, cols, weight, EPS),
-        "ours, then torch": lambda x: then_torch(rmsnorm_cuda.rms_norm(x, cols, weight, EPS)),
-        "F.rms_norm, then torch": steps,
-    }
-    if "F.rms_norm" in compiled:
-        torch._dynamo.reset()
-        result["compile(F.rms_norm)"] = torch.compile(steps, dynamic=False)
-    return result
-
-
-def training_step(norm, parameters, gradients):
-    """A run of forward and backward; `gradients` maps the id of an x to its dy."""
-    leaves = {}
-
-    def run(x):
-        leaf = leaves.setdefault(id(x), x.detach().requires_grad_())
-        return torch.autograd.grad(norm(leaf), [leaf, *parameters], gradients[id(x)])
-
-    return run
 
 
 def verify(x, cols, weight):
@@ -127,62 +15,12 @@ def verify(x, cols, weight):
     assert worst <= 1, f"{worst} ulp from the reference"
 
 
-def samples(contenders, inputs, seconds):
-    """Microseconds a call of each contender, many of them, interleaved in batches of about 200 us.
-
-    Every round has an order of its own: who follows a contender of the same kind finds its code in
-    the caches.
-    """
-    batch = {}
-    for name, run in contenders.items():
-        run(inputs[0])
-        start = time.perf_counter()
-        run(inputs[-1])
-        batch[name] = max(1, int(200e-6 / (time.perf_counter() - start)))
-    times = {name: [] for name in contenders}
-    turn, order, shuffled, own_threads = 0, list(contenders), random.Random(0), False
-    gc.disable()
-    end = time.perf_counter() + seconds * len(contenders)
-    while time.perf_counter() < end or len(times[name]) < 5:
-        shuffled.shuffle(order)
-        for name in order:
-            run = contenders[name]
-            if name.startswith(OWN_THREADS) != own_threads:
-                # Idle threads turn round for a while, on the cores of those that are timed next.
-                own_threads = not own_threads
-                time.sleep(0.02)
-                run(inputs[turn % len(inputs)])
-            start = time.perf_counter()
-            for i in range(batch[name]):
-                run(inputs[(turn + i) % len(inputs)])
-            times[name].append((time.perf_counter() - start) / batch[name] * 1e6)
-            turn += 1
-    gc.enable()
-    return times
-
-
 def measure(contenders, inputs, seconds):
     """Median microseconds a call of each contender."""
     return {
         name: statistics.median(times)
         for name, times in samples(contenders, inputs, seconds).items()
     }
-
-
-def machine(device="cpu"):
-    """What the numbers of a report depend on beside the code that made them."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    found = {"processor": models[0] if models else platform.machine(), "isa": rmsnorm_cuda._C.isa()}
-    if torch.device(device).type == "cuda":
-        found["gpu"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    versions = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rmsnorm_cuda": rmsnorm_cuda.__version__,
-    }
-    return found | {"threads": torch.get_num_threads()} | versions
 
 
 def pyplot():

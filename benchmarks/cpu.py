@@ -24,7 +24,6 @@ and the residual into such a buffer and a copy of it, for 8 bits a copy that mov
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -35,31 +34,27 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import (
+from benchmarks.common import chart, measure, pyplot, ratio_axis
+from benchmarks.peers import runs_of_peers
+from rmsnorm_cuda.bench import buffers
+from rmsnorm_cuda.bench.contenders import (
     DTYPES,
     EPS,
     FORMULAS,
+    MOST_ULP,
     PASSES,
-    ROTATE_BYTES,
-    chart,
     fused_adds,
-    machine,
-    measure,
     norms,
-    pyplot,
     quantized,
-    ratio_axis,
     training_step,
 )
-from benchmarks.peers import runs_of_peers
+from rmsnorm_cuda.bench.machine import machine
 from rmsnorm_cuda.reference import rms_norm_reference, ulp_distance
 
 KINDS = " out=", " in place"  # the ends of names; what has neither makes new tensors
-# 0 where the system does not tell.
-L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
-# The bytes that a rotation has at least. Of an L3 cache that others use too, ROTATE_BYTES are more
-# than it keeps for us.
-ROTATIONS = {"warm": 0, "l2": 2 * (L2_BYTES or 2 << 20), "cold": ROTATE_BYTES}
+L2_BYTES = buffers.cache_bytes(2)
+# The bytes that a rotation has at least.
+ROTATIONS = {"warm": 0, "l2": 2 * (L2_BYTES or 2 << 20), "cold": buffers.ROTATE_BYTES}
 STATES = list(ROTATIONS)
 MOST_SETS = 1 << 14  # of tensors in Python
 
@@ -71,23 +66,10 @@ class Buffers(NamedTuple):
     total: torch.Tensor
 
 
-class Pools:
-    """Memory for the buffers of all cells, filled once."""
-
-    def __init__(self):
-        self.memory = {}
-
+class Pools(buffers.Pools):
     def buffers(self, rows, cols, dtype, count):
-        """`count` sets of buffers, whole pages apart: none lies better in its page than others."""
-        step = -(-rows * cols * dtype.itemsize // 4096) * 4096 // dtype.itemsize
-        made = []
-        for name in Buffers._fields:
-            memory = self.memory.get((name, dtype))
-            if memory is None or memory.numel() < count * step:
-                some = torch.randn(1 << 20).to(dtype)
-                memory = self.memory[name, dtype] = some.repeat(-(-count * step // len(some)))
-            parts = memory[: count * step].view(count, step)[:, : rows * cols]
-            made.append([part.view(rows, cols) for part in parts])
+        """`count` sets of buffers."""
+        made = (self.tensors(name, (rows, cols), dtype, count) for name in Buffers._fields)
         return [Buffers(*fields) for fields in zip(*made, strict=True)]
 
 
@@ -163,9 +145,6 @@ class Cell:
         return runs | {"floor": floor}
 
 
-# Ours is within 1 ulp of fp64. Others sum squares in fp32, one after the other, and in 16 bits take
-# the squares of a sum before it is rounded, round once more, or cut off.
-MOST_ULP = {"ours": 1, torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
 OTHER_FUNCTIONS = "floor", "empty_like", "F.layer_norm"
 
 

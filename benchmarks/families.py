@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import machine, measure
+from benchmarks.common import measure
+from rmsnorm_cuda.bench.machine import machine
 
 
 def options_of(doc):

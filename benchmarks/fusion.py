@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import rmsnorm_cuda
-from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, measure
+from benchmarks.common import measure
 from rmsnorm_cuda import fused_add_rms_norm, rms_norm
+from rmsnorm_cuda.bench.buffers import ROTATE_BYTES
+from rmsnorm_cuda.bench.contenders import DTYPES, EPS
 
 
 def norm(x, weight):

@@ -19,9 +19,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn.functional import silu
 
-from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, llama
 from benchmarks.families import main, options_of
 from rmsnorm_cuda import rms_norm_gated
+from rmsnorm_cuda.bench.buffers import ROTATE_BYTES
+from rmsnorm_cuda.bench.contenders import DTYPES, EPS, llama
 from rmsnorm_cuda.reference import rms_norm_gated_reference
 
 MAMBA = {"norm_before_gate": False, "cast_before_weight": True}

@@ -38,17 +38,17 @@ sys.path.append(str(ROOT))
 import torch
 
 import rmsnorm_cuda
-from benchmarks.common import (
+from benchmarks.common import chart, verify
+from rmsnorm_cuda.bench.contenders import (
     DTYPES,
     EPS,
     PASSES,
-    chart,
     fused_adds,
     norms,
     quantized,
     training_step,
-    verify,
 )
+from rmsnorm_cuda.bench.timing import event_samples, flush_of
 from rmsnorm_cuda.reference import rms_norm_backward_reference
 
 MODES = PASSES | {"backward": 3}
@@ -163,9 +163,8 @@ class Cell:
 
 
 def samples(contenders, x, flush, calls):
-    """Microseconds of each call of each contender, interleaved: of the GPU, and of the host."""
-    times = {name: [] for name in contenders}
-    host = {name: [] for name in contenders}
+    """Those of timing.event_samples, without contenders that do not run."""
+    runs = dict(contenders)
     for name, run in contenders.items():
         try:
             run(x)  # compiles what has to be compiled
@@ -177,21 +176,8 @@ def samples(contenders, x, flush, calls):
                 f"{str(error).splitlines()[0] if str(error) else ''}",
                 flush=True,
             )
-            del times[name]
-    torch.cuda.synchronize()
-    for _ in range(calls):
-        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in times}
-        for name, (start, end) in events.items():
-            flush()
-            start.record()
-            began = time.perf_counter()
-            contenders[name](x)
-            host[name].append((time.perf_counter() - began) * 1e6)
-            end.record()
-        torch.cuda.synchronize()
-        for name, (start, end) in events.items():
-            times[name].append(start.elapsed_time(end) * 1e3)
-    return times, host
+            del runs[name]
+    return event_samples(runs, x, flush, calls)
 
 
 def measure(contenders, x, flush, calls):
@@ -327,14 +313,10 @@ def main():
         return sanitize()
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
-    big = torch.empty(2 * max(properties.L2_cache_size, 64 << 20), dtype=torch.uint8, device=device)
-    other = torch.empty_like(big)
+    flush = flush_of(device)
     machine = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
     machine += f", CUDA {torch.version.cuda}"
     print(f"torch {torch.__version__}, {machine}; us a call, median of {args.calls}; x: times ours")
-
-    def flush():
-        other.copy_(big)
 
     if args.roofs:
         return roofs(device, flush)

@@ -20,21 +20,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.common import DTYPES, EPS, ROTATE_BYTES, llama
 from benchmarks.families import main, options_of
 from benchmarks.peers import Absent, loaded
 from rmsnorm_cuda import rms_norm, rms_norm_rope, rms_norm_rope_
+from rmsnorm_cuda.bench.buffers import ROTATE_BYTES
+from rmsnorm_cuda.bench.contenders import DTYPES, EPS, llama, norm_then_rotate
 from rmsnorm_cuda.reference import rms_norm_rope_reference
-
-
-def rotate_half(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
-
-
-def rotated(x, cos, sin):
-    """As transformers does, of cos and sin of all columns; heads behind the tokens."""
-    return x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)
 
 
 class Cell:
@@ -62,20 +53,15 @@ class Cell:
         out = [torch.empty_like(t) for t in dense]
         return SimpleNamespace(q=q, k=k, dense=dense, out=out)
 
+    def norm(self, x, weight):
+        return rms_norm(x, self.width, weight, EPS)
+
     def forward(self, compiled):
         w, v = self.weights
         cos, sin = self.columns
         cache = self.cache.chunk(2, -1)
 
-        def steps(s):
-            return [
-                rotated(rms_norm(x, self.width, weight, EPS), cos, sin)
-                for x, weight in ((s.q, w), (s.k, v))
-            ]
-
-        def formula(q, k):
-            return [rotated(llama(x, weight), cos, sin) for x, weight in ((q, w), (k, v))]
-
+        steps, formula = (norm_then_rotate(n, (w, v), cos, sin) for n in (self.norm, llama))
         runs = {
             "ours": lambda s: rms_norm_rope(s.q, s.k, w, v, self.cos, self.sin, EPS),
             "ours in place": lambda s: rms_norm_rope_(
@@ -84,11 +70,8 @@ class Cell:
             "ours out=": lambda s: rms_norm_rope(
                 s.q, s.k, w, v, self.cos, self.sin, EPS, out=tuple(s.out)
             ),
-            "two norms": lambda s: [
-                rms_norm(s.q, self.width, w, EPS),
-                rms_norm(s.k, self.width, v, EPS),
-            ],
-            "steps": steps,
+            "two norms": lambda s: [self.norm(s.q, w), self.norm(s.k, v)],
+            "steps": lambda s: steps(s.q, s.k),
             "copy": lambda s: [a.copy_(b) for a, b in zip(s.out, (s.q, s.k))],
         }
         if compiled:
@@ -113,15 +96,7 @@ class Cell:
         def ours(q, k):
             return rms_norm_rope(q, k, *parameters, self.cos, self.sin, EPS)
 
-        def steps(q, k):
-            return [
-                rotated(rms_norm(x, self.width, weight, EPS), cos, sin)
-                for x, weight in zip((q, k), parameters)
-            ]
-
-        def formula(q, k):
-            return [rotated(llama(x, weight), cos, sin) for x, weight in zip((q, k), parameters)]
-
+        steps, formula = (norm_then_rotate(n, parameters, cos, sin) for n in (self.norm, llama))
         runs = {"ours": step(ours), "steps": step(steps)}
         if compiled:
             torch._dynamo.reset()

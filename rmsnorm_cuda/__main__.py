@@ -2,14 +2,14 @@
 bug report.
 
 The exit status is 1 if a check fails. `--explain ROWS COLS DTYPE` shows instead how the CUDA
-kernels would be laid out, `--cmake-dir` where CMake finds the package.
+kernels would be laid out, `--cmake-dir` where CMake finds the package. `bench` goes on with times,
+beside torch's.
 """
 
 import argparse
 import itertools
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import torch
 
 import rmsnorm_cuda
 from rmsnorm_cuda import _C, explain
+from rmsnorm_cuda.bench import command as bench
+from rmsnorm_cuda.bench.machine import processor
 from rmsnorm_cuda.reference import (
     quantize_reference,
     rms_norm_backward_reference,
@@ -30,15 +32,6 @@ from rmsnorm_cuda.reference import (
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 SHAPE = (7, 1031)  # odd: full vectors and a tail
-
-
-def processor():
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    name = re.search(r"^model name\s*:\s*(.+)", text, re.M)
-    return name[1] if name else platform.processor() or platform.machine()
 
 
 def describe():
@@ -200,6 +193,16 @@ def self_check():
     return failures
 
 
+def report():
+    """Prints what is built and loaded, and the self-check; the exit status."""
+    lines = dict(describe())
+    for key, value in lines.items():
+        print(f"{key:<16}{value}")
+    failures = self_check() + lines["instruction set"].startswith("ERROR")
+    print("FAILED" if failures else "OK")
+    return 1 if failures else 0
+
+
 def main():
     what = "What is built and loaded, and a self-check against fp64."  # -OO leaves no docstring
     parser = argparse.ArgumentParser(prog="python -m rmsnorm_cuda", description=what)
@@ -210,7 +213,10 @@ def main():
     parser.add_argument("--explain", nargs=3, metavar=metavar, help=layout + dtypes)
     cmake_dir = "print the rmsnorm_cuda_DIR for CMake's find_package"
     parser.add_argument("--cmake-dir", action="store_true", help=cmake_dir)
+    bench.add_parser(parser.add_subparsers(dest="command", title="commands"))
     args = parser.parse_args()
+    if args.command == "bench":
+        return bench.run(report, minutes=args.minutes, file=args.json)
     if args.cmake_dir:
         print(rmsnorm_cuda.cmake_dir())
         return 0
@@ -220,12 +226,7 @@ def main():
             parser.error(f"--explain: expected two positive integers and one of {dtypes}")
         print(*explain.lines(int(rows), int(cols), dtype), sep="\n")
         return 0
-    lines = dict(describe())
-    for key, value in lines.items():
-        print(f"{key:<16}{value}")
-    failures = self_check() + lines["instruction set"].startswith("ERROR")
-    print("FAILED" if failures else "OK")
-    return 1 if failures else 0
+    return report()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -1277,6 +1278,12 @@ def test_wheel_runs_away_from_the_sources(wheels, tmp_path):
         assert run.returncode == 0 and str(there) in run.stdout.splitlines()[0], (
             run.stdout + run.stderr
         )
+        words = ["bench", "--minutes", "0.2", "--json", "report.json"]
+        options = {"cwd": tmp_path, "PYTHONPATH": str(there)}
+        run = programs.run(module="rmsnorm_cuda", arguments=words, **options)
+        assert run.returncode == 0, run.stdout + run.stderr
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["cells"] and report["machine"]["commit"] is None
 
 
 @pytest.mark.slow

@@ -273,7 +273,9 @@ def check_make(words):
 
 def check_python(words):
     if words[:2] == ["-m", "rmsnorm_cuda"]:
-        source = (ROOT / "rmsnorm_cuda" / "__main__.py").read_text()
+        file = "bench/command.py" if "bench" in words else "__main__.py"
+        source = (ROOT / "rmsnorm_cuda" / file).read_text()
+        assert "bench" not in words or f'add_parser("{words[2]}"' in source, words
         assert all(f'"{option}"' in source for option in options(words))
         if "--explain" in words:
             run = programs.run(module=words[1], arguments=words[2:])
@@ -453,6 +455,14 @@ def table_of_what_was_tested():
             f"| {e['python']} | {e['torch']} | {e['installed']} | {e['passed']}, {e['skipped']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def test_machines_are_told():
+    """`python benchmarks/machines.py` prints the table anew, of the reports that are there."""
+    sys.path.append(str(ROOT))
+    from benchmarks import machines
+
+    assert machines.table() in PAGES["benchmarks"].read_text()
 
 
 def test_what_was_tested_is_told(request):

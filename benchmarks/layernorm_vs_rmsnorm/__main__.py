@@ -24,10 +24,10 @@ sys.path.append(str(ROOT))
 
 import torch
 
-from benchmarks.common import machine
 from benchmarks.layernorm_vs_rmsnorm.ops import draw_ops, measure_ops, write_ops
 from benchmarks.layernorm_vs_rmsnorm.train import measure_train, write_json
 from benchmarks.layernorm_vs_rmsnorm.train_report import draw_train, write_train
+from rmsnorm_cuda.bench.machine import machine
 
 
 def arguments(argv):

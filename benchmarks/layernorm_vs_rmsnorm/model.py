@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import rmsnorm_cuda
-from benchmarks.common import EPS
+from rmsnorm_cuda.bench.contenders import EPS
 
 NORMS = {
     "LayerNorm": torch.nn.LayerNorm,

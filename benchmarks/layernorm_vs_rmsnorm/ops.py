@@ -9,17 +9,11 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import (
-    DTYPES,
-    EPS,
-    ROTATE_BYTES,
-    norms,
-    pyplot,
-    samples,
-    size_of,
-    training_step,
-)
+from benchmarks.common import pyplot, size_of
 from benchmarks.layernorm_vs_rmsnorm.report import CLAIM, describe, title
+from rmsnorm_cuda.bench.buffers import ROTATE_BYTES
+from rmsnorm_cuda.bench.contenders import DTYPES, EPS, norms, training_step
+from rmsnorm_cuda.bench.timing import event_samples, flush_of, samples
 
 TITLES = {"forward": "forward", "training": "forward + backward"}
 PAIRS = {  # LayerNorm beside RMSNorm
@@ -92,11 +86,7 @@ def time_op(shape, dtype, mode, args):
     if args.device == "cpu":
         times = samples(runs, xs, args.seconds)
     else:
-        from benchmarks import gpu
-
-        big = torch.empty(256 << 20, dtype=torch.uint8, device=args.device)
-        other = torch.empty_like(big)
-        times = gpu.samples(runs, xs[0], lambda: other.copy_(big), args.calls)
+        times, _ = event_samples(runs, xs[0], flush_of(args.device), args.calls)
     return {
         name: {"min": min(of_name), "median": statistics.median(of_name)}
         for name, of_name in times.items()

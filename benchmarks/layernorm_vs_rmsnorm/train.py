@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import machine, pyplot
+from benchmarks.common import pyplot
 from benchmarks.layernorm_vs_rmsnorm.intervals import median_interval
 from benchmarks.layernorm_vs_rmsnorm.model import NORMS, Model, build, evaluate, rate_of, step_once
 from benchmarks.layernorm_vs_rmsnorm.text import batch, text, tokens, windows
+from rmsnorm_cuda.bench.machine import machine
 
 
 def write_whole(file, write):
