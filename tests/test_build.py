@@ -16,6 +16,7 @@ import torch
 import rmsnorm_cuda
 from rmsnorm_cuda import _C
 from rmsnorm_cuda import __main__ as command
+from rmsnorm_cuda.bench import machine
 
 BINDING = Path(_C.__file__)
 LIBRARIES = Path(rmsnorm_cuda.__file__).parent / "lib"
@@ -235,7 +236,7 @@ def test_report_of_a_driver_that_is_too_old(monkeypatch):
     monkeypatch.setattr(_C, "cuda_built", lambda: True)
     monkeypatch.setattr(_C, "cuda_versions", lambda: (13020, 12090))
     monkeypatch.setattr(_C, "cuda_error", lambda code: f"error {code}")
-    monkeypatch.setattr(command, "Path", lambda *_: Path("/nowhere"))
+    monkeypatch.setattr(machine, "text_of", lambda path: None)
     report = dict(command.describe())
     assert report["CUDA"] == "runtime 13.2, driver 12.9"
     assert report["CUDA driver"] == "ERROR: error 35"
