@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from rmsnorm_cuda.bench.cells import COMPILED, MODES
-from rmsnorm_cuda.bench.command import file_name, name_of, problems
+from rmsnorm_cuda.bench.command import file_name, is_busy, name_of, problems
 
 FOLDER = Path(__file__).parent / "results" / "machines"
 NAMES = {
@@ -32,6 +32,8 @@ def read(file):
     wrong = problems(report)
     if not wrong and file.name != file_name(report["machine"]):
         wrong = [f"it should be called {file_name(report['machine'])}"]
+    if not wrong and is_busy(report["machine"]):
+        wrong = [f"other processes were busy: a load of {report['machine']['load']}"]
     if wrong:
         sys.exit(f"{file}: {'; '.join(wrong)}")
     return report
@@ -59,8 +61,8 @@ def table(folder=FOLDER):
     """Markdown: geometric means of F.rms_norm's and torch.compile's times over ours."""
     head = ["machine", "threads", "torch", *NAMES.values()]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [row(file) for file in sorted(folder.glob("*.json"))]
-    return "\n".join(lines) + "\n"
+    rows = [row(file) for file in sorted(folder.glob("*.json"))]
+    return "\n".join([*lines, *rows]) + "\n" if rows else "No report is there yet.\n"
 
 
 if __name__ == "__main__":

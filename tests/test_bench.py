@@ -78,6 +78,21 @@ def test_row():
     assert row.split() == fields
 
 
+def test_numbers():
+    assert [command.number(us) for us in (1.234, 12.34, 123.4, 1234, 999_999, 1_100_000)] == [
+        *("1.23", "12.3", "123", "1,234", "999,999", "1.10 s")
+    ]
+    assert [command.multiple(r) for r in (1, 12.34, 123.4)] == ["1.00x", "12.3x", "123x"]
+
+
+def test_busy_machine_is_told(capsys, monkeypatch):
+    said = "Other processes were busy: take no figure from this run."
+    for load, busy in ((1.5, True), (0.5, False), (None, False)):
+        told = machine.details() | {"load": load, "cores": 2}
+        monkeypatch.setattr(command, "details", lambda device, told=told: told)
+        assert (said in bench(capsys, specs=TINY[:1])[1]) == busy
+
+
 def test_shapes_that_people_run():
     names = list(map(str, cells.specs()))
     assert len(names) == len(set(names)) == 21
@@ -383,10 +398,12 @@ def machines(monkeypatch):
 
 
 def test_table_of_machines(machines, tmp_path):
+    assert machines.table(tmp_path) == "No report is there yet.\n"
     us = {"ours": 2.0, "F.rms_norm": 8.0}
     us = {name: {"min": value, "median": value, "count": 5} for name, value in us.items()}
     one = {"mode": "forward", "shape": "1x64", "us": us}
     told = {"device": "cpu", "processor": "Some (R) CPU", "isa": "avx2", "threads": 2, "torch": "2"}
+    told |= {"load": 0.5, "cores": 2}
     report = {name: kind() for name, kind in command.FIELDS.items()}
     report |= {"schema": 1, "machine": told, "cells": [one]}
     file = tmp_path / "some-r-cpu-avx2-2t.json"
@@ -395,14 +412,16 @@ def test_table_of_machines(machines, tmp_path):
     assert row.startswith(
         f"| [Some (R) CPU, avx2](results/machines/{file.name}) | 2 | 2 | 4.0x, - |"
     )
-    other = file.rename(tmp_path / "other.json")
+    moved = file.rename(tmp_path / "other.json")
     with pytest.raises(SystemExit, match="it should be called some-r-cpu-avx2-2t.json"):
         machines.table(tmp_path)
+    moved.rename(file)
     for wrong, said in (
         ({"cells": [one | {"us": {}}]}, "forward 1x64 has no time of ours"),
+        ({"machine": told | {"load": 1.5}}, "other processes were busy: a load of 1.5"),
         ({"schema": 2}, "it has no schema 1"),
         ({"cells": {}}, "cells is not of type list"),
     ):
-        other.write_text(json.dumps(report | wrong))
+        file.write_text(json.dumps(report | wrong))
         with pytest.raises(SystemExit, match=said):
             machines.table(tmp_path)

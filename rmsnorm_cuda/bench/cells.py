@@ -61,7 +61,7 @@ class Cell:
     """
 
     passes: float
-    inputs = ("x",)
+    buffers = inputs = ("x",)
 
     def __init__(self, spec, pools):
         self.spec, self.pools = spec, pools
@@ -83,12 +83,11 @@ class Cell:
             for tensors in zip(*map(self.tensors, self.buffers), strict=True)
         ]
         half = max(1, self.bytes // 4)  # elements of 16 bits, read and then written
+        pairs = min(self.count, max(2, -(-rotation() // self.bytes)))
         for name in ("source", "target"):
-            tensors = pools.tensors(name, (half,), torch.bfloat16, self.count)
-            for s, tensor in zip(self.sets, tensors, strict=True):
-                setattr(s, name, tensor)
-
-    buffers = ("x", "other")
+            tensors = pools.tensors(name, (half,), torch.bfloat16, pairs)
+            for i, s in enumerate(self.sets):
+                setattr(s, name, tensors[i % pairs])
 
     def tensors(self, name):
         return self.pools.tensors(name, (self.spec.rows, self.spec.cols), self.dtype, self.count)
@@ -126,10 +125,9 @@ class Cell:
     def limit(self, name):
         return MOST_ULP["ours" if name.startswith("ours") else self.dtype]
 
-    def judge_norm(self, name, x, y, limit=None):
-        limit = limit or self.limit(name)
+    def judge_norm(self, name, x, y):
         want = rms_norm_reference(x, self.weight.shape, self.weight.cpu(), EPS)
-        expect(name, "ulp", ulp_distance(y[:JUDGED_ROWS], want).max().item(), limit)
+        expect(name, "ulp", ulp_distance(y[:JUDGED_ROWS], want).max().item(), self.limit(name))
 
 
 def expect(name, unit, error, limit):
@@ -162,6 +160,7 @@ class Training(Forward):
     """Forward and backward; `other` is dy."""
 
     passes = PASSES["training"]
+    buffers = ("x", "other")
 
     def __init__(self, spec, pools):
         super().__init__(spec, pools)
@@ -221,8 +220,6 @@ class FusedAdd(Cell):
 
 class Quantized(Cell):
     """Codes in e4m3 with a scale for each token."""
-
-    buffers = ("x",)
 
     def __init__(self, spec, pools):
         self.passes = 1 + 1 / DTYPES[spec.dtype][0].itemsize

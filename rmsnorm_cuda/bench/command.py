@@ -217,6 +217,8 @@ def measured(specs, device, began, minutes, progress):
             continue
         progress.say(f"[{i + 1}/{len(specs)}] {spec}; {now - began:.0f} of {60 * minutes:.0f} s")
         seconds = max(end - now - compiling.reserve(), 0) / (len(specs) - i)
+        if i and spec.dtype != specs[i - 1].dtype:
+            pools = Pools(device)  # the memory of the other dtype goes
         try:
             with stop_at(hard):
                 results.append(timed(spec, pools, compiling, measure, seconds, end))
@@ -230,6 +232,8 @@ def measured(specs, device, began, minutes, progress):
 
 
 def number(us):
+    if us >= 999_999.5:
+        return f"{us / 1e6:.2f} s"
     return f"{us:,.0f}" if us >= 999.5 else f"{us:.3g}"
 
 
@@ -281,6 +285,13 @@ def name_of(machine):
     return machine.get("gpu") or f"{machine['processor']}, {machine['isa']}"
 
 
+def is_busy(machine):
+    """Other processes took a part of the cores that shows in the CPU's times."""
+    return machine["device"] == "cpu" and (machine["load"] or 0) > max(
+        1, (machine["cores"] or 1) / 8
+    )
+
+
 def heading(report):
     m = report["machine"]
     commit = f" ({m['commit']})" if m["commit"] else ""
@@ -288,6 +299,8 @@ def heading(report):
     yield f"{name_of(m)}; threads {m['threads']}, cores {m['cores']}"
     load = "unknown" if m["load"] is None else m["load"]
     yield f"load before it {load}, governor {m['governor'] or 'unknown'}"
+    if is_busy(m):
+        yield "Other processes were busy: take no figure from this run."
     counts = sum(int(n) for line in report["self_check"] for n in re.findall(r": (\d+) comp", line))
     yield f"values: {counts} comparisons with fp64 passed; so did each contender that was timed"
     yield ""
