@@ -123,7 +123,7 @@ def screenshot(url, file, height, click=None):
         if click:
             page.get_by_role("button", name=click).first.click()
             page.wait_for_timeout(10_000)
-        page.screenshot(path=file)
+        page.screenshot(path=file, full_page=True)
         browser.close()
     print(f"{file}: {file.stat().st_size / 1e3:.0f} KB")
 
@@ -182,14 +182,14 @@ def main():
                 for key, value in {"expr": expr, "tab": 0, "range_input": "1m"}.items()
             }
             url = f"{prometheus}/graph?{urllib.parse.urlencode(pages)}"
-            screenshot(url, args.png / "screenshot-prometheus.png", 1700)
+            screenshot(url, args.png / "screenshot-prometheus.png", 1200)
             command = [sys.executable, "-m", "tensorboard.main", f"--logdir={folder}/events"]
             command += [f"--port={ports[2]}", "--reload_interval=1"]
             stack.enter_context(server(command, tensorboard))
             time.sleep(5)
             url = f"{tensorboard}/?smoothing=0&tagFilter=row_rms_0.5.*layers.(8|12|13|20).input"
             file = args.png / "screenshot-tensorboard.png"
-            screenshot(f"{url}#timeseries", file, 700, click="Settings")
+            screenshot(f"{url}#timeseries", file, 1040, click="Settings")
     return 0 if answered else 1
 
 

@@ -95,6 +95,7 @@ def test_names_are_those_of_the_pages():
     assert signals.names_table() in PAGE.read_text()
     assert len({s.name for s in SIGNALS}) == len(SIGNALS)
     known = {s.prometheus for s in SIGNALS} | {f"rmsnorm_{s.name}" for s in SIGNALS}
+    known |= {f"rmsnorm_alarms_{kind}" for kind in Thresholds._fields}
     for page in (PAGE, PAGE.with_name("RUNBOOK.md")):
         named = re.findall(r"\brmsnorm_(?!cuda\b)[a-z_]+[a-z]", page.read_text())
         assert named and {*named} <= known

@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_rows():
     usual = seen[1].double().square().mean(-1).flatten()
     usual = usual[usual.isfinite() & (usual > 1e-6)].sqrt().log2()
     usual = usual.sort().values  # a rank is the next integer: of 92 rows 46 and 92
-    want = usual[0], usual.mean(), usual[-1], usual[45], usual[91]
+    want = torch.stack([usual[0], usual.mean(), usual[-1], usual[45], usual[91]]).tolist()
     assert len(usual) == 92 and [least, mean, most, median, p99] == pytest.approx(want, rel=1e-5)
     assert std == pytest.approx(usual.std(correction=0).item(), rel=1e-4)
     assert ("layers.0.norm", "non_finite") in kinds(m)
@@ -96,6 +96,20 @@ def test_figures_are_those_of_the_rows():
         "NaN in 1 of 100 rows" in m.alarms[0].message
         and "Inf in 1 of 100 rows" not in m.alarms[0].message
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 300])
+def test_quantiles_do_not_depend_on_what_else_is_there(rows):
+    """A row with NaN takes another way through the figures, and one row alone has its own."""
+    model, x = nn.Sequential(RMSNorm(WIDTH)), torch.randn(rows, WIDTH)
+    with monitor(model) as m:
+        model(x)
+        model(torch.cat([x, torch.full((1, WIDTH), torch.nan)]))
+    first, second = m.figures()[:, 0, 4:10]
+    torch.testing.assert_close(first, second)
+    lengths = x.square().mean(1).sqrt().sort().values.log2()
+    want = lengths[[(rows - 1) // 2, (99 * rows + 99) // 100 - 1]]
+    torch.testing.assert_close(first[4:], want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", ["no", "wrapped", "in place"])

@@ -107,7 +107,8 @@ class _Watching:
         self.monitor = Monitor(model, **self._options).__enter__()
         self._is_open = True
 
-    def _close(self, kind: type | None = None) -> None:
+    def close(self, kind: type | None = None) -> None:
+        """Ends it: for a training of the Trainer's that failed, which tells nobody."""
         if self._is_open:
             self._is_open = False
             self.monitor.__exit__(kind)
@@ -130,7 +131,7 @@ def watch_trainer(trainer: transformers.Trainer, **options: Any) -> transformers
 
     class RMSNormCallback(_Watching, library.TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **_):
-            self._close()  # of a run that failed
+            self.close()  # where the last one failed
             called = trainer.model_wrapped
             self._open(called if type(called).__name__ == "OptimizedModule" else model)
 
@@ -139,7 +140,7 @@ def watch_trainer(trainer: transformers.Trainer, **options: Any) -> transformers
                 logs.update(self.monitor.scalars())
 
         def on_train_end(self, args, state, control, **_):
-            self._close()
+            self.close()
 
     callback = RMSNormCallback(options)
     trainer.callback_handler.callbacks.insert(0, callback)
@@ -169,9 +170,9 @@ def lightning_callback(**options: Any) -> lightning.pytorch.Callback:
                     self.monitor.log(logger, trainer.global_step)
 
         def on_exception(self, trainer, pl_module, exception):
-            self._close(type(exception))
+            self.close(type(exception))
 
         def on_train_end(self, trainer, pl_module):
-            self._close()
+            self.close()
 
     return RMSNormCallback(options)

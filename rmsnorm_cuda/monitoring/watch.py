@@ -112,8 +112,8 @@ class Monitor:
         """What monitoring.SIGNALS lists, as "rmsnorm_row_rms_0.5/layers.0.norm": 1.25.
 
         Names and units are stable. Gauges are those of the latest step that a norm was called in,
-        counters of all steps. Left out are kinds of alarms that were not raised, and what has no
-        value, as the growth of a weight that is not there.
+        counters of all steps. Left out are alarms that were not raised, and what never had a value,
+        as the growth of a weight that is not there.
         """
         return scalars(self)
 
