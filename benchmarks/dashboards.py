@@ -112,6 +112,7 @@ def check_queries(prometheus):
 
 def screenshot(url, file, height, click=None):
     """Of the page when it has drawn its charts."""
+    from PIL import Image
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -123,8 +124,10 @@ def screenshot(url, file, height, click=None):
         if click:
             page.get_by_role("button", name=click).first.click()
             page.wait_for_timeout(10_000)
+        page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=file, full_page=True)
         browser.close()
+    Image.open(file).quantize(64).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size / 1e3:.0f} KB")
 
 

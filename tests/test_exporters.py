@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -283,8 +284,12 @@ def test_wandb(tmp_path):
     with wandb.init(mode="offline", dir=tmp_path, project="test") as run:
         m.log(run, 2), m.log(wandb, 3)
     (file,) = tmp_path.rglob("*.wandb")  # its format is wandb's own; the names stand in it
-    data = file.read_bytes()
-    assert all(data.count(name.encode()) >= 2 for name in WANT)
+    for _ in range(60):  # a process of wandb's writes it
+        data = file.read_bytes()
+        if told := all(data.count(name.encode()) >= 2 for name in WANT):
+            break
+        time.sleep(1)
+    assert told
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from .signals import SIGNALS
 from .watch import Monitor
 
 if TYPE_CHECKING:
-    import lightning.pytorch
-    import opentelemetry.metrics
-    import prometheus_client.registry
-    import transformers
+    from lightning.pytorch import Callback
+    from opentelemetry.metrics import Meter
+    from prometheus_client.registry import Collector, CollectorRegistry
+    from transformers import Trainer, TrainerCallback
 
 GRAFANA_DASHBOARD = Path(__file__).with_name("grafana.json")  # for Grafana's "Import dashboard"
 
@@ -40,9 +40,9 @@ def _library(package: str, *modules: str) -> ModuleType:
 
 def prometheus(
     monitor: Monitor,
-    registry: prometheus_client.registry.CollectorRegistry | None = None,
+    registry: CollectorRegistry | None = None,
     **labels: str,
-) -> prometheus_client.registry.Collector:
+) -> Collector:
     """Registers a collector of `monitor`, which asks it anew for each scrape; returns it.
 
         exporters.prometheus(m, model="smollm2")
@@ -56,7 +56,7 @@ def prometheus(
     library = _library("prometheus_client", "prometheus_client.registry")
     families = {"gauge": core.GaugeMetricFamily, "counter": core.CounterMetricFamily}
 
-    class Collector(library.Collector):
+    class RMSNormCollector(library.Collector):
         def describe(self):  # so that registering reads no values
             return [families[s.kind](s.prometheus, s.meaning) for s in SIGNALS]
 
@@ -68,14 +68,12 @@ def prometheus(
                     family.add_metric([*labels.values(), *of_value.values()], value)
                 yield family
 
-    collector = Collector()
+    collector = RMSNormCollector()
     (library.REGISTRY if registry is None else registry).register(collector)
     return collector
 
 
-def opentelemetry(
-    monitor: Monitor, meter: opentelemetry.metrics.Meter | None = None, **attributes: str
-) -> None:
+def opentelemetry(monitor: Monitor, meter: Meter | None = None, **attributes: str) -> None:
     """Creates an observable instrument for each signal.
 
     Args:
@@ -114,7 +112,7 @@ class _Watching:
             self.monitor.__exit__(kind)
 
 
-def watch_trainer(trainer: transformers.Trainer, **options: Any) -> transformers.TrainerCallback:
+def watch_trainer(trainer: Trainer, **options: Any) -> TrainerCallback:
     """Adds a TrainerCallback that monitors training; returns it, and `.monitor` is in it.
 
     What the Trainer logs holds `Monitor.scalars()` then, for all that `report_to` names. So the
@@ -147,7 +145,7 @@ def watch_trainer(trainer: transformers.Trainer, **options: Any) -> transformers
     return callback
 
 
-def lightning_callback(**options: Any) -> lightning.pytorch.Callback:
+def lightning_callback(**options: Any) -> Callback:
     """A Callback that monitors training; `.monitor` is in it.
 
     It logs `Monitor.scalars()` to the Trainer's loggers every `log_every_n_steps`.
