@@ -49,7 +49,8 @@ def prometheus(
         prometheus_client.start_http_server(9400)
 
     Args:
-        registry: None: that of prometheus_client.
+        registry: None: that of prometheus_client. One holds one monitor, until
+            `registry.unregister(collector)`.
         labels: more labels of each sample.
     """
     core = _library("prometheus_client", "prometheus_client.core")
