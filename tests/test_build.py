@@ -302,6 +302,9 @@ def test_public_api_is_typed(tmp_path):
             name: str = swap.name
         with monitor(model, thresholds=monitoring.Thresholds(drift=None)) as m:
             alarms: list[monitoring.Alarm] = m.alarms
+            values: dict[str, float] = m.log(lambda step, values: None, 3)
+            monitoring.exporters.prometheus(m, model="mine")
+            monitoring.exporters.opentelemetry(m, model="mine")
         out, rstd = ops.rms_norm_forward(x, [8])
         ops.rms_norm(x, [8], out=x)
         folder: str = rmsnorm_cuda.include_dir() + rmsnorm_cuda.torch_library_dir()

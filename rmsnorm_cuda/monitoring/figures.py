@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..modules import RMSNorm
 
 # Columns of a step's figures. A row is a norm.
-COLUMNS = 10
-ROWS, NAN, INF, SMALL, MIN, MEAN, STD, MAX, EQUAL, WEIGHT = range(COLUMNS)
+COLUMNS = 12
+ROWS, NAN, INF, SMALL, MIN, MEAN, STD, MAX, MEDIAN, P99, EQUAL, WEIGHT = range(COLUMNS)
 
 KEPT_STEPS = 4096  # a longer run drops every other one
 WEIGHT_INTERVAL = 16  # steps; load_state_dict() and .data write without a new version of the weight
@@ -99,19 +99,31 @@ def _figures_of(rstd: Tensor, eps: Tensor) -> Tensor:
     nan, inf, small, count = counts
     equal = (rstd[1:] == rstd[:-1]).all(1)
     log2 = squares.clamp(min=1e-90).log2().div(2)
-    if not rstd.is_cuda and usual.all():  # nearly always; on a GPU the question would wait for it
-        low, high = log2.aminmax(dim=1)
-        std, mean = torch.std_mean(log2, 1, correction=0)
-    else:
-        low = torch.where(usual, log2, math.inf).amin(1)
-        high = torch.where(usual, log2, -math.inf).amax(1)
+    rows = rstd.shape[1]
+    if rstd.is_cuda or not usual.all():  # on a GPU the question would wait for it
+        ordered = torch.where(usual, log2, math.inf).sort(1).values  # the others are last
+        ranks = torch.stack([_rank(percent, count) for percent in (0, 50, 99, 100)], 1)
+        quantiles = ordered.gather(1, (ranks - 1).clamp(min=0).long())
+        low, median, p99, high = torch.where(count[:, None] > 0, quantiles, math.nan).unbind(1)
         mean = torch.where(usual, log2, 0).sum(1) / count
         std = torch.where(usual, log2 - mean[:, None], 0).square().sum(1).div(count).sqrt()
-        low, high = (torch.where(count > 0, t, math.nan) for t in (low, high))
         equal &= usual[1:].any(1)
-    rows = torch.full_like(count, rstd.shape[1])
+    elif rows > 1:  # nearly always
+        low, high = log2.aminmax(dim=1)
+        median, p99 = (log2.kthvalue(_rank(percent, rows), 1).values for percent in (50, 99))
+        std, mean = torch.std_mean(log2, 1, correction=0)
+    else:  # one token
+        low = median = p99 = high = mean = log2[:, 0]
+        std = torch.zeros_like(mean)
     equal = nn.functional.pad(equal.double(), (1, 0))
-    return torch.stack([rows, nan, inf, small, low, mean, std, high, equal], 1).float()
+    rows = torch.full_like(count, rows)
+    columns = rows, nan, inf, small, low, mean, std, high, median, p99, equal
+    return torch.stack(columns, 1).float()
+
+
+def _rank(percent: int, count: Tensor | int) -> Tensor | int:
+    """The nearest rank of a quantile, from 1."""
+    return (percent * count + 99) // 100
 
 
 class _WeightSizes:
@@ -153,9 +165,16 @@ class History:
     def __init__(self, norms: int) -> None:
         self.steps: list[tuple[int, Tensor]] = []  # number, [norms, COLUMNS] on the CPU
         self.first = torch.full((norms, COLUMNS), math.nan, dtype=torch.float32, device="cpu")
+        self.latest = self.first  # of each norm, whichever step it was last called in
+        # Over all steps, those that were dropped too; counts are [norms, ROWS to SMALL].
+        self.count = 0
+        self.counts = torch.zeros(norms, SMALL + 1, dtype=torch.float64, device="cpu")
 
     def add(self, step: Step) -> None:
         self.first = torch.where(self.first.isnan(), step.figures, self.first)
+        self.latest = torch.where(step.figures.isnan(), self.latest, step.figures)
+        self.count += 1
+        self.counts += step.figures[:, : SMALL + 1]
         self.steps.append((step.number, step.figures))
 
     def thin(self, alarmed: Iterable[int]) -> None:

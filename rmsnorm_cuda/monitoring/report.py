@@ -62,7 +62,8 @@ def find_faults(
         dead: for each norm whether what is before it adds nothing.
     """
     names, checks = list(norms), []
-    rows, nan, inf, small, _, mean, _, longest, _, weight = step.figures.unbind(1)
+    columns = ROWS, NAN, INF, SMALL, MEAN, MAX, WEIGHT
+    rows, nan, inf, small, mean, longest, weight = (step.figures[:, c] for c in columns)
 
     def check(kind: str, is_fault: Tensor, message: str, *values: Sequence) -> None:
         checks.append((kind, is_fault, lambda i: message.format(*(value[i] for value in values))))

@@ -23,6 +23,7 @@ from ..integrations.families import RMSNormInWeightDtype, computing_class
 from ..modules import RMSNorm
 from .figures import EQUAL, MEAN, ROWS, Call, History, Meter, Step
 from .report import Alarm, OnAlarm, RMSNormAlarm, Thresholds, find_faults, heat_map, table
+from .signals import scalars, sender
 
 
 class Monitor:
@@ -70,6 +71,7 @@ class Monitor:
             raise ValueError(f"monitor: expected every to be positive, but got {every}")
         self.model, self.thresholds = model, thresholds
         self.alarms: list[Alarm] = []
+        self._faulty_steps: Counter[tuple[str, str]] = Counter()  # by norm and kind
         self.norms: dict[str, RMSNorm] = {}
         self.skipped: dict[str, str] = {}  # norms that are not watched, and why
         for name, module in model.named_modules():
@@ -99,11 +101,34 @@ class Monitor:
         """``(steps, norms, figures)`` in fp32, steps and norms as in `.steps` and `.norms`.
 
         Figures are: rows; how many of them have NaN, have Inf, and are shorter than eps; log2 of
-        the RMS of the rest, least, mean, standard deviation and most; 1 if every row is as long as
-        in the norm before; RMS of the weight. NaN: not seen in that step. Of a long run some
-        thousand steps are kept: the latest, those with alarms, and ever fewer of the earlier ones.
+        the RMS of the rest, least, mean, standard deviation, most, median and 99th percentile; 1 if
+        every row is as long as in the norm before; RMS of the weight. NaN: not seen in that step.
+        Of a long run some thousand steps are kept: the latest, those with alarms, and ever fewer of
+        the earlier ones.
         """
         return self._history.figures()
+
+    def scalars(self) -> dict[str, float]:
+        """What monitoring.SIGNALS lists, as "rmsnorm_row_rms_0.5/layers.0.norm": 1.25.
+
+        Names and units are stable. Gauges are those of the latest step that a norm was called in,
+        counters of all steps. Left out are alarms that were not raised, and what never had a value,
+        as the growth of a weight that is not there.
+        """
+        return scalars(self)
+
+    def log(self, to: object, step: int | None = None) -> dict[str, float]:
+        """Sends `scalars()`, and returns them.
+
+        Args:
+            to: a SummaryWriter of TensorBoard, a run of W&B or `wandb`, `mlflow`, a logger of
+                Lightning, or a function of (step, dict).
+            step: what they are logged as; None: the monitor's latest step.
+        """
+        values = scalars(self)
+        if values:
+            sender(to)(max(self._step_count - 1, 0) if step is None else step, values)
+        return values
 
     def report(self) -> str:
         """A table of all norms and what was found in them; also printed."""
@@ -207,6 +232,7 @@ class Monitor:
 
     def _add_alarms(self, alarms: list[Alarm], may_raise: bool = True) -> None:
         """Keeps those that are new, one of a kind for each norm, and does what on_alarm says."""
+        self._faulty_steps.update({(alarm.norm, alarm.kind) for alarm in alarms})
         known = {(alarm.norm, alarm.kind) for alarm in self.alarms}
         new = [alarm for alarm in alarms if (alarm.norm, alarm.kind) not in known]
         self.alarms += new
