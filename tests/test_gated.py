@@ -180,7 +180,7 @@ def test_groups_have_the_bits_of_rows(device, dtype, size, options):
     assert same_bits(got, rms_norm(groups, size, None, EPS).flatten(-2))
     got = rms_norm(x, 192, weight, EPS, group_size=size, **options)
     of_group = zip(groups.unbind(-2), weight.unflatten(0, (-1, size)))
-    want = torch.stack([rms_norm(g, size, w, EPS, **options) for g, w in of_group], -2)
+    want = torch.stack([rms_norm(g, size, w, EPS, **options).cpu() for g, w in of_group], -2)
     assert same_bits(got, want.flatten(-2))
     assert same_bits(got, rms_norm_gated(x, None, weight, EPS, group_size=size, **options))
     out = torch.empty_like(got)
@@ -220,11 +220,12 @@ def test_strides(device, torch_kernels, dtype, order, group_size):
     cols, how = 64, {"group_size": group_size} | order
     projection = random(2, 5, 3 * cols, dtype=dtype)
     x, gate, weight = projection[..., cols : 2 * cols], projection[..., :cols], random(cols)
+    dense = [t.contiguous().to(device) for t in (x, gate)]
     want = rms_norm_gated(x.contiguous(), gate.contiguous(), weight, EPS, **how)
     there = projection.to(device)
     x, gate, weight = there[..., cols : 2 * cols], there[..., :cols], weight.to(device)
     assert same_bits(rms_norm_gated(x, gate, weight, EPS, **how).cpu(), want) or device == "cuda"
-    want = rms_norm_gated(x.contiguous(), gate.contiguous(), weight, EPS, **how)
+    want = rms_norm_gated(*dense, weight, EPS, **how)
     assert same_bits(rms_norm_gated(x, gate, weight, EPS, **how), want)
     turned = [t.transpose(0, 1) for t in (x, gate)]
     assert same_bits(rms_norm_gated(*turned, weight, EPS, **how).transpose(0, 1), want)
@@ -352,7 +353,7 @@ def test_the_gradient_of_a_gate_in_fp64_sees_that_offset(device):
     x, gate, weight = operands((300,), 64, FP32, FP64)
     leaf = gate.to(device).requires_grad_()
     y = rms_norm_gated(x.to(device), leaf, weight.to(device), EPS, **OFFSET_IN_FP64)
-    (got,) = torch.autograd.grad(y.sum(), leaf)
+    (got,) = torch.autograd.grad(y, leaf, torch.ones(y.shape).to(device))
     product = (rms_norm_reference(x, 64, eps=EPS) * (weight.double() - 0.37)).float().double()
     gate.requires_grad_()
     (want,) = torch.autograd.grad((silu(gate) * product).sum(), gate)
@@ -473,17 +474,17 @@ def test_out(device, order, group_size):
     assert rms_norm_gated(x, gate, weight, EPS, **how, out=out) is out and same_bits(out, want)
     wide = torch.empty(3, 5, 96, dtype=BF16, device=device)
     rms_norm_gated(x, gate, weight, EPS, **how, out=wide[..., 16:80])
-    assert same_bits(wide[..., 16:80], want)
+    assert same_bits(wide.cpu()[..., 16:80], want)
     if device != "cuda":  # a lazy clone gets memory of its own
         lazy = torch._lazy_clone(x)
         rms_norm_gated(lazy, gate, weight, EPS, **how, out=lazy)
         assert same_bits(lazy, want) and not same_bits(x, want)
     rms_norm_gated(x, gate, weight, EPS, **how, out=x)
     assert same_bits(x, want)
-    both = torch.cat([gate, gate], -1)  # beside the gate, in one memory
+    both = torch.cat([gate.cpu(), gate.cpu()], -1).to(device)  # beside the gate, in one memory
     rms_norm_gated(both[..., 64:], both[..., :64], weight, EPS, **how, out=both[..., 64:])
-    assert same_bits(both[..., 64:], rms_norm_gated(gate, gate, weight, EPS, **how))
-    assert same_bits(both[..., :64], gate)
+    assert same_bits(both.cpu()[..., 64:], rms_norm_gated(gate, gate, weight, EPS, **how))
+    assert same_bits(both.cpu()[..., :64], gate)
 
 
 X, W = torch.ones(3, 8), torch.ones(8)
