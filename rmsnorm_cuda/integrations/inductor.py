@@ -92,8 +92,9 @@ class FuseNorms(CustomGraphPass):
             except Stays as reason:
                 text = f"stays: {reason}"
             if text and self.explain is not None:
-                module = [path for path, _ in node.meta.get("nn_module_stack", {}).values()][-1:]
-                self.explain(" ".join([node.name, *module]) + f": {text}")
+                modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+                module = "".join(modules[-1:]).rpartition("].")[2]  # L['self'].layers.0.norm
+                self.explain(f"{module or node.name}: {text}")
 
     def _take(self, norm: Norm) -> str:
         """Replaces as much of the norm and what stands around it as is ours and gains."""
@@ -222,8 +223,8 @@ _IN_PLACE = {name for name in vars(operator) if name[0] == "i" and hasattr(opera
 _IN_PLACE |= {"setitem", "delitem"}
 _SPELLINGS = {"multiply": "mul", "truediv": "div", "true_divide": "div", "divide": "div"}
 _SPELLINGS |= dict.fromkeys(("float", "bfloat16", "half", "type", "type_as", "_to_copy"), "to")
-_SPELLINGS |= {"convert_element_type": "to", "absolute": "abs", "clip": "clamp"}
-_SPELLINGS |= {"clamp_min": "clamp", "clamp_max": "", "_fused_rms_norm": ""}
+_SPELLINGS |= {"convert_element_type": "to", "absolute": "abs"}
+_SPELLINGS |= {"clip": "clamp", "clamp_min": "clamp"}
 
 
 def _step(node: object) -> str:
@@ -265,6 +266,10 @@ def _arguments(node: fx.Node, *names: str) -> list:
     return [given.get(name) for name in names]
 
 
+def _first(node: fx.Node) -> object:
+    return node.args[0] if node.args else None
+
+
 def _operands(node: fx.Node) -> tuple:
     return () if node.kwargs or len(node.args) != 2 else node.args
 
@@ -275,20 +280,21 @@ def _other(node: fx.Node, one: fx.Node) -> object:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 def _uncast(node: object) -> object:
     """What has the same values in a narrower dtype, or the node itself."""
     while _step(node) == "to":
-        before, after = _value(node.args[0]), _value(node)
+        before, after = _value(_first(node)), _value(node)
         if before is None or (before.shape, before.device) != (after.shape, after.device):
             break
         if before.dtype != after.dtype and not (
             before.dtype in NAMES and after.dtype == torch.float32
         ):
             break
-        node = node.args[0]
+        node = _first(node)
     return node
 
 
@@ -316,14 +322,14 @@ def _norm_at(node: fx.Node) -> Norm | None:
         if not isinstance(shape, int) and len(shape) != 1:
             raise Stays(f"it is over {len(shape)} dimensions")
         return Norm([x], eps, [node], [node], weight)
-    if step != "mean" or (wide := _squared(node.args[0])) is None:
+    if step != "mean" or (wide := _squared(_first(node))) is None:
         return None
     square, dims, keepdim = _arguments(node, "input", "dim", "keepdim")
+    if {_dtype(wide), _dtype(square), _dtype(node)} != {torch.float32}:
+        raise Stays(f"it is computed in {_dtype(square)}")
     dims = list(dims) if isinstance(dims, list | tuple) else [dims]
     if keepdim is not True or dims not in ([-1], [_value(square).dim() - 1]):
         raise Stays("its mean is not over the last dimension, kept")
-    if {_dtype(wide), _dtype(square), _dtype(node)} != {torch.float32}:
-        raise Stays(f"it is computed in {_dtype(square)}")
     added = _next(node, "add")
     eps = _other(added, node)
     if not _is_number(eps):
@@ -334,11 +340,9 @@ def _norm_at(node: fx.Node) -> Norm | None:
 
 def _squared(node: object) -> fx.Node | None:
     step = _step(node)
-    if step == "square" or step == "pow" and _operands(node)[1:] == (2,):
-        return node.args[0]
-    if step == "mul" and _operands(node) and _operands(node)[0] is _operands(node)[1]:
-        return node.args[0]
-    return None
+    is_square = step == "square" or (step == "pow" and _operands(node)[1:] == (2,))
+    is_square |= step == "mul" and len(set(map(id, _operands(node)))) == 1
+    return _first(node) if is_square else None
 
 
 def _normalized(norm: Norm, added: fx.Node) -> fx.Node:
@@ -348,8 +352,8 @@ def _normalized(norm: Norm, added: fx.Node) -> fx.Node:
         raise Stays(f"{root.name} is no power of -0.5")
     scaled = _next(root, "div" if _step(root) == "sqrt" else "mul")
     x = _other(scaled, root)
-    divides = _step(scaled) != "div" or scaled.args[1] is root
-    if not divides or _uncast(x) is not norm.inputs[0] or _dtype(scaled) != torch.float32:
+    is_over = _step(scaled) == "div" and _operands(scaled)[1:] != (root,)
+    if is_over or _uncast(x) is not norm.inputs[0] or _dtype(scaled) != torch.float32:
         raise Stays(f"{scaled.name} does not scale in float32 what was squared")
     norm.steps += [root, scaled]
     return scaled
@@ -420,6 +424,8 @@ def _alike(node: object, other: fx.Node) -> bool:
 def _quantized(norm: Norm) -> Norm | None:
     """With the quantization to fp8 behind it, if it is used for nothing else."""
     (y,) = norm.outputs
+    if norm.mode == "training":
+        return None
     wide = [user for user in y.users if _step(user) == "to" and _dtype(user) == torch.float32]
     users = [user for node in (y, *wide) for user in node.users if user not in wide]
     users.sort(key=lambda user: _step(user) == "div")
@@ -491,11 +497,13 @@ def _check(norm: Norm) -> None:
     for node in (*norm.inputs, *norm.outputs, *filter(None, [norm.weight])):
         if type(_value(node)) not in (FakeTensor, Tensor, nn.Parameter) or is_wrapped(_value(node)):
             raise Stays(f"{node} is of a subclass, or under a transform")
+        if _value(node).device != x.device:
+            raise Stays(f"{node} is on another device")
     if x.dtype not in NAMES:
         raise Stays(f"its input is {x.dtype}")
     if not isinstance(x.shape[-1], int):
         raise Stays("its rows have a dynamic length")
-    if not (norm.eps is None or (_is_number(norm.eps) and 0 <= norm.eps < math.inf)):
+    if not (norm.eps is None or (_is_number(norm.eps) and norm.eps >= 0)):
         raise Stays(f"its eps is {norm.eps}")
     if weight is not None and (weight.shape != x.shape[-1:] or weight.dtype not in NAMES):
         raise Stays(f"its weight is {list(weight.shape)}, {weight.dtype}")
