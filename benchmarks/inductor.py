@@ -1,7 +1,7 @@
 """Where our ops gain on the code that Inductor makes of the formula, and what whole models gain.
 
     python benchmarks/inductor.py cells [--ops rms_norm,...] [--dtypes fp32,bf16]
-                                        [--rows 1,16,...] [--columns 128,576,...]
+                                        [--rows 1,16,...] [--columns 64,576,...]
                                         [--threads 1,2] [--json FILE]
     python benchmarks/inductor.py table FILE... [--out FILE]
     python benchmarks/inductor.py models [--models smollm2,qwen3] [--layers N] [--json FILE]
@@ -20,6 +20,7 @@ apart, whether greedy tokens are the same, and the medians of interleaved calls.
 """
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -187,10 +188,12 @@ def uses(model, tokens):
     with torch.no_grad():
         cache = model(prompt, use_cache=True).past_key_values
     (embedding, *_) = model.parameters()
+    # transformers 5.24 calls it by another name.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def decode(compiled):
         with torch.no_grad():
-            logits = compiled(token, past_key_values=cache, use_cache=True).logits
+            logits = compiled(token, **{name: cache}, use_cache=True).logits
         cache.crop(-1)
         return logits
 
@@ -257,7 +260,7 @@ def main():
     one.add_argument("--kinds", default=",".join(KINDS), help='"op mode", several by commas')
     one.add_argument("--dtypes", default="fp32,bf16")
     one.add_argument("--rows", default="1,16,256,2048")
-    one.add_argument("--columns", default="128,576,2048,4096")
+    one.add_argument("--columns", default="64,576,2048,4096")
     one.add_argument("--threads", default="1,2")
     one.add_argument("--seconds", type=float, default=0.2, help="for each contender in a cell")
     two = commands.add_parser("table")

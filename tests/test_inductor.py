@@ -295,6 +295,11 @@ def batched(x, w):
     return torch.func.vmap(lambda x: F.rms_norm(x, (COLUMNS,), w, EPS))(x)
 
 
+def scalar(x, w):
+    x = x.sum()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
 STAYS = {  # a function, the dtype, and what is said
     "sum": (with_a_sum, FP32, None),
     "layer norm": (layer_norm, FP32, None),
@@ -314,9 +319,10 @@ STAYS = {  # a function, the dtype, and what is said
     "another dtype": (rounded_elsewhere, BF16, "not rounded to torch.bfloat16"),
     "widened": (rounded_then_widened, BF16, "its result is torch.float32, ours would be"),
     "variance kept": (variance_kept, FP32, "is not used by one add alone"),
-    "two dimensions": (two_dimensions, FP32, "over 2 dimensions"),
+    "two dimensions": (two_dimensions, FP32, "over the dimensions"),
     "F.rms_norm in fp64": (FORMS["F.rms_norm"][0], torch.float64, "its input is torch.float64"),
     "transposed": (transposed, FP32, "its result is not contiguous"),
+    "scalar": (scalar, FP32, "no fixed length"),
     "vmap": (batched, FP32, "under a transform"),
 }
 
@@ -566,6 +572,12 @@ def of_another_least(y):
     return (y.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+def bounded_twice(y):
+    largest = y.abs().amax(-1, keepdim=True).float().clamp(max=1.0).clamp(max=2.0)
+    scale = (largest / 448).clamp(min=1 / (448 * 512))
+    return (y.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 def of_columns(y):
     scale = (y.abs().amax(0, keepdim=True).float() / 448).clamp(min=1 / (448 * 512))
     return (y.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
@@ -577,7 +589,14 @@ def also_unquantized(y):
 
 @pytest.mark.parametrize(
     "function",
-    [by_the_reciprocal, without_a_least, of_another_least, of_columns, also_unquantized],
+    [
+        by_the_reciprocal,
+        without_a_least,
+        of_another_least,
+        bounded_twice,
+        of_columns,
+        also_unquantized,
+    ],
 )
 def test_other_quantizations(function):
     """The norm is ours, the quantization stays."""
@@ -656,7 +675,15 @@ def test_dynamic_rows(tmp_path):
 def test_dynamic_columns():
     run, lines = compiled(lambda x: F.rms_norm(x, (x.shape[-1],)), dynamic=True)
     run(random(20, COLUMNS))
-    assert not taken(lines) and "its rows have a dynamic length" in lines[0]
+    assert not taken(lines) and "its rows have no fixed length" in lines[0]
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_depend_on_data():
+    run, lines = compiled(lambda x, keep: F.rms_norm(x[keep], (COLUMNS,)))
+    x, keep = random(5, COLUMNS), torch.tensor([True, False, True, True, False])
+    torch.testing.assert_close(run(x, keep), F.rms_norm(x[keep], (COLUMNS,)))
+    assert not taken(lines) and "the number of its rows depends on data" in lines[0]
 
 
 def test_the_table_is_that_of_the_results():

@@ -102,13 +102,13 @@ class FuseNorms(CustomGraphPass):
         reason = None
         for variant in _variants(norm):
             try:
-                place = _place(variant)
-                gain = "" if self.gains is None else f", {self.gains.of(variant):.2f} times as fast"
+                place, text = _place(variant), f"{variant.op} of {variant}"
+                if self.gains is not None:
+                    text += f", {self.gains.of(variant):.2f} times as fast"
             except Stays as error:
                 reason = reason or error
                 continue
             _replace(variant, place)
-            text = f"{variant.op} of {variant}{gain}"
             return f"{text}; no more, since {reason}" if reason else text
         raise reason
 
@@ -319,8 +319,8 @@ def _norm_at(node: fx.Node) -> Norm | None:
     step = _step(node)
     if step == "rms_norm":
         x, shape, weight, eps = _arguments(node, "input", "normalized_shape", "weight", "eps")
-        if not isinstance(shape, int) and len(shape) != 1:
-            raise Stays(f"it is over {len(shape)} dimensions")
+        if not isinstance(shape, list | tuple) or len(shape) != 1:
+            raise Stays(f"it is over the dimensions {shape}")
         return Norm([x], eps, [node], [node], weight)
     if step != "mean" or (wide := _squared(_first(node))) is None:
         return None
@@ -437,7 +437,10 @@ def _quantized(norm: Norm) -> Norm | None:
         while _step(node) != "div":
             node = _next(node, *_TO_LARGEST, "div")
             steps.append(node)
-            options |= _of_largest(node)
+            bound = _of_largest(node)
+            if bound and options:
+                return None
+            options |= bound
         scale = _next(node, "clamp")
         clamped = _next(quotient, "clamp")
         codes = _next(clamped, "to")
@@ -501,8 +504,8 @@ def _check(norm: Norm) -> None:
             raise Stays(f"{node} is on another device")
     if x.dtype not in NAMES:
         raise Stays(f"its input is {x.dtype}")
-    if not isinstance(x.shape[-1], int):
-        raise Stays("its rows have a dynamic length")
+    if not x.dim() or not isinstance(x.shape[-1], int):
+        raise Stays("its rows have no fixed length")
     if not (norm.eps is None or (_is_number(norm.eps) and norm.eps >= 0)):
         raise Stays(f"its eps is {norm.eps}")
     if weight is not None and (weight.shape != x.shape[-1:] or weight.dtype not in NAMES):
