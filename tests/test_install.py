@@ -1164,7 +1164,7 @@ def test_wheel_holds_what_it_needs_and_no_more(wheels):
         others = {"py.typed", "_C.pyi", "ops.pyi", "include/rmsnorm.h", SCRIPT}
         others |= {
             str(path.relative_to(ROOT / "rmsnorm_cuda"))
-            for pattern in ("*.py", "*.cmake")
+            for pattern in ("*.py", "*.cmake", "*.json")
             for path in (ROOT / "rmsnorm_cuda").rglob(pattern)
         }
         others |= {*(f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in SOURCES)}
