@@ -322,7 +322,7 @@ def llama():
 TEXTS = [{"input_ids": torch.arange(i, i + 8), "labels": torch.arange(i, i + 8)} for i in range(40)]
 
 
-def test_trainer(llama, tmp_path, monkeypatch):
+def test_trainer(llama, tmp_path, monkeypatch, capsys):
     """Its own reporter has the signals; the training is the one without."""
     pytest.importorskip("accelerate"), pytest.importorskip("tensorboard")
     from transformers import Trainer, TrainingArguments
@@ -357,6 +357,8 @@ def test_trainer(llama, tmp_path, monkeypatch):
     assert tags[name][:3] == [(2, 64), (4, 128), (6, 192)] and "train/loss" in tags
     last = m.scalars()["rmsnorm_row_rms_0.5/model.norm"]
     assert tags["train/rmsnorm_row_rms_0.5/model.norm"][-1] == (6, pytest.approx(last))
+    printed = capsys.readouterr().out
+    assert "'loss'" in printed and "rmsnorm" not in printed
     assert not any("rmsnorm" in key for log in trainer.state.log_history for key in log)
     # A run that fails leaves its monitor on; the next one takes it off.
     trainer.args.max_steps = 8

@@ -117,7 +117,7 @@ def watch_trainer(trainer: Trainer, **options: Any) -> TrainerCallback:
     """Adds a TrainerCallback that monitors training; returns it, and `.monitor` is in it.
 
     What the Trainer logs holds `Monitor.scalars()` then, for all that `report_to` names. So the
-    callback stands in front of theirs. `state.log_history` does not hold them.
+    callback stands in front of theirs. `state.log_history` and the console do not have them.
 
         replace_rms_norm(model)
         trainer = Trainer(model, ...)
@@ -141,8 +141,16 @@ def watch_trainer(trainer: Trainer, **options: Any) -> TrainerCallback:
         def on_train_end(self, args, state, control, **_):
             self.close()
 
-    callback = RMSNormCallback(options)
-    trainer.callback_handler.callbacks.insert(0, callback)
+    class ForTheConsole(library.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            for key in [key for key in logs or () if key.startswith("rmsnorm_")]:
+                del logs[key]
+
+    callback, callbacks = RMSNormCallback(options), trainer.callback_handler.callbacks
+    kinds = [type(other).__name__ for other in callbacks]
+    to_console = [i for i, kind in enumerate(kinds) if "Printer" in kind or "Progress" in kind]
+    callbacks.insert(min(to_console, default=len(callbacks)), ForTheConsole())
+    callbacks.insert(0, callback)
     return callback
 
 
