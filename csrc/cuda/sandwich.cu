@@ -134,7 +134,8 @@ sandwich_shared_rows(const __grid_constant__ SandwichArgs a) {
         slice.each_chunk(first, [&](int k, int col, int count) {
           v[k] = load_chunk<true, X, kElems>(a.next.residual, residual_offset, col, count);
         });
-        slice.each_index(first, [&](int k, int i) {
+        unrolled<kForwardVectors>([&](int k) {
+          const int i = first + k * slice.lanes + recomputed(slice.lane);
           if (i >= slice.chunks) return;
           XChunk x = get_chunk<XChunk>(kept, slice.chunks, i);
           v[k] = sum_of(a, norm.norm(a.norm, x, weights(a.norm, i), s), v[k]);
