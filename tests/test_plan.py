@@ -180,15 +180,15 @@ gated_backward_rows 1 of 16/256 1 of 64 0 1 in 300"""
 # multiprocessor in all; and the same of a launch that is not plain
 SANDWICH_PLANS = """
 sandwich_rows 1 of 16/128 1 of 128 0, 128: 4 in 256
-sandwich_any_rows 1 of 16/128 1 of 128 0, 80: 6 in 256
+sandwich_any_rows 1 of 16/128 1 of 128 0, 128: 4 in 256
 sandwich_rows 4 of 128/128 1 of 4096 0, 128: 4 in 2048
-sandwich_any_rows 4 of 128/128 1 of 4096 0, 80: 6 in 2048
+sandwich_any_rows 4 of 128/128 1 of 4096 0, 128: 4 in 2048
 sandwich_shared_rows 4 of 288/288 1 of 8448 16896, 64: 3 in 1366
-sandwich_any_rows 4 of 288/288 1 of 8448 0, 80: 2 in 1366
+sandwich_any_rows 4 of 288/288 1 of 8448 0, 128: 1 in 1366
 sandwich_shared_rows 4 of 512/512 4 of 32768 65536, 64: 2 in 1024
-sandwich_any_rows 4 of 512/512 4 of 32768 0, 80: 1 in 1024
-sandwich_any_rows 4 of 512/512 1 of 1000000 0, 80: 1 in 512
-sandwich_any_rows 4 of 512/512 1 of 1000000 0, 80: 1 in 512"""
+sandwich_any_rows 4 of 512/512 4 of 32768 0, 128: 1 in 1024
+sandwich_any_rows 4 of 512/512 1 of 1000000 0, 128: 1 in 512
+sandwich_any_rows 4 of 512/512 1 of 1000000 0, 128: 1 in 512"""
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")

@@ -95,7 +95,7 @@ constexpr KernelLimits kLimits[] = {
     {"quantize_rows", 512, 64, 64},
     {"sandwich_rows", 256, 128, 128},
     {"sandwich_shared_rows", 512, 64, 64},
-    {"sandwich_any_rows", 512, 80, 80},
+    {"sandwich_any_rows", 512, 128, 128},
     {nullptr, 0, 0, 0},
 };
 
