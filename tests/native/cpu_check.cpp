@@ -969,6 +969,10 @@ struct Gated {
       sum += u(row, i) * u(row, i);
     return 1 / std::sqrt(sum / group_cols() + f.eps);
   }
+  // A gate of fp64 is enough for the offset to be added in fp64.
+  Real weight(int64_t i) {
+    return wide() && f.weighted && f.offset != 0 ? w.get(0, i) + f.offset : f.weight(w, i);
+  }
   Real rounded(DType type, Real v) const { return cast() ? round_to(type, v) : v; }
 };
 
@@ -1005,7 +1009,7 @@ void compare_gated(Gated& g, Tensor& y, Tensor& rstd, const std::string& name) {
       close &= is_near(rstd, 0, group * g.x.rows + row, r, r * g.unit() * 4);
       for (int64_t i = group * g.group_cols(); i < (group + 1) * g.group_cols(); ++i) {
         const Real act = g.act(row, i).value, xhat = g.rounded(g.f.x_type, g.u(row, i) * r);
-        Real want = xhat * g.f.weight(g.w, i);
+        Real want = xhat * g.weight(i);
         Real tiny = g.how.before_norm ? r * std::fabs(g.x.get(row, i)) * kTiny : kTiny;
         if (!g.how.before_norm) want = g.rounded(g.f.promoted_or_x(), want) * act;
         if (g.wide()) tiny = 0;
@@ -1117,12 +1121,12 @@ void compare_gradients(Gated& g, GatedGradients& got, const std::string& name) {
       };
       Real mean = 0, mean_size = 0;
       for (int64_t i = first; i < last; ++i) {
-        const Real term = dy(i) * g.f.weight(g.w, i) * g.u(row, i) * r / g.group_cols();
+        const Real term = dy(i) * g.weight(i) * g.u(row, i) * r / g.group_cols();
         mean += term, mean_size += std::fabs(term);
       }
       for (int64_t i = first; i < last; ++i) {
         const Activated act = g.act(row, i);
-        const Real w = g.f.weight(g.w, i), xhat = g.u(row, i) * r;
+        const Real w = g.weight(i), xhat = g.u(row, i) * r;
         const Real du = r * (dy(i) * w - xhat * mean);
         const Real du_size = r * (std::fabs(dy(i) * w) + std::fabs(xhat) * mean_size);
         const bool before = g.how.before_norm;
