@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import DTYPES, llama, machine, measure, samples
 from rmsnorm_cuda.integrations.inductor import GAINS, device_name, fuse
@@ -71,6 +72,11 @@ def chain(op, x, weight, down, up):
     return x, residual, *outputs
 
 
+def distance(got, want):
+    """Of two tensors, relative to the length of the second."""
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
 def contenders(kind, x_dtype, weight_dtype, rows, columns, device):
     op, mode = kind.split()
     torch.manual_seed(0)
@@ -99,11 +105,10 @@ def contenders(kind, x_dtype, weight_dtype, rows, columns, device):
         compiled[name] = partial(run, torch.compile(function, dynamic=False, options=options))
     want, got = (f(x) for f in compiled.values())
     assert len(taken) == CHAIN and all(f": {op} of" in line for line in taken), taken
-    # Inductor leaves out roundings between the steps, and each norm rounds again what they change.
-    eps = torch.finfo(x_dtype).eps
-    close = partial(torch.testing.assert_close, rtol=32 * eps, atol=64 * eps * columns**0.25)
-    if not op.endswith("quant"):
-        close(got, want)
+    # Inductor leaves out roundings between the steps: some units in the last place of 16 bits.
+    limit = 1e-4 if x_dtype == torch.float32 else 0.1
+    for result, expected in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        assert distance(result, expected) < limit, (kind, rows, columns)
     if device == "cuda":
         return {
             name: lambda x, f=f: (f(x), torch.cuda.synchronize()) for name, f in compiled.items()
@@ -236,9 +241,9 @@ def compare(model, run):
         told[name] = dict(said)
         print(name, *(f"{count:4} {text}" for text, count in said.most_common()), sep="\n  ")
     for name in runs:
-        error = (first[name] - first["eager"]).float().norm() / first["eager"].float().norm()
+        error = distance(first[name], first["eager"])
         same = (first[name].argmax(-1) == first["eager"].argmax(-1)).double().mean().item()
-        told[f"{name} beside eager"] = {"distance": error.item(), "same": same}
+        told[f"{name} beside eager"] = {"distance": error, "same": same}
         print(f"{name} beside eager: distance {error:.2e}, same tokens {same:.2%}")
     times = samples({name: lambda _, f=f: f() for name, f in runs.items()}, [None], 10)
     ms = {name: statistics.median(values) / 1e3 for name, values in times.items()}
