@@ -33,12 +33,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import DTYPES, llama, machine, measure, samples
+from benchmarks.common import measure
+from rmsnorm_cuda.bench.contenders import DTYPES, llama, quantize
+from rmsnorm_cuda.bench.machine import machine
+from rmsnorm_cuda.bench.timing import samples
 from rmsnorm_cuda.integrations.inductor import GAINS, device_name, fuse
 
 CHAIN = 3  # norms in a function: what one call of it costs counts less
 NARROW = 8  # the inner dimension of the products
-FP8 = torch.float8_e4m3fn
 KINDS = {  # op and mode
     "rms_norm forward": (torch.float32, torch.bfloat16),
     "rms_norm training": (torch.float32, torch.bfloat16),
@@ -47,14 +49,6 @@ KINDS = {  # op and mode
     "rms_norm_quant forward": (torch.bfloat16,),
     "fused_add_rms_norm_quant forward": (torch.bfloat16,),
 }
-
-
-def quantize(y):
-    """To fp8, with a scale for each row: the steps of vLLM's reference."""
-    limit = torch.finfo(FP8).max
-    largest = y.abs().amax(-1, keepdim=True).float()
-    scale = (largest / limit).clamp(min=1 / (512 * limit))
-    return (y.float() / scale).clamp(-limit, limit).to(FP8), scale
 
 
 def chain(op, x, weight, down, up):
