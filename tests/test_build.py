@@ -281,6 +281,7 @@ def test_public_api_is_typed(tmp_path):
         y = rmsnorm_cuda.rms_norm_gated(x, x, activation="sigmoid", group_size=4)
         y = rmsnorm_cuda.RMSNormGated(8)(x, x)
         codes, scale, *_ = rmsnorm_cuda.rms_norm_quant(x, dtype=torch.int8)
+        codes, scale, *_ = rmsnorm_cuda.rms_norm_gated_quant(x, x, dtype=torch.int8)
         heads, angles = torch.ones(2, 3, 4, 8), torch.ones(3, 4)
         rotated: tuple[torch.Tensor, torch.Tensor | None]
         rotated = rmsnorm_cuda.rms_norm_rope(heads, None, None, None, angles, angles, 1e-6)
