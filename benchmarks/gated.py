@@ -2,12 +2,14 @@
 
     python benchmarks/gated.py [--threads 1,2] [--dtypes fp32,bf16] [--tokens 1,8,64,512,2048]
                                [--families qwen3-next,mamba2,nemotron-h] [--no-compile]
+                               [--modes forward,training,quantized]
                                [--json FILE] [--md FILE] [--from FILE]
 
 The gate is a slice of a projection. "eager" and "compile" are the formula of the family's class in
 transformers; a copy of x is the floor. Calls of 1 MiB and more rotate over buffers of 256 MiB, as a
 model finds them: out of the caches. All are verified against fp64 first, then timed interleaved in
-one process; medians, in us. "training" is forward and backward.
+one process; medians, in us. "training" is forward and backward. "quantized" has codes in e4m3 with
+a scale for each row, as a matrix product behind it takes them.
 """
 
 import sys
@@ -20,9 +22,9 @@ import torch
 from torch.nn.functional import silu
 
 from benchmarks.families import main, options_of
-from rmsnorm_cuda import rms_norm_gated
+from rmsnorm_cuda import rms_norm_gated, rms_norm_gated_quant
 from rmsnorm_cuda.bench.buffers import ROTATE_BYTES
-from rmsnorm_cuda.bench.contenders import DTYPES, EPS, llama
+from rmsnorm_cuda.bench.contenders import DTYPES, EPS, llama, quantize
 from rmsnorm_cuda.reference import rms_norm_gated_reference
 
 MAMBA = {"norm_before_gate": False, "cast_before_weight": True}
@@ -64,9 +66,9 @@ class Cell:
         gate, out = both[..., self.cols :], torch.empty(self.shape, dtype=self.result)
         return SimpleNamespace(x=x, gate=gate, out=out)
 
-    def formula(self, compiled):
+    def formula(self, compiled, then=lambda y: y):
         def eager(x, gate, weight):
-            return formula(x, gate, weight, self.options)
+            return then(formula(x, gate, weight, self.options))
 
         if not compiled:
             return {"eager": eager}
@@ -82,6 +84,22 @@ class Cell:
         for name, function in self.formula(compiled).items():
             runs[name] = lambda s, function=function: function(s.x, s.gate, weight)
         return runs | {"copy": lambda s: s.out.copy_(s.x)}
+
+    def quantized(self, compiled):
+        weight, options = self.weight, self.options
+        e4m3 = {"dtype": torch.float8_e4m3fn}
+        runs = {
+            "ours": lambda s: rms_norm_gated_quant(s.x, s.gate, weight, EPS, **e4m3, **options),
+            "ours, then torch": lambda s: quantize(
+                rms_norm_gated(s.x, s.gate, weight, EPS, **options)
+            ),
+        }
+        s = self.sets[0]
+        codes, others = (run(s)[0].view(torch.uint8) for run in runs.values())
+        assert torch.equal(codes, others), "the codes are not those of the steps"
+        for name, function in self.formula(compiled, quantize).items():
+            runs[name] = lambda s, function=function: function(s.x, s.gate, weight)
+        return runs
 
     def training(self, compiled):
         weight, dy = self.weight.clone().requires_grad_(), torch.randn(self.shape).to(self.result)

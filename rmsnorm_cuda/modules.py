@@ -133,6 +133,9 @@ class RMSNormGated(torch.nn.Module):
         elementwise_affine: whether there is a weight, ``(hidden_size,)``, which begins as 1 -
             weight_offset. False: ``weight`` is None.
         device, dtype: of the weight.
+
+    Raises:
+        ValueError: another activation, or rows that are no whole groups.
     """
 
     def __init__(
@@ -151,6 +154,16 @@ class RMSNormGated(torch.nn.Module):
     ) -> None:
         """Fills the weight, if ``elementwise_affine`` asks for one."""
         super().__init__()
+        if activation not in ("silu", "sigmoid"):
+            raise ValueError(
+                "RMSNormGated: expected activation to be 'silu' or 'sigmoid', but got "
+                f"{activation!r}"
+            )
+        if group_size is not None and (group_size <= 0 or hidden_size % group_size):
+            raise ValueError(
+                f"RMSNormGated: expected group_size to divide hidden_size {hidden_size}, but got "
+                f"{group_size}"
+            )
         self.hidden_size = hidden_size
         self.eps = plain_eps(eps)
         self.elementwise_affine = elementwise_affine

@@ -137,6 +137,12 @@ def test_gated(family, monkeypatch):
     grads = {name: run(cell.sets[0]) for name, run in training.items()}
     for ours, eager in zip(grads["ours"], grads["eager"], strict=True):
         torch.testing.assert_close(ours, eager, rtol=0.05, atol=0.1)
+    values = {}
+    for name, run in cell.quantized(compiled=False).items():
+        codes, scale = run(cell.sets[0])
+        values[name] = codes.float() * scale
+    for name in ("ours, then torch", "eager"):  # a tie may fall to the other of two codes
+        torch.testing.assert_close(values["ours"], values[name], rtol=0.13, atol=0.01)
     where = {"family": family, "tokens": 3, "dtype": "bf16", "threads": 1}
     told = families.summary([{"mode": "forward"} | where | {"us": {"ours": 2.0, "eager": 6.0}}])
     assert "| family, tokens | ours | eager |" in told and f"| {family} 3 bf16 | 2 | 6 |" in told

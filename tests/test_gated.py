@@ -487,6 +487,24 @@ def test_out(device, order, group_size):
     assert same_bits(both.cpu()[..., :64], gate)
 
 
+def test_errors_of_groups_without_a_gate_name_rms_norm():
+    with pytest.raises(RuntimeError, match="^rms_norm of groups: expected rows of whole groups"):
+        rms_norm(torch.ones(3, 8), 8, group_size=3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"activation": "relu"}, "activation to be 'silu' or 'sigmoid', but got 'relu'"),
+        ({"group_size": 3}, "group_size to divide hidden_size 8, but got 3"),
+        ({"group_size": 0}, "group_size to divide hidden_size 8, but got 0"),
+    ],
+)
+def test_a_module_that_no_call_could_take(options, message):
+    with pytest.raises(ValueError, match=f"^RMSNormGated: expected {message}"):
+        RMSNormGated(8, **options)
+
+
 X, W = torch.ones(3, 8), torch.ones(8)
 # (arguments that differ, exception, what the message says)
 BAD = {

@@ -437,6 +437,15 @@ def test_forward_of_a_subclass_is_left_alone():
         monitor(nn.Sequential(Doubled(WIDTH)))
 
 
+def test_norms_with_a_gate_are_not_watched():
+    model = nn.ModuleList([RMSNorm(WIDTH), rmsnorm_cuda.RMSNormGated(WIDTH)])
+    with monitor(model) as m:
+        model[1](model[0](torch.randn(4, WIDTH)), torch.randn(4, WIDTH))
+    assert list(m.norms) == ["0"] and m.skipped == {"1": "norms with a gate are not watched"}
+    with pytest.raises(ValueError, match="watched; norms with a gate are not watched$"):
+        monitor(model[1:])
+
+
 def test_fused_layers_stay_fused():
     class Decoder(nn.Module):
         def __init__(self):

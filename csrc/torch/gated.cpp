@@ -34,7 +34,10 @@ struct BackwardCall {
   Call forward() const { return {input, gate, weight, eps, options}; }
 };
 
-constexpr const char* kName = "rms_norm_gated";
+// What errors name: rms_norm(group_size=) comes here without a gate.
+const char* name_of(const Call& call) {
+  return call.gate ? "rms_norm_gated" : "rms_norm of groups";
+}
 
 // ------------------------------------------------------------------------------------- launch
 
@@ -127,7 +130,7 @@ RmsNormForward result(const Tensor& y, const Rows& rows, bool is_new) {
 
 template <bool want_rstd>
 std::tuple<Tensor, Tensor> rms_norm_gated_forward(const Call& call) {
-  gated::check(kName, call);
+  gated::check(name_of(call), call);
   const Tensor& input = call.input;
   Tensor y = allocate(input.sym_sizes(), input, call.output_type()), rstd;
   if (want_rstd) rstd = allocate(call.rstd_shape(), input, call.rstd_type());
@@ -138,22 +141,22 @@ std::tuple<Tensor, Tensor> rms_norm_gated_forward(const Call& call) {
   }
   RmsNormForward results = result(y, dense_rows(input.size(-1)), /*is_new=*/true);
   if (want_rstd) results.rstd = rstd.mutable_data_ptr();
-  gated::run(kName, call, results);
+  gated::run(name_of(call), call, results);
   return {y, rstd};
 }
 Tensor rms_norm_gated(const Call& call) { return std::get<0>(rms_norm_gated_forward<false>(call)); }
 
 void rms_norm_gated_out(const OutCall& out_call) {
   const auto& [call, out] = out_call;
-  gated::check(kName, call);
+  gated::check(name_of(call), call);
   const Tensor& input = call.input;
-  check_tensor(kName, "out", out, input.sym_sizes(), call.output_type());
+  check_tensor(name_of(call), "out", out, input.sym_sizes(), call.output_type());
   if (input.is_meta() || input.numel() == 0) return;
   const int64_t lead = call.lead(), cols = input.size(-1);
-  const Rows rows = check_written_rows(kName, "out", out, lead, cols, "input", input);
-  if (call.gate) check_apart(kName, "out", out, "gate", *call.gate, lead, cols);
-  if (call.weight) check_apart(kName, "out", out, "weight", *call.weight);
-  gated::run(kName, call, result(out, rows, /*is_new=*/false));
+  const Rows rows = check_written_rows(name_of(call), "out", out, lead, cols, "input", input);
+  if (call.gate) check_apart(name_of(call), "out", out, "gate", *call.gate, lead, cols);
+  if (call.weight) check_apart(name_of(call), "out", out, "weight", *call.weight);
+  gated::run(name_of(call), call, result(out, rows, /*is_new=*/false));
 }
 
 // ------------------------------------------------------------------------------------ backward
@@ -304,12 +307,12 @@ class GatedFormula {
 
 template <Rescaling rescaling>
 std::tuple<Tensor, Tensor> rms_norm_gated_forward_formula(const Call& call) {
-  const GatedFormula formula(kName, rescaling, call, /*casts=*/true);
+  const GatedFormula formula(name_of(call), rescaling, call, /*casts=*/true);
   return {formula.output(), formula.rstd()};
 }
 template <Rescaling rescaling>
 Tensor rms_norm_gated_formula(const Call& call) {
-  return GatedFormula(kName, rescaling, call, /*casts=*/true).output();
+  return GatedFormula(name_of(call), rescaling, call, /*casts=*/true).output();
 }
 template <Rescaling rescaling>
 std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_backward_formula(const BackwardCall& call) {

@@ -95,7 +95,14 @@ SIGNALS = (
         "rows whose mean square is below eps",
         _counts(SMALL),
     ),
-    Signal("row_rms", _GAUGE, "1", ("norm", "quantile"), "RMS of all other rows", _row_rms),
+    Signal(
+        "row_rms",
+        _GAUGE,
+        "1",
+        ("norm", "quantile"),
+        "RMS of rows without NaN and Inf, above eps",
+        _row_rms,
+    ),
     Signal(
         "weight_rms",
         _GAUGE,
@@ -104,7 +111,14 @@ SIGNALS = (
         "RMS of weight + offset",
         lambda m: _by_norm(m, m._history.latest[:, WEIGHT]),
     ),
-    Signal("weight_growth", _GAUGE, "1", _NORM, "that over the first step's", _weight_growth),
+    Signal(
+        "weight_growth",
+        _GAUGE,
+        "1",
+        _NORM,
+        "weight_rms over that of the first step",
+        _weight_growth,
+    ),
     Signal("alarms", _COUNTER, "{step}", ("norm", "kind"), "steps with the fault", _alarms),
 )
 

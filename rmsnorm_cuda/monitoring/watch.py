@@ -20,7 +20,7 @@ from .. import _C
 from ..again import is_a
 from ..integrations import families
 from ..integrations.families import RMSNormInWeightDtype, computing_class
-from ..modules import RMSNorm
+from ..modules import RMSNorm, RMSNormGated
 from .figures import EQUAL, MEAN, ROWS, Call, History, Meter, Step
 from .report import Alarm, OnAlarm, RMSNormAlarm, Thresholds, find_faults, heat_map, table
 from .signals import scalars, sender
@@ -79,6 +79,8 @@ class Monitor:
                 reason = _reason_to_skip(module)
                 kept = self.skipped if reason else self.norms
                 kept[name.removeprefix("_orig_mod.")] = reason or module
+            elif is_a(module, RMSNormGated):
+                self.skipped[name.removeprefix("_orig_mod.")] = "norms with a gate are not watched"
         if not self.norms:
             reasons = sorted({*self.skipped.values()}) or ["call replace_rms_norm(model) first"]
             what = "the model holds no rmsnorm_cuda.RMSNorm that can be watched"
