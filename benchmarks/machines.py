@@ -45,11 +45,14 @@ def ratios(report, mode, name):
     return [us[name]["median"] / us["ours"]["median"] for us in found if name in us]
 
 
-def row(file):
-    report = read(file)
-    machine = report["machine"]
+def machine_of(file):
+    machine = read(file)["machine"]
     link = f"[{name_of(machine)}](results/machines/{file.name})"
-    cells = [link, str(machine["threads"]), machine["torch"]]
+    return f"{link},\n   {machine['threads']} threads, torch {machine['torch']}"
+
+
+def row(number, file):
+    report, cells = read(file), [str(number)]
     for mode in NAMES:
         both = (ratios(report, mode, name) for name in ("F.rms_norm", COMPILED))
         means = (f"{statistics.geometric_mean(of):.1f}x" if of else "-" for of in both)
@@ -58,11 +61,14 @@ def row(file):
 
 
 def table(folder=FOLDER):
-    """Markdown: geometric means of F.rms_norm's and torch.compile's times over ours."""
-    head = ["machine", "threads", "torch", *NAMES.values()]
+    """Markdown: geometric means of F.rms_norm's and torch.compile's times over ours; and whose."""
+    files = list(enumerate(sorted(folder.glob("*.json")), 1))
+    if not files:
+        return "No report is there yet.\n"
+    head = ["", *NAMES.values()]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    rows = [row(file) for file in sorted(folder.glob("*.json"))]
-    return "\n".join([*lines, *rows]) + "\n" if rows else "No report is there yet.\n"
+    lines += [row(*numbered) for numbered in files]
+    return "\n".join([*lines, "", *(f"{n}. {machine_of(file)}" for n, file in files)]) + "\n"
 
 
 if __name__ == "__main__":
